@@ -1,0 +1,45 @@
+"""Baselines that reduce the variance of the policy gradient (appendix E)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Baseline = Literal["rloo", "naive", "group_norm", "none"]
+
+
+def feature_matching_advantages(alignment: Tensor, diversity: Tensor, *, alpha: float, baseline: Baseline) -> Tensor:
+    """Advantages `A_j = r_j - b_j` with `r_j = T1_j - alpha T2_j`; everything is [..., n].
+
+    - `rloo` (94): `b_j = mean_{i != j} T1_i - alpha (sum_{i != j} T2_i - T2_j) / (n - 2)`. The correction removes
+      from the other samples' diversity terms their inner products with sample j, so that `b_j` is independent of it
+      and the gradient stays unbiased. For n = 2 no such diversity part exists: the alignment part alone is used.
+    - `naive`: mean of the other samples' rewards, which depends on sample j through their diversity terms (biased).
+    - `group_norm`: `(r_j - mean) / std` over the group, the convention of GRPO; 0 for a group without variance.
+    - `none`: `b_j = 0`.
+
+    Raises:
+        ValueError: n = 1 with any baseline but `none`.
+    """
+    n = alignment.shape[-1]
+    reward = alignment - alpha * diversity
+    if baseline == "none":
+        return reward
+    if n == 1:
+        raise ValueError(f"baseline {baseline!r} needs other samples of the same context, but got n_samples=1")
+    if baseline == "group_norm":
+        spread = reward.std(dim=-1, keepdim=True)
+        centred = reward - reward.mean(dim=-1, keepdim=True)
+        return torch.where(spread > 1e-8, centred / spread.clamp(min=1e-8), 0.0)
+    if baseline == "naive":
+        return reward - _mean_of_others(reward)
+    others = _mean_of_others(alignment)
+    if n > 2:
+        others = others - alpha * (diversity.sum(dim=-1, keepdim=True) - 2.0 * diversity) / (n - 2)
+    return reward - others
+
+
+def _mean_of_others(values: Tensor) -> Tensor:
+    return (values.sum(dim=-1, keepdim=True) - values) / (values.shape[-1] - 1)

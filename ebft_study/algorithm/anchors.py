@@ -1,0 +1,87 @@
+"""Anchors: where a sequence is cut into nested contexts and ground-truth completions (appendix F)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Anchors(NamedTuple):
+    """Anchor `b` of a sequence: context = tokens before `positions[b]` of the same document."""
+
+    positions: Tensor
+    """[S, B] int64: index of the first completion token, 0 where not valid."""
+    valid: Tensor
+    """[S, B] bool: False pads sequences that have fewer anchors than the batch's largest B."""
+
+
+def document_positions(document_ids: Tensor) -> Tensor:
+    """Position of every token within its own document, [S, T] -> [S, T] int64, starting at 0.
+
+    `document_ids` is constant within a document and changes at its end; -1 is padding (positions there are unused).
+    """
+    index = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
+    starts = torch.ones_like(document_ids, dtype=torch.bool)
+    starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    return index - torch.where(starts, index, 0).cummax(dim=1).values
+
+
+def find_anchors(
+    document_ids: Tensor,
+    *,
+    completion_length: int,
+    stride: int,
+    first_context_length: int,
+    answer_mask: Tensor | None = None,
+) -> Anchors:
+    """Anchors `a_b = C + b s` counted from each document's first token, ragged sequences padded.
+
+    An anchor exists where its context has at least `first_context_length` (C) tokens and its completion of
+    `completion_length` (G) tokens ends within the same document: never in padding, never across a boundary. With
+    one document of T tokens this gives `B = floor((T - G - C) / s) + 1`; nothing has to divide anything.
+
+    Args:
+        document_ids: [S, T] int64, -1 marks padding.
+        answer_mask: [S, T] bool; when given, every completion token must be an answer token (`anchor_region: answer`).
+
+    Returns:
+        Anchors with B = the most anchors any sequence has; B = 0 when no sequence has one.
+    """
+    n_tokens, G = document_ids.shape[1], completion_length
+    offset = document_positions(document_ids)
+    allowed = (offset >= first_context_length) & ((offset - first_context_length) % stride == 0) & (document_ids >= 0)
+    # The completion a .. a+G-1 stays in the document exactly if its last token is G-1 positions further in it.
+    last = (torch.arange(n_tokens, device=document_ids.device) + G - 1).clamp(max=n_tokens - 1).expand_as(offset)
+    same_document = (document_ids.gather(1, last) == document_ids) & (offset.gather(1, last) == offset + G - 1)
+    allowed &= same_document
+    if answer_mask is not None:
+        answers_before = torch.nn.functional.pad(answer_mask.long().cumsum(dim=1), (1, 0))
+        allowed &= answers_before.gather(1, last + 1) - answers_before[:, :-1] == G
+    return _pack(allowed)
+
+
+def _pack(allowed: Tensor) -> Anchors:
+    counts = allowed.sum(dim=1)
+    B = int(counts.max()) if counts.numel() else 0
+    # A stable sort on "not allowed" brings the allowed positions to the front, in order.
+    positions = torch.sort((~allowed).to(torch.int8), dim=1, stable=True).indices[:, :B]
+    valid = torch.arange(B, device=allowed.device) < counts[:, None]
+    return Anchors(torch.where(valid, positions, 0), valid)
+
+
+def completions_at(tokens: Tensor, anchors: Anchors, completion_length: int) -> Tensor:
+    """Ground-truth completions `y_b = x[a_b : a_b + G]`: [S, T] -> [S, B, G]; arbitrary tokens where not valid."""
+    offsets = torch.arange(completion_length, device=tokens.device)
+    index = (anchors.positions[..., None] + offsets).clamp(max=tokens.shape[1] - 1)
+    return tokens.gather(1, index.flatten(1)).view(index.shape)
+
+
+def context_mask(document_ids: Tensor, anchors: Anchors) -> Tensor:
+    """Which prefix tokens each anchor's context holds: [S, B, T] bool, all False where the anchor is not valid."""
+    index = torch.arange(document_ids.shape[1], device=document_ids.device)
+    before = index < anchors.positions[..., None]
+    anchor_document = document_ids.gather(1, anchors.positions)
+    same = document_ids[:, None, :] == anchor_document[..., None]
+    return before & same & anchors.valid[..., None]

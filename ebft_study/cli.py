@@ -1,0 +1,145 @@
+"""The command line. Heavy modules are imported by the command that needs them, so that --help is instant."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import click
+import typer
+from rich.console import Console
+
+from ebft_study.errors import EbftError
+
+app = typer.Typer(
+    name="ebft-study",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_show_locals=False,  # locals may hold secrets of the environment
+    help="Studies of Energy-Based Fine-Tuning (EBFT) of language models.",
+)
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Settings as [bold]key=value[/bold], for example steps=20 learning_rate=1e-4")
+]
+Storage = Annotated[Path, typer.Option(help="Folder that holds the studies.")]
+StudyName = Annotated[str, typer.Argument(help="A study's name, or its folder.")]
+STUDIES = Path("studies")
+
+
+@app.command()
+def study(
+    file: Annotated[Path, typer.Argument(help="A study file, see search_spaces/.")],
+    overrides: Overrides = None,
+    profile: Annotated[str | None, typer.Option(help="Which of the file's profiles: cpu, gpu, ...")] = None,
+    name: Annotated[str | None, typer.Option(help="Run it under another name.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Start it, or continue it where it stopped.")] = False,
+    storage: Storage = STUDIES,
+) -> None:
+    """Run a study: one trial per configuration and seed.
+
+    [dim]ebft-study study search_spaces/alpha_gamma.yaml --profile cpu steps=40[/dim]
+    """
+    from ebft_study.study import runner, space
+
+    spec = space.load_study(file, profile, overrides or [], name=name)
+    console = Console()
+    _finish(runner.run(spec, file=file, profile=profile, storage=storage, console=console, go_on=resume), console)
+
+
+@app.command()
+def resume(
+    name: StudyName,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Also run trials again that failed.")] = False,
+    storage: Storage = STUDIES,
+) -> None:
+    """Continue a study that was interrupted or killed.
+
+    [dim]ebft-study resume alpha_gamma[/dim]
+    """
+    from ebft_study.study import runner
+
+    console = Console()
+    folder = _folder(name, storage)
+    _finish(runner.resume(folder, console=console, retry_failed=retry_failed), console)
+
+
+@app.command()
+def status(name: StudyName, storage: Storage = STUDIES) -> None:
+    """Show the trials of a running or finished study, and what happened to them.
+
+    [dim]ebft-study status alpha_gamma[/dim]
+    """
+    from ebft_study.study.status import show
+
+    show(_folder(name, storage), Console())
+
+
+@app.command()
+def report(name: StudyName, storage: Storage = STUDIES) -> None:
+    """Write the report of a study from its results; it may still be running.
+
+    [dim]ebft-study report alpha_gamma[/dim]
+    """
+    from ebft_study.report import write_report
+
+    typer.echo(write_report(_folder(name, storage)))
+
+
+@app.command()
+def train(
+    file: Annotated[Path, typer.Argument(help="A file with the settings of one run.")],
+    overrides: Overrides = None,
+    output: Annotated[Path | None, typer.Option(help="Folder for the results.", show_default="runs/<name>")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the newest checkpoint.")] = False,
+) -> None:
+    """Run a single configuration in this process, without Ray.
+
+    [dim]ebft-study train run.yaml method=sft steps=100[/dim]
+    """
+    from ebft_study import config
+    from ebft_study.study.single import run_single
+
+    run = config.load_run(file, overrides or [])
+    run_single(run, file=file, folder=output or Path("runs") / run.name, go_on=resume, console=Console())
+
+
+def _folder(name: str, storage: Path) -> Path:
+    from ebft_study.results import find_study
+
+    there = storage / name
+    return there if (there / "study.yaml").is_file() else find_study(name)
+
+
+def _finish(ended: object, console: Console) -> None:
+    """Say how a session of a study ended, and end the process accordingly."""
+    from ebft_study.study import progress, runner
+
+    assert isinstance(ended, runner.Ended)
+    lines = [progress.summary(list(ended.states.values()))]
+    if ended.report:
+        lines.append(f"report: {ended.report}")
+    if ended.reason:
+        lines.append(f"{ended.reason}; resume with: ebft-study resume {ended.resume_name}")
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    raise typer.Exit(ended.exit_code)
+
+
+def main() -> None:
+    """Entry point: what a user can mend is one line on stderr and exit code 2."""
+    try:
+        app(standalone_mode=False)
+    except EbftError as error:
+        _fail(" ".join(str(error).split()), error.exit_code)
+    except click.ClickException as error:
+        _fail(error.format_message(), 2)
+    except (click.Abort, KeyboardInterrupt):
+        _fail("interrupted; nothing was running yet, or run the same command with --resume", 130)
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,156 @@
+"""Text that every machine with this project installed has: Python source, split by file.
+
+`stdlib`        the running Python's standard library without its tests: what the tiny models are pretrained on.
+`unstructured`  the test suites inside the pandas and numpy wheels: source in another style, the analogue of raw code.
+`qa`            signature and docstring -> function body, from hard dependencies: the analogue of instructions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import sysconfig
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ebft_study.data.cache import Facts, cached_examples
+from ebft_study.data.examples import SPLITS, Example, TextDataset, build_dataset, digest, split_of
+from ebft_study.data.functions import function_pairs, normalised
+from ebft_study.errors import DataError
+
+TEST_FOLDERS = frozenset({"test", "tests", "idle_test"})
+STDLIB_SKIPPED = TEST_FOLDERS | {"site-packages", "dist-packages", "encodings", "pydoc_data"}  # the last two are tables
+MACHINE_MADE = ("config-", "_sysconfigdata", "sitecustomize", "usercustomize")  # of one machine or distribution
+TEST_PACKAGES = ("numpy", "pandas")
+FUNCTION_PACKAGES = ("datasets", "jinja2", "matplotlib", "numpy", "optuna", "pandas", "pydantic", "rich", "scipy")
+GENERATED = frozenset({"__config__.py", "_version.py", "version.py"})  # written at build time: differ between machines
+
+
+@dataclass(frozen=True)
+class Source:
+    """How one built-in data set is made. `read` gives its examples, with origin "file" or "file::function"."""
+
+    summary: str
+    packages: tuple[str, ...]
+    has_answers: bool
+    slow: bool
+    read: Callable[[], tuple[list[Example], Facts]]
+
+
+def load_builtin(name: str, max_examples: int | None) -> TextDataset:
+    """The built-in data set `name`, split by file; function pairs come from a cache when there is one."""
+    source = SOURCES[name]
+    versions = _versions(source.packages)
+    examples, facts = cached_examples(name, versions, source.read) if source.slow else source.read()
+    splits: dict[str, list[Example]] = {split: [] for split in SPLITS}
+    for example in examples:
+        splits[split_of(example.origin.partition("::")[0])].append(example)
+    provenance = {"source": source.summary, "split_by": "file", "versions": versions, **facts}
+    return build_dataset(
+        name, has_answers=source.has_answers, splits=splits, provenance=provenance, max_examples=max_examples
+    )
+
+
+def _stdlib() -> tuple[list[Example], Facts]:
+    files = _python_files(Path(sysconfig.get_path("stdlib")), STDLIB_SKIPPED)
+    return [Example("", text, relative) for relative, text in files if not relative.startswith(MACHINE_MADE)], {}
+
+
+def _test_suites() -> tuple[list[Example], Facts]:
+    examples: list[Example] = []
+    for package in TEST_PACKAGES:
+        files = _python_files(_package_folder(package))
+        tests = [(relative, text) for relative, text in files if "tests" in relative.split("/")[:-1]]
+        if not tests:
+            raise DataError(f"package {package!r} is installed without its test suite. Install its wheel from PyPI")
+        examples += [Example("", text, f"{package}/{relative}") for relative, text in tests]
+    return examples, {}
+
+
+def _functions() -> tuple[list[Example], Facts]:
+    """Function pairs; of bodies that differ only in comments, spacing and literals, the first in path order."""
+    distinct: dict[str, Example] = {}
+    copies = 0
+    with _garbage_collection_paused():
+        for package in FUNCTION_PACKAGES:
+            for relative, text in _python_files(_package_folder(package), TEST_FOLDERS):
+                if relative.rpartition("/")[2] in GENERATED:
+                    continue
+                for name, prompt, answer in function_pairs(text):
+                    example = Example(prompt, answer, f"{package}/{relative}::{name}")
+                    copies += distinct.setdefault(digest(normalised(answer)), example) is not example
+    return list(distinct.values()), {"copies_removed": copies}
+
+
+@contextlib.contextmanager
+def _garbage_collection_paused() -> Iterator[None]:
+    """Syntax trees are many objects without cycles: collecting while they grow doubles the time to parse them."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _python_files(root: Path, skipped: frozenset[str] = frozenset()) -> Iterator[tuple[str, str]]:
+    """(path with forward slashes relative to `root`, text) of the UTF-8 Python files below it, in path order.
+
+    Folders named in `skipped` are not entered: site-packages can be larger than the rest by far.
+    """
+    found: dict[str, Path] = {}
+    for folder, subfolders, files in os.walk(root):
+        subfolders[:] = [name for name in subfolders if name not in skipped]
+        paths = [Path(folder, name) for name in files if name.endswith(".py")]
+        found |= {path.relative_to(root).as_posix(): path for path in paths}
+    for relative in sorted(found):
+        try:
+            text = found[relative].read_text(encoding="utf-8")  # universal newlines: the same text on every platform
+        except (UnicodeDecodeError, OSError):
+            continue
+        if text.strip():
+            yield relative, text
+
+
+def _package_folder(package: str) -> Path:
+    """Where a package's source lies, without importing it."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise DataError(f"package {package!r} is not installed. Install the project's dependencies again")
+    return Path(spec.origin).parent
+
+
+def _versions(packages: tuple[str, ...]) -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    return versions | {package: importlib.metadata.version(package) for package in packages}
+
+
+SOURCES = {
+    "stdlib": Source(
+        "the running Python's standard library without its tests",
+        packages=(),
+        has_answers=False,
+        slow=False,
+        read=_stdlib,
+    ),
+    "unstructured": Source(
+        "the test suites inside the pandas and numpy packages",
+        packages=TEST_PACKAGES,
+        has_answers=False,
+        slow=False,
+        read=_test_suites,
+    ),
+    "qa": Source(
+        "functions of installed dependencies: signature and docstring -> body",
+        packages=FUNCTION_PACKAGES,
+        has_answers=True,
+        slow=True,
+        read=_functions,
+    ),
+}

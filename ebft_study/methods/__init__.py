@@ -1,0 +1,69 @@
+"""What one optimizer step computes. Every method gives the loss of a micro-batch through one signature."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ebft_study.algorithm.anchors import Anchors
+from ebft_study.data import Batch
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What the losses divide by, counted over all micro-batches of all workers before any of them runs."""
+
+    contexts: float
+    """Valid anchors."""
+    ce_tokens: float
+    """Tokens that carry cross-entropy."""
+
+
+@dataclass
+class Tally:
+    """Sums and counts of logged quantities; they add up over micro-batches, steps and workers."""
+
+    sums: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, float] = field(default_factory=dict)
+
+    def add(self, name: str, total: float | Tensor, count: float) -> None:
+        """Add `count` observations that sum to `total`."""
+        self.sums[name] = self.sums.get(name, 0.0) + float(total)
+        self.counts[name] = self.counts.get(name, 0.0) + count
+
+    def add_valid(self, name: str, values: Tensor, valid: Tensor) -> None:
+        """Add the entries of `values` [S, B, ...] whose anchor is valid [S, B]."""
+        chosen = values[valid]
+        self.add(name, chosen.double().sum(), float(chosen.numel()))
+
+    @contextmanager
+    def seconds(self, name: str, device: torch.device) -> Iterator[None]:
+        """Time a phase; on a GPU, wait for its kernels so that each phase pays for its own."""
+        started = time.perf_counter()
+        yield
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        self.add(name, time.perf_counter() - started, 0.0)
+
+    def mean(self, name: str) -> float:
+        """Mean of the observations; NaN if there were none."""
+        count = self.counts.get(name, 0.0)
+        return self.sums[name] / count if count else float("nan")
+
+
+class Method(Protocol):
+    """One way to update the generator."""
+
+    needs_rollouts: bool
+
+    def loss(
+        self, model: nn.Module, batch: Batch, anchors: Anchors, *, noise: Tensor, totals: Totals, tally: Tally
+    ) -> Tensor:
+        """This micro-batch's share of the loss, with gradient; `noise` [S, B, n, G] drives the rollouts, if any."""
+        ...

@@ -1,0 +1,118 @@
+"""Generators and feature networks: loading, freezing, fingerprints."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
+
+from ebft_study.block_model import ATTENTION, verify
+from ebft_study.config import FeaturesConfig, RunConfig
+from ebft_study.errors import ModelError
+from ebft_study.features.local import LocalFeatures
+from ebft_study.pretraining import LADDER, ensure_tiny_model
+
+transformers_logging.disable_progress_bar()
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A causal LM with block attention, its tokenizer, and what identifies its weights."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast
+    name: str
+    fingerprint: str
+    n_parameters: int
+    folder: str
+
+
+def load_model(
+    name: str, *, revision: str | None = None, random_weights: bool = False, device: torch.device | str = "cpu"
+) -> LoadedModel:
+    """A ladder model, hub model or local folder, in float32 and evaluation mode.
+
+    Args:
+        random_weights: keep the architecture but draw the weights anew from a fixed seed (an ablation of the paper).
+
+    Raises:
+        ModelError: nothing usable at `name`, or an architecture that block-parallel rollouts cannot run.
+    """
+    source = str(ensure_tiny_model(name)) if name in LADDER else name
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+        if random_weights:
+            config = AutoConfig.from_pretrained(source, revision=revision)
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION, dtype=torch.float32)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(
+                source, revision=revision, dtype=torch.float32, attn_implementation=ATTENTION
+            )
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(_explain(name, error)) from error
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
+        raise ModelError(f"model {name!r}: its tokenizer has neither a padding nor an end token. Add one and save it")
+    model = model.to(device).eval()
+    verify(model, name=name)
+    return LoadedModel(
+        model, tokenizer, name, fingerprint(model), sum(p.numel() for p in model.parameters()), str(Path(source).name)
+    )
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Sixteen hex digits of a hash over names, shapes and bytes of all weights."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def load_feature_network(config: RunConfig, base: LoadedModel) -> LocalFeatures:
+    """The frozen feature network of a run; 'base' means the generator's weights before any training, warm start included.
+
+    Raises:
+        ModelError: the network has another vocabulary than the generator, so token ids mean other things to it.
+    """
+    features: FeaturesConfig = config.features
+    if features.feature_network == "base" and not features.random_weights:
+        network: nn.Module = copy.deepcopy(base.model)
+    else:
+        same = features.feature_network == "base"
+        other = load_model(
+            config.model if same else features.feature_network,
+            revision=config.model_revision if same else None,
+            random_weights=features.random_weights,
+            device=next(base.model.parameters()).device,
+        )
+        check_vocabulary(base.tokenizer, other.tokenizer, base.name, other.name)
+        network = other.model
+    return LocalFeatures(network, depths=features.depths, pooling=features.pooling, normalize=features.normalize)
+
+
+def check_vocabulary(ours: Any, theirs: Any, our_name: str, their_name: str) -> None:
+    """Refuse a feature network that reads token ids differently."""
+    if ours.get_vocab() != theirs.get_vocab():
+        raise ModelError(
+            f"features.feature_network={their_name!r}: its vocabulary ({len(theirs)} tokens) differs from that of "
+            f"model {our_name!r} ({len(ours)} tokens). Use a network with the same tokenizer, such as one of its family"
+        )
+
+
+def _explain(name: str, error: Exception) -> str:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if name.startswith((".", "/", "~")) or Path(name).exists():
+        return f"model {name!r}: no usable model in this folder ({reason}). Give a folder with config.json and weights"
+    return (
+        f"model {name!r}: cannot be loaded ({reason}). Use one of {', '.join(LADDER)}, a local folder, "
+        "or a hub id that this machine can reach or has cached"
+    )

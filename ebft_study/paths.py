@@ -1,0 +1,13 @@
+"""Where things live on a machine."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import platformdirs
+
+
+def cache_folder() -> Path:
+    """The user's cache folder for this project; the environment variable EBFT_STUDY_CACHE overrides it."""
+    return Path(os.environ.get("EBFT_STUDY_CACHE") or platformdirs.user_cache_dir("ebft-study"))

@@ -1,0 +1,21 @@
+"""Reports of studies: statistics over seeds, figures, the paper's claims put to the test, one HTML file.
+
+    ebft_study.report.write_report(Path("studies/quickstart"))
+
+The parts are usable alone, in a notebook for instance: `tables.summarize(results)` gives a `Study`,
+`claims.judge(study)` the verdicts, `figures.draw_all(study)` the figures. Importing this package imports none of them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def write_report(study_folder: Path) -> Path:
+    """Write `report.html` and `figures/` into the study's folder from its results; returns the HTML file."""
+    from ebft_study.report.page import write  # pandas and matplotlib take a second that others need not pay
+
+    return write(Path(study_folder))
+
+
+__all__ = ["write_report"]

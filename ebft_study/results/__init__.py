@@ -1,0 +1,25 @@
+"""Results of studies: what the tables hold (schema), writing them (writer), reading them (reader).
+
+    results = ebft_study.results.load("quickstart")     # a name in ./studies, or a folder
+    results.trials, results.metrics, results.evaluations, results.samples, results.events    # pandas data frames
+
+Importing this package imports neither pandas nor pyarrow: they are loaded when the first file is touched.
+"""
+
+from ebft_study.results.compaction import compact
+from ebft_study.results.reader import Results, find_study, load, read_table
+from ebft_study.results.schema import METRICS, Metric, metric
+from ebft_study.results.writer import StudyRecorder, TrialRecorder
+
+__all__ = [
+    "METRICS",
+    "Metric",
+    "Results",
+    "StudyRecorder",
+    "TrialRecorder",
+    "compact",
+    "find_study",
+    "load",
+    "metric",
+    "read_table",
+]

@@ -1,0 +1,31 @@
+"""Sampling completions from the current policy. Backends share the `RolloutBackend` protocol and one contract suite."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from ebft_study.algorithm.anchors import Anchors
+from ebft_study.data import Batch
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """n completions of exactly G tokens for every anchor of a batch."""
+
+    completions: Tensor
+    """[S, B, n, G] int64; arbitrary where the anchor is not valid."""
+    log_probs: Tensor
+    """[S, B, n, G] float32, of the tempered policy that sampled them."""
+
+
+class RolloutBackend(Protocol):
+    """Samples from `model` at `temperature`, no top-k, no top-p, no stop at the end of a document."""
+
+    def sample(
+        self, model: nn.Module, batch: Batch, anchors: Anchors, *, noise: Tensor, temperature: float
+    ) -> Rollouts:
+        """`noise` [S, B, n, G] in [0, 1) fixes n, G and every draw (`algorithm.sampling.uniforms`)."""
+        ...

@@ -1,0 +1,162 @@
+"""One trial: a Ray Tune function that runs a Ray Train TorchTrainer and passes its reports on to Tune.
+
+    Tune driver            trial (this module)                 Train controller          workers
+    -----------            -------------------                 ----------------          -------
+    starts the trial  -->  fit() in a thread  ---------------> starts the workers  ----> training loop
+                           waits for the relay <-- put -------- Bridge.after_report <--- ray.train.report
+    decides       <------  ray.tune.report
+
+The loop waits in `ray.train.report` until the controller has polled it, the controller in `put` until the trial has
+taken the item before, the trial in `ray.tune.report` until Tune has decided. A crash anywhere ends `fit`, the trial
+raises, and Tune starts it again, as a new attempt from the newest checkpoint. What a user has to mend (`EbftError`)
+is not a crash: the trial ends normally and reports the failure.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import threading
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import ray.tune
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from ebft_study.errors import EbftError
+from ebft_study.study import attempts, relay
+from ebft_study.training import checkpoint
+from ebft_study.training.worker import train_worker
+
+_POINTER = "pointer.json"
+_END = "end"
+_POLL_SECONDS = 10.0
+
+
+class Bridge(ray.train.UserCallback):  # type: ignore[misc]
+    """Lives in the Train controller; hands rank 0's report to the trial."""
+
+    def __init__(self, box: str) -> None:
+        self._box = box
+
+    def after_report(
+        self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: ray.train.Checkpoint | None
+    ) -> None:
+        path = checkpoint.path if checkpoint else None
+        ray.get(relay.find().put.remote(self._box, (metrics[0], path)))
+
+
+def run_trial(settings: dict[str, Any]) -> None:
+    """The Tune trainable.
+
+    `settings`: study, study_folder, trial_id, run (a `RunConfig` as plain values), resources (a `ResourcesSpec`),
+    train (where the loop is). The last report holds `outcome`.
+    """
+    study_folder = Path(settings["study_folder"])
+    start_from = _checkpoint_to_start_from(study_folder, settings["trial_id"])
+    attempt = attempts.begin(study_folder, settings["trial_id"])
+    box = f"{settings['trial_id']}-{attempt}"
+    trainer = _trainer(settings, box, attempt, start_from)
+    last: dict[str, Any] = {"attempt": attempt}
+    fitting = _Fitting(trainer, box)
+    for metrics, path in fitting.reports():
+        last = {**metrics, "attempt": attempt}
+        _report(last, path)
+    ray.tune.report({**last, "outcome": fitting.outcome()})
+
+
+def _trainer(settings: dict[str, Any], box: str, attempt: int, start_from: Path | None) -> TorchTrainer:
+    resources, run = settings["resources"], settings["run"]
+    gpus = resources["gpus_per_worker"]
+    per_worker = {"CPU": resources["cpus_per_worker"]} | ({"GPU": gpus} if gpus else {})
+    return TorchTrainer(
+        train_worker,
+        train_loop_config={
+            "attempt": attempt,
+            "start_from": str(start_from) if start_from else None,
+            "threads": resources["cpus_per_worker"],
+            **{key: settings[key] for key in ("run", "study", "study_folder", "trial_id", "train")},
+        },
+        torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=resources["workers_per_trial"], use_gpu=bool(gpus), resources_per_worker=per_worker
+        ),
+        run_config=ray.train.RunConfig(
+            name=box,
+            storage_path=str(Path(settings["study_folder"]) / "train"),
+            callbacks=[Bridge(box)],
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=run["checkpoint"]["keep_checkpoints"]),
+            # Retries are Tune's alone: with both, a trial would be tried (a+1)(b+1) times. A group that cannot
+            # start is tried three times, and not for ever.
+            failure_config=ray.train.FailureConfig(max_failures=0, controller_failure_limit=3),
+        ),
+    )
+
+
+class _Fitting:
+    """`trainer.fit()` in a thread; its reports arrive through the relay."""
+
+    def __init__(self, trainer: TorchTrainer, box: str) -> None:
+        self._trainer, self._box, self._relay = trainer, box, relay.find()
+        self._error: BaseException | None = None
+        self._returned: dict[str, Any] = {}
+        self._thread = threading.Thread(target=self._fit, daemon=True, name="fit")
+
+    def reports(self) -> Any:
+        """Yield (metrics, checkpoint path or None) until the workers have ended."""
+        self._thread.start()
+        while True:
+            item = ray.get(self._relay.take.remote(self._box, _POLL_SECONDS))
+            if item == (_END,) or (item is None and not self._thread.is_alive()):
+                self._thread.join()
+                return
+            if item is not None:
+                yield item[0]
+
+    def outcome(self) -> dict[str, Any]:
+        """What the loop returned; a failure that only the user can mend counts as an outcome, a crash is raised."""
+        if self._error is None:
+            return self._returned
+        mendable = _mendable(self._error)
+        if mendable is None:
+            raise self._error
+        return {"status": "failed", "reason": str(mendable)}
+
+    def _fit(self) -> None:
+        try:
+            self._returned = self._trainer.fit().return_value
+        except BaseException as error:
+            self._error = error
+        finally:
+            ray.get(self._relay.put.remote(self._box, _END))
+
+
+def _mendable(error: BaseException) -> EbftError | None:
+    """The user's error among the errors of the workers, if there is one."""
+    for failure in getattr(error, "worker_failures", {}).values():
+        if isinstance(failure, EbftError):
+            return failure
+    return None
+
+
+def _report(metrics: dict[str, Any], checkpoint_path: str | None) -> None:
+    """Report to Tune; its checkpoint is a pointer to the one that Train keeps."""
+    if checkpoint_path is None:
+        ray.tune.report(metrics)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, _POINTER).write_text(json.dumps({"path": checkpoint_path}))
+        ray.tune.report(metrics, checkpoint=ray.tune.Checkpoint.from_directory(folder))
+
+
+def _checkpoint_to_start_from(study_folder: Path, trial_id: str) -> Path | None:
+    """Where Tune's pointer leads (a retry), else the trial's newest complete checkpoint (a resumed study)."""
+    pointer = ray.tune.get_checkpoint()
+    if pointer is not None:
+        with pointer.as_directory() as folder:
+            target = Path(json.loads(Path(folder, _POINTER).read_text())["path"])
+        if checkpoint.step_of(target) is not None:
+            return target
+    return attempts.newest_checkpoint(study_folder, trial_id)

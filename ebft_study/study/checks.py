@@ -1,0 +1,149 @@
+"""What a study must satisfy before anything runs; each broken rule is one line for people."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import os
+from collections.abc import Iterator
+
+from ebft_study import config
+from ebft_study.config import RunConfig
+from ebft_study.errors import ConfigError, rule_broken
+from ebft_study.results import METRICS
+from ebft_study.study import trials
+from ebft_study.study.spec import StudySpec
+from ebft_study.study.trials import Configuration
+
+OBJECTIVES = ("cfm_loss", "ce_loss", "ce_answer_loss", "perplexity", "reward")
+_MOST_CORNERS = 256
+
+
+def check(spec: StudySpec, source: str) -> list[RunConfig]:
+    """Refuse a study that cannot run as a whole; returns the run of each configuration checked, at the first seed."""
+    _check_search(spec, source)
+    _check_objective(spec, source)
+    checked = []
+    for configuration in _to_check(spec):
+        run = trials.build(spec, configuration, seed=spec.seeds[0], source=source)
+        _check_size(spec, run, source)
+        if configuration.baseline is None:
+            _check_reports(spec, run, source)
+        checked.append(run)
+    return checked
+
+
+def _to_check(spec: StudySpec) -> Iterator[Configuration]:
+    """Everything a grid or random search runs; for Optuna, baselines and the corners of the space."""
+    yield from trials.enumerated(spec)
+    if spec.search.algorithm == "optuna":
+        corners = itertools.product(*(axis.extremes() for axis in spec.axes.values()))
+        for values in itertools.islice(corners, _MOST_CORNERS):
+            yield trials.on_axes(dict(zip(spec.axes, values, strict=True)))
+
+
+def _check_search(spec: StudySpec, source: str) -> None:
+    search, number = spec.search, spec.search.num_configurations or 0
+    for path, axis in spec.axes.items():
+        if search.algorithm == "grid" and not axis.is_choice:
+            raise rule_broken(
+                source=source,
+                key=f"axes.{config.short_name(path)}",
+                given=axis.distribution,
+                rule="a grid needs a list of values, not a distribution",
+                remedy="List the values, or use search.algorithm: random or optuna",
+            )
+    if search.algorithm != "grid" and not spec.axes:
+        raise ConfigError(f"{source}: axes: a {search.algorithm} search has nothing to choose. Name at least one axis")
+    if search.algorithm == "random" and number > trials.number_of_choices(spec.axes):
+        raise rule_broken(
+            source=source,
+            key="search.num_configurations",
+            given=number,
+            rule=f"the axes hold only {trials.number_of_choices(spec.axes):.0f} different configurations",
+            remedy="Use algorithm: grid to run them all, or fewer",
+        )
+
+
+def _check_objective(spec: StudySpec, source: str) -> None:
+    metric, mode = spec.objective.metric, spec.objective.mode
+    if metric not in OBJECTIVES:
+        close = difflib.get_close_matches(metric, OBJECTIVES, n=1, cutoff=0.5)
+        nearest = f" Did you mean {close[0]!r}?" if close else ""
+        raise rule_broken(
+            source=source,
+            key="objective.metric",
+            given=metric,
+            rule=f"no trial reports this metric at evaluations.{nearest} Reported are {', '.join(OBJECTIVES)}",
+            remedy="Use one of them",
+        )
+    better = METRICS[metric].direction
+    if better != mode:
+        rule, remedy = f"the better {metric} is the {better}imum", f"Use mode: {better}"
+        raise rule_broken(source=source, key="objective.mode", given=mode, rule=rule, remedy=remedy)
+
+
+def _check_size(spec: StudySpec, run: RunConfig, source: str) -> None:
+    workers, batch = spec.resources.workers_per_trial, run.training.batch_size
+    if batch % workers:
+        raise rule_broken(
+            source=source,
+            key="training.batch_size",
+            given=batch,
+            rule=f"each of {workers} workers takes an equal part of the batch",
+            remedy="Use a multiple of resources.workers_per_trial",
+        )
+    if spec.scheduler.kind != "none" and spec.scheduler.grace_period_steps >= run.total_steps:
+        raise rule_broken(
+            source=source,
+            key="scheduler.grace_period_steps",
+            given=spec.scheduler.grace_period_steps,
+            rule=f"a trial has only {run.total_steps} steps, so none could be stopped early",
+            remedy="Use a shorter grace period, or kind: none",
+        )
+
+
+def _check_reports(spec: StudySpec, run: RunConfig, source: str) -> None:
+    """The objective must be something that this configuration measures."""
+    metric = spec.objective.metric
+    if metric == "ce_answer_loss" and _is_raw_text(run):
+        rule, remedy = f"data set {run.data.dataset!r} is raw text without answers, so no trial reports it", "ce_loss"
+    elif metric == "reward" and run.method != "ebft":
+        rule, remedy = f"method={run.method} has no reward, so such a trial does not report it", "cfm_loss"
+    else:
+        return
+    raise rule_broken(source=source, key="objective.metric", given=metric, rule=rule, remedy=f"Use metric: {remedy}")
+
+
+def _is_raw_text(run: RunConfig) -> bool:
+    return run.data.dataset in ("stdlib", "unstructured") or run.data.text_column is not None
+
+
+def check_machine(spec: StudySpec, *, cpus: int, gpus: int) -> None:
+    """Refuse a study of which not even one trial fits on this machine."""
+    resources = spec.resources
+    needs = {
+        "cpus_per_worker": (resources.workers_per_trial * resources.cpus_per_worker, cpus, "CPU cores"),
+        "gpus_per_worker": (resources.workers_per_trial * resources.gpus_per_worker, gpus, "GPUs"),
+    }
+    for key, (needed, there, what) in needs.items():
+        if needed > there:
+            raise rule_broken(
+                source=spec.study,
+                key=f"resources.{key}",
+                given=getattr(resources, key),
+                rule=f"a trial of {resources.workers_per_trial} worker(s) needs {needed:g} {what}; here are {there}",
+                remedy="Use another --profile, fewer workers_per_trial, or a larger machine",
+            )
+
+
+def cpu_count() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def gpu_count() -> int:
+    """GPUs that this process may use."""
+    import torch
+
+    return int(torch.cuda.device_count())

@@ -1,0 +1,75 @@
+"""What earlier sessions of a study left in its results tables: all that a resumed study needs to know."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ebft_study import results
+from ebft_study.study.progress import OPEN, TrialState
+from ebft_study.study.search import Ending, ending
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Curve = list[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class History:
+    """Per trial: its state, how it ended (if it did), and its (step, objective) before its last step."""
+
+    states: dict[str, TrialState]
+    endings: dict[str, Ending]
+    curves: dict[str, Curve]
+
+
+def read(study_folder: Path, objective: str) -> History:
+    """The history of a study; empty for one that has not started."""
+    rows = results.read_table(study_folder, "trials")
+    by_trial = dict(list(results.read_table(study_folder, "metrics").groupby("trial_id")))
+    states: dict[str, TrialState] = {}
+    endings: dict[str, Ending] = {}
+    curves: dict[str, Curve] = {}
+    for row in rows.to_dict("records"):
+        measured = by_trial.get(row["trial_id"])
+        state = _state(row, measured)
+        states[state.trial_id] = state
+        if state.status not in OPEN:
+            value = state.metrics.get(objective, math.nan)
+            endings[state.trial_id] = ending(state.status, state.note, value, state.step)
+        if measured is not None and _text(row["named_baseline"]) == "":
+            curves[state.trial_id] = _curve(measured, objective, state.total_steps)
+    return History(states, endings, curves)
+
+
+def _state(row: dict[Any, Any], measured: pd.DataFrame | None) -> TrialState:
+    state = TrialState(
+        trial_id=row["trial_id"],
+        label=_text(row["label"]),
+        status=row["status"],
+        attempt=int(row["attempt"]),
+        total_steps=int(row["warm_start_steps"] + row["steps"]),
+        earlier_seconds=0.0 if math.isnan(row["total_seconds"]) else float(row["total_seconds"]),
+        note=_text(row["error"]) or _text(row["stop_reason"]),
+    )
+    if state.status == "running":
+        state.started_at = row["started_at"].timestamp() if row["started_at"] is not None else None
+    if measured is not None:
+        state.step = int(measured["step"].max())
+        numbers = measured.drop(columns=["study", "trial_id", "attempt", "step", "written_at"])
+        last = numbers.ffill().iloc[-1]
+        state.metrics = {str(name): float(value) for name, value in last.items() if math.isfinite(value)}
+    return state
+
+
+def _curve(measured: pd.DataFrame, objective: str, total_steps: int) -> Curve:
+    """Reports that the scheduler looked at: a trial's last one is not among them."""
+    seen = measured[(measured["step"] < total_steps) & measured[objective].notna()]
+    return [(float(step), float(value)) for step, value in zip(seen["step"], seen[objective], strict=True)]
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else ""

@@ -1,0 +1,124 @@
+"""The driver's view of its trials: every change of state goes into the results tables and to the display."""
+
+from __future__ import annotations
+
+import datetime
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from ebft_study import config
+from ebft_study.results import StudyRecorder
+from ebft_study.study.progress import OPEN, Display, TrialState
+from ebft_study.study.search import Ending, ending
+from ebft_study.study.trials import Trial
+
+COUNTED = ("sequences_seen", "tokens_seen", "peak_memory_bytes")
+
+
+class Monitor:
+    """Keeps `results/trials` true at every moment. Plain Python; `tuning.Observer` is Ray's side of it."""
+
+    def __init__(self, recorder: StudyRecorder, states: dict[str, TrialState], objective: str) -> None:
+        """`states` starts with the trials that earlier sessions ended, and is shared with the display."""
+        self._recorder, self._states, self._objective = recorder, states, objective
+        self._best_cfm: dict[str, float] = {}
+        self.display: Display | None = None
+
+    def planned(self, trial: Trial) -> None:
+        """A trial is known and waits for its turn."""
+        state = self._states.setdefault(trial.trial_id, TrialState(trial.trial_id, trial.label))
+        state.status, state.total_steps, state.note = "pending", trial.run.total_steps, ""
+        self._record(
+            trial.trial_id,
+            label=trial.label,
+            configuration=trial.configuration.label,
+            named_baseline=trial.configuration.baseline,
+            attempt=state.attempt,
+            stop_reason=None,
+            error=None,
+            hyperparameters=config.flatten(trial.run),
+        )
+
+    def started(self, trial_id: str) -> None:
+        """A place was free and the trial was given to Ray."""
+        state = self._states[trial_id]
+        state.status, state.started_at, state.ended_at = "running", time.time(), None
+        first = {"started_at": _moment(state.started_at)} if state.attempt == 0 else {}
+        self._record(trial_id, **first)
+        self._changed(state, "starts")
+
+    def reported(self, trial_id: str, metrics: Mapping[str, Any]) -> None:
+        """An evaluation or a checkpoint; its rows are in the tables already."""
+        state = self._states[trial_id]
+        state.attempt = max(state.attempt, int(metrics.get("attempt", 0)))
+        state.step = int(metrics["step"])
+        state.metrics = {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
+        cfm = state.metrics.get("cfm_loss", math.nan)
+        if math.isfinite(cfm):
+            self._best_cfm[trial_id] = min(cfm, self._best_cfm.get(trial_id, math.inf))
+        self._changed(state, f"step {state.step}/{state.total_steps}")
+
+    def retried(self, trial_id: str, problem: str) -> None:
+        """The trial crashed, and will be started again."""
+        state = self._states[trial_id]
+        self._recorder.event("retry", problem, trial_id=trial_id, attempt=state.attempt)
+        self._changed(state, f"crashed and is started again ({problem})")
+
+    def ended(self, trial_id: str, outcome: Mapping[str, Any]) -> Ending:
+        """The trial is over. `outcome`: status, reason, and what `worker.train_worker` returned."""
+        state = self._states[trial_id]
+        status, reason = outcome["status"], outcome.get("reason", "")
+        state.status, state.ended_at, state.note = status, time.time(), reason
+        reasons = {"stopped": {"stop_reason": reason}, "failed": {"error": reason}}.get(status, {})
+        self._record(trial_id, **reasons, **self._numbers(state, outcome))
+        if status == "failed":
+            self._recorder.event("failed", reason, trial_id=trial_id, attempt=state.attempt)
+        self._changed(state, f"{status}{f' ({reason})' if reason else ''}")
+        return ending(status, reason, state.metrics.get(self._objective, math.nan), state.step)
+
+    def interrupted(self, reason: str) -> None:
+        """The driver ends before these trials; `resume` continues them."""
+        for state in self._states.values():
+            if state.status in OPEN:
+                running = state.status == "running"
+                state.status, state.note = "interrupted", reason
+                state.ended_at = time.time() if running else state.ended_at
+                self._record(state.trial_id, stop_reason=reason, **(self._numbers(state, {}) if running else {}))
+
+    def note(self, kind: str, message: str) -> None:
+        """Something that concerns the study as a whole."""
+        self._recorder.event(kind, message)
+        if self.display:
+            self.display.say(message)
+
+    def _numbers(self, state: TrialState, outcome: Mapping[str, Any]) -> dict[str, Any]:
+        """Cost and metrics as columns of `trials`."""
+        metrics, startup = state.metrics, outcome.get("startup_seconds")
+        columns: dict[str, Any] = {
+            "finished_at": _moment(state.ended_at),
+            "total_seconds": state.seconds,
+            "train_seconds": outcome.get("train_seconds"),
+            "steps_done": state.step,
+            "final_ce_loss": metrics.get("ce_loss"),
+            "final_cfm_loss": metrics.get("cfm_loss"),
+            "best_cfm_loss": self._best_cfm.get(state.trial_id),
+            **{name: int(metrics[name]) for name in COUNTED if math.isfinite(metrics.get(name, math.nan))},
+        }
+        if startup is not None and math.isfinite(startup) and state.started_at is not None:
+            # From the free place to the first optimizer step: processes, imports, model, data, base evaluation.
+            columns["startup_seconds"] = outcome["started_at"] - state.started_at + startup
+        return columns
+
+    def _record(self, trial_id: str, **columns: Any) -> None:
+        state = self._states[trial_id]
+        self._recorder.trial({"trial_id": trial_id, "status": state.status, "attempt": state.attempt, **columns})
+
+    def _changed(self, state: TrialState, what: str) -> None:
+        if self.display:
+            self.display.changed(state, what)
+
+
+def _moment(seconds: float | None) -> datetime.datetime | None:
+    return None if seconds is None else datetime.datetime.fromtimestamp(seconds, datetime.UTC)

@@ -1,0 +1,166 @@
+"""What people see of a study: one table, live on a terminal and printed by `status`, plain lines elsewhere.
+
+Imports no Ray: `status` shows a study from its results tables alone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+OPEN = ("pending", "running", "interrupted")
+_STYLES = {"running": "bold", "finished": "green", "stopped": "yellow", "failed": "red", "pending": "dim"}
+_MOST_ROWS = 40  # of a live table, which must fit a screen
+
+
+@dataclass
+class TrialState:
+    """One line of the table. Times are in seconds since the epoch; `earlier_seconds` were spent in earlier sessions."""
+
+    trial_id: str
+    label: str
+    status: str = "pending"
+    attempt: int = 0
+    step: int = 0
+    total_steps: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+    started_at: float | None = None
+    ended_at: float | None = None
+    earlier_seconds: float = 0.0
+    note: str = ""
+
+    @property
+    def seconds(self) -> float | None:
+        if self.started_at is None:
+            return self.earlier_seconds or None
+        return self.earlier_seconds + (self.ended_at or time.time()) - self.started_at
+
+
+class Display(Protocol):
+    """Where progress goes."""
+
+    def changed(self, state: TrialState, what: str) -> None:
+        """`what` happened to a trial, in a few words."""
+
+    def say(self, line: str) -> None:
+        """A line about the study as a whole."""
+
+    def close(self) -> None: ...
+
+
+class Lines:
+    """Plain lines, for logs and pipes."""
+
+    def __init__(self, console: Console, columns: tuple[str, ...]) -> None:
+        self._console, self._columns = console, columns
+
+    def changed(self, state: TrialState, what: str) -> None:
+        numbers = " ".join(f"{name}={state.metrics[name]:.4g}" for name in self._columns if name in state.metrics)
+        self.say(" ".join(f"{state.trial_id} {state.label}: {what} {numbers}".split()))
+
+    def say(self, line: str) -> None:
+        self._console.print(f"{time.strftime('%H:%M:%S')} {line}", markup=False, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """Lines need no closing."""
+
+
+class LiveTable:
+    """One table that updates in place; remarks scroll by above it."""
+
+    def __init__(
+        self, console: Console, columns: tuple[str, ...], states: dict[str, TrialState], title: str, at_once: int
+    ) -> None:
+        self._columns, self._states, self._title, self._at_once = columns, states, title, at_once
+        self._live = Live(console=console, get_renderable=self._render, refresh_per_second=2, transient=False)
+        self._live.start()
+
+    def changed(self, state: TrialState, what: str) -> None:
+        """The table refreshes by itself; what only a line can tell is said above it."""
+        if state.note and state.status in ("stopped", "failed"):
+            self.say(f"{state.trial_id} {state.label}: {what}")
+
+    def say(self, line: str) -> None:
+        self._live.console.print(f"{time.strftime('%H:%M:%S')} {line}", markup=False, highlight=False)
+
+    def close(self) -> None:
+        self._live.stop()
+
+    def _render(self) -> RenderableType:
+        return render(self._states.values(), self._columns, title=self._title, at_once=self._at_once)
+
+
+def display(
+    console: Console, columns: tuple[str, ...], states: dict[str, TrialState], *, title: str, at_once: int
+) -> Display:
+    """A live table on a terminal, plain lines elsewhere."""
+    if console.is_terminal:
+        return LiveTable(console, columns, states, title, at_once)
+    return Lines(console, columns)
+
+
+def render(
+    states: Iterable[TrialState], columns: tuple[str, ...], *, title: str, at_once: int = 1, most: int = _MOST_ROWS
+) -> RenderableType:
+    """The table of trials, and a line that counts them and says how long the rest will take."""
+    states = list(states)
+    table = Table(title=title, title_justify="left", show_edge=False, pad_edge=False)
+    for header in ("trial", "settings", "state", "step", *columns, "time", ""):
+        table.add_column(header, justify="right" if header in ("step", "time", *columns) else "left", no_wrap=True)
+    for state in _shown(states, most):
+        table.add_row(*_cells(state, columns), style=_STYLES.get(state.status, ""))
+    return Group(table, Text(summary(states, at_once), style="bold"))
+
+
+def _shown(states: list[TrialState], most: int) -> list[TrialState]:
+    """All trials if they fit; else those that run, then the latest to end, then the next to come."""
+    if len(states) <= most:
+        return states
+    rank = {"running": 0, "failed": 1, "stopped": 1, "finished": 2, "interrupted": 2, "pending": 3}
+    chosen = sorted(states, key=lambda s: (rank[s.status], -(s.ended_at or 0.0), s.trial_id))[:most]
+    return sorted(chosen, key=lambda s: s.trial_id)
+
+
+def _cells(state: TrialState, columns: tuple[str, ...]) -> list[str]:
+    step = f"{state.step}/{state.total_steps}" if state.total_steps else str(state.step)
+    numbers = [f"{state.metrics[name]:.4g}" if name in state.metrics else "" for name in columns]
+    status = state.status if state.attempt <= 1 else f"{state.status} (attempt {state.attempt})"
+    note = state.note if len(state.note) <= 48 else f"{state.note[:47]}…"
+    return [state.trial_id, state.label, status, step, *numbers, duration(state.seconds), note]
+
+
+def summary(states: list[TrialState], at_once: int = 1) -> str:
+    """`7 of 12 trials finished, 2 running, 3 pending; about 4 min left`."""
+    counts = {
+        status: sum(state.status == status for state in states) for status in dict.fromkeys(s.status for s in states)
+    }
+    parts = [f"{counts.pop('finished', 0)} of {len(states)} trials finished"]
+    parts += [f"{count} {status}" for status, count in counts.items()]
+    left = seconds_left(states, at_once)
+    return ", ".join(parts) + (f"; about {duration(left)} left" if left else "")
+
+
+def seconds_left(states: list[TrialState], at_once: int) -> float | None:
+    """Expected time until the last trial ends; None before the first has ended."""
+    ended = [s.seconds for s in states if s.status in ("finished", "stopped") and s.seconds]
+    waiting = [s for s in states if s.status in ("pending", "running")]
+    if not ended or not waiting:
+        return None
+    mean = sum(ended) / len(ended)
+    rest = sum(mean if s.status == "pending" else max(mean - (s.seconds or 0.0), 0.0) for s in waiting)
+    return rest / min(at_once, len(waiting))
+
+
+def duration(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,104 @@
+"""`study.yaml` in a study's folder: what was asked, with what, from which file; and comparing it with a file."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import importlib.metadata
+import os
+import platform
+import secrets
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ebft_study import config
+from ebft_study.errors import ResultsError
+from ebft_study.study import space
+from ebft_study.study.spec import StudySpec
+
+NAME = "study.yaml"
+PACKAGES = ("ebft-study", "torch", "ray", "transformers", "optuna", "tokenizers", "numpy", "pandas", "pyarrow")
+
+
+def write(folder: Path, spec: StudySpec, *, profile: str | None, file: Path, provenance: Mapping[str, Any]) -> None:
+    """Put study.yaml in place, complete or not at all."""
+    content = {
+        **space.dump(spec),
+        "profile": profile,
+        "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "file": {"name": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()},
+        "versions": versions(),
+        "git_revision": git_revision(),
+        "provenance": _plain(provenance),
+    }
+    temporary = folder / f".{NAME}.{secrets.token_hex(4)}.tmp"
+    temporary.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=110), encoding="utf-8")
+    os.replace(temporary, folder / NAME)
+
+
+def read(folder: Path) -> StudySpec:
+    """The spec of an existing study."""
+    return space.from_record(content(folder), source=str(folder / NAME))
+
+
+def content(folder: Path) -> dict[str, Any]:
+    """All of study.yaml."""
+    if not (folder / NAME).is_file():
+        raise ResultsError(f"{folder}: holds no {NAME}, so it is not a study. Check the name, or start it with 'study'")
+    return config.read_yaml(folder / NAME)
+
+
+def differences(old: StudySpec, new: StudySpec) -> list[str]:
+    """Keys in which two specs differ, as `run.training.steps: 40 -> 80`."""
+    before, after = _flat(space.dump(old)), _flat(space.dump(new))
+    keys = [key for key in {**before, **after} if before.get(key, "absent") != after.get(key, "absent")]
+    return [f"{key}: {before.get(key, 'absent')} -> {after.get(key, 'absent')}" for key in keys]
+
+
+def changed_versions(folder: Path) -> list[str]:
+    """Packages that are not of the version that the study was started with."""
+    then, now = content(folder).get("versions", {}), versions()
+    return [f"{name} {then[name]} -> {now.get(name)}" for name in then if then[name] != now.get(name)]
+
+
+def versions() -> dict[str, str]:
+    """Python and the packages that results depend on."""
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
+
+
+def git_revision() -> str | None:
+    """The commit of the checkout that this package runs from, marked where files differ from it."""
+    here = Path(__file__).parent
+    try:
+        described = subprocess.run(
+            ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40", "--exclude", "*"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+        tracked = subprocess.run(
+            ["git", "-C", str(here), "ls-files", "--error-unmatch", __file__], capture_output=True, timeout=10
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return described.stdout.strip() if tracked.returncode == 0 else None
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, dict) and value:
+        return {k: v for key, inner in value.items() for k, v in _flat(inner, f"{prefix}{key}.").items()}
+    return {prefix.removesuffix("."): value}
+
+
+def _plain(value: Any) -> Any:
+    """Plain YAML values, whatever a provenance holds."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(inner) for inner in value]
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)

@@ -1,0 +1,150 @@
+"""The driver of a study: prepares, starts Ray, lets Tune run the trials, and leaves everything on record.
+
+Tune's own state is never restored: it would unpickle files, and a truncated snapshot of it starts a trial without
+settings. A study resumes from study.yaml, its results tables, its checkpoints and, if it has one, its Optuna journal.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import filelock
+from rich.console import Console
+
+from ebft_study import report
+from ebft_study.config import RunConfig
+from ebft_study.errors import EbftError, ResultsError
+from ebft_study.study import checks, history, record, trials
+from ebft_study.study.history import History
+from ebft_study.study.progress import TrialState
+from ebft_study.study.spec import StudySpec
+
+INTERRUPTED = 130
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a session of a study ended. `reason` is empty when every trial is over."""
+
+    folder: Path
+    states: dict[str, TrialState]
+    reason: str = ""
+    report: Path | None = None
+
+    @property
+    def exit_code(self) -> int:
+        """130 after Ctrl-C, 1 when a trial failed, else 0."""
+        if self.reason.startswith("Ctrl-C"):
+            return INTERRUPTED
+        return int(any(state.status == "failed" for state in self.states.values()))
+
+
+def run(
+    spec: StudySpec, *, file: Path, profile: str | None, storage: Path, console: Console, go_on: bool = False
+) -> Ended:
+    """Run a study from its beginning; with `go_on`, continue it where an earlier session left it."""
+    folder = (storage / spec.study).resolve()
+    if (folder / record.NAME).exists():
+        return _existing(folder, spec, console, go_on)
+    configurations = checks.check(spec, str(file))
+    _check_machine(spec)
+    with _locked(folder):
+        provenance = _prepare(configurations)
+        record.write(folder, spec, profile=profile, file=file, provenance=provenance)
+        return _session(folder, spec, History({}, {}, {}), console)
+
+
+def resume(folder: Path, *, console: Console, retry_failed: bool = False) -> Ended:
+    """Continue a study from its folder alone."""
+    folder = folder.resolve()
+    spec = record.read(folder)
+    configurations = checks.check(spec, str(folder / record.NAME))
+    _check_machine(spec)
+    with _locked(folder):
+        past = history.read(folder, spec.objective.metric)
+        if retry_failed:
+            failed = [trial_id for trial_id, state in past.states.items() if state.status == "failed"]
+            past = History(past.states, {i: e for i, e in past.endings.items() if i not in failed}, past.curves)
+        if _is_over(spec, past):
+            return Ended(folder, past.states, report=_write_report(folder, console))
+        for change in record.changed_versions(folder):
+            console.print(f"note: the study was started with {change}", markup=False, highlight=False)
+        _prepare(configurations)
+        return _session(folder, spec, past, console)
+
+
+def _existing(folder: Path, spec: StudySpec, console: Console, go_on: bool) -> Ended:
+    different = record.differences(record.read(folder), spec)
+    if different:
+        shown = "; ".join(different[:3]) + (f"; and {len(different) - 3} more" if len(different) > 3 else "")
+        raise ResultsError(f"{folder}: holds a study of this name with other settings ({shown}). Choose another --name")
+    if go_on:
+        return resume(folder, console=console)
+    name = shlex.quote(folder.name)
+    if _is_over(spec, history.read(folder, spec.objective.metric)):
+        raise ResultsError(
+            f"{folder}: this study is finished. See 'ebft-study status {name}', or choose another --name"
+        )
+    raise ResultsError(f"{folder}: this study was started before. Continue it with 'ebft-study resume {name}'")
+
+
+def _is_over(spec: StudySpec, past: History) -> bool:
+    number = spec.search.num_configurations if spec.search.algorithm == "optuna" else 0
+    expected = len(spec.seeds) * (len(trials.enumerated(spec)) + (number or 0))
+    return len(past.endings) >= expected
+
+
+def _check_machine(spec: StudySpec) -> None:
+    checks.check_machine(spec, cpus=checks.cpu_count(), gpus=checks.gpu_count())
+
+
+def _prepare(configurations: Sequence[RunConfig]) -> dict[str, Any]:
+    """Data and models, loaded or built once, before any process is started for a trial."""
+    from ebft_study.training.prepare import prepare
+
+    return dict(prepare(configurations))
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the study for this driver; a folder that nothing was written to is removed again."""
+    new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / ".lock"
+    try:
+        lock = filelock.FileLock(path, timeout=0)
+        lock.acquire()
+    except filelock.Timeout:
+        raise ResultsError(
+            f"{folder}: another process is running this study. Watch it with 'ebft-study status {folder.name}'"
+        ) from None
+    try:
+        yield
+    finally:
+        if new and not (folder / record.NAME).exists():
+            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # someone else put something there
+                folder.rmdir()
+                folder.parent.rmdir()
+        lock.release()
+
+
+def _session(folder: Path, spec: StudySpec, past: History, console: Console) -> Ended:
+    from ebft_study.study.session import run_session
+
+    reason = run_session(folder, spec, past, console)
+    return Ended(folder, past.states, reason, _write_report(folder, console))
+
+
+def _write_report(folder: Path, console: Console) -> Path | None:
+    """The report; one that cannot be written (no trial has results yet) does not spoil the study."""
+    try:
+        return report.write_report(folder)
+    except EbftError as error:
+        console.print(f"no report: {error}", markup=False, highlight=False)
+        return None

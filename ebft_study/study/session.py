@@ -1,0 +1,188 @@
+"""One session of a study: one Ray cluster, in which Tune runs the trials that are left."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ebft_study import results
+from ebft_study.study import checks, progress, trials
+from ebft_study.study.history import History
+from ebft_study.study.monitor import Monitor
+from ebft_study.study.search import JOURNAL, ListedSearch, OptunaSearch, Search
+from ebft_study.study.spec import StudySpec
+from ebft_study.study.trials import Trial
+
+ENVIRONMENT = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # also how often a report is fetched
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process per trial, for machines that a cloud takes back
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths in a study mean the folder it was started from
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",  # nothing is sent unless asked for
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # one report without the objective would end the whole study
+    "TUNE_GLOBAL_CHECKPOINT_S": "3600",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+}
+_OBJECT_STORE_BYTES = 200_000_000  # settings and reports are all that travels
+
+
+def run_session(folder: Path, spec: StudySpec, past: History, console: Console) -> str:
+    """Run what is left of a study; `past.states` is kept up to date. Returns why it ended early, '' if it did not."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    from ebft_study.study.tuning import StopWish
+
+    recorder = results.StudyRecorder(folder, study=spec.study)
+    monitor = Monitor(recorder, past.states, spec.objective.metric)
+    search = _search(folder, spec, past, monitor)
+    at_once = _trials_at_once(spec)
+    columns = tuple(dict.fromkeys(("ce_loss", "cfm_loss", spec.objective.metric)))
+    wish = StopWish(spec.budget.max_hours)
+    with _signals(wish.wish):
+        monitor.display = progress.display(console, columns, past.states, title=spec.study, at_once=at_once)
+        monitor.note("session", f"{spec.study}: {progress.summary(list(past.states.values()), at_once)}")
+        try:
+            _tune(folder, spec, past, search, monitor, wish, at_once)
+        except BaseException as error:
+            wish.wish(f"the driver failed: {type(error).__name__}: {error}")
+            raise
+        finally:
+            monitor.interrupted(wish.reason or "the driver ended")
+            monitor.display.close()
+            results.compact(folder)
+    return str(wish.reason)
+
+
+def _search(folder: Path, spec: StudySpec, past: History, monitor: Monitor) -> Search:
+    """The trials that have not ended, in order; all that are known by now go on record as pending."""
+    if spec.search.algorithm == "optuna":
+
+        def refused(label: str, problem: str) -> None:
+            monitor.note("refused", f"{label}: {problem}")
+
+        return OptunaSearch(spec, folder / JOURNAL, past.endings, refused)
+    waiting = [t for t in trials.trials_of(spec, trials.enumerated(spec)) if t.trial_id not in past.endings]
+    for trial in waiting:
+        monitor.planned(trial)
+    return ListedSearch(waiting)
+
+
+def _trials_at_once(spec: StudySpec) -> int:
+    """As many as fit on the machine, and as the budget allows."""
+    resources = spec.resources
+    fits = [checks.cpu_count() // (resources.workers_per_trial * resources.cpus_per_worker)]
+    if resources.gpus_per_worker:
+        fits.append(int(checks.gpu_count() / (resources.workers_per_trial * resources.gpus_per_worker)))
+    return max(1, min([*fits, spec.budget.max_concurrent_trials or fits[0]]))
+
+
+def _tune(
+    folder: Path, spec: StudySpec, past: History, search: Search, monitor: Monitor, wish: Any, at_once: int
+) -> None:
+    """Start Ray and let Tune run the search to its end, or until `wish` says stop."""
+    import ray
+    import ray.tune
+
+    from ebft_study.study import relay
+    from ebft_study.study.bridge import run_trial
+    from ebft_study.study.tuning import Observer, StudySearcher
+
+    # The dashboard's process answers the one question by which Ray frees the places of a stopped trial's workers.
+    ray.init(
+        address="local",
+        num_cpus=checks.cpu_count(),
+        resources={"slot": at_once},
+        namespace=spec.study,
+        include_dashboard=True,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        object_store_memory=_OBJECT_STORE_BYTES,
+    )
+    try:
+        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the monitor tells what happens to trials
+        post = relay.start()
+
+        def released(trial_id: str, attempt: int) -> None:
+            post.close.remote(f"{trial_id}-{attempt}")
+
+        tuner = ray.tune.Tuner(
+            ray.tune.with_resources(run_trial, {"slot": 1}),
+            tune_config=ray.tune.TuneConfig(
+                search_alg=StudySearcher(search, monitor, lambda trial: _settings(folder, spec, trial)),
+                scheduler=_scheduler(spec, past),
+                num_samples=-1,
+                max_concurrent_trials=at_once,
+                reuse_actors=False,
+                trial_name_creator=_trial_name,
+                trial_dirname_creator=_trial_name,
+            ),
+            run_config=ray.tune.RunConfig(
+                name=time.strftime("%Y%m%d-%H%M%S"),
+                storage_path=str(folder / "tune"),
+                verbose=0,
+                stop=wish,
+                callbacks=[Observer(search, monitor, released)],
+                failure_config=ray.tune.FailureConfig(max_failures=spec.resources.max_failures),
+                checkpoint_config=ray.tune.CheckpointConfig(num_to_keep=2),
+            ),
+        )
+        tuner.fit()
+    finally:
+        ray.shutdown()
+
+
+def _trial_name(trial: Any) -> str:
+    return str(trial.config["trial_id"])
+
+
+def _scheduler(spec: StudySpec, past: History) -> Any:
+    from ray.tune.schedulers import FIFOScheduler
+
+    from ebft_study.study.schedulers import Rungs
+
+    if spec.scheduler.kind == "none":
+        return FIFOScheduler()
+    longest = max(run.total_steps for run in checks.check(spec, spec.study))
+    return Rungs(spec, longest=longest, history=past.curves)
+
+
+def _settings(folder: Path, spec: StudySpec, trial: Trial) -> dict[str, Any]:
+    """What a trial's processes are told: plain values only."""
+    from ebft_study.training import worker
+
+    return {
+        "study": spec.study,
+        "study_folder": str(folder),
+        "trial_id": trial.trial_id,
+        "is_baseline": trial.configuration.baseline is not None,
+        "total_steps": trial.run.total_steps,
+        "run": trial.run.model_dump(mode="json"),
+        "resources": spec.resources.model_dump(mode="json"),
+        "train": worker.TRAIN,
+    }
+
+
+@contextlib.contextmanager
+def _signals(wish: Any) -> Iterator[None]:
+    """The first Ctrl-C, or a polite kill, asks the study to stop; the next Ctrl-C ends it at once."""
+
+    def handle(number: int, frame: Any) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        wish("Ctrl-C" if number == signal.SIGINT else "Ctrl-C (terminated)")
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

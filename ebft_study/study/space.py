@@ -1,0 +1,134 @@
+"""Reading a study file: profile and overrides applied, everything checked that can be checked before anything runs.
+
+One file describes a study from laptop to cluster. A *profile* (`cpu`, `gpu`) changes model, sizes and resources,
+never what is studied. The result, a resolved `StudySpec`, is what `study.yaml` in the study's folder records.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ebft_study import config
+from ebft_study.errors import ConfigError, rule_broken
+from ebft_study.study import checks
+from ebft_study.study.spec import Axis, Profile, StudySpec, paths
+
+__all__ = ["StudySpec", "dump", "from_record", "load_study"]
+
+# Identity of a run rather than a setting to study; seeds have their own key.
+NEVER_AN_AXIS = {"name": "Each trial is named by its identifier", "seed": "List the seeds under 'seeds'"}
+
+
+def load_study(
+    path: Path, profile: str | None = None, overrides: Sequence[str] = (), *, name: str | None = None
+) -> StudySpec:
+    """The study in `path` with a profile applied and `key=value` overrides of fixed run settings; checked."""
+    source = str(path)
+    spec = _normal(config.parse(StudySpec, config.read_yaml(path), source=source), source)
+    _check_axes_keys(spec, source)
+    spec = _with_profile(spec, profile, source)
+    spec = _with_overrides(spec, overrides)
+    if name is not None:
+        spec = config.parse(StudySpec, {**dump(spec), "study": name}, source="command line")
+    checks.check(spec, source)
+    return spec
+
+
+def from_record(content: Mapping[str, Any], *, source: str) -> StudySpec:
+    """The spec that a study's own study.yaml records, which holds further keys."""
+    known = {key: value for key, value in content.items() if key in StudySpec.model_fields}
+    return _normal(config.parse(StudySpec, known, source=source), source)
+
+
+def dump(spec: StudySpec) -> dict[str, Any]:
+    """The spec as plain values, as it is written to study.yaml."""
+    return spec.model_dump(mode="json", exclude={"profiles"})
+
+
+def _normal(spec: StudySpec, source: str) -> StudySpec:
+    """Run settings nested by section, axes under their dotted paths, numbers as numbers."""
+    axes: dict[str, Axis] = {}
+    for key, axis in spec.axes.items():
+        path = config.resolve_key(key, source=f"{source}: axes")
+        if path in axes:
+            raise rule_broken(source=source, key="axes", given=key, rule="is listed twice", remedy="Keep one")
+        axes[path] = axis.model_copy(update={"values": _numbers(path, axis.values)})
+    return spec.model_copy(
+        update={
+            "run": config.nest(spec.run, source=f"{source}: run"),
+            "axes": axes,
+            "baselines": {
+                name: config.nest(settings, source=f"{source}: baselines.{name}")
+                for name, settings in spec.baselines.items()
+            },
+        }
+    )
+
+
+def _numbers(path: str, values: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
+    if values is None:
+        return None
+    return tuple(paths(config.nest({path: value}, source=path)).get(path, value) for value in values)
+
+
+def _check_axes_keys(spec: StudySpec, source: str) -> None:
+    fixed = paths(spec.run)
+    for path in spec.axes:
+        if path in NEVER_AN_AXIS:
+            raise ConfigError(f"{source}: axes.{path}: cannot be an axis. {NEVER_AN_AXIS[path]}")
+        if path in fixed:
+            raise rule_broken(
+                source=source,
+                key=f"run.{config.short_name(path)}",
+                given=fixed[path],
+                rule="is fixed here and varied under axes",
+                remedy="Keep one of the two",
+            )
+    for path, remedy in NEVER_AN_AXIS.items():
+        for where, settings in {"run": spec.run, **spec.baselines}.items():
+            if path in settings:
+                raise ConfigError(f"{source}: {where}: {path}={settings[path]!r}: is set by the study. {remedy}")
+
+
+def _with_profile(spec: StudySpec, profile: str | None, source: str) -> StudySpec:
+    if profile is None and not spec.profiles:
+        return spec
+    if profile is None:
+        raise ConfigError(f"{source}: profile: none was chosen. Add --profile {' or --profile '.join(spec.profiles)}")
+    if profile not in spec.profiles:
+        known = ", ".join(spec.profiles) or "none"
+        raise ConfigError(f"{source}: profile={profile!r}: the file has no such profile. Known profiles: {known}")
+    chosen = spec.profiles[profile]
+    for path in _profile_run(chosen, profile, source):
+        _refuse_studied(spec, path, f"{source}: profiles.{profile}", "a profile changes model, sizes and resources")
+    merged = config.merge(dump(spec), chosen.model_dump() | {"run": config.nest(chosen.run, source=source)})
+    return _normal(config.parse(StudySpec, merged, source=f"{source}: profiles.{profile}"), source)
+
+
+def _profile_run(profile: Profile, name: str, source: str) -> dict[str, Any]:
+    return paths(config.nest(profile.run, source=f"{source}: profiles.{name}.run"))
+
+
+def _with_overrides(spec: StudySpec, overrides: Sequence[str]) -> StudySpec:
+    run = spec.run
+    for item in overrides:
+        key, value = config.parse_override(item)
+        path = config.resolve_key(key)
+        _refuse_studied(spec, path, "command line", "an override changes what is fixed")
+        change: dict[str, Any] = {}
+        config.set_path(change, path, value)
+        run = config.merge(run, change)
+    return spec.model_copy(update={"run": run})
+
+
+def _refuse_studied(spec: StudySpec, path: str, source: str, rule: str) -> None:
+    """Profiles and overrides leave alone what the study is about."""
+    if path in spec.axes:
+        what = "an axis of the study"
+    elif path in ("method", *NEVER_AN_AXIS):
+        what = "part of what is studied"
+    else:
+        return
+    raise ConfigError(f"{source}: {path}: {rule}, and this is {what}. Edit the study file itself")

@@ -1,0 +1,187 @@
+"""What a study file may say: one pydantic model per section. `space.load_study` reads and checks a file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, field_serializer, field_validator, model_validator
+
+from ebft_study.config import Section
+
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+NEVER_IN_A_PROFILE = ("study", "question", "axes", "seeds", "baselines", "search", "objective", "method")
+
+
+class Axis(Section):
+    """The values that one setting takes: a list of choices, or a distribution to draw from."""
+
+    distribution: Literal["choice", "uniform", "log_uniform", "integer"]
+    values: tuple[Any, ...] | None = None
+    low: float | None = None
+    high: float | None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> Axis:
+        if self.distribution == "choice":
+            if not self.values:
+                raise ValueError("lists no values. List at least one")
+            if any(value in self.values[:index] for index, value in enumerate(self.values)):
+                raise ValueError(f"lists a value twice: {list(self.values)}. List each value once")
+            return self
+        if self.values is not None or self.low is None or self.high is None:
+            raise ValueError(f"a {self.distribution} distribution has low and high. Give both, and no values")
+        if not self.low < self.high:
+            raise ValueError(f"low must lie below high, but got low={self.low:g}, high={self.high:g}. Swap them")
+        if self.distribution == "log_uniform" and self.low <= 0:
+            raise ValueError(f"log_uniform needs low > 0, but got {self.low:g}. Use uniform or a positive low")
+        if self.distribution == "integer" and not (self.low.is_integer() and self.high.is_integer()):
+            raise ValueError("an integer distribution has whole numbers as low and high. Use uniform for fractions")
+        return self
+
+    @property
+    def is_choice(self) -> bool:
+        return self.distribution == "choice"
+
+    def extremes(self) -> tuple[Any, ...]:
+        """All choices, or both ends of a distribution: where rules between settings break first."""
+        if self.is_choice:
+            return self.values or ()
+        ends = (self.low, self.high)
+        return tuple(int(end) for end in ends if end is not None) if self.distribution == "integer" else ends
+
+
+class SearchSpec(Section):
+    """How configurations are chosen from the axes."""
+
+    algorithm: Literal["grid", "random", "optuna"] = "grid"
+    num_configurations: PositiveInt | None = Field(None, description="random and optuna: how many to try")
+    sampler: Literal["tpe", "random"] = Field("tpe", description="optuna: how to suggest")
+    search_seed: int = Field(0, ge=0, description="random and optuna: seed of the choice of configurations")
+
+    @field_validator("sampler", mode="before")
+    @classmethod
+    def _no_grid_sampler(cls, value: Any) -> Any:
+        if value in ("grid", "brute_force"):
+            raise ValueError("an Optuna search cannot be a grid. Use algorithm: grid, or sampler: tpe | random")
+        return value
+
+    @model_validator(mode="after")
+    def _number_where_needed(self) -> SearchSpec:
+        if self.algorithm == "grid" and self.num_configurations is not None:
+            raise ValueError("a grid runs every combination. Drop num_configurations, or use algorithm: random")
+        if self.algorithm != "grid" and self.num_configurations is None:
+            raise ValueError(f"a {self.algorithm} search needs num_configurations. Say how many to try")
+        return self
+
+
+class SchedulerSpec(Section):
+    """Early stopping of trials that fall behind; baselines always run to the end."""
+
+    kind: Literal["none", "asha"] = "none"
+    grace_period_steps: PositiveInt = Field(50, description="no trial is stopped before this step")
+    reduction_factor: int = Field(3, ge=2, description="about one of this many trials goes on at each rung")
+
+
+class ObjectiveSpec(Section):
+    """The validation metric that search and early stopping look at."""
+
+    metric: str = "cfm_loss"
+    mode: Literal["min", "max"] = "min"
+
+
+class BudgetSpec(Section):
+    max_concurrent_trials: PositiveInt | None = Field(None, description="default: as many as the machine holds")
+    max_hours: PositiveFloat | None = Field(None, description="trials that run then are stopped, and can be resumed")
+
+
+class ResourcesSpec(Section):
+    """What one trial occupies."""
+
+    workers_per_trial: PositiveInt = 1
+    cpus_per_worker: PositiveInt = 1
+    gpus_per_worker: float = Field(0.0, ge=0.0)
+    max_failures: int = Field(1, ge=0, description="how often a crashed trial is started again from its checkpoint")
+
+
+class Profile(Section):
+    """What differs on one kind of machine."""
+
+    run: dict[str, Any] = Field(default_factory=dict)
+    scheduler: dict[str, Any] = Field(default_factory=dict)
+    budget: dict[str, Any] = Field(default_factory=dict)
+    resources: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _only_sizes(cls, given: Any) -> Any:
+        for key in NEVER_IN_A_PROFILE:
+            if isinstance(given, Mapping) and key in given:
+                raise ValueError(f"{key}: is part of what is studied, the same everywhere. Move it out of the profile")
+        return given
+
+
+class StudySpec(Section):
+    """One study. After `load_study`, `run` and `baselines` are nested by section and `profiles` is empty."""
+
+    study: str = Field(pattern=NAME_PATTERN)
+    question: str = Field(min_length=1)
+    run: dict[str, Any] = Field(default_factory=dict)
+    axes: dict[str, Axis] = Field(default_factory=dict)
+    seeds: tuple[int, ...] = Field((0,), min_length=1)
+    baselines: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    search: SearchSpec = SearchSpec()
+    scheduler: SchedulerSpec = SchedulerSpec()
+    objective: ObjectiveSpec = ObjectiveSpec()
+    budget: BudgetSpec = BudgetSpec()
+    resources: ResourcesSpec = ResourcesSpec()
+    profiles: dict[str, Profile] = Field(default_factory=dict)
+
+    @field_validator("axes", mode="before")
+    @classmethod
+    def _lists_are_choices(cls, axes: Any) -> Any:
+        if not isinstance(axes, Mapping):
+            return axes
+        return {key: _as_axis(str(key), given) for key, given in axes.items()}
+
+    @field_serializer("axes")
+    def _choices_are_lists(self, axes: dict[str, Axis]) -> dict[str, Any]:
+        return {
+            key: list(axis.values or ()) if axis.is_choice else axis.model_dump(exclude_none=True)
+            for key, axis in axes.items()
+        }
+
+    @field_validator("seeds")
+    @classmethod
+    def _seeds_differ(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(seeds)) != len(seeds):
+            raise ValueError("lists a seed twice. Statistics need independent seeds: list each once")
+        if min(seeds) < 0:
+            raise ValueError("seeds are not negative. Use 0, 1, 2, ...")
+        return seeds
+
+    @field_validator("baselines")
+    @classmethod
+    def _baseline_names(cls, baselines: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        for name in baselines:
+            if not name.replace("-", "").replace("_", "").isalnum():
+                raise ValueError(f"{name!r} is not a name. Use letters, digits, '-' and '_'")
+        return baselines
+
+
+def _as_axis(key: str, given: Any) -> dict[str, Any]:
+    if isinstance(given, list | tuple):
+        return {"distribution": "choice", "values": given}
+    if isinstance(given, Mapping):
+        if given.get("distribution") == "grid" or "grid" in given or "grid_search" in given:
+            raise ValueError(f"{key}: a grid is a plain list. Write {key}: [first, second], with algorithm: grid")
+        return dict(given)
+    raise ValueError(f"{key}={given!r}: is one value. Fix it under 'run', or list several")
+
+
+def paths(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested settings as dotted path -> value."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= {f"{key}.{leaf}": inner for leaf, inner in value.items()} if isinstance(value, dict) else {key: value}
+    return flat

@@ -1,0 +1,111 @@
+"""Ray Tune's side of a study: thin adapters from its hooks to `search`, `monitor`, and the driver's wish to stop.
+
+Tune pickles all of them into snapshots that nothing here ever reads, so they pickle to nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ray.tune import Callback, Stopper
+from ray.tune.search import Searcher
+
+from ebft_study.study.monitor import Monitor
+from ebft_study.study.search import EARLY_STOP, Search
+from ebft_study.study.trials import Trial
+
+Settings = dict[str, Any]
+
+
+class StudySearcher(Searcher):  # type: ignore[misc]
+    """Hands the trials of a `Search` to Tune."""
+
+    def __init__(self, search: Search, monitor: Monitor, settings: Callable[[Trial], Settings]) -> None:
+        super().__init__()
+        self._search, self._monitor, self._settings = search, monitor, settings
+
+    def suggest(self, trial_id: str) -> Settings | str | None:
+        trial = self._search.next()
+        if trial is None:
+            return str(Searcher.FINISHED) if self._search.exhausted else None
+        self._monitor.planned(trial)
+        self._monitor.started(trial.trial_id)
+        return self._settings(trial)
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """`Observer` tells the search, because only it learns why a trial failed."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """The results tables and the journal are the record."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+class Observer(Callback):  # type: ignore[misc]
+    """Passes what happens to trials on to monitor and search."""
+
+    def __init__(self, search: Search, monitor: Monitor, released: Callable[[str, int], None]) -> None:
+        """`released`: called with a trial and its attempt once it has ended."""
+        self._search, self._monitor, self._released = search, monitor, released
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        if "outcome" not in result:
+            self._monitor.reported(_id(trial), result)
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._monitor.retried(_id(trial), _problem(trial))
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        last = trial.last_result or {}
+        reason = f"{EARLY_STOP}: behind other trials at step {last.get('step', 0):g}"
+        stopped_early = {"status": "stopped", "reason": reason}
+        self._end(trial, last.get("outcome", stopped_early))
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._end(trial, {"status": "failed", "reason": _problem(trial)})
+
+    def _end(self, trial: Any, outcome: dict[str, Any]) -> None:
+        self._search.ended(_id(trial), self._monitor.ended(_id(trial), outcome))
+        self._released(_id(trial), int((trial.last_result or {}).get("attempt", 0)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+class StopWish(Stopper):  # type: ignore[misc]
+    """Ends the whole study when asked to, or when its time is over."""
+
+    def __init__(self, max_hours: float | None) -> None:
+        self.reason = ""
+        self._deadline = time.monotonic() + max_hours * 3600 if max_hours else None
+
+    def wish(self, reason: str) -> None:
+        self.reason = self.reason or reason
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        if self._deadline is not None and time.monotonic() > self._deadline:
+            self.wish("budget.max_hours is used up")
+        return bool(self.reason)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+def _id(trial: Any) -> str:
+    return str(trial.config["trial_id"])
+
+
+def _problem(trial: Any) -> str:
+    """The last line of what Tune noted of a crash: the exception and its message."""
+    path = trial.error_file
+    lines = Path(path).read_text(errors="replace").split("\n") if path and Path(path).is_file() else []
+    return next((line.strip() for line in reversed(lines) if line.strip()), "the trial's process died")

@@ -1,0 +1,418 @@
+"""The training loop of one run. Ray is not needed; under Ray Train every worker runs exactly this.
+
+    step 0: evaluate the base model
+    warm_start_steps updates by SFT, then `steps` updates by the method:
+        rows of this step -> this worker's share -> micro-batches -> gradients, added up over workers -> AdamW
+    every log_every_steps: a row of metrics; every eval_every_steps: validation; every checkpoint_every_steps: a checkpoint
+    at the end: held-out evaluation
+
+Everything random is a function of (seed, step, row), so a resumed run continues bit for bit, whatever the number of workers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from ebft_study import evaluation
+from ebft_study.algorithm.anchors import Anchors, find_anchors
+from ebft_study.algorithm.sampling import uniforms
+from ebft_study.config import RunConfig
+from ebft_study.data import Batch, batch_indices
+from ebft_study.errors import ConfigError, NonFiniteError
+from ebft_study.evaluation import base as base_evaluation
+from ebft_study.methods import Tally, Totals
+from ebft_study.methods.sft import ce_mask
+from ebft_study.training import checkpoint
+from ebft_study.training.averaging import WeightAverage
+from ebft_study.training.distributed import sum_gradients, sum_measured, sum_over_workers, sum_tally
+from ebft_study.training.samples import sample_rows
+from ebft_study.training.setup import build_optimizer, build_parts, learning_rate_at
+
+Report = Callable[[dict[str, float], Path | None], None]
+ROLLOUT_STREAM = 1
+"""Keeps the noise of training rollouts apart from that of evaluations."""
+
+
+class Recorder(Protocol):
+    """Where a run's numbers go (`results.writer.TrialRecorder`)."""
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None: ...
+    def evaluations(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None: ...
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None: ...
+    def event(self, kind: str, message: str, **details: Any) -> None: ...
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended."""
+
+    status: Literal["finished", "stopped"]
+    reason: str
+    step: int
+    metrics: dict[str, float]
+    startup_seconds: float
+
+
+def train(
+    config: RunConfig,
+    *,
+    recorder: Recorder | None,
+    on_report: Report,
+    start_from: Path | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Outcome:
+    """Run `config` from the beginning or from a checkpoint folder to its last step.
+
+    Args:
+        recorder: where rows go; None on workers other than the first.
+        on_report: called on every worker at every evaluation and checkpoint step with the latest metrics and, on the
+            first worker, the folder of a new checkpoint, which is deleted after the call.
+        start_from: a checkpoint folder to continue from.
+
+    Returns:
+        The outcome. A non-finite loss ends the run with status `stopped`; it does not raise.
+    """
+    run = Run(config, recorder, on_report, rank, world_size)
+    try:
+        run.start(start_from)
+        while run.step < config.total_steps:
+            run.update()
+            run.observe()
+        run.finish()
+    except NonFiniteError as error:
+        return run.stop(str(error))
+    return run.outcome("finished", "")
+
+
+class Run:
+    """The state of a run between steps."""
+
+    def __init__(
+        self, config: RunConfig, recorder: Recorder | None, on_report: Report, rank: int, world_size: int
+    ) -> None:
+        if config.training.batch_size < world_size:
+            raise ConfigError(
+                f"training.batch_size={config.training.batch_size}: {world_size} workers need at least one sequence "
+                "each. Use a larger batch_size or fewer workers_per_trial"
+            )
+        self.started = time.perf_counter()
+        self.config, self.recorder, self.on_report = config, recorder, on_report
+        self.rank, self.world_size = rank, world_size
+        self.parts = build_parts(config)
+        self.device, self.model = self.parts.device, self.parts.base.model
+        self.model.train()
+        self.step, self.tokens_seen = 0, 0
+        self.tally, self.tally_steps, self.latest = Tally(), 0, dict[str, float]()
+        self.average = WeightAverage(self.model, config.optimizer.ema_decay)
+        self.optimizer = self._new_optimizer()
+        self.startup_seconds = float("nan")
+
+    # --- phases ------------------------------------------------------------------------------------------------
+
+    @property
+    def warming_up(self) -> bool:
+        return self.step < self.config.training.warm_start_steps
+
+    @property
+    def method(self) -> Any:
+        return self.parts.warm_start if self.warming_up else self.parts.method
+
+    @property
+    def peak_learning_rate(self) -> float:
+        warm = self.config.training.warm_start_learning_rate
+        return warm if self.warming_up and warm is not None else self.config.optimizer.learning_rate
+
+    def _new_optimizer(self) -> torch.optim.AdamW:
+        return build_optimizer(self.model, self.config.optimizer, learning_rate=self.peak_learning_rate)
+
+    def start(self, start_from: Path | None) -> None:
+        """Continue from a checkpoint, or evaluate the base model."""
+        if start_from is not None:
+            self._restore(start_from)
+            self.on_report({**self.latest, "step": float(self.step)}, None)
+            return
+        self._record_event("started", f"{self.config.method} on {self.config.model}")
+        self._evaluate_base()
+        self._report(None)
+
+    def update(self) -> None:
+        """One optimizer update."""
+        if math.isnan(self.startup_seconds):
+            self.startup_seconds = time.perf_counter() - self.started
+        if self.step == self.config.training.warm_start_steps > 0:
+            self.optimizer = self._new_optimizer()
+        before = time.perf_counter()
+        rows, anchors, noise, totals = self._batch()
+        loss = sum(
+            self._backward(rows, anchors, noise, totals, part)
+            for part in torch.arange(len(rows.indices)).split(self.config.training.micro_batch_size or len(rows.indices))
+        )
+        with self.tally.seconds("optimizer_seconds", self.device):
+            self._apply_gradients(loss)
+        self.step += 1
+        self.tokens_seen += int(sum_over_workers([float((rows.document_ids >= 0).sum())], self.world_size, self.device)[0])
+        self.tally.add("step_seconds", time.perf_counter() - before, 0.0)
+        self.tally_steps += 1
+
+    def observe(self) -> None:
+        """Whatever is due after this step: metrics, samples, validation, checkpoint."""
+        training, last = self.config.training, self.step == self.config.total_steps
+        evaluate = last or self.step % self.config.evaluation.eval_every_steps == 0
+        keep = last or self.step % self.config.checkpoint.checkpoint_every_steps == 0
+        row: dict[str, float] = {}
+        if last or self.step % training.log_every_steps == 0:
+            row |= self._drain_tally()
+        if evaluate:
+            row |= self._validate()
+        if row and self.recorder:
+            self.recorder.metrics(self.step, row)
+        if self.recorder and (last or self.step % training.sample_every_steps == 0):
+            self._record_samples()
+        if keep:
+            with tempfile.TemporaryDirectory(prefix="ebft-checkpoint-") as folder:
+                self._report(Path(folder))
+        elif evaluate:
+            self._report(None)
+
+    def finish(self) -> None:
+        """Held-out evaluation of the final model, unless the base model is the final model."""
+        if self.step > 0:
+            self._evaluate_heldout()
+            self._record_event("finished", f"{self.step} steps")
+
+    def stop(self, reason: str) -> Outcome:
+        """End early, with the reason on record."""
+        self._record_event("stopped", reason, step=self.step)
+        self.on_report({**self.latest, "step": float(self.step)}, None)
+        return self.outcome("stopped", reason)
+
+    def outcome(self, status: Literal["finished", "stopped"], reason: str) -> Outcome:
+        return Outcome(status, reason, self.step, dict(self.latest), self.startup_seconds)
+
+    # --- one update --------------------------------------------------------------------------------------------
+
+    def _batch(self) -> tuple[Batch, Anchors, Tensor, Totals]:
+        """This worker's rows of the step, with anchors, noise, and what all workers' losses divide by."""
+        config, data = self.config, self.parts.data["train"]
+        indices = batch_indices(
+            size=len(data), batch_size=config.training.batch_size, step=self.step, seed=config.seed
+        )
+        rows = data.rows(indices[self.rank :: self.world_size]).to(self.device)
+        rollout = config.rollout
+        anchors = find_anchors(
+            rows.document_ids,
+            completion_length=rollout.completion_length,
+            stride=rollout.stride,
+            first_context_length=rollout.context_length,
+            answer_mask=rows.answer_mask if rollout.anchor_region == "answer" else None,
+        )
+        noise = uniforms(
+            (config.seed, ROLLOUT_STREAM, self.step),
+            rows.indices.tolist(),
+            n_anchors=anchors.positions.shape[1],
+            n_samples=rollout.n_samples,
+            length=rollout.completion_length,
+        )
+        mine = float(anchors.valid.sum()), float(ce_mask(rows, config.loss.ce_region).sum())
+        contexts, ce_tokens = sum_over_workers(mine, self.world_size, self.device)
+        return rows, anchors, noise, Totals(contexts=contexts, ce_tokens=max(ce_tokens, 1.0))
+
+    def _backward(self, rows: Batch, anchors: Anchors, noise: Tensor, totals: Totals, part: Tensor) -> float:
+        on_device = part.to(self.device)
+        batch = Batch(*(getattr(rows, name)[on_device] for name in ("tokens", "document_ids", "answer_mask", "indices")))
+        share = Anchors(*(tensor[on_device] for tensor in anchors))
+        with self._autocast():
+            loss = self.method.loss(self.model, batch, share, noise=noise[part], totals=totals, tally=self.tally)
+        with self.tally.seconds("scoring_seconds", self.device):
+            if loss.requires_grad:
+                loss.backward()
+        self.tally.add("loss", loss.detach(), 0.0)
+        return float(loss.detach())
+
+    def _apply_gradients(self, loss: float) -> None:
+        sum_gradients(self.model, self.world_size)
+        limit = self.config.optimizer.max_grad_norm
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, math.inf if limit is None else limit))
+        (total,) = sum_over_workers([loss], self.world_size, self.device)
+        for quantity, value in (("loss", total), ("grad_norm", norm)):
+            if not math.isfinite(value):
+                raise NonFiniteError(quantity, value, self.step + 1)
+        warm = self.config.training.warm_start_steps
+        within, length = (self.step, warm) if self.warming_up else (self.step - warm, self.config.training.steps)
+        rate = learning_rate_at(self.config.optimizer, self.peak_learning_rate, within, length)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.average.update(self.model)
+        if self.rank == 0:
+            self.tally.add("grad_norm", norm, 1.0)
+            self.latest["learning_rate"] = rate
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self.config.training.precision == "bfloat16":
+            return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return contextlib.nullcontext()
+
+    # --- what is measured --------------------------------------------------------------------------------------
+
+    def _drain_tally(self) -> dict[str, float]:
+        """Means over the steps since the last row, over all workers."""
+        total = sum_tally(self.tally, TALLIED, self.world_size, self.device)
+        steps, workers = self.tally_steps, self.world_size
+        row = {name: total.mean(name) for name in AVERAGED if total.counts.get(name)}
+        if total.counts.get("advantage"):
+            mean = total.mean("advantage")
+            row["advantage_std"] = math.sqrt(max(total.mean("advantage_squared") - mean * mean, 0.0))
+            row["policy_loss"] = total.sums["policy_loss"] / steps
+        row["loss"] = total.sums["loss"] / steps
+        row |= {name: total.sums[name] / steps / workers for name in PHASES if total.sums[name] > 0}
+        tokens = self.tokens_seen - self.latest.get("tokens_seen", 0.0)
+        row |= {
+            "learning_rate": self.latest.get("learning_rate", float("nan")),
+            "tokens_per_second": tokens / max(total.sums["step_seconds"] / workers, 1e-9),
+            "peak_memory_bytes": float(peak_memory_bytes(self.device)),
+            "sequences_seen": float(self.step * self.config.training.batch_size),
+            "tokens_seen": float(self.tokens_seen),
+        }
+        self.latest |= row
+        self.tally, self.tally_steps = Tally(), 0
+        return row
+
+    def _measure(self, split: str, sequences: int, lengths: Sequence[int], *, with_entropy: bool) -> evaluation.Measured:
+        with self.average.applied(self.model), self._autocast():
+            mine = self.parts.evaluator.measure(
+                self.model,
+                self.parts.data[split],
+                sequences=sequences,
+                lengths=lengths,
+                with_entropy=with_entropy,
+                rank=self.rank,
+                world_size=self.world_size,
+            )
+        keys: list[tuple[str, int | None]] = [(evaluation.CE, None), (evaluation.CE_ANSWER, None)]
+        keys += [(evaluation.CFM, length) for length in lengths]
+        keys += [(evaluation.ENTROPY, k + 1) for k in range(max(lengths) if with_entropy else 0)]
+        return sum_measured(mine, keys, self.world_size, self.device)
+
+    def _measure_validation(self) -> evaluation.Measured:
+        G = self.config.rollout.completion_length
+        return self._measure("validation", self.config.evaluation.validation_sequences, [G], with_entropy=False)
+
+    def _measure_heldout(self) -> evaluation.Measured:
+        lengths = sorted({*self.config.evaluation.profile_lengths, self.config.rollout.completion_length})
+        return self._measure("heldout", self.config.evaluation.heldout_sequences, lengths, with_entropy=True)
+
+    def _validate(self) -> dict[str, float]:
+        before = time.perf_counter()
+        measured = self._measure_validation()
+        row = evaluation.summary(measured, self.config.rollout.completion_length)
+        row["evaluation_seconds"] = time.perf_counter() - before
+        self._keep(row)
+        return row
+
+    def _keep(self, row: dict[str, float]) -> None:
+        for name in (evaluation.CE, evaluation.CFM):
+            if name in row and not math.isfinite(row[name]):
+                raise NonFiniteError(name, row[name], self.step)
+        self.latest |= row
+
+    def _evaluate_base(self) -> None:
+        """The base model's numbers; trials of a study share them, so they are measured once per machine."""
+        before = time.perf_counter()
+        key = base_evaluation.key(self.config, self.parts.base, self.parts.features, self.parts.text, self.parts.data)
+        measured = base_evaluation.recall(key) if self.world_size == 1 else None
+        if measured is None:
+            measured = self._measure_validation(), self._measure_heldout()
+            if self.rank == 0:
+                base_evaluation.remember(key, measured)
+        row = evaluation.summary(measured[0], self.config.rollout.completion_length)
+        row["evaluation_seconds"] = time.perf_counter() - before
+        self._keep(row)
+        if self.recorder:
+            self.recorder.metrics(0, row)
+            self.recorder.evaluations(0, evaluation.rows_of(measured[1], "heldout"))
+
+    def _evaluate_heldout(self) -> None:
+        measured = self._measure_heldout()
+        if self.recorder:
+            self.recorder.evaluations(self.step, evaluation.rows_of(measured, "heldout"))
+
+    def _record_samples(self) -> None:
+        assert self.recorder is not None
+        with self._autocast():
+            rows = sample_rows(self.config, self.parts, self.model)
+        self.recorder.samples(self.step, rows)
+
+    def _record_event(self, kind: str, message: str, **details: Any) -> None:
+        if self.recorder:
+            self.recorder.event(kind, message, **details)
+
+    # --- reports and checkpoints -------------------------------------------------------------------------------
+
+    def _report(self, folder: Path | None) -> None:
+        if folder is not None and self.rank == 0:
+            checkpoint.save(folder, self._state(), step=self.step)
+        metrics = {**self.latest, "step": float(self.step)}
+        self.on_report(metrics, folder if self.rank == 0 else None)
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "tokens_seen": self.tokens_seen,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "average": self.average.state(),
+            "tally": {"sums": self.tally.sums, "counts": self.tally.counts, "steps": self.tally_steps},
+            "latest": self.latest,
+        }
+
+    def _restore(self, folder: Path) -> None:
+        state = checkpoint.load(folder)
+        self.step, self.tokens_seen, self.latest = state["step"], state["tokens_seen"], state["latest"]
+        self.model.load_state_dict(state["model"])
+        # The optimizer of the phase that the checkpoint was written in; a new phase starts its own.
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.average.restore(state["average"])
+        tally = state["tally"]
+        self.tally, self.tally_steps = Tally(tally["sums"], tally["counts"]), tally["steps"]
+        self._record_event("resumed", f"from the checkpoint of step {self.step}", step=self.step)
+
+
+PHASES = ("rollout_seconds", "feature_seconds", "scoring_seconds", "optimizer_seconds", "step_seconds")
+AVERAGED = (
+    "train_ce_loss",
+    "kl",
+    "reward",
+    "alignment",
+    "diversity",
+    "zero_variance_fraction",
+    "duplicate_rate",
+    "policy_entropy",
+    "train_cfm_loss",
+    "fm_whitened",
+    "grad_norm",
+)
+TALLIED = (*AVERAGED, *PHASES, "loss", "policy_loss", "advantage", "advantage_squared")
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Largest memory so far: of the device on a GPU, of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,129 @@
+"""What a run needs before its first step: data, models, method, evaluator, optimizer."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ebft_study.algorithm.anchors import find_anchors
+from ebft_study.config import OptimizerConfig, RunConfig
+from ebft_study.data import TextDataset, TokenDataset, load_text, tokenize
+from ebft_study.errors import ConfigError, DataError
+from ebft_study.evaluation import Evaluator
+from ebft_study.features.local import LocalFeatures
+from ebft_study.methods import Method
+from ebft_study.methods.build import build_method
+from ebft_study.methods.sft import Sft
+from ebft_study.models import LoadedModel, load_feature_network, load_model
+from ebft_study.rollouts.strided import StridedRollouts
+
+
+@dataclass
+class Parts:
+    """Everything that a run is made of."""
+
+    device: torch.device
+    text: TextDataset
+    data: dict[str, TokenDataset]
+    base: LoadedModel
+    features: LocalFeatures
+    method: Method
+    warm_start: Method
+    evaluator: Evaluator
+
+
+def choose_device(config: RunConfig) -> torch.device:
+    """The configured device.
+
+    Raises:
+        ConfigError: `device: cuda` on a machine without one.
+    """
+    wanted = config.training.device
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("training.device='cuda': this machine has no usable GPU. Use device=cpu or device=auto")
+    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def build_parts(config: RunConfig) -> Parts:
+    """Load and check everything; raises `EbftError` for whatever a user can mend."""
+    device = choose_device(config)
+    text = load_text(config.data)
+    base = load_model(config.model, revision=config.model_revision, device=device)
+    data = tokenized(config, text, base)
+    features = load_feature_network(config, base)
+    method = build_method(config, base=base, features=features)
+    evaluator = Evaluator(config, StridedRollouts(), features)
+    return Parts(device, text, data, base, features, method, Sft(config.loss), evaluator)
+
+
+def tokenized(config: RunConfig, text: TextDataset, base: LoadedModel) -> dict[str, TokenDataset]:
+    """All splits as rows of tokens.
+
+    Raises:
+        ConfigError: a sequence length beyond the model's positions, or answers asked of data without any.
+        DataError: no sequence of a split is long enough for a single anchor.
+    """
+    positions = getattr(base.model.config, "max_position_embeddings", None)
+    longest = config.data.sequence_length + max(config.rollout.completion_length, *config.evaluation.profile_lengths)
+    if positions is not None and longest > positions:
+        raise ConfigError(
+            f"data.sequence_length={config.data.sequence_length}: with completions it reaches position {longest}, but "
+            f"model {config.model!r} has {positions}. Use a shorter sequence_length"
+        )
+    for key, region in (("rollout.anchor_region", config.rollout.anchor_region), ("loss.ce_region", config.loss.ce_region)):
+        if region == "answer" and not text.has_answers:
+            raise ConfigError(f"{key}='answer': data set {text.name!r} is raw text without answers. Use {key}=all")
+    splits = {
+        split: tokenize(
+            examples,
+            base.tokenizer,
+            sequence_length=config.data.sequence_length,
+            packing=config.data.packing,
+            has_answers=text.has_answers,
+        )
+        for split, examples in text.splits.items()
+    }
+    for split, data in splits.items():
+        _check_anchors(config, split, data)
+    return splits
+
+
+def _check_anchors(config: RunConfig, split: str, data: TokenDataset) -> None:
+    rollout = config.rollout
+    sample = data.rows(torch.arange(min(len(data), 2048)))
+    anchors = find_anchors(
+        sample.document_ids,
+        completion_length=rollout.completion_length,
+        stride=rollout.stride,
+        first_context_length=rollout.context_length,
+        answer_mask=sample.answer_mask if rollout.anchor_region == "answer" else None,
+    )
+    if not bool(anchors.valid.any()):
+        raise DataError(
+            f"data.dataset={config.data.dataset!r}: no sequence of split {split!r} has room for one anchor (context "
+            f"{rollout.context_length} + completion {rollout.completion_length} tokens, region "
+            f"{rollout.anchor_region}). Use a shorter completion_length or first_context_length, or longer texts"
+        )
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig, *, learning_rate: float) -> torch.optim.AdamW:
+    """AdamW; weight decay on matrices only."""
+    decayed = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
+    plain = [p for p in model.parameters() if p.requires_grad and p.dim() <= 1]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=config.betas, fused=True)
+
+
+def learning_rate_at(config: OptimizerConfig, peak: float, step: int, steps: int) -> float:
+    """Learning rate of update `step` (0-based) of `steps`: linear warm-up, then constant or cosine."""
+    warmup = math.ceil(config.warmup_fraction * steps)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    if config.schedule == "constant":
+        return peak
+    done = (step - warmup) / max(steps - warmup, 1)
+    floor = config.final_learning_rate_fraction
+    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done)))

@@ -1,0 +1,69 @@
+"""A training loop with the real one's interface and nothing to learn: quick, and able to misbehave when told to.
+
+Workers find it as `fake_training:train`. What it does follows from the settings that a test's study varies:
+    cfm_loss at step k   2 + learning_rate + 1 / (1 + k)
+    weight_decay         seconds per step
+    gamma = 0.5          the worker kills itself with SIGKILL at step 3 of the first attempt
+    gamma = 0.25         raises an error that only the user can mend
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ebft_study.config import RunConfig
+from ebft_study.errors import DataError
+from ebft_study.training import checkpoint
+from ebft_study.training.loop import Outcome
+
+
+def train(
+    config: RunConfig,
+    *,
+    recorder: Any,
+    on_report: Any,
+    start_from: Path | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Outcome:
+    started = time.perf_counter()
+    step = 0 if start_from is None else checkpoint.load(start_from)["step"]
+    if recorder:
+        recorder.event("started" if start_from is None else "resumed", f"step {step}")
+    if config.loss.gamma == 0.25:
+        raise DataError("training.gamma=0.25: the fake refuses it. Use another")
+    metrics = _metrics(config, step)
+    if step == 0 and recorder:
+        recorder.metrics(0, metrics)
+    on_report({**metrics, "step": float(step)}, None)
+    startup = time.perf_counter() - started
+    while step < config.total_steps:
+        time.sleep(config.optimizer.weight_decay)
+        step += 1
+        if config.loss.gamma == 0.5 and start_from is None and step == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        metrics = _metrics(config, step)
+        if recorder:
+            recorder.metrics(step, metrics)
+        if step % config.checkpoint.checkpoint_every_steps == 0 or step == config.total_steps:
+            with tempfile.TemporaryDirectory() as folder:
+                if rank == 0:
+                    checkpoint.save(Path(folder), {"step": step, "weights": torch.zeros(3)}, step=step)
+                on_report({**metrics, "step": float(step)}, Path(folder) if rank == 0 else None)
+    return Outcome("finished", "", step, metrics, startup)
+
+
+def _metrics(config: RunConfig, step: int) -> dict[str, float]:
+    cfm = 2.0 + config.optimizer.learning_rate + 1.0 / (1 + step)
+    return {"ce_loss": 3.0, "cfm_loss": cfm, "sequences_seen": float(step * config.training.batch_size)}
+
+
+def prepare(configs: Any) -> dict[str, Any]:
+    return {"data": {"fake": {"fingerprint": "0"}}, "configurations": len(configs)}

@@ -1,0 +1,171 @@
+"""A study with a known outcome, written through the recorders as a real one is."""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import yaml
+
+from ebft_study import config
+from ebft_study.results import StudyRecorder, TrialRecorder
+
+LENGTHS = (1, 2, 4, 8, 16, 32)
+BASE_CE = 3.639
+BASE_CFM = dict(zip(LENGTHS, (1.214, 1.667, 2.165, 2.648, 2.871, 3.012), strict=True))
+STARTED = datetime.datetime(2026, 3, 1, 9, 0, tzinfo=datetime.UTC)
+# (alpha, gamma) -> change of (CE, CFM) by training, of the kind that the paper reports; None is SFT.
+PAPER_LIKE = {
+    (0.0, 0.0): (0.31, 0.26),
+    (0.0, 0.03): (0.12, 0.17),
+    (0.0, 0.1): (0.02, 0.08),
+    (0.5, 0.0): (0.06, 0.03),
+    (0.5, 0.03): (-0.03, 0.004),
+    (0.5, 0.1): (-0.09, -0.004),
+    (1.0, 0.0): (-0.021, -0.034),
+    (1.0, 0.03): (-0.07, -0.032),
+    (1.0, 0.1): (-0.13, -0.029),
+    None: (-0.25, -0.009),
+}
+Effect = tuple[float, float]
+
+
+def write_study(
+    folder: Path,
+    *,
+    effects: Mapping[Any, Effect] = PAPER_LIKE,
+    settings: Callable[[Any], dict[str, Any]] | None = None,
+    seeds: Sequence[int] = (0, 1, 2),
+    noise: float = 0.002,
+    steps: int = 40,
+    log_every: int = 10,
+    statuses: Mapping[tuple[Any, int], str] | None = None,
+    growth: float = 0.4,
+) -> Path:
+    """Write a study whose configuration `key` changes CE and CFM by `effects[key]`; the key None is the SFT baseline.
+
+    `settings(key)` gives a configuration's settings as short names; by default the key is (alpha, gamma). The change
+    of CFM at length L is `effect * (1 + growth * log2(L / 8))`. `statuses[key, seed]` ends a trial differently.
+    """
+    with mock.patch("os.fsync"):  # thousands of small files that need not survive a power cut
+        return _write(folder, effects, settings, seeds, noise, steps, log_every, statuses or {}, growth)
+
+
+def _write(
+    folder: Path,
+    effects: Mapping[Any, Effect],
+    settings: Callable[[Any], dict[str, Any]] | None,
+    seeds: Sequence[int],
+    noise: float,
+    steps: int,
+    log_every: int,
+    statuses: Mapping[tuple[Any, int], str],
+    growth: float,
+) -> Path:
+    settings = settings or (lambda key: {"alpha": key[0], "gamma": key[1]})
+    study = StudyRecorder(folder, study=folder.name)
+    write_spec(folder)
+    for number, (key, seed) in enumerate(itertools.product(effects, seeds)):
+        chosen = {"method": "sft"} if key is None else settings(key)
+        run = config.build_run(config.nest({**chosen, "seed": seed, "steps": steps}, source="test"), source="test")
+        status = statuses.get((key, seed), "finished")
+        name = "sft" if key is None else " ".join(f"{k}={v}" for k, v in chosen.items())
+        trial_id = f"t{number:03d}"
+        random = np.random.default_rng([seed, number])
+        shared = np.random.default_rng(seed).normal(0, 3 * noise, 2)
+        effect = np.array(effects[key]) + shared + random.normal(0, noise, 2)
+        done = steps if status == "finished" else 0 if status in ("failed", "pending") else steps // 2
+        if status != "pending":
+            recorder = TrialRecorder(folder, study=folder.name, trial_id=trial_id, attempt=0)
+            _record(recorder, run, effect, growth, random, done=done, steps=steps, log_every=log_every, noise=noise)
+        start = STARTED + datetime.timedelta(seconds=31.5 * number)
+        study.trial(
+            {
+                "trial_id": trial_id,
+                "label": f"{name} seed={seed}",
+                "configuration": name,
+                "named_baseline": "sft" if key is None else None,
+                "attempt": 0,
+                "status": status,
+                "stop_reason": "loss became nan at step 20; lower learning_rate" if status == "stopped" else None,
+                "error": "RuntimeError: worker died" if status == "failed" else None,
+                "hyperparameters": config.flatten(run),
+                "started_at": start,
+                "finished_at": start + datetime.timedelta(seconds=30) if status != "pending" else None,
+                "startup_seconds": 6.2 + random.random(),
+                "total_seconds": 30.0,
+                "train_seconds": 23.0,
+                "steps_done": done,
+                "sequences_seen": done * run.training.batch_size,
+                "peak_memory_bytes": 1_150_000_000,
+                "host": "laptop",
+            }
+        )
+        study.event("finished", f"{name} seed={seed}: {status}", trial_id=trial_id, attempt=0)
+    return folder
+
+
+def _record(
+    recorder: TrialRecorder,
+    run: config.RunConfig,
+    effect: np.ndarray,
+    growth: float,
+    random: np.random.Generator,
+    *,
+    done: int,
+    steps: int,
+    log_every: int,
+    noise: float,
+) -> None:
+    g = run.rollout.completion_length
+    for step in range(0, done + 1, log_every):
+        part = (1 - math.exp(-3 * step / steps)) / (1 - math.exp(-3))
+        values = {
+            "ce_loss": BASE_CE + 0.004 + part * effect[0] + random.normal(0, noise) * (step > 0),
+            "cfm_loss": BASE_CFM[g] + 0.01 + part * effect[1] + random.normal(0, noise) * (step > 0),
+        }
+        if step > 0 and run.method == "ebft":
+            start = 0.52 + 0.9 * (1 - run.reward.alpha)
+            values |= {"reward": start - 2 * part * effect[1] + random.normal(0, 0.02), "loss": 0.1}
+        recorder.metrics(step, values)
+    for step in (0, done) if done == steps else (0,):
+        part = 0.0 if step == 0 else 1.0
+        rows = [_row("ce_loss", None, BASE_CE + part * effect[0], 60_000)]
+        for length in LENGTHS:
+            change = effect[1] * (1 + growth * math.log2(length / 8))
+            rows.append(_row("cfm_loss", length, BASE_CFM[length] + part * change, 1_920))
+        for k in range(1, max(LENGTHS) + 1):
+            drift = (0.004 if run.method == "sft" else 0.001) * part - 0.006
+            rows.append(_row("entropy", k, 1.9 + 0.2 * math.exp(-k / 3) + drift * k + part * effect[0] / 4, 1_920))
+        recorder.evaluations(step, rows)
+    texts = {"context": "def area(r):\n    return ", "completion": "3.14 * r ** 2\n", "ground_truth": "math.pi * r * r"}
+    parts = {"reward": 0.7, "alignment": 1.6, "diversity": -0.9, "advantage": 0.1}
+    recorder.samples(done, [{"sequence": 3, "anchor": 16, "sample": j, **texts, **parts} for j in range(2)])
+
+
+def _row(metric: str, position: int | None, value: float, count: int) -> dict[str, Any]:
+    row = {"benchmark": "heldout", "metric": metric, "position": position, "value": value, "count": count}
+    return {**row, "standard_error": 0.011 if metric == "cfm_loss" else None}
+
+
+def write_spec(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    spec = {
+        "name": folder.name,
+        "question": "Does EBFT calibrate a small model <without> hurting its cross-entropy?",
+        "profile": "cpu",
+        "created": "2026-03-01T09:00:00+00:00",
+        "git_revision": "0123456789abcdef",
+        "versions": {"python": "3.11.7", "torch": "2.13.0", "ray": "2.60.0"},
+        "provenance": {
+            "data": {"qa": {"train": 4000, "validation": 300, "heldout": 600, "fingerprint": "9f" * 32}},
+            "models": {"tiny-1m": {"parameters": 1_050_000, "perplexity": 13.1, "trigram_perplexity": 61.0}},
+        },
+    }
+    (folder / "study.yaml").write_text(yaml.safe_dump(spec))

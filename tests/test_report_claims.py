@@ -1,0 +1,134 @@
+"""Verdicts on studies with a known outcome: as constructed, in both directions, and undecided where they must be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from synthetic_study import PAPER_LIKE, Effect, write_study
+
+from ebft_study.report import claims, tables
+from ebft_study.report.claims import Verdict
+from ebft_study.report.tables import Study
+from ebft_study.results import load
+
+NAMES = [claim.__name__ for claim in claims.CLAIMS]
+
+
+def verdicts(folder: Path) -> dict[str, Verdict]:
+    study = tables.summarize(load(folder))
+    return {claim.__name__: claim(study) for claim in claims.CLAIMS}
+
+
+def rulings(folder: Path, **options: object) -> dict[str, str]:
+    return {name: v.ruling for name, v in verdicts(write_study(folder, **options)).items()}  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def paper_like(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_study(tmp_path_factory.mktemp("claims") / "paper_like")
+
+
+def test_a_study_like_the_paper_agrees_where_it_was_made_to(paper_like: Path) -> None:
+    expected = dict.fromkeys(NAMES, "agrees") | {"ebft_beats_sft_on_ce": "disagrees"}
+    assert {name: v.ruling for name, v in verdicts(paper_like).items()} == expected
+
+
+def test_sentences_carry_the_constructed_numbers(paper_like: Path) -> None:
+    said = verdicts(paper_like)
+    assert "base 2.648" in said["ebft_lowers_cfm"].sentence
+    assert "3 seeds" in said["ebft_lowers_cfm"].sentence
+    assert "each after 320 sequences" in said["ebft_beats_sft_on_cfm"].sentence
+    assert "α=1, γ=0.1 against α=1, γ=0" in said["gamma_lowers_ce_and_keeps_the_gain"].sentence
+    assert "α=0: +0.3" in said["small_alpha_raises_ce"].sentence
+    assert "at 16 tokens" in said["gain_persists_at_longer_completions"].sentence
+    assert all(v.reference for v in said.values())
+
+
+def test_the_opposite_effects_turn_every_verdict(tmp_path: Path) -> None:
+    opposite: dict[object, Effect] = {
+        (0.0, 0.0): (-0.1, 0.2),
+        (1.0, 0.0): (0.05, 0.04),
+        (1.0, 0.1): (0.09, 0.06),
+        None: (0.2, -0.02),
+    }
+    turned = rulings(tmp_path / "opposite", effects=opposite)
+    grows = turned.pop("cfm_grows_with_length")
+    assert turned.pop("ebft_beats_sft_on_ce") == "agrees"
+    assert grows == "agrees"
+    assert set(turned.values()) == {"disagrees"}
+
+
+def test_a_loss_that_shrinks_with_length_contradicts_figure_1(tmp_path: Path) -> None:
+    assert rulings(tmp_path / "s", growth=-40.0, effects={None: (0.0, 0.2)})["cfm_grows_with_length"] == "disagrees"
+
+
+def test_gamma_that_gives_the_gain_back_disagrees(tmp_path: Path) -> None:
+    effects = {(1.0, 0.0): (-0.02, -0.06), (1.0, 0.1): (-0.1, -0.012)}
+    assert rulings(tmp_path / "s", effects=effects)["gamma_lowers_ce_and_keeps_the_gain"] == "disagrees"
+
+
+def test_one_alpha_below_one_that_lowers_ce_contradicts_the_statement_on_all(tmp_path: Path) -> None:
+    effects = {(0.0, 0.0): (0.3, 0.2), (0.5, 0.0): (-0.05, 0.0)}
+    assert rulings(tmp_path / "s", effects=effects)["small_alpha_raises_ce"] == "disagrees"
+
+
+def test_differences_within_the_noise_are_undecided(tmp_path: Path) -> None:
+    effects = dict.fromkeys(PAPER_LIKE, (0.0, 0.0))
+    undecided = rulings(tmp_path / "s", effects=effects, noise=0.01)
+    assert undecided.pop("cfm_grows_with_length") == "agrees"
+    assert set(undecided.values()) == {"cannot tell"}
+
+
+def test_one_seed_decides_nothing(tmp_path: Path) -> None:
+    said = verdicts(write_study(tmp_path / "s", seeds=(0,)))
+    assert {v.ruling for v in said.values()} == {"cannot tell"}
+    assert "1 seed, so no interval" in said["ebft_lowers_cfm"].sentence
+
+
+@pytest.mark.parametrize(
+    ("kept", "claim", "lacking"),
+    [
+        ([(0.5, 0.0), None], "ebft_lowers_cfm", "EBFT with alpha=1"),
+        ([(0.5, 0.0), None], "ce_does_not_rise", "EBFT with alpha=1"),
+        ([(1.0, 0.0)], "ebft_beats_sft_on_cfm", "SFT"),
+        ([(1.0, 0.0)], "gamma_lowers_ce_and_keeps_the_gain", "two values of gamma"),
+        ([(1.0, 0.0)], "small_alpha_raises_ce", "alpha<1 and gamma=0"),
+        ([None], "gain_persists_at_longer_completions", "EBFT with alpha=1"),
+    ],
+)
+def test_what_the_study_lacks_is_named(tmp_path: Path, kept: list[object], claim: str, lacking: str) -> None:
+    verdict = verdicts(write_study(tmp_path / "s", effects={k: PAPER_LIKE[k] for k in kept}))[claim]  # type: ignore[index]
+    assert verdict.ruling == "cannot tell"
+    assert lacking in verdict.sentence
+
+
+def test_sft_with_other_data_is_no_comparison(tmp_path: Path) -> None:
+    def settings(key: tuple[float, float, int]) -> dict[str, object]:
+        return {"alpha": key[0], "gamma": key[1], "batch_size": key[2]}
+
+    effects = {(1.0, 0.0, 16): (-0.02, -0.04), None: (-0.2, -0.01)}
+    verdict = verdicts(write_study(tmp_path / "s", effects=effects, settings=settings))["ebft_beats_sft_on_cfm"]
+    assert verdict.ruling == "cannot tell"
+    assert "data are not equal" in verdict.sentence
+
+
+def test_trials_that_did_not_finish_are_left_out_and_named(tmp_path: Path) -> None:
+    statuses = {((1.0, 0.0), 2): "stopped", ((0.0, 0.0), 0): "failed", ((0.0, 0.0), 1): "stopped"}
+    said = verdicts(write_study(tmp_path / "s", seeds=(0, 1, 2, 3, 4), statuses=statuses))
+    assert said["ebft_lowers_cfm"].ruling == "agrees"
+    assert "4 seeds" in said["ebft_lowers_cfm"].sentence
+    assert "Left out: α=1, γ=0: 1 stopped" in said["ebft_lowers_cfm"].sentence
+    assert "1 failed, 1 stopped" in said["small_alpha_raises_ce"].sentence
+
+
+def test_the_compared_configuration_is_chosen_on_validation_not_on_heldout(tmp_path: Path) -> None:
+    def settings(key: float) -> dict[str, object]:
+        return {"learning_rate": key, "alpha": 1.0, "gamma": 0.0}
+
+    folder = write_study(tmp_path / "s", effects={1e-4: (0.0, -0.02), 2e-4: (0.0, -0.05)}, settings=settings)
+    results = load(folder)
+    worse = results.trials.loc[results.trials["learning_rate"] == 1e-4, "trial_id"]
+    results.metrics.loc[results.metrics["trial_id"].isin(worse), "cfm_loss"] -= 1.0
+    study: Study = tables.summarize(results)
+    assert "lr=1e-4" in claims.ebft_lowers_cfm(study).sentence

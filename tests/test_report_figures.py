@@ -1,0 +1,179 @@
+"""Figures: what is drawn for which study, in one set of colours, labelled, with no text on top of other text."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from synthetic_study import PAPER_LIKE, write_study
+
+from ebft_study.report import figures, style, tables
+from ebft_study.report.pictures import Picture
+from ebft_study.results import load
+
+ALWAYS = {"differences", "learning_curves", "cfm_over_length", "entropy"}
+
+
+def study(folder: Path, **options: object) -> tables.Study:
+    return tables.summarize(load(write_study(folder, **options)))  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def grid(tmp_path_factory: pytest.TempPathFactory) -> tables.Study:
+    return study(tmp_path_factory.mktemp("figures") / "grid")
+
+
+@pytest.fixture(scope="module")
+def drawn(grid: tables.Study) -> dict[str, Picture]:
+    return {picture.name: picture for picture in figures.draw_all(grid)}
+
+
+def overlapping_texts(figure: Figure) -> list[tuple[str, str]]:
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    renderer = canvas.get_renderer()
+    page = figure.bbox.padded(1)
+    boxes = []
+    for artist in figure.findobj(Text):
+        if artist.get_visible() and artist.get_text().strip():
+            box = artist.get_window_extent(renderer)
+            if page.overlaps(box):
+                boxes.append((artist.get_text(), box))
+    # One pixel of touching is not overlap; axis labels hidden by shared axes are not visible.
+    return [
+        (a, b)
+        for (a, left), (b, right) in itertools.combinations(boxes, 2)
+        if left.padded(-1).overlaps(right.padded(-1))
+    ]
+
+
+def texts_outside(figure: Figure) -> list[str]:
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    page = figure.bbox.padded(1)
+    boxes = [(t.get_text(), t.get_window_extent(canvas.get_renderer())) for t in figure.findobj(Text) if t.get_text()]
+    return [text for text, box in boxes if page.overlaps(box) and not page.contains(*box.max)]
+
+
+def test_a_grid_of_two_numbers_gets_heat_maps(drawn: dict[str, Picture]) -> None:
+    assert set(drawn) == ALWAYS | {"heat_maps"}
+
+
+def test_no_text_overlaps_or_leaves_the_page(drawn: dict[str, Picture]) -> None:
+    with matplotlib.rc_context(style.RC):
+        for picture in drawn.values():
+            assert overlapping_texts(picture.figure) == [], picture.name
+            assert texts_outside(picture.figure) == [], picture.name
+
+
+def test_every_panel_says_what_its_axes_are(drawn: dict[str, Picture]) -> None:
+    for picture in drawn.values():
+        labels = [(axes.get_xlabel(), axes.get_ylabel(), axes.get_title(loc="left")) for axes in picture.figure.axes]
+        assert all(any(label) for label in labels), picture.name
+        assert any("token" in text for label in labels for text in label), f"{picture.name} states units"
+
+
+def test_heat_maps_are_annotated_with_the_differences(grid: tables.Study, drawn: dict[str, Picture]) -> None:
+    written = {t.get_text() for t in drawn["heat_maps"].figure.findobj(Text)}
+    for configuration in grid.ebft:
+        for metric in ("ce_loss", "cfm_loss"):
+            mean = configuration.change(metric).mean
+            assert f"{mean:+.3f}".replace("-", "−") in written
+
+
+def test_a_cell_that_was_not_run_is_told_from_one_that_did_not_finish(tmp_path: Path) -> None:
+    effects = {(0.0, 0.0): (0.3, 0.2), (1.0, 0.0): (-0.02, -0.03), (1.0, 0.1): (-0.1, -0.03)}
+    statuses = {((1.0, 0.1), seed): "failed" for seed in (0, 1)}
+    incomplete = study(tmp_path / "s", effects=effects, statuses=statuses, seeds=(0, 1))
+    picture = {p.name: p for p in figures.draw_all(incomplete)}["heat_maps"]
+    written = [t.get_text() for t in picture.figure.findobj(Text)]
+    assert written.count("not run") == 2, "once per metric: alpha=0, gamma=0.1"
+    assert written.count("no finished\ntrial") == 2
+
+
+def test_each_configuration_has_a_look_of_its_own(grid: tables.Study) -> None:
+    looks = style.looks(grid)
+    assert set(looks) == {c.name for c in grid.configurations}
+    assert len({(look.color, str(look.linestyle)) for look in looks.values()}) == len(grid.configurations)
+
+
+def _simulate(color: str, matrix: np.ndarray) -> np.ndarray:
+    rgb = np.array(matplotlib.colors.to_rgb(color))
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    seen = np.clip(matrix @ linear, 0, 1)
+    xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]) @ seen
+    f = np.cbrt(np.maximum(xyz / (0.9505, 1.0, 1.089), 1e-4))
+    return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+
+# Dichromatic vision in linear RGB (Machado, Oliveira and Fernandes 2009, severity 1).
+DEUTERANOPIA = np.array([[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]])
+PROTANOPIA = np.array([[0.152, 1.053, -0.205], [0.115, 0.786, 0.099], [-0.004, -0.048, 1.052]])
+
+
+@pytest.mark.parametrize("vision", [np.eye(3), DEUTERANOPIA, PROTANOPIA], ids=["normal", "deuteranopia", "protanopia"])
+def test_colours_stay_apart_for_colour_blind_readers(grid: tables.Study, vision: np.ndarray) -> None:
+    colors = [look.color for look in style.looks(grid).values()]
+    for left, right in itertools.combinations(colors, 2):
+        distance = np.linalg.norm(_simulate(left, vision) - _simulate(right, vision))
+        assert distance > 11, (left, right)
+
+
+def test_other_axes_are_drawn_along_each_setting(tmp_path: Path) -> None:
+    effects = {(rate, kind): (-0.1, 0.0) for rate in (1e-4, 1e-2) for kind in ("none", "variant_i")}
+    other = study(
+        tmp_path / "s",
+        effects=effects | {None: (-0.2, -0.01)},
+        settings=lambda key: {"learning_rate": key[0], "whitening": key[1]},
+        seeds=(0, 1),
+    )
+    pictures = {p.name: p for p in figures.draw_all(other)}
+    assert set(pictures) == ALWAYS | {"settings"}
+    assert len(pictures["settings"].figure.axes) == 4
+    with matplotlib.rc_context(style.RC):
+        assert overlapping_texts(pictures["settings"].figure) == []
+
+
+def test_many_configurations_are_cut_to_the_best_and_said_so(tmp_path: Path) -> None:
+    effects = {rate: (-0.01, -0.001 * i) for i, rate in enumerate(np.logspace(-5, -3, 36).tolist())}
+    many = study(
+        tmp_path / "s",
+        effects=effects | {None: (-0.2, 0.1)},
+        settings=lambda key: {"learning_rate": key},
+        seeds=(0,),
+        log_every=40,
+    )
+    pictures = {p.name: p for p in figures.draw_all(many)}
+    assert "25 more are in the table" in pictures["learning_curves"].caption
+    assert "7 more are in the table" in pictures["differences"].caption
+    labels = [t.get_text() for t in pictures["differences"].figure.findobj(Text)]
+    assert "SFT" in labels, "baselines stay although their CFM is the worst"
+
+
+def test_a_diverging_line_does_not_flatten_the_others(tmp_path: Path) -> None:
+    effects = {**{k: PAPER_LIKE[k] for k in ((1.0, 0.0), (1.0, 0.1), None)}, (0.0, 0.0): (30.0, 12.0)}
+    pictures = {p.name: p for p in figures.draw_all(study(tmp_path / "s", effects=effects, seeds=(0, 1)))}
+    ce, cfm = pictures["learning_curves"].figure.axes[:2]
+    assert ce.get_ylim()[1] - ce.get_ylim()[0] < 2
+    assert cfm.get_ylim()[1] - cfm.get_ylim()[0] < 1
+
+
+def test_nothing_is_drawn_from_nothing(tmp_path: Path) -> None:
+    (tmp_path / "study.yaml").write_text("question: q\n")
+    assert figures.draw_all(tables.summarize(load(tmp_path))) == []
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_labels_are_moved_apart_as_little_as_needed(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    wanted = np.sort(random.choice([random.random(12), np.round(random.random(12), 1)]))
+    placed = style.spread(wanted, 0.05)
+    assert np.diff(placed).min() >= 0.05 - 1e-12
+    assert placed.mean() == pytest.approx(wanted.mean())
+    assert style.spread(np.array([0.0, 1.0, 2.0]), 0.5).tolist() == [0.0, 1.0, 2.0]

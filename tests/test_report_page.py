@@ -1,0 +1,168 @@
+"""The page: self-contained, escaped, and written for any state that a study can be in."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import yaml
+from synthetic_study import PAPER_LIKE, write_study
+
+from ebft_study import config
+from ebft_study.errors import ResultsError
+from ebft_study.report import write_report
+from ebft_study.results import StudyRecorder, compact
+
+SMALL = {key: PAPER_LIKE[key] for key in ((1.0, 0.0), (1.0, 0.1), None)}
+
+
+class Page(HTMLParser):
+    """What a browser would see: text, ids, and everything that could leave the file."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.words: list[str] = []
+        self.ids: list[str] = []
+        self.references: list[str] = []
+        self.open: list[str] = []
+        self.source = path.read_text(encoding="utf-8")
+        self.feed(self.source)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        if tag not in ("meta", "link", "br", "img"):
+            self.open.append(tag)
+        for name, value in attributes:
+            if name == "id" and value:
+                self.ids.append(value)
+            if name in ("src", "href", "xlink:href", "data", "action") and value:
+                self.references.append(value)
+
+    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attributes)
+        if self.open and self.open[-1] == tag:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag, f"</{tag}> closes nothing"
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return re.sub(r"\s+", " ", " ".join(self.words))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    written = write_study(tmp_path_factory.mktemp("page") / "full")
+    write_report(written)
+    return written
+
+
+def test_the_file_needs_nothing_but_itself(folder: Path) -> None:
+    page = Page(folder / "report.html")
+    assert page.open == []
+    assert page.references
+    assert all(reference.startswith("#") for reference in page.references)
+    assert set(reference[1:] for reference in page.references) <= set(page.ids)
+    assert len(page.ids) == len(set(page.ids))
+    assert not re.search(r"url\((?!#)|@import|<script", page.source)
+
+
+def test_figures_lie_beside_the_page(folder: Path) -> None:
+    names = {path.name for path in (folder / "figures").iterdir()}
+    for name in ("heat_maps", "learning_curves", "differences", "cfm_over_length", "entropy"):
+        assert {f"{name}.png", f"{name}.svg"} <= names
+    assert not [name for name in names if name.startswith(".")]
+
+
+def test_the_page_says_what_was_asked_run_and_found(folder: Path) -> None:
+    text = Page(folder / "report.html").text
+    for expected in (
+        "Does EBFT calibrate a small model <without> hurting its cross-entropy?",
+        "30 of 30 trials finished",
+        "7 agrees 1 disagrees 0 cannot tell",
+        "0, 0.03, 0.1",
+        "torch 2.13.0",
+        "9f9f9f9f9f9f9f9f…",
+        "13.1",
+        "15 min 44 s",
+        "1.07 GiB",
+        "α=0.5, γ=0.03",
+        "CFM − SFT",
+        "3.14 * r ** 2",
+    ):
+        assert expected in text, expected
+
+
+def test_text_from_files_is_escaped(folder: Path) -> None:
+    assert "<without>" not in (folder / "report.html").read_text()
+
+
+def test_equal_results_give_equal_figures(folder: Path) -> None:
+    before = {path.name: path.read_bytes() for path in (folder / "figures").glob("*.svg")}
+    compact(folder)
+    write_report(folder)
+    assert before == {path.name: path.read_bytes() for path in (folder / "figures").glob("*.svg")}
+
+
+def report(folder: Path, **options: object) -> str:
+    return Page(write_report(write_study(folder, **options))).text  # type: ignore[arg-type]
+
+
+def test_a_study_with_failed_and_stopped_trials_says_why(tmp_path: Path) -> None:
+    statuses = {((1.0, 0.0), 0): "failed", ((1.0, 0.1), 1): "stopped", (None, 2): "running"}
+    text = report(tmp_path / "s", effects=SMALL, statuses=statuses)
+    assert "6 of 9 trials finished" in text
+    assert "RuntimeError: worker died" in text
+    assert "loss became nan at step 20; lower learning_rate" in text
+
+
+@pytest.mark.parametrize("status", ["failed", "stopped", "running", "pending", "interrupted"])
+def test_a_study_in_which_nothing_finished_still_gets_its_report(tmp_path: Path, status: str) -> None:
+    statuses: Mapping[tuple[object, int], str] = {(key, seed): status for key in SMALL for seed in (0, 1)}
+    text = report(tmp_path / "s", effects=SMALL, seeds=(0, 1), statuses=statuses)
+    assert "No trial has finished" in text
+    assert "0 agrees 0 disagrees 8 cannot tell" in text
+
+
+def test_a_study_that_has_only_begun(tmp_path: Path) -> None:
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump({"question": "q", "provenance": None, "versions": "odd"}))
+    text = Page(write_report(tmp_path)).text
+    assert "No trial has been recorded yet" in text
+    settings = config.flatten(config.RunConfig())
+    row = {"trial_id": "t1", "attempt": 0, "status": "pending", "hyperparameters": settings}
+    StudyRecorder(tmp_path, study="s").trial(row)
+    assert "0 of 1 trials finished (1 pending)" in Page(write_report(tmp_path)).text
+
+
+def test_one_seed_and_no_sft_are_named_as_limits(tmp_path: Path) -> None:
+    text = report(tmp_path / "s", effects={(1.0, 0.0): (-0.02, -0.03)}, seeds=(0,))
+    assert "One seed only" in text
+    assert "No SFT trial" in text
+
+
+def test_settings_that_change_the_measure_are_named(tmp_path: Path) -> None:
+    effects = {"last_token": (0.0, -0.02), "mean": (0.0, -0.5)}
+    text = report(tmp_path / "s", effects=effects, settings=lambda key: {"pooling": key}, seeds=(0, 1))
+    assert "The study varies pooling, which changes what CFM measures" in text
+
+
+def test_files_that_could_not_be_read_are_named(tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "s", effects=SMALL, seeds=(0, 1))
+    (folder / "results" / "metrics" / "broken.parquet").write_bytes(b"PAR1")
+    (folder / "study.yaml").unlink()
+    text = Page(write_report(folder)).text
+    assert "broken.parquet" in text
+    assert "study.yaml: no such file" in text
+    assert "The question of this study is not on record" in text
+
+
+def test_a_folder_without_a_study_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ResultsError, match="neither a study's folder nor the name of one"):
+        write_report(tmp_path / "nowhere")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,101 @@
+"""Configurations found from the data: what varies, whose values, compared with what."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from synthetic_study import BASE_CE, BASE_CFM, LENGTHS, PAPER_LIKE, write_study
+
+from ebft_study.report import tables
+from ebft_study.results import TrialRecorder, load
+
+
+def study(folder: Path, **options: object) -> tables.Study:
+    return tables.summarize(load(write_study(folder, **options)))  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def grid(tmp_path_factory: pytest.TempPathFactory) -> tables.Study:
+    return study(tmp_path_factory.mktemp("tables") / "grid")
+
+
+def test_varying_settings_are_found_without_seed_and_baselines(grid: tables.Study) -> None:
+    assert grid.varying == ("alpha", "gamma")
+    assert [c.label for c in grid.configurations][:3] == ["α=0, γ=0", "α=0, γ=0.03", "α=0, γ=0.1"]
+    assert grid.configurations[-1].label == "SFT"
+    assert len(grid.configurations) == len(PAPER_LIKE)
+    assert {c.n_finished for c in grid.configurations} == {3}
+
+
+def test_base_values_are_those_of_step_0_and_changes_are_paired(grid: tables.Study) -> None:
+    assert grid.base("ce_loss") == pytest.approx(BASE_CE)
+    assert grid.base("cfm_loss") == pytest.approx(BASE_CFM[8])
+    assert grid.base("cfm_loss", 32) == pytest.approx(BASE_CFM[32])
+    for configuration in grid.configurations:
+        key = None if configuration.baseline else (configuration.settings["alpha"], configuration.settings["gamma"])
+        ce, cfm = PAPER_LIKE[key]
+        assert configuration.change("ce_loss").mean == pytest.approx(ce, abs=0.02)
+        assert configuration.change("cfm_loss").mean == pytest.approx(cfm, abs=0.02)
+        assert configuration.change("ce_loss").n == 3
+
+
+def test_cfm_is_compared_at_the_training_length(grid: tables.Study) -> None:
+    assert (grid.length, grid.lengths) == (8, LENGTHS)
+    one = grid.configurations[0]
+    assert one.final["cfm_loss", None] == one.final["cfm_loss", 8]
+
+
+def test_noise_that_seeds_share_cancels_against_sft(grid: tables.Study) -> None:
+    sft = grid.sft[0]
+    ebft = next(c for c in grid.ebft if c.label == "α=1, γ=0")
+    alone, paired = ebft.change("cfm_loss"), ebft.versus(sft, "cfm_loss")
+    assert paired.half_width < alone.half_width
+
+
+def test_list_settings_can_vary(tmp_path: Path) -> None:
+    effects = {(0.5,): (0.0, -0.01), (0.25, 0.75): (0.0, -0.02)}
+    found = study(tmp_path / "s", effects=effects, settings=lambda key: {"depths": list(key)}, seeds=(0, 1))
+    assert found.varying == ("depths",)
+    assert {c.label for c in found.configurations} == {"depths=0.5", "depths=0.25, 0.75"}
+    assert found.not_comparable == ("depths",)
+
+
+def test_the_temperature_of_evaluation_follows_that_of_training_unless_set(tmp_path: Path) -> None:
+    found = study(tmp_path / "s", effects={0.6: (0, 0), 1.0: (0, 0)}, settings=lambda key: {"temperature": key})
+    assert found.not_comparable == ("temperature",)
+
+
+def test_trials_of_unequal_attempts_count_once(tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "s", effects={(1.0, 0.0): (-0.02, -0.03)})
+    again = TrialRecorder(folder, study="s", trial_id="t000", attempt=1)
+    again.evaluations(40, [{"benchmark": "heldout", "metric": "ce_loss", "value": 9.0, "count": 1}])
+    (configuration,) = tables.summarize(load(folder)).configurations
+    assert configuration.final["ce_loss", None][0] == 9.0
+    assert len(configuration.final["ce_loss", None]) == 3
+
+
+def test_unfinished_trials_have_base_values_but_no_final_ones(tmp_path: Path) -> None:
+    statuses = {((1.0, 0.0), 0): "running", ((1.0, 0.0), 1): "pending"}
+    found = study(tmp_path / "s", effects={(1.0, 0.0): (-0.02, -0.03)}, statuses=statuses, seeds=(0, 1))
+    (configuration,) = found.configurations
+    assert configuration.n_finished == 0
+    assert configuration.final == {}
+    assert found.base("ce_loss") == pytest.approx(BASE_CE)
+    assert tables.best(found.configurations) is None
+
+
+def test_no_trials_at_all(tmp_path: Path) -> None:
+    (tmp_path / "study.yaml").write_text("question: q\n")
+    found = tables.summarize(load(tmp_path))
+    assert (found.configurations, found.varying, found.length) == ((), (), None)
+    assert math.isnan(found.base("ce_loss"))
+    assert found.name == tmp_path.name
+
+
+def test_trials_without_a_configuration_stand_alone(tmp_path: Path) -> None:
+    results = load(write_study(tmp_path / "s", effects={(1.0, 0.0): (0, 0)}))
+    results.trials["configuration"] = pd.Series([None] * len(results.trials), dtype="str")
+    assert len(tables.summarize(results).configurations) == 3

@@ -1,0 +1,216 @@
+"""Reading: duplicates resolved, older files accepted, damaged files reported instead of fatal; compaction."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from ebft_study import config
+from ebft_study.errors import ResultsError
+from ebft_study.results import StudyRecorder, TrialRecorder, compact, load, read_table, schema
+
+
+def record(folder: Path, trial_id: str = "t1", attempt: int = 0) -> TrialRecorder:
+    return TrialRecorder(folder, study="s", trial_id=trial_id, attempt=attempt)
+
+
+def finish(folder: Path, trial_id: str, status: str = "finished") -> None:
+    settings = config.flatten(config.RunConfig())
+    row = {"trial_id": trial_id, "attempt": 0, "status": status, "hyperparameters": settings}
+    StudyRecorder(folder, study="s").trial(row)
+
+
+def test_of_a_step_reported_twice_the_highest_attempt_wins(tmp_path: Path) -> None:
+    late, early = record(tmp_path, attempt=1), record(tmp_path, attempt=0)
+    late.metrics(10, {"loss": 1.5})
+    early.metrics(10, {"loss": 1.0})
+    early.metrics(20, {"loss": 0.9})
+    for recorder, value in ((late, 7.0), (early, 5.0)):
+        recorder.evaluations(10, [{"benchmark": "heldout", "metric": "ce_loss", "value": value, "count": 1}])
+    metrics = read_table(tmp_path, "metrics")
+    assert metrics[["step", "attempt", "loss"]].to_numpy().tolist() == [[10, 1, 1.5], [20, 0, 0.9]]
+    assert read_table(tmp_path, "evaluations")["value"].tolist() == [7.0]
+
+
+def test_reports_of_one_step_complete_each_other(tmp_path: Path) -> None:
+    recorder = record(tmp_path)
+    recorder.metrics(10, {"loss": 1.0})
+    recorder.metrics(10, {"ce_loss": 3.0})
+    assert read_table(tmp_path, "metrics").loc[0, ["loss", "ce_loss"]].tolist() == [1.0, 3.0]
+
+
+def test_profile_rows_differ_by_position_and_are_all_kept(tmp_path: Path) -> None:
+    rows = [
+        {"benchmark": "heldout", "metric": "cfm_loss", "position": position, "value": float(position or 0), "count": 1}
+        for position in (1, 2, 4, None)
+    ]
+    record(tmp_path).evaluations(0, rows)
+    assert sorted(read_table(tmp_path, "evaluations")["value"]) == [0.0, 1.0, 2.0, 4.0]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "text", "alien", "other table", "empty"])
+def test_a_damaged_file_is_reported_and_the_rest_still_loads(tmp_path: Path, damage: str) -> None:
+    recorder = record(tmp_path)
+    recorder.metrics(0, {"loss": 1.0})
+    recorder.metrics(1, {"loss": 2.0})
+    folder = tmp_path / "results" / "metrics"
+    bad = folder / "bad.parquet"
+    good = sorted(folder.glob("*.parquet"))[0]
+    if damage == "truncated":
+        bad.write_bytes(good.read_bytes()[:-100])
+    elif damage == "text":
+        bad.write_text("not parquet")
+    elif damage == "alien":
+        pq.write_table(pa.table({"colour": ["red"]}), bad)
+    elif damage == "empty":
+        bad.touch()
+    else:
+        recorder.event("started", "x")
+        shutil.copy(next((tmp_path / "results" / "events").glob("*.parquet")), bad)
+    results = load(tmp_path)
+    assert results.metrics["loss"].tolist() == [1.0, 2.0]
+    about_bad = [problem for problem in results.problems if "bad.parquet" in problem]
+    assert len(about_bad) == 1
+    assert "\n" not in about_bad[0]
+
+
+def test_a_file_of_an_older_schema_loads_with_nulls_and_keeps_its_own_columns(tmp_path: Path) -> None:
+    finish(tmp_path, "new")
+    path = tmp_path / "results" / "trials" / "new.parquet"
+    old = pq.read_table(path).drop_columns(["gamma", "configuration"])
+    old = old.set_column(old.column_names.index("trial_id"), "trial_id", pa.array(["old"]))
+    old = old.set_column(old.column_names.index("n_samples"), "n_samples", pa.array([4], pa.int32()))
+    old = old.append_column("forgotten_setting", pa.array([3.5]))
+    metadata = {"schema_version": "0", "table": "trials"}
+    pq.write_table(old.replace_schema_metadata(metadata), path.with_name("old.parquet"))
+    trials = read_table(tmp_path, "trials").set_index("trial_id")
+    assert pd.isna(trials.loc["old", "gamma"])
+    assert trials.loc["old", "n_samples"] == 4
+    assert trials.loc["old", "forgotten_setting"] == 3.5
+    assert trials.loc["new", "gamma"] == 0.0
+
+
+def test_a_study_without_any_results_has_empty_typed_tables(tmp_path: Path) -> None:
+    (tmp_path / "study.yaml").write_text("question: does it work?\n")
+    results = load(tmp_path)
+    assert results.spec == {"question": "does it work?"}
+    for table in schema.TABLES:
+        frame = getattr(results, table)
+        assert len(frame) == 0
+        assert list(frame.columns) == [column.name for column in schema.columns(table)]
+    assert results.problems == []
+
+
+def test_a_study_is_found_by_name_or_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "studies" / "quick"
+    record(folder).metrics(0, {"loss": 1.0})
+    (folder / "study.yaml").write_text("question: q\n")
+    monkeypatch.chdir(tmp_path)
+    assert len(load("quick").metrics) == len(load(folder).metrics) == 1
+    with pytest.raises(ResultsError, match="Studies here: quick"):
+        load("quack")
+
+
+@pytest.mark.parametrize("content", ["[1, 2]", "a: [", "a: !!python/object/apply:os.system ['true']"])
+def test_a_damaged_study_file_is_a_problem_not_an_error(tmp_path: Path, content: str) -> None:
+    (tmp_path / "study.yaml").write_text(content)
+    results = load(tmp_path)
+    assert results.spec == {}
+    assert len(results.problems) == 1
+
+
+# --- compaction ------------------------------------------------------------------------------------------------
+
+
+def build_two_trials(folder: Path) -> None:
+    for trial_id, status in (("done-a001-000001", "finished"), ("busy", "running")):
+        finish(folder, trial_id, status)
+        recorder = record(folder, trial_id)
+        for step in range(4):
+            recorder.metrics(step, {"loss": float(step), "reward": float("nan")})
+            recorder.samples(step, [{"sequence": 0, "anchor": 8, "sample": 0, "context": "c"}])
+        recorder.event("started", "started")
+
+
+def tables(folder: Path) -> dict[str, pd.DataFrame]:
+    return {table: read_table(folder, table) for table in schema.TABLES}
+
+
+def assert_same(left: dict[str, pd.DataFrame], right: dict[str, pd.DataFrame]) -> None:
+    for table in schema.TABLES:
+        pd.testing.assert_frame_equal(left[table], right[table])
+
+
+def test_compaction_merges_finished_trials_only_and_changes_no_row(tmp_path: Path) -> None:
+    build_two_trials(tmp_path)
+    before = tables(tmp_path)
+    compact(tmp_path)
+    assert_same(before, tables(tmp_path))
+    names = sorted(path.name.split("-")[0] for path in (tmp_path / "results" / "metrics").glob("*.parquet"))
+    assert names == ["busy"] * 4 + ["compacted"]
+    assert len(pd.read_parquet(tmp_path / "results" / "metrics")) == 8, "plain pandas sees every row once"
+
+
+def test_compacting_again_gathers_what_was_compacted_before(tmp_path: Path) -> None:
+    build_two_trials(tmp_path)
+    compact(tmp_path)
+    finish(tmp_path, "busy")
+    before = tables(tmp_path)
+    compact(tmp_path)
+    compact(tmp_path)
+    assert_same(before, tables(tmp_path))
+    for table in ("metrics", "samples", "events"):
+        assert len(list((tmp_path / "results" / table).glob("*.parquet"))) == 1
+
+
+def test_a_crash_between_merging_and_removing_leaves_no_double_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build_two_trials(tmp_path)
+    before = tables(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", _crash)
+        with pytest.raises(KeyboardInterrupt):
+            compact(tmp_path)
+    assert len(list((tmp_path / "results" / "metrics").glob("*.parquet"))) == 9
+    assert_same(before, tables(tmp_path))
+    compact(tmp_path)
+    assert len(pd.read_parquet(tmp_path / "results" / "metrics")) == 8
+    assert_same(before, tables(tmp_path))
+
+
+def _crash(path: Path, missing_ok: bool = False) -> None:
+    if path.suffix == ".parquet":
+        raise KeyboardInterrupt
+
+
+def test_compaction_leaves_damaged_files_where_they_are(tmp_path: Path) -> None:
+    build_two_trials(tmp_path)
+    damaged = sorted((tmp_path / "results" / "metrics").glob("done*.parquet"))[0]
+    damaged.write_bytes(b"broken")
+    compact(tmp_path)
+    assert damaged.exists()
+    assert len(read_table(tmp_path, "metrics")) == 7
+
+
+def test_files_that_vanish_while_reading_are_looked_for_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ebft_study.results import reader
+
+    build_two_trials(tmp_path)
+    before = tables(tmp_path)
+    real, calls = reader.read_file, []
+
+    def read_while_compacting(path: Path, table: str) -> pa.Table:
+        calls.append(path)
+        if len(calls) == 1:
+            monkeypatch.setattr(reader, "read_file", real)
+            compact(tmp_path)
+        return real(path, table)
+
+    monkeypatch.setattr(reader, "read_file", read_while_compacting)
+    pd.testing.assert_frame_equal(before["metrics"], read_table(tmp_path, "metrics"))

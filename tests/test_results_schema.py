@@ -1,0 +1,92 @@
+"""The schema: typed columns for every setting, registered metrics, descriptions and versions in the files."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+import pyarrow as pa
+import pytest
+
+from ebft_study import config
+from ebft_study.errors import ResultsError
+from ebft_study.results import METRICS, metric, schema
+
+
+def test_every_setting_is_a_typed_column_of_trials() -> None:
+    fields = {f.name: f.type for f in schema.arrow_schema("trials")}
+    flat = config.flatten(config.RunConfig())
+    assert set(flat) <= set(fields)
+    assert fields["alpha"] == pa.float64()
+    assert fields["n_samples"] == pa.int64()
+    assert fields["packing"] == pa.bool_()
+    assert fields["whitening"] == pa.string()
+    assert fields["depths"] == fields["betas"] == pa.list_(pa.float64())
+    assert fields["profile_lengths"] == pa.list_(pa.int64())
+    assert fields["max_examples"] == pa.int64(), "an optional setting has the type of its value"
+    assert fields["max_grad_norm"] == pa.float64()
+
+
+def test_no_setting_collides_with_a_state_column() -> None:
+    for table in schema.TABLES:
+        names = [column.name for column in schema.columns(table)]
+        assert len(names) == len(set(names))
+
+
+def test_default_settings_fit_their_columns() -> None:
+    for name, value in config.flatten(config.RunConfig()).items():
+        plain = list(value) if isinstance(value, tuple) else value
+        field = schema.arrow_schema("trials").field(name)
+        assert pa.array([plain], type=field.type).to_pylist() == [plain]
+
+
+@pytest.mark.parametrize("table", schema.TABLES)
+def test_every_column_is_described_and_every_file_carries_its_version(table: str) -> None:
+    arrow = schema.arrow_schema(table)
+    assert arrow.metadata[b"schema_version"] == str(schema.SCHEMA_VERSION).encode()
+    assert arrow.metadata[b"table"] == table.encode()
+    assert all(field.metadata[b"description"] for field in arrow)
+
+
+def test_metrics_have_the_agreed_names() -> None:
+    evaluation = "ce_loss ce_answer_loss perplexity cfm_loss cfm_standard_error evaluation_seconds"
+    training = (
+        "loss policy_loss train_ce_loss kl reward alignment diversity advantage_std zero_variance_fraction "
+        "duplicate_rate policy_entropy train_cfm_loss fm_whitened grad_norm learning_rate tokens_per_second "
+        "step_seconds rollout_seconds feature_seconds scoring_seconds optimizer_seconds peak_memory_bytes "
+        "sequences_seen tokens_seen"
+    )
+    assert list(METRICS) == f"{evaluation} {training}".split()
+    assert metric("ce_loss").direction == "min"
+    assert metric("reward").direction == "max"
+    assert metric("learning_rate").direction is None
+    assert metric("entropy").unit == "nats/token"
+
+
+def test_an_unknown_metric_is_refused_with_the_nearest_name() -> None:
+    with pytest.raises(ResultsError, match="Did you mean 'cfm_loss'"):
+        metric("cfm_los")
+
+
+def test_reading_modules_import_nothing_heavy() -> None:
+    modules = "ebft_study.config, ebft_study.errors, ebft_study.results, ebft_study.report"
+    code = (
+        f"import sys, {modules}; "
+        "print([m for m in ('torch', 'ray', 'transformers', 'vllm', 'datasets', 'pandas', 'pyarrow', 'matplotlib') "
+        "if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_importing_config_and_results_takes_less_than_half_a_second() -> None:
+    code = "import ebft_study.config, ebft_study.results"
+
+    def seconds(statement: str) -> float:
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-c", statement], check=True)
+        return time.perf_counter() - start
+
+    # The best of several: other processes of the machine must not fail this test.
+    assert min(seconds(code) for _ in range(5)) < 0.5
