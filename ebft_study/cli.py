@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import click
 import typer
 from rich.console import Console
 
 from ebft_study.errors import EbftError
+
+if TYPE_CHECKING:
+    from ebft_study.study.runner import Ended
 
 app = typer.Typer(
     name="ebft-study",
@@ -113,16 +115,15 @@ def _folder(name: str, storage: Path) -> Path:
     return there if (there / "study.yaml").is_file() else find_study(name)
 
 
-def _finish(ended: object, console: Console) -> None:
+def _finish(ended: Ended, console: Console) -> None:
     """Say how a session of a study ended, and end the process accordingly."""
-    from ebft_study.study import progress, runner
+    from ebft_study.study import progress
 
-    assert isinstance(ended, runner.Ended)
     lines = [progress.summary(list(ended.states.values()))]
     if ended.report:
         lines.append(f"report: {ended.report}")
     if ended.reason:
-        lines.append(f"{ended.reason}; resume with: ebft-study resume {ended.resume_name}")
+        lines.append(f"{ended.reason}; resume with: ebft-study resume {ended.address}")
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     raise typer.Exit(ended.exit_code)
@@ -131,15 +132,7 @@ def _finish(ended: object, console: Console) -> None:
 def main() -> None:
     """Entry point: what a user can mend is one line on stderr and exit code 2."""
     try:
-        app(standalone_mode=False)
+        app()
     except EbftError as error:
-        _fail(" ".join(str(error).split()), error.exit_code)
-    except click.ClickException as error:
-        _fail(error.format_message(), 2)
-    except (click.Abort, KeyboardInterrupt):
-        _fail("interrupted; nothing was running yet, or run the same command with --resume", 130)
-
-
-def _fail(message: str, code: int) -> None:
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(code)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(error.exit_code)

@@ -44,7 +44,7 @@ def write_study(
     seeds: Sequence[int] = (0, 1, 2),
     noise: float = 0.002,
     steps: int = 40,
-    log_every: int = 10,
+    log_every: int = 20,
     statuses: Mapping[tuple[Any, int], str] | None = None,
     growth: float = 0.4,
 ) -> Path:
@@ -107,7 +107,8 @@ def _write(
                 "host": "laptop",
             }
         )
-        study.event("finished", f"{name} seed={seed}: {status}", trial_id=trial_id, attempt=0)
+        if status == "failed":
+            study.event("failed", "RuntimeError: worker died", trial_id=trial_id, attempt=0)
     return folder
 
 
@@ -144,6 +145,8 @@ def _record(
             drift = (0.004 if run.method == "sft" else 0.001) * part - 0.006
             rows.append(_row("entropy", k, 1.9 + 0.2 * math.exp(-k / 3) + drift * k + part * effect[0] / 4, 1_920))
         recorder.evaluations(step, rows)
+    if run.seed != 0:
+        return
     texts = {"context": "def area(r):\n    return ", "completion": "3.14 * r ** 2\n", "ground_truth": "math.pi * r * r"}
     parts = {"reward": 0.7, "alignment": 1.6, "diversity": -0.9, "advantage": 0.1}
     recorder.samples(done, [{"sequence": 3, "anchor": 16, "sample": j, **texts, **parts} for j in range(2)])
@@ -157,10 +160,13 @@ def _row(metric: str, position: int | None, value: float, count: int) -> dict[st
 def write_spec(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     spec = {
-        "name": folder.name,
+        "study": folder.name,
         "question": "Does EBFT calibrate a small model <without> hurting its cross-entropy?",
         "profile": "cpu",
-        "created": "2026-03-01T09:00:00+00:00",
+        "search": {"algorithm": "grid", "num_configurations": None},
+        "resources": {"workers_per_trial": 1, "cpus_per_worker": 2, "gpus_per_worker": 0.0},
+        "created_at": "2026-03-01T09:00:00+00:00",
+        "file": {"name": "quickstart.yaml", "sha256": "ab" * 32},
         "git_revision": "0123456789abcdef",
         "versions": {"python": "3.11.7", "torch": "2.13.0", "ray": "2.60.0"},
         "provenance": {

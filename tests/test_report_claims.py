@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from synthetic_study import PAPER_LIKE, Effect, write_study
 
 from ebft_study.report import claims, tables
 from ebft_study.report.claims import Verdict
 from ebft_study.report.tables import Study
 from ebft_study.results import load
+from tests.synthetic_study import PAPER_LIKE, Effect, write_study
 
+FEW = {key: PAPER_LIKE[key] for key in ((0.0, 0.0), (1.0, 0.0), (1.0, 0.1), None)}
 NAMES = [claim.__name__ for claim in claims.CLAIMS]
 
 
@@ -25,17 +26,17 @@ def rulings(folder: Path, **options: object) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def paper_like(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_study(tmp_path_factory.mktemp("claims") / "paper_like")
+def paper_like(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Verdict]:
+    return verdicts(write_study(tmp_path_factory.mktemp("claims") / "paper_like"))
 
 
-def test_a_study_like_the_paper_agrees_where_it_was_made_to(paper_like: Path) -> None:
+def test_a_study_like_the_paper_agrees_where_it_was_made_to(paper_like: dict[str, Verdict]) -> None:
     expected = dict.fromkeys(NAMES, "agrees") | {"ebft_beats_sft_on_ce": "disagrees"}
-    assert {name: v.ruling for name, v in verdicts(paper_like).items()} == expected
+    assert {name: v.ruling for name, v in paper_like.items()} == expected
 
 
-def test_sentences_carry_the_constructed_numbers(paper_like: Path) -> None:
-    said = verdicts(paper_like)
+def test_sentences_carry_the_constructed_numbers(paper_like: dict[str, Verdict]) -> None:
+    said = paper_like
     assert "base 2.648" in said["ebft_lowers_cfm"].sentence
     assert "3 seeds" in said["ebft_lowers_cfm"].sentence
     assert "each after 320 sequences" in said["ebft_beats_sft_on_cfm"].sentence
@@ -74,14 +75,14 @@ def test_one_alpha_below_one_that_lowers_ce_contradicts_the_statement_on_all(tmp
 
 
 def test_differences_within_the_noise_are_undecided(tmp_path: Path) -> None:
-    effects = dict.fromkeys(PAPER_LIKE, (0.0, 0.0))
-    undecided = rulings(tmp_path / "s", effects=effects, noise=0.01)
+    effects = dict.fromkeys(FEW, (0.0, 0.0))
+    undecided = rulings(tmp_path / "s", effects=effects, noise=0.01, seeds=(3, 4, 5))
     assert undecided.pop("cfm_grows_with_length") == "agrees"
     assert set(undecided.values()) == {"cannot tell"}
 
 
 def test_one_seed_decides_nothing(tmp_path: Path) -> None:
-    said = verdicts(write_study(tmp_path / "s", seeds=(0,)))
+    said = verdicts(write_study(tmp_path / "s", effects=FEW, seeds=(0,)))
     assert {v.ruling for v in said.values()} == {"cannot tell"}
     assert "1 seed, so no interval" in said["ebft_lowers_cfm"].sentence
 
@@ -115,7 +116,7 @@ def test_sft_with_other_data_is_no_comparison(tmp_path: Path) -> None:
 
 def test_trials_that_did_not_finish_are_left_out_and_named(tmp_path: Path) -> None:
     statuses = {((1.0, 0.0), 2): "stopped", ((0.0, 0.0), 0): "failed", ((0.0, 0.0), 1): "stopped"}
-    said = verdicts(write_study(tmp_path / "s", seeds=(0, 1, 2, 3, 4), statuses=statuses))
+    said = verdicts(write_study(tmp_path / "s", effects=FEW, seeds=(0, 1, 2, 3, 4), statuses=statuses))
     assert said["ebft_lowers_cfm"].ruling == "agrees"
     assert "4 seeds" in said["ebft_lowers_cfm"].sentence
     assert "Left out: α=1, γ=0: 1 stopped" in said["ebft_lowers_cfm"].sentence

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from synthetic_study import BASE_CE, BASE_CFM, LENGTHS, PAPER_LIKE, write_study
 
 from ebft_study.report import tables
 from ebft_study.results import TrialRecorder, load
+from tests.synthetic_study import BASE_CE, BASE_CFM, LENGTHS, PAPER_LIKE, write_study
 
 
 def study(folder: Path, **options: object) -> tables.Study:
@@ -99,3 +99,16 @@ def test_trials_without_a_configuration_stand_alone(tmp_path: Path) -> None:
     results = load(write_study(tmp_path / "s", effects={(1.0, 0.0): (0, 0)}))
     results.trials["configuration"] = pd.Series([None] * len(results.trials), dtype="str")
     assert len(tables.summarize(results).configurations) == 3
+
+
+def test_configurations_whose_rounded_names_agree_stay_apart(tmp_path: Path) -> None:
+    results = load(write_study(tmp_path / "s", effects={1e-4: (0, 0), 1.00004e-4: (0.1, 0)}, settings=_learning_rate))
+    results.trials["configuration"] = "learning_rate=0.0001"
+    first, second = tables.summarize(results).configurations
+    assert first.name != second.name
+    assert first.label != second.label
+    assert second.change("ce_loss").mean - first.change("ce_loss").mean == pytest.approx(0.1, abs=0.02)
+
+
+def _learning_rate(key: float) -> dict[str, object]:
+    return {"learning_rate": key}

@@ -18,7 +18,7 @@ NOTABLE = (
     *("whitening", "baseline", "aggregation", "kl_coefficient", "ce_region", "feature_network", "depths", "pooling"),
     *("normalize", "precision", "validation_sequences", "heldout_sequences", "cfm_samples", "evaluation_seed"),
 )
-ROUTINE_EVENTS = ("started", "finished", "checkpoint", "trial_started", "trial_finished")
+ROUTINE_EVENTS = ("started", "finished")
 MAX_INCIDENTS = 30
 MAX_CONTEXT_CHARACTERS = 240
 Facts = list[tuple[str, str]]
@@ -70,9 +70,9 @@ def provenance(spec: Mapping[str, Any]) -> list[tuple[str, Facts]]:
     record = _mapping(spec.get("provenance"))
     groups = [(_title(key), _facts(value)) for key, value in record.items() if isinstance(value, Mapping)]
     loose = {key: value for key, value in record.items() if not isinstance(value, Mapping)}
-    about = {key: spec[key] for key in ("created", "profile", "git_revision", "file_digest") if spec.get(key)}
+    about = {key: spec[key] for key in ("created_at", "profile", "file", "git_revision") if spec.get(key)}
     software = list(_facts({**about, **loose})) + list(_facts(_mapping(spec.get("versions"))))
-    return [*groups, *([("Software", software)] if software else [])]
+    return [*groups, *([("Study file and software", software)] if software else [])]
 
 
 def _title(key: str) -> str:

@@ -106,7 +106,7 @@ def learning_curves(study: Study) -> Picture | None:
     caption = (
         "Lines are means over the seeds of a configuration, bands span its lowest to highest seed; the dashed line is "
         "the base model (step 0). Thin lines ending in × are trials that did not finish; they are not in the means. "
-        "A line that runs off leaves the frame, so that the others keep their shape; its label stays at the edge. "
+        "A line that rises far above the rest leaves the frame; its label stays at the edge. "
         "The reward's scale depends on α, so compare its course, not its height, across α."
         f"{omitted}"
     )
@@ -139,13 +139,16 @@ def _curves(axes: Axes, study: Study, shown: Sequence[Configuration], metric: st
 
 
 def _leave_out_divergence(axes: Axes, base: float, means: Sequence[pd.Series]) -> None:
-    """Let lines that run far from the base model leave the frame, or they would flatten all the others."""
+    """Let lines that rise far above the base model leave the frame, or they would flatten all the others."""
     far = [float((mean - base).abs().max()) for mean in means if len(mean)]
-    if not far or max(far) <= (limit := DIVERGENCE * float(np.median(far))):
+    if not far:
         return
-    inside = np.concatenate([mean[(mean - base).abs() <= limit] for mean in means] + [np.array([base])])
-    margin = 0.06 * (inside.max() - inside.min())
-    axes.set_ylim(inside.min() - margin, inside.max() + margin)
+    limit = base + DIVERGENCE * float(np.median(far))
+    values = np.concatenate([*means, [base]])
+    if values.max() > limit:
+        inside = values[values <= limit]
+        margin = 0.06 * (inside.max() - inside.min())
+        axes.set_ylim(inside.min() - margin, inside.max() + margin)
 
 
 def _series(study: Study, configuration: Configuration, metric: str) -> tuple[pd.DataFrame, list[pd.Series]]:

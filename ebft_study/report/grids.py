@@ -69,12 +69,12 @@ def _heat_map(
     cells = {(c.settings[row_name], c.settings[column_name]): c.change(metric) for c in configurations}
     values = np.array([[cells[r, k].mean if (r, k) in cells else math.nan for k in columns] for r in rows])
     limit = _color_limit(values)
-    image = axes.imshow(values, cmap="RdBu_r", norm=Normalize(-limit, limit), aspect="auto", origin="lower")
+    image = axes.pcolormesh(values, cmap="RdBu_r", norm=Normalize(-limit, limit), edgecolors="white", linewidth=1.5)
     for y, row in enumerate(rows):
         for x, column in enumerate(columns):
-            _annotate_cell(axes, x, y, cells.get((row, column)), limit, text.decimals_of(limit))
-    axes.set_xticks(range(len(columns)), [text.setting(v) for v in columns])
-    axes.set_yticks(range(len(rows)), [text.setting(v) for v in rows])
+            _annotate_cell(axes, x + 0.5, y + 0.5, cells.get((row, column)), limit, text.decimals_of(limit))
+    axes.set_xticks(np.arange(len(columns)) + 0.5, [text.setting(v) for v in columns])
+    axes.set_yticks(np.arange(len(rows)) + 0.5, [text.setting(v) for v in rows])
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
@@ -85,7 +85,7 @@ def _heat_map(
     bar.outline.set_visible(False)
 
 
-def _annotate_cell(axes: Axes, x: int, y: int, change: Interval | None, limit: float, places: int) -> None:
+def _annotate_cell(axes: Axes, x: float, y: float, change: Interval | None, limit: float, places: int) -> None:
     if change is None or change.n == 0:
         missing = "not run" if change is None else "no finished\ntrial"
         axes.text(x, y, missing, ha="center", va="center", fontsize=7.5, color=style.QUIET)

@@ -37,7 +37,8 @@ def write(study_folder: Path) -> Path:
         .get_template(TEMPLATE)
         .render(
             study=study,
-            spec=study.results.spec,
+            question=study.results.spec.get("question"),
+            profile=study.results.spec.get("profile"),
             verdicts=verdicts,
             rulings=[
                 (name, sum(v.ruling == name for v in verdicts)) for name in ("agrees", "disagrees", "cannot tell")
@@ -86,6 +87,8 @@ def _svg(picture: Picture) -> str:
 def _inline(svg: str, name: str) -> str:
     """An SVG file as an element of a page: without prolog, its ids apart from those of the other figures."""
     element = svg[svg.index("<svg") :]
+    # Images are named by their content, so two equal colour bars share a name that nothing refers to.
+    element = re.sub(r'(<image\b[^>]*?) id="[^"]*"', r"\1", element)
     element = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', element)
     element = re.sub(r'(href=")#', rf"\1#{name}-", element)
     element = element.replace("url(#", f"url(#{name}-")

@@ -10,16 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from ebft_study.report import text
 from ebft_study.report.statistics import Interval, mean_interval, paired_difference
 from ebft_study.results import Results, schema
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 HELDOUT = "heldout"
 NOT_AN_AXIS = ("name", "seed")
@@ -124,7 +122,7 @@ def summarize(results: Results) -> Study:
     validation = _last_validation_cfm(results)
     configurations = []
     names = [column.name for column in schema.hyperparameters()]
-    for name, group in trials.groupby(_configuration_names(trials), sort=False):
+    for name, group in trials.groupby(_configuration_names(trials, varying), sort=False):
         seeds = _seeds(group)
         finished = _seeds(group[group["status"] == "finished"])
         settings = {key: _plain(group.iloc[0][key]) for key in names}
@@ -157,9 +155,16 @@ def varying_settings(trials: pd.DataFrame) -> tuple[str, ...]:
     return tuple(name for name in names if len({repr(_plain(v)) for v in on_axes[name]}) > 1)
 
 
-def _configuration_names(trials: pd.DataFrame) -> pd.Series:
-    """The configuration of each trial; without one, a trial stands alone."""
-    return trials["configuration"].fillna(trials["label"]).fillna(trials["trial_id"])
+def _configuration_names(trials: pd.DataFrame, varying: Sequence[str]) -> pd.Series:
+    """The configuration of each trial; without one, a trial stands alone.
+
+    Names hold rounded numbers, so two configurations of a search can share one: their exact settings tell them apart.
+    """
+    names = trials["configuration"].fillna(trials["label"]).fillna(trials["trial_id"])
+    exact = [repr([_plain(value) for value in row]) for row in trials[list(varying)].to_numpy(dtype=object).tolist()]
+    distinct = names.to_frame("name").assign(exact=exact).drop_duplicates()["name"].value_counts()
+    shared = names.map(distinct) > 1
+    return names.where(~shared, names + " " + pd.Series(exact, index=trials.index, dtype="str"))
 
 
 def _label(name: str, baseline: str | None, settings: dict[str, Any], varying: Sequence[str]) -> str:

@@ -24,6 +24,7 @@ import ray
 import ray.train
 import ray.tune
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 
 from ebft_study.errors import EbftError
 from ebft_study.study import attempts, relay
@@ -67,11 +68,18 @@ def run_trial(settings: dict[str, Any]) -> None:
     ray.tune.report({**last, "outcome": fitting.outcome()})
 
 
+class _Trainer(TorchTrainer):  # type: ignore[misc]
+    """A TorchTrainer without Ray Data, whose manager would be one more process for every trial."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        return [c for c in super()._create_default_callbacks() if not isinstance(c, DatasetsCallback)]
+
+
 def _trainer(settings: dict[str, Any], box: str, attempt: int, start_from: Path | None) -> TorchTrainer:
     resources, run = settings["resources"], settings["run"]
     gpus = resources["gpus_per_worker"]
     per_worker = {"CPU": resources["cpus_per_worker"]} | ({"GPU": gpus} if gpus else {})
-    return TorchTrainer(
+    return _Trainer(
         train_worker,
         train_loop_config={
             "attempt": attempt,

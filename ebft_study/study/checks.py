@@ -119,19 +119,21 @@ def _is_raw_text(run: RunConfig) -> bool:
     return run.data.dataset in ("stdlib", "unstructured") or run.data.text_column is not None
 
 
-def check_machine(spec: StudySpec, *, cpus: int, gpus: int) -> None:
-    """Refuse a study of which not even one trial fits on this machine."""
+def check_machine(spec: StudySpec, *, cpus: int | None = None, gpus: int | None = None) -> None:
+    """Refuse a study of which not even one trial fits on this machine, or on one with `cpus` and `gpus`."""
     resources = spec.resources
     needs = {
-        "cpus_per_worker": (resources.workers_per_trial * resources.cpus_per_worker, cpus, "CPU cores"),
-        "gpus_per_worker": (resources.workers_per_trial * resources.gpus_per_worker, gpus, "GPUs"),
+        "cpus_per_worker": (resources.cpus_per_worker, cpus, cpu_count, "CPU cores"),
+        "gpus_per_worker": (resources.gpus_per_worker, gpus, gpu_count, "GPUs"),
     }
-    for key, (needed, there, what) in needs.items():
+    for key, (per_worker, given, count, what) in needs.items():
+        needed = per_worker * resources.workers_per_trial
+        there = count() if given is None and needed else given or 0
         if needed > there:
             raise rule_broken(
                 source=spec.study,
                 key=f"resources.{key}",
-                given=getattr(resources, key),
+                given=per_worker,
                 rule=f"a trial of {resources.workers_per_trial} worker(s) needs {needed:g} {what}; here are {there}",
                 remedy="Use another --profile, fewer workers_per_trial, or a larger machine",
             )

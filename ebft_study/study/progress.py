@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
@@ -17,7 +18,7 @@ from rich.text import Text
 
 OPEN = ("pending", "running", "interrupted")
 _STYLES = {"running": "bold", "finished": "green", "stopped": "yellow", "failed": "red", "pending": "dim"}
-_MOST_ROWS = 40  # of a live table, which must fit a screen
+_MOST_ROWS, _MOST_NOTES = 40, 8  # of a live table, which must fit a screen
 
 
 @dataclass
@@ -83,9 +84,7 @@ class LiveTable:
         self._live.start()
 
     def changed(self, state: TrialState, what: str) -> None:
-        """The table refreshes by itself; what only a line can tell is said above it."""
-        if state.note and state.status in ("stopped", "failed"):
-            self.say(f"{state.trial_id} {state.label}: {what}")
+        """The table refreshes by itself."""
 
     def say(self, line: str) -> None:
         self._live.console.print(f"{time.strftime('%H:%M:%S')} {line}", markup=False, highlight=False)
@@ -109,14 +108,17 @@ def display(
 def render(
     states: Iterable[TrialState], columns: tuple[str, ...], *, title: str, at_once: int = 1, most: int = _MOST_ROWS
 ) -> RenderableType:
-    """The table of trials, and a line that counts them and says how long the rest will take."""
+    """The table of trials, what went wrong, and a line that counts and says how long the rest will take."""
     states = list(states)
-    table = Table(title=title, title_justify="left", show_edge=False, pad_edge=False)
-    for header in ("trial", "settings", "state", "step", *columns, "time", ""):
-        table.add_column(header, justify="right" if header in ("step", "time", *columns) else "left", no_wrap=True)
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for header in ("trial", "settings", "state", "step", *columns, "time"):
+        left, wraps = header in ("trial", "settings", "state"), header == "settings"
+        table.add_column(header, justify="left" if left else "right", no_wrap=not wraps)
     for state in _shown(states, most):
         table.add_row(*_cells(state, columns), style=_STYLES.get(state.status, ""))
-    return Group(table, Text(summary(states, at_once), style="bold"))
+    noted = [s for s in states if s.note and s.status in ("failed", "stopped")]
+    notes = [Text(f"{s.trial_id} {s.status}: {s.note}", style=_STYLES[s.status]) for s in noted[-_MOST_NOTES:]]
+    return Group(table, *notes, Text(summary(states, at_once), style="bold"))
 
 
 def _shown(states: list[TrialState], most: int) -> list[TrialState]:
@@ -131,9 +133,8 @@ def _shown(states: list[TrialState], most: int) -> list[TrialState]:
 def _cells(state: TrialState, columns: tuple[str, ...]) -> list[str]:
     step = f"{state.step}/{state.total_steps}" if state.total_steps else str(state.step)
     numbers = [f"{state.metrics[name]:.4g}" if name in state.metrics else "" for name in columns]
-    status = state.status if state.attempt <= 1 else f"{state.status} (attempt {state.attempt})"
-    note = state.note if len(state.note) <= 48 else f"{state.note[:47]}…"
-    return [state.trial_id, state.label, status, step, *numbers, duration(state.seconds), note]
+    status = state.status if state.attempt <= 1 else f"{state.status} (start {state.attempt})"
+    return [state.trial_id, state.label, status, step, *numbers, duration(state.seconds)]
 
 
 def summary(states: list[TrialState], at_once: int = 1) -> str:

@@ -37,6 +37,12 @@ class Ended:
     report: Path | None = None
 
     @property
+    def address(self) -> str:
+        """How the command line finds the study again: its name if that is enough, else its folder."""
+        usual = Path("studies").resolve() / self.folder.name
+        return shlex.quote(self.folder.name if usual == self.folder else str(self.folder))
+
+    @property
     def exit_code(self) -> int:
         """130 after Ctrl-C, 1 when a trial failed, else 0."""
         if self.reason.startswith("Ctrl-C"):
@@ -52,7 +58,7 @@ def run(
     if (folder / record.NAME).exists():
         return _existing(folder, spec, console, go_on)
     configurations = checks.check(spec, str(file))
-    _check_machine(spec)
+    checks.check_machine(spec)
     with _locked(folder):
         provenance = _prepare(configurations)
         record.write(folder, spec, profile=profile, file=file, provenance=provenance)
@@ -64,7 +70,7 @@ def resume(folder: Path, *, console: Console, retry_failed: bool = False) -> End
     folder = folder.resolve()
     spec = record.read(folder)
     configurations = checks.check(spec, str(folder / record.NAME))
-    _check_machine(spec)
+    checks.check_machine(spec)
     with _locked(folder):
         past = history.read(folder, spec.objective.metric)
         if retry_failed:
@@ -99,10 +105,6 @@ def _is_over(spec: StudySpec, past: History) -> bool:
     return len(past.endings) >= expected
 
 
-def _check_machine(spec: StudySpec) -> None:
-    checks.check_machine(spec, cpus=checks.cpu_count(), gpus=checks.gpu_count())
-
-
 def _prepare(configurations: Sequence[RunConfig]) -> dict[str, Any]:
     """Data and models, loaded or built once, before any process is started for a trial."""
     from ebft_study.training.prepare import prepare
@@ -121,7 +123,7 @@ def _locked(folder: Path) -> Iterator[None]:
         lock.acquire()
     except filelock.Timeout:
         raise ResultsError(
-            f"{folder}: another process is running this study. Watch it with 'ebft-study status {folder.name}'"
+            f"{folder}: another process is running this study. Watch it with 'ebft-study status', or wait for its end"
         ) from None
     try:
         yield

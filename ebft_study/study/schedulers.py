@@ -55,7 +55,7 @@ class Rungs(ASHAScheduler):  # type: ignore[misc]
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         settings = trial.config
-        over = result[self._time_attr] >= settings["total_steps"] or "outcome/status" in result
+        over = "outcome/status" in result or result[self._time_attr] >= settings["total_steps"]
         if settings["is_baseline"] or over or not math.isfinite(result.get(self._metric, math.nan)):
             return str(TrialScheduler.CONTINUE)
         return str(super().on_trial_result(tune_controller, _named(trial), result))

@@ -100,15 +100,25 @@ def _with_profile(spec: StudySpec, profile: str | None, source: str) -> StudySpe
     if profile not in spec.profiles:
         known = ", ".join(spec.profiles) or "none"
         raise ConfigError(f"{source}: profile={profile!r}: the file has no such profile. Known profiles: {known}")
-    chosen = spec.profiles[profile]
-    for path in _profile_run(chosen, profile, source):
-        _refuse_studied(spec, path, f"{source}: profiles.{profile}", "a profile changes model, sizes and resources")
-    merged = config.merge(dump(spec), chosen.model_dump() | {"run": config.nest(chosen.run, source=source)})
+    chosen = _nested_profile(spec, profile, source)
+    merged = config.merge(dump(spec), chosen.model_dump())
     return _normal(config.parse(StudySpec, merged, source=f"{source}: profiles.{profile}"), source)
 
 
-def _profile_run(profile: Profile, name: str, source: str) -> dict[str, Any]:
-    return paths(config.nest(profile.run, source=f"{source}: profiles.{name}.run"))
+def _nested_profile(spec: StudySpec, name: str, source: str) -> Profile:
+    """A profile with its settings nested by section; refuses one that changes what is studied."""
+    where, chosen = f"{source}: profiles.{name}", spec.profiles[name]
+    baselines = {}
+    for baseline, settings in chosen.baselines.items():
+        if baseline not in spec.baselines:
+            known = ", ".join(spec.baselines) or "none"
+            raise ConfigError(f"{where}: baselines.{baseline}: is no baseline of this study. Its baselines: {known}")
+        baselines[baseline] = config.nest(settings, source=f"{where}.baselines.{baseline}")
+    run = config.nest(chosen.run, source=f"{where}.run")
+    for settings in (run, *baselines.values()):
+        for path in paths(settings):
+            _refuse_studied(spec, path, where, "a profile changes model, sizes and resources")
+    return chosen.model_copy(update={"run": run, "baselines": baselines})
 
 
 def _with_overrides(spec: StudySpec, overrides: Sequence[str]) -> StudySpec:

@@ -7,10 +7,10 @@ from typing import Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_serializer, field_validator, model_validator
 
-from ebft_study.config import Section
+from ebft_study.config import RunConfig, Section
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
-NEVER_IN_A_PROFILE = ("study", "question", "axes", "seeds", "baselines", "search", "objective", "method")
+NEVER_IN_A_PROFILE = ("study", "question", "axes", "seeds", "search", "objective", "method")
 
 
 class Axis(Section):
@@ -108,6 +108,7 @@ class Profile(Section):
     """What differs on one kind of machine."""
 
     run: dict[str, Any] = Field(default_factory=dict)
+    baselines: dict[str, dict[str, Any]] = Field(default_factory=dict, description="further settings of baselines")
     scheduler: dict[str, Any] = Field(default_factory=dict)
     budget: dict[str, Any] = Field(default_factory=dict)
     resources: dict[str, Any] = Field(default_factory=dict)
@@ -185,3 +186,8 @@ def paths(settings: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in settings.items():
         flat |= {f"{key}.{leaf}": inner for leaf, inner in value.items()} if isinstance(value, dict) else {key: value}
     return flat
+
+
+def nested(run: RunConfig) -> dict[str, Any]:
+    """The settings of a run as a study fixes them: without its name and seed, which the study gives."""
+    return run.model_dump(mode="json", exclude={"name", "seed"})

@@ -5,6 +5,7 @@ Tune pickles all of them into snapshots that nothing here ever reads, so they pi
 
 from __future__ import annotations
 
+import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -108,4 +109,5 @@ def _problem(trial: Any) -> str:
     """The last line of what Tune noted of a crash: the exception and its message."""
     path = trial.error_file
     lines = Path(path).read_text(errors="replace").split("\n") if path and Path(path).is_file() else []
-    return next((line.strip() for line in reversed(lines) if line.strip()), "the trial's process died")
+    last = next((line.strip() for line in reversed(lines) if line.strip()), "the trial's process died")
+    return textwrap.shorten(last, 200, placeholder="…")

@@ -1,0 +1,55 @@
+"""What a study is doing, from its folder alone: no Ray, and no need for its driver to be alive."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import filelock
+from rich.console import Console
+
+from ebft_study import results
+from ebft_study.study import history, progress, record
+
+_EVENTS = ("retry", "failed", "stopped", "refused", "resumed", "interrupted")
+_MOST_EVENTS = 12
+
+
+def show(folder: Path, console: Console) -> None:
+    """Print the table of trials and the latest remarkable events."""
+    spec = record.read(folder)
+    metric = spec.objective.metric
+    states = list(history.read(folder, metric).states.values())
+    alive = _is_running(folder)
+    for state in states:
+        if state.status == "running" and not alive:
+            state.status, state.started_at, state.note = "interrupted", None, "its driver is gone"
+    columns = tuple(dict.fromkeys(("ce_loss", "cfm_loss", metric)))
+    title = f"{spec.study}: {' '.join(spec.question.split())}"
+    console.print(progress.render(states, columns, title=title, most=len(states)))
+    _show_events(folder, console)
+    if not alive and any(state.status in progress.OPEN for state in states):
+        console.print(f"not running; resume with: ebft-study resume {folder}", markup=False, highlight=False)
+
+
+def _is_running(folder: Path) -> bool:
+    """Whether a driver holds the study's lock."""
+    path = folder / ".lock"
+    if not path.exists():
+        return False
+    try:
+        with filelock.FileLock(path, timeout=0):
+            return False
+    except filelock.Timeout:
+        return True
+
+
+def _show_events(folder: Path, console: Console) -> None:
+    events = results.read_table(folder, "events")
+    shown = events[events["kind"].isin(_EVENTS)].tail(_MOST_EVENTS)
+    rows: list[dict[Any, Any]] = shown.to_dict("records")
+    for row in rows:
+        who = row["trial_id"] if isinstance(row["trial_id"], str) else "study"
+        when = row["time"].to_pydatetime().astimezone()
+        line = f"{when:%Y-%m-%d %H:%M:%S} {who} {row['kind']}: {row['message']}"
+        console.print(line, markup=False, highlight=False, soft_wrap=True)

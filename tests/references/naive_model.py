@@ -1,0 +1,42 @@
+"""Rollouts, log-probabilities and features one context and one sample at a time, through plain forward passes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+@torch.no_grad()
+def sample(model: nn.Module, context: Tensor, noise: Tensor, temperature: float) -> tuple[list[int], list[float]]:
+    """One completion of `context` [c]: the whole sequence is run again for every token."""
+    tokens, log_probs = context.tolist(), []
+    for u in noise.tolist():
+        log_p = (model(torch.tensor([tokens])).logits[0, -1].float() / temperature).log_softmax(-1)
+        cumulative, token = 0.0, 0
+        total = float(log_p.exp().double().sum())
+        for token in range(len(log_p)):  # noqa: B007
+            cumulative += float(log_p[token].exp())
+            if cumulative > u * total:
+                break
+        tokens.append(token)
+        log_probs.append(float(log_p[token]))
+    return tokens[len(context) :], log_probs
+
+
+def completion_log_probs(model: nn.Module, context: Tensor, completion: Tensor, temperature: float) -> Tensor:
+    """Log-probabilities [G] of a completion, with gradient."""
+    logits = model(torch.cat([context, completion])[None]).logits[0, len(context) - 1 : -1].float()
+    return (logits / temperature).log_softmax(-1).gather(-1, completion[:, None])[:, 0]
+
+
+@torch.no_grad()
+def features(model: nn.Module, context: Tensor, completion: Tensor, layers: list[int], pooling: str, normalize: str) -> Tensor:
+    """phi(c : y) from all hidden states of the whole network."""
+    states = model(torch.cat([context, completion])[None], output_hidden_states=True).hidden_states
+    parts = []
+    for layer in layers:
+        own = states[layer][0, len(context) :].float()
+        vector = {"last_token": own[-1], "mean": own.mean(0), "concat": own.flatten()}[pooling]
+        parts.append(vector / vector.norm() if normalize == "per_layer" else vector)
+    joined = torch.cat(parts)
+    return joined / joined.norm() if normalize == "joint" else joined

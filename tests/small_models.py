@@ -1,0 +1,40 @@
+"""Randomly initialised models of two architectures, small enough for loops over every context."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from ebft_study.block_model import ATTENTION
+from ebft_study.data import Batch
+
+VOCABULARY = 40
+ARCHITECTURES = ["qwen2-tied", "llama-untied"]
+
+
+def small_model(architecture: str = "qwen2-tied", *, layers: int = 4, seed: int = 0) -> nn.Module:
+    """A model with grouped-query attention and weights large enough that attention matters."""
+    sizes = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "initializer_range": 0.25,
+    }
+    torch.manual_seed(seed)
+    if architecture == "qwen2-tied":
+        config = Qwen2Config(**sizes, tie_word_embeddings=True)
+        return Qwen2ForCausalLM._from_config(config, attn_implementation=ATTENTION).eval()
+    config = LlamaConfig(**sizes, tie_word_embeddings=False)
+    return LlamaForCausalLM._from_config(config, attn_implementation=ATTENTION).eval()
+
+
+def small_batch(layouts: list[list[int]], seed: int = 0) -> Batch:
+    """Random tokens over given document layouts."""
+    documents = torch.tensor(layouts)
+    tokens = torch.randint(0, VOCABULARY, documents.shape, generator=torch.Generator().manual_seed(seed))
+    return Batch(tokens, documents, documents >= 0, torch.arange(len(layouts)))
