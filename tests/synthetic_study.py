@@ -170,7 +170,7 @@ def write_spec(folder: Path) -> None:
         "git_revision": "0123456789abcdef",
         "versions": {"python": "3.11.7", "torch": "2.13.0", "ray": "2.60.0"},
         "provenance": {
-            "data": {"qa": {"train": 4000, "validation": 300, "heldout": 600, "fingerprint": "9f" * 32}},
+            "data": {"qa": {"examples": {"train": 4000, "heldout": 600}, "fingerprint": "9f" * 32}},
             "models": {"tiny-1m": {"parameters": 1_050_000, "perplexity": 13.1, "trigram_perplexity": 61.0}},
         },
     }

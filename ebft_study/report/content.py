@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 
 from ebft_study.report import text
-from ebft_study.report.tables import Configuration, Study, best
+from ebft_study.report.tables import HELDOUT, Configuration, Study, best
 
-# Settings worth naming even where they do not vary; the rest is in study.yaml and in the trials table.
-NOTABLE = (
-    *("method", "model", "dataset", "sequence_length", "packing", "steps", "batch_size", "learning_rate", "schedule"),
-    *("warm_start_steps", "n_samples", "completion_length", "stride", "temperature", "anchor_region", "alpha", "gamma"),
-    *("whitening", "baseline", "aggregation", "kl_coefficient", "ce_region", "feature_network", "depths", "pooling"),
-    *("normalize", "precision", "validation_sequences", "heldout_sequences", "cfm_samples", "evaluation_seed"),
-)
 ROUTINE_EVENTS = ("started", "finished")
 MAX_INCIDENTS = 30
 MAX_CONTEXT_CHARACTERS = 240
-Facts = list[tuple[str, str]]
 
 
 def overview(study: Study) -> str:
@@ -32,111 +24,6 @@ def overview(study: Study) -> str:
     seeds = study.results.trials["seed"].nunique()
     line = f"{finished} of {total} trials finished" + (f" ({', '.join(others)})" if others else "")
     return f"{line} · {len(study.configurations)} configurations × {seeds} seed{'s' * (seeds != 1)}"
-
-
-def asked(study: Study) -> Facts:
-    """Axes, baselines, seeds and how configurations were chosen."""
-    trials, spec = study.results.trials, study.results.spec
-    on_axes = [c for c in study.configurations if c.baseline is None]
-    rows = [(text.named(name), _values(on_axes, name)) for name in study.varying]
-    baselines = [c.label for c in study.configurations if c.baseline]
-    seeds = sorted({int(seed) for seed in trials["seed"].dropna()})
-    rows += [("Baselines", text.listed(baselines) or "none"), ("Seeds", text.setting(seeds) or text.NOTHING)]
-    for key in ("search", "scheduler", "objective", "budget"):
-        stated = {k: v for k, v in _mapping(spec.get(key)).items() if v is not None}
-        if stated:
-            rows.append((key.capitalize(), ", ".join(f"{k} {text.setting(v)}" for k, v in stated.items())))
-    return rows
-
-
-def _values(configurations: Sequence[Configuration], name: str) -> str:
-    values = {text.setting(c.settings[name]): c.settings[name] for c in configurations}
-    if len(values) > 8 and all(isinstance(v, int | float) for v in values.values()):
-        return f"{len(values)} values from {text.setting(min(values.values()))} to {text.setting(max(values.values()))}"
-    return ", ".join(values)
-
-
-def fixed_settings(study: Study) -> Facts:
-    """Notable settings that all trials on the axes share."""
-    on_axes = [c for c in study.configurations if c.baseline is None] or list(study.configurations)
-    if not on_axes:
-        return []
-    names = [name for name in NOTABLE if name not in study.varying]
-    return [(text.named(name), text.setting(on_axes[0].settings[name])) for name in names]
-
-
-def provenance(spec: Mapping[str, Any]) -> list[tuple[str, Facts]]:
-    """Versions, and what data and models the study used, as recorded when it started."""
-    record = _mapping(spec.get("provenance"))
-    groups = [(_title(key), _facts(value)) for key, value in record.items() if isinstance(value, Mapping)]
-    loose = {key: value for key, value in record.items() if not isinstance(value, Mapping)}
-    about = {key: spec[key] for key in ("created_at", "profile", "file", "git_revision") if spec.get(key)}
-    software = list(_facts({**about, **loose})) + list(_facts(_mapping(spec.get("versions"))))
-    return [*groups, *([("Study file and software", software)] if software else [])]
-
-
-def _title(key: str) -> str:
-    return key.replace("_", " ").capitalize()
-
-
-def _facts(record: Mapping[str, Any]) -> Facts:
-    """Nested values as rows; a name's path is spelt out, hashes are cut to what tells them apart."""
-    return [(name.replace("_", " "), _fact(value)) for name, value in _leaves(record)]
-
-
-def _leaves(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in record.items():
-        name = f"{prefix} · {key}" if prefix else str(key)
-        simple = not isinstance(value, Mapping) or not any(isinstance(v, Mapping) for v in value.values())
-        if isinstance(value, Mapping) and (not simple or not prefix):
-            yield from _leaves(value, name)
-        else:
-            yield name, value
-
-
-def _fact(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_fact(inner)}" for key, inner in value.items())
-    if isinstance(value, str) and len(value) >= 32 and all(c in "0123456789abcdef" for c in value):
-        return value[:16] + "…"
-    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10_000:
-        return text.count(value)
-    if isinstance(value, float):
-        return f"{value:.4g}" if abs(value) < 1e5 else text.count(round(value))
-    return text.setting(value)
-
-
-def cost(study: Study) -> Facts:
-    """Time and memory that the study took."""
-    trials = study.results.trials
-    known = trials.dropna(subset=["started_at", "finished_at"])
-    wall = (known["finished_at"].max() - known["started_at"].min()).total_seconds() if len(known) else None
-    used = float(trials["total_seconds"].sum()) if trials["total_seconds"].notna().any() else None
-    resources = _mapping(study.results.spec.get("resources"))
-    workers = int(resources.get("workers_per_trial", 1))
-    cpus, gpus = (workers * float(resources.get(key, default)) for key, default in _RESOURCES)
-    rows = [
-        ("Wall-clock, first start to last end", text.duration(wall)),
-        ("Trial time, summed", text.duration(used)),
-        (f"CPU hours ({cpus:g} CPU per trial)", text.number(used * cpus / 3600, 2) if used else text.NOTHING),
-    ]
-    if gpus:
-        rows.append((f"GPU hours ({gpus:g} GPU per trial)", text.number((used or 0.0) * gpus / 3600, 2)))
-    return [
-        *rows,
-        ("Overhead per trial, start to first step (median)", text.duration(_statistic(trials, "startup_seconds"))),
-        ("Training per trial (median)", text.duration(_statistic(trials, "train_seconds"))),
-        ("Peak memory of a training process", text.size(_statistic(trials, "peak_memory_bytes", "max"))),
-        ("Machines", text.listed(sorted(trials["host"].dropna().unique())) or text.NOTHING),
-    ]
-
-
-_RESOURCES = (("cpus_per_worker", 1), ("gpus_per_worker", 0))
-
-
-def _statistic(trials: pd.DataFrame, column: str, how: str = "median") -> float | None:
-    values = trials[column].dropna()
-    return float(values.agg(how)) if len(values) else None
 
 
 # --- tables ----------------------------------------------------------------------------------------------------
@@ -177,6 +64,17 @@ def configuration_rows(study: Study) -> list[ConfigurationRow]:
 
 _SHOWN = ("ce_loss", "ce_answer_loss", "cfm_loss")
 _COMPARED = ("ce_loss", "cfm_loss")
+
+
+def precision(study: Study) -> str:
+    """How many contexts the held-out CFM was measured on, and how exact one model's value is."""
+    rows = study.results.evaluations
+    rows = rows[(rows["benchmark"] == HELDOUT) & (rows["metric"] == "cfm_loss") & (rows["position"] == study.length)]
+    if not len(rows):
+        return ""
+    error = rows["standard_error"].median()
+    known = "" if text.is_missing(error) else f", with a standard error of {text.number(error)} for one model"
+    return f"CFM is measured on {text.count(rows['count'].median())} contexts at {study.length} tokens{known}."
 
 
 def trial_rows(study: Study) -> list[dict[str, str]]:
@@ -306,7 +204,3 @@ _NEEDS = {
     "cfm_over_length": "No CFM over completion length: no held-out evaluation at two lengths or more.",
     "entropy": "No entropy by position: no held-out evaluation recorded it.",
 }
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}

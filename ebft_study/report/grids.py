@@ -110,7 +110,12 @@ def axis_plots(study: Study) -> Picture | None:
         return None
     names = study.varying[:MAX_AXES]
     figure = Figure(figsize=(8.4, 0.5 + 2.4 * len(names)))
-    figure.subplots_adjust(left=0.09, right=0.83, top=1 - 0.3 / figure.get_figheight(), bottom=0.2 / len(names))
+    figure.subplots_adjust(
+        left=0.09,
+        right=0.83 if len(study.varying) > 1 else 0.98,
+        top=1 - 0.3 / figure.get_figheight(),
+        bottom=0.2 / len(names),
+    )
     figure.subplots_adjust(wspace=0.28, hspace=0.42)
     panels = figure.subplots(len(names), 2, squeeze=False)
     for row, name in zip(panels, names, strict=True):
@@ -150,6 +155,8 @@ def _along(axes: Axes, study: Study, name: str, metric: str, drawn: Sequence[Con
         axes.margins(x=0.15)
     elif min(values) > 0 and max(values) / min(values) >= 30:
         axes.set_xscale("log")
+    elif len(values) > 1 and min(np.diff(values)) > 0.1 * (values[-1] - values[0]):
+        axes.set_xticks(values, [text.setting(v) for v in values])
     if labelled and len(groups) <= MAX_LABELS and len(study.varying) > 1:
         style.label_line_ends(axes, ends, size=7.5)
 

@@ -14,7 +14,7 @@ import jinja2
 import matplotlib
 from markupsafe import Markup
 
-from ebft_study.report import content, text
+from ebft_study.report import content, facts, text
 from ebft_study.report.claims import judge
 from ebft_study.report.figures import draw_all
 from ebft_study.report.pictures import Picture
@@ -44,11 +44,12 @@ def write(study_folder: Path) -> Path:
                 (name, sum(v.ruling == name for v in verdicts)) for name in ("agrees", "disagrees", "cannot tell")
             ],
             overview=content.overview(study),
-            asked=content.asked(study),
-            fixed=content.fixed_settings(study),
-            provenance=content.provenance(study.results.spec),
-            cost=content.cost(study),
+            asked=facts.asked(study),
+            fixed=facts.fixed_settings(study),
+            provenance=facts.provenance(study.results.spec),
+            cost=facts.cost(study),
             configurations=content.configuration_rows(study),
+            precision=content.precision(study),
             trials=content.trial_rows(study),
             unfinished=content.unfinished_rows(study),
             incidents=content.incidents(study),

@@ -11,6 +11,7 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 
 from ebft_study.report import style
 from ebft_study.report.pictures import Picture, protagonists
+from ebft_study.report.statistics import mean_interval
 from ebft_study.report.tables import Configuration, Study
 
 
@@ -86,14 +87,15 @@ def entropy_by_position(study: Study) -> Picture | None:
     axes.plot(positions, base, "--", color=style.BASE_COLOR, linewidth=1.4)
     looks, ends = style.looks(study), [(positions[-1], base[-1], style.BASE_LABEL, style.BASE_COLOR)]
     for model in models:
-        look, levels = looks[model.name], [model.level("entropy", k) for k in positions]
-        if not any(level.n for level in levels):
+        look = looks[model.name]
+        by_position = [list(model.final.get(("entropy", k), {}).values()) for k in positions]
+        if not all(by_position):
             continue
-        axes.fill_between(
-            positions, [i.low for i in levels], [i.high for i in levels], color=look.color, alpha=0.13, lw=0
-        )
-        axes.plot(positions, [i.mean for i in levels], color=look.color, linestyle=look.linestyle)
-        ends.append((positions[-1], levels[-1].mean, _named(model), look.color))
+        lowest, highest = [min(values) for values in by_position], [max(values) for values in by_position]
+        means = [mean_interval(values).mean for values in by_position]
+        axes.fill_between(positions, lowest, highest, color=look.color, alpha=0.13, lw=0)
+        axes.plot(positions, means, color=look.color, linestyle=look.linestyle)
+        ends.append((positions[-1], means[-1], _named(model), look.color))
     axes.set_title("Entropy of the next token during generation, held-out contexts")
     axes.set_xlabel("position in the completion (tokens)")
     axes.set_ylabel("nats/token")
@@ -101,8 +103,9 @@ def entropy_by_position(study: Study) -> Picture | None:
     axes.margins(x=0.01)
     style.label_line_ends(axes, [end for end in ends if math.isfinite(end[1])])
     caption = (
-        "A calibrated model's entropy does not drift with the position of the generated token. Bands are 95 % "
-        "intervals over seeds. The EBFT configuration is the one with the lowest validation CFM."
+        "A calibrated model's entropy does not drift with the position of the generated token. Lines are means "
+        "over seeds, bands span the lowest to the highest. The EBFT configuration is the one with the lowest "
+        "validation CFM."
     )
     return Picture("entropy", "Entropy by position", caption, figure)
 

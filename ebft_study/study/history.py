@@ -55,8 +55,8 @@ def _state(row: dict[Any, Any], measured: pd.DataFrame | None) -> TrialState:
         earlier_seconds=0.0 if math.isnan(row["total_seconds"]) else float(row["total_seconds"]),
         note=_text(row["error"]) or _text(row["stop_reason"]),
     )
-    if state.status == "running":
-        state.started_at = row["started_at"].timestamp() if row["started_at"] is not None else None
+    if state.status == "running" and row["started_at"] == row["started_at"]:  # NaT differs from itself
+        state.started_at = row["started_at"].timestamp()
     if measured is not None:
         state.step = int(measured["step"].max())
         numbers = measured.drop(columns=["study", "trial_id", "attempt", "step", "written_at"])

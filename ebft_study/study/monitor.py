@@ -30,6 +30,7 @@ class Monitor:
         """A trial is known and waits for its turn."""
         state = self._states.setdefault(trial.trial_id, TrialState(trial.trial_id, trial.label))
         state.status, state.total_steps, state.note = "pending", trial.run.total_steps, ""
+        state.started_at = state.ended_at = None
         self._record(
             trial.trial_id,
             label=trial.label,

@@ -1,0 +1,37 @@
+# Everything installs what it needs into .venv on first use and nothing on the second.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup study test check bench clean
+
+help: ## what can be made
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python >= 3.11 is needed; name one with: make PYTHON=python3.12 ..."; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+setup: $(STAMP) ## install the package and its tools into .venv
+
+study: $(STAMP) ## the main job: a real EBFT study on this machine, with its report
+	$(BIN)/ebft-study study search_spaces/quickstart.yaml --profile cpu --resume
+
+check: $(STAMP) ## linter, formatter and type checker
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy ebft_study
+
+test: check ## linter, type checker and every test
+	OMP_NUM_THREADS=1 $(BIN)/pytest
+
+bench: $(STAMP) ## where an EBFT step spends its time, against the naive way
+	$(BIN)/ebft-study bench
+
+clean: ## remove the environment and build leftovers; studies stay
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,72 @@
+"""What a study or run does once, before anything starts: find every mistake that needs files, and fill the caches.
+
+Afterwards every trial finds its data tokenised, its models on disk and the base model's evaluation measured.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ebft_study.config import RunConfig
+from ebft_study.paths import cache_folder
+from ebft_study.training.loop import Run
+from ebft_study.training.setup import Parts
+
+
+def prepare(configs: Iterable[RunConfig]) -> dict[str, Any]:
+    """Load and check everything that `configs` need.
+
+    Returns:
+        Provenance: `data` (data set name -> versions, sizes, hash) and `models` (name -> parameters, fingerprint and,
+        for the tiny ladder, perplexities of pretraining).
+
+    Raises:
+        EbftError: the first thing that a user must mend.
+    """
+    data: dict[str, Any] = {}
+    models: dict[str, Any] = {}
+    for config in _distinct(configs):
+        run = Run(config, recorder=None, on_report=lambda _metrics, _folder: None, rank=0, world_size=1)
+        run.start(None)
+        data[run.parts.text.name] = _describe_data(run.parts)
+        models[config.model] = _describe_model(run.parts)
+    return {"data": data, "models": models}
+
+
+def _distinct(configs: Iterable[RunConfig]) -> list[RunConfig]:
+    """One configuration per combination of settings that data, models or the base evaluation depend on."""
+    seen: dict[str, RunConfig] = {}
+    for config in configs:
+        parts = config.model_dump(
+            include={"model", "model_revision", "data", "features", "evaluation"}
+        ) | {"rollout": config.rollout.model_dump(exclude={"n_samples"}), "precision": config.training.precision}
+        seen.setdefault(json.dumps(parts, sort_keys=True), config)
+    return list(seen.values())
+
+
+def _describe_data(parts: Parts) -> dict[str, Any]:
+    sequences = {split: len(rows) for split, rows in parts.data.items()}
+    tokens = {split: int((rows.document_ids >= 0).sum()) for split, rows in parts.data.items()}
+    dropped = {split: rows.dropped for split, rows in parts.data.items()}
+    truncated = {split: rows.truncated for split, rows in parts.data.items()}
+    return {
+        **parts.text.provenance,
+        "fingerprint": parts.text.fingerprint,
+        "sequences": sequences,
+        "tokens": tokens,
+        "dropped": dropped,
+        "truncated": truncated,
+    }
+
+
+def _describe_model(parts: Parts) -> dict[str, Any]:
+    base = parts.base
+    described: dict[str, Any] = {"parameters": base.n_parameters, "fingerprint": base.fingerprint}
+    record = Path(cache_folder() / "models" / base.folder / "pretraining.json")
+    if record.exists():
+        pretraining = json.loads(record.read_text())
+        described |= {key: pretraining[key] for key in ("perplexity", "trigram_perplexity", "train_tokens", "seconds")}
+    return described

@@ -1,0 +1,211 @@
+"""Which trial comes next, in one session and across sessions that end without warning."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState
+
+from ebft_study.study import search, space, trials
+from ebft_study.study.search import Ending, ListedSearch, OptunaSearch, Search
+from ebft_study.study.spec import StudySpec
+from ebft_study.study.trials import Trial
+
+
+def spec(**changes: Any) -> StudySpec:
+    content = {
+        "study": "s",
+        "question": "q",
+        "run": {"steps": 10},
+        "axes": {"learning_rate": {"distribution": "log_uniform", "low": 1e-5, "high": 1e-2}, "alpha": [0.0, 1.0]},
+        "seeds": [0, 1],
+        "search": {"algorithm": "optuna", "num_configurations": 4},
+        **changes,
+    }
+    return space.from_record(content, source="test")
+
+
+def asked(journal: Path) -> list[FrozenTrial]:
+    study = optuna.load_study(study_name="s", storage=JournalStorage(JournalFileBackend(str(journal))))
+    return study.get_trials()
+
+
+def run_all(source: Search, result: Callable[[Trial], Ending]) -> list[Trial]:
+    """Run every trial, one after the other."""
+    done = []
+    while (trial := source.next()) is not None:
+        source.ended(trial.trial_id, result(trial))
+        done.append(trial)
+    assert source.exhausted
+    return done
+
+
+def rate(trial: Trial) -> Ending:
+    """Best at a learning rate of 1e-3; the seed adds what must average out."""
+    distance = math.log10(trial.run.optimizer.learning_rate / 1e-3) ** 2
+    return Ending("finished", distance + (0.1 if trial.seed else -0.1), 10)
+
+
+def test_listed_trials_come_in_order_and_then_no_more() -> None:
+    study = spec(axes={"alpha": [0.0, 1.0]}, search={"algorithm": "grid"})
+    listed = trials.trials_of(study, trials.enumerated(study))
+    assert run_all(ListedSearch(listed), rate) == listed
+
+
+def test_every_configuration_runs_over_all_seeds(tmp_path: Path) -> None:
+    done = run_all(OptunaSearch(spec(), tmp_path / "j", {}), rate)
+    assert [trial.trial_id for trial in done] == [f"t{number:04d}" for number in range(8)]
+    for first, second in zip(done[::2], done[1::2], strict=True):
+        assert (first.seed, second.seed) == (0, 1)
+        assert first.configuration == second.configuration
+    assert len({trial.configuration.label for trial in done}) == 4
+
+
+def test_optuna_is_told_the_mean_over_seeds(tmp_path: Path) -> None:
+    done = run_all(OptunaSearch(spec(), tmp_path / "j", {}), rate)
+    for number, frozen in enumerate(asked(tmp_path / "j")):
+        assert frozen.state is TrialState.COMPLETE
+        mean = (rate(done[2 * number]).value + rate(done[2 * number + 1]).value) / 2
+        assert frozen.value == pytest.approx(mean)
+
+
+def test_optuna_finds_better_settings_than_it_starts_with(tmp_path: Path) -> None:
+    study = spec(search={"algorithm": "optuna", "num_configurations": 40}, seeds=[0])
+    values = [rate(trial).value for trial in run_all(OptunaSearch(study, tmp_path / "j", {}), rate)]
+    assert sum(values[-10:]) < 0.5 * sum(values[:10])
+
+
+def test_baselines_run_first_and_are_none_of_optunas_business(tmp_path: Path) -> None:
+    study = spec(baselines={"sft": {"method": "sft"}})
+    done = run_all(OptunaSearch(study, tmp_path / "j", {}), rate)
+    assert [trial.label for trial in done[:2]] == ["sft seed=0", "sft seed=1"]
+    assert len(done) == 2 + 8
+    assert len(asked(tmp_path / "j")) == 4
+
+
+@pytest.mark.parametrize(
+    ("endings", "state", "value"),
+    [
+        ([Ending("finished", 1.0, 10), Ending("finished", math.nan, 10)], TrialState.FAIL, None),
+        ([Ending("finished", 1.0, 10), Ending("failed")], TrialState.FAIL, None),
+        ([Ending("finished", 1.0, 10), Ending("early", 4.0, 3)], TrialState.PRUNED, 2.5),
+        ([Ending("early", 3.0, 5), Ending("early", 4.0, 3)], TrialState.PRUNED, 3.5),
+    ],
+)
+def test_what_did_not_finish_is_told_as_such(
+    tmp_path: Path, endings: list[Ending], state: TrialState, value: float | None
+) -> None:
+    source = OptunaSearch(spec(search={"algorithm": "optuna", "num_configurations": 1}), tmp_path / "j", {})
+    run_all(source, lambda trial: endings[trial.seed])
+    (frozen,) = asked(tmp_path / "j")
+    assert frozen.state is state
+    assert frozen.value == value
+
+
+def test_only_an_early_stop_counts_as_one() -> None:
+    assert search.ending("stopped", f"{search.EARLY_STOP}: behind", 1.0, 5).kind == "early"
+    assert search.ending("stopped", "loss became nan at step 5", 1.0, 5).kind == "failed"
+    assert search.ending("finished", "", 1.0, 5).kind == "finished"
+    assert search.ending("failed", "no such file", 1.0, 5).kind == "failed"
+
+
+@pytest.mark.parametrize("killed_after", range(9))
+def test_a_killed_search_goes_on_with_the_same_trials(tmp_path: Path, killed_after: int) -> None:
+    """Whatever had ended before the kill is not run again, and nothing that was handed out is forgotten."""
+    journal, endings = tmp_path / "j", dict[str, Ending]()
+    source = OptunaSearch(spec(), journal, endings)
+    before: dict[str, Trial] = {}
+    for number in range(killed_after):
+        trial = source.next()
+        assert trial is not None
+        before[trial.trial_id] = trial
+        if number < killed_after - 2:  # the last two were running
+            endings[trial.trial_id] = rate(trial)
+            if number != killed_after - 3:  # the kill came before Optuna was told
+                source.ended(trial.trial_id, rate(trial))
+    del source
+    after = run_all(OptunaSearch(spec(), journal, endings), rate)
+    assert sorted([*endings, *(trial.trial_id for trial in after)]) == [f"t{number:04d}" for number in range(8)]
+    for trial in after:
+        assert trial.trial_id not in before or before[trial.trial_id] == trial
+    assert [frozen.state for frozen in asked(journal)] == [TrialState.COMPLETE] * 4
+
+
+def test_a_resumed_search_does_not_repeat_its_draws(tmp_path: Path) -> None:
+    study = spec(seeds=[0], search={"algorithm": "optuna", "num_configurations": 6, "sampler": "random"})
+    journal, endings, drawn = tmp_path / "j", dict[str, Ending](), []
+    for _ in range(6):
+        trial = OptunaSearch(study, journal, endings).next()
+        assert trial is not None
+        drawn.append(trial.run.optimizer.learning_rate)
+        endings[trial.trial_id] = rate(trial)
+    assert len(set(drawn)) == 6
+
+
+@pytest.mark.parametrize("cut", [1, 7, 40])
+def test_a_journal_cut_off_in_the_middle_of_a_line_still_works(tmp_path: Path, cut: int) -> None:
+    journal = tmp_path / "j"
+    source = OptunaSearch(spec(), journal, {})
+    first = source.next()
+    assert first is not None
+    content = journal.read_bytes()
+    journal.write_bytes(content[:-cut])
+    Path(f"{journal}.lock").symlink_to(journal)
+    done = run_all(OptunaSearch(spec(), journal, {}), rate)
+    assert len({trial.trial_id for trial in done}) == len(done)
+    states = [frozen.state for frozen in asked(journal)]
+    assert len(states) == 4
+    assert set(states) <= {TrialState.COMPLETE, TrialState.FAIL}
+    assert states.count(TrialState.FAIL) <= 1
+
+
+def test_a_configuration_that_breaks_a_rule_is_passed_over(tmp_path: Path) -> None:
+    study = spec(
+        axes={"n_samples": [1, 4], "alpha": [0.0, 1.0]},
+        run={"steps": 3, "baseline": "none"},
+        seeds=[0],
+        search={"algorithm": "optuna", "num_configurations": 12, "sampler": "random"},
+    )
+    refused: list[str] = []
+    source = OptunaSearch(study, tmp_path / "j", {}, lambda label, problem: refused.append(f"{label}: {problem}"))
+    done = run_all(source, lambda trial: Ending("finished", 1.0, 3))
+    assert refused
+    assert all("n_samples=1 alpha=1" in line for line in refused)
+    assert len(done) + len(refused) == 12
+    assert [frozen.state for frozen in asked(tmp_path / "j")].count(TrialState.FAIL) == len(refused)
+
+
+def test_all_kinds_of_axes_come_back_as_they_were_meant(tmp_path: Path) -> None:
+    study = spec(
+        axes={
+            "depths": [[0.25, 0.5], [0.5]],
+            "max_grad_norm": [None, 1.0],
+            "n_samples": {"distribution": "integer", "low": 2, "high": 5},
+            "gamma": {"distribution": "uniform", "low": 0.0, "high": 0.1},
+        },
+        seeds=[0],
+        search={"algorithm": "optuna", "num_configurations": 10},
+    )
+    for trial in run_all(OptunaSearch(study, tmp_path / "j", {}), lambda trial: Ending("finished", 1.0, 3)):
+        assert trial.run.features.depths in ((0.25, 0.5), (0.5,))
+        assert trial.run.optimizer.max_grad_norm in (None, 1.0)
+        assert trial.run.rollout.n_samples in range(2, 6)
+        assert 0.0 <= trial.run.loss.gamma <= 0.1
+
+
+def test_several_trials_can_be_out_at_once(tmp_path: Path) -> None:
+    source = OptunaSearch(spec(), tmp_path / "j", {})
+    out = [source.next() for _ in range(3)]
+    assert [trial.trial_id for trial in out if trial] == ["t0000", "t0001", "t0002"]
+    for trial in reversed(out):
+        assert trial is not None
+        source.ended(trial.trial_id, rate(trial))
+    states = [frozen.state for frozen in asked(tmp_path / "j")]
+    assert states == [TrialState.COMPLETE, TrialState.RUNNING]

@@ -1,0 +1,221 @@
+"""Study files: what is read, what is refused and with which line, and that every recipe of the project loads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from ebft_study.errors import ConfigError
+from ebft_study.study import checks, space, trials
+from ebft_study.study.space import load_study
+
+RECIPES = sorted((Path(__file__).parent.parent / "search_spaces").glob("*.yaml"))
+BASE: dict[str, Any] = {
+    "study": "probe",
+    "question": "Is this file read correctly?",
+    "run": {"steps": 20, "n_samples": 4},
+    "axes": {"alpha": [0.0, 1.0], "gamma": [0.0, 0.1]},
+    "seeds": [0, 1],
+    "baselines": {"sft": {"method": "sft"}},
+    "profiles": {
+        "cpu": {"run": {"model": "tiny-1m"}},
+        "gpu": {"run": {"model": "big"}, "resources": {"gpus_per_worker": 1}},
+    },
+}
+
+
+def write(folder: Path, **changes: Any) -> Path:
+    path = folder / "file.yaml"
+    content = {key: value for key, value in {**BASE, **changes}.items() if value is not None}
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return path
+
+
+def refusal(folder: Path, profile: str | None = "cpu", overrides: tuple[str, ...] = (), **changes: Any) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_study(write(folder, **changes), profile, overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert caught.value.exit_code == 2
+    return message
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_loads_with_each_of_its_profiles(recipe: Path) -> None:
+    profiles = yaml.safe_load(recipe.read_text())["profiles"]
+    assert set(profiles) >= {"cpu", "gpu"}
+    for profile in profiles:
+        spec = load_study(recipe, profile)
+        assert spec.study == recipe.stem
+        assert trials.trials_of(spec, trials.enumerated(spec))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_says_on_top_what_it_asks(recipe: Path) -> None:
+    first = recipe.read_text().splitlines()[0]
+    assert first.startswith("# ")
+    assert first.endswith(("?", "? (Figures 6 and 11)"))
+
+
+def test_profiles_do_not_change_what_is_studied() -> None:
+    for recipe in RECIPES:
+        specs = [load_study(recipe, profile) for profile in ("cpu", "gpu")]
+        assert specs[0].axes == specs[1].axes
+        assert specs[0].seeds == specs[1].seeds
+        assert set(specs[0].baselines) == set(specs[1].baselines)
+
+
+def test_a_profile_is_laid_over_the_file(tmp_path: Path) -> None:
+    spec = load_study(write(tmp_path), "gpu")
+    assert spec.run["model"] == "big"
+    assert spec.run["training"]["steps"] == 20
+    assert spec.resources.gpus_per_worker == 1
+    assert spec.profiles == {}
+
+
+def test_overrides_change_fixed_settings(tmp_path: Path) -> None:
+    spec = load_study(write(tmp_path), "cpu", ["steps=7", "data.sequence_length=64", "learning_rate=1e-3"])
+    assert spec.run["training"]["steps"] == 7
+    assert spec.run["data"]["sequence_length"] == 64
+    assert spec.run["optimizer"]["learning_rate"] == 1e-3
+
+
+def test_another_name_is_only_another_name(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    renamed = load_study(path, "cpu", name="other")
+    assert renamed.study == "other"
+    assert renamed.model_copy(update={"study": "probe"}) == load_study(path, "cpu")
+
+
+def test_a_spec_survives_its_own_record(tmp_path: Path) -> None:
+    axes = {"learning_rate": {"distribution": "log_uniform", "low": "1e-5", "high": 1e-3}, "alpha": [0, 1]}
+    search = {"algorithm": "random", "num_configurations": 3}
+    spec = load_study(write(tmp_path, axes=axes, search=search), "cpu")
+    record = yaml.safe_load(yaml.safe_dump({**space.dump(spec), "created_at": "now", "provenance": {"x": 1}}))
+    assert space.from_record(record, source="study.yaml") == spec
+
+
+def test_numbers_that_yaml_reads_as_text_are_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "file.yaml"
+    path.write_text("study: s\nquestion: q\naxes: {learning_rate: [1e-4, 1e-5]}\nrun: {steps: 2}\n")
+    assert load_study(path).axes["optimizer.learning_rate"].values == (1e-4, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"sedes": [1]}, ["unknown key 'sedes'", "'seeds'"]),
+        ({"run": {"stepz": 3}}, ["unknown key 'stepz'", "'steps'"]),
+        ({"axes": {"alhpa": [0, 1]}}, ["axes: unknown key 'alhpa'", "'alpha'"]),
+        ({"axes": {"alpha": []}}, ["axes.alpha", "no values"]),
+        ({"axes": {"alpha": [0.5, 0.5]}}, ["axes.alpha", "twice"]),
+        ({"axes": {"alpha": 0.5}}, ["alpha=0.5", "Fix it under 'run'"]),
+        ({"axes": {"alpha": [0, 1], "reward.alpha": [0.5]}}, ["reward.alpha", "twice"]),
+        ({"axes": {"alpha": ["much"]}}, ["alpha=much", "reward.alpha='much'"]),
+        ({"axes": {"alpha": [0, 2]}}, ["alpha=2", "reward.alpha=2"]),
+        ({"axes": {"seed": [0, 1]}}, ["axes.seed", "under 'seeds'"]),
+        ({"run": {"seed": 3}}, ["seed=3", "under 'seeds'"]),
+        ({"run": {"alpha": 0.3}}, ["run.alpha=0.3", "varied under axes"]),
+        ({"seeds": []}, ["seeds"]),
+        ({"seeds": [1, 1]}, ["seeds", "twice"]),
+        ({"seeds": [-1]}, ["seeds", "not negative"]),
+        ({"question": None}, ["question", "required"]),
+        ({"study": "a/b"}, ["study='a/b'"]),
+        ({"baselines": {"a b": {}}}, ["'a b' is not a name"]),
+        ({"axes": {"gamma": {"distribution": "uniform", "low": 0, "high": 1}}}, ["axes.gamma='uniform'", "grid"]),
+        ({"axes": {"gamma": {"distribution": "uniform", "low": 1, "high": 0}}}, ["low must lie below high"]),
+        ({"axes": {"gamma": {"distribution": "log_uniform", "low": 0, "high": 1}}}, ["low > 0"]),
+        ({"axes": {"n_samples": {"distribution": "integer", "low": 1.5, "high": 4}}}, ["whole numbers"]),
+        ({"axes": {"gamma": {"distribution": "normal", "low": 0, "high": 1}}}, ["axes.gamma.distribution='normal'"]),
+        ({"search": {"algorithm": "grid", "num_configurations": 4}}, ["every combination", "num_configurations"]),
+        ({"search": {"algorithm": "random"}}, ["needs num_configurations"]),
+        ({"search": {"algorithm": "random", "num_configurations": 5}}, ["num_configurations=5", "only 4"]),
+        ({"search": {"algorithm": "optuna", "num_configurations": 4, "sampler": "grid"}}, ["cannot be a grid"]),
+        ({"search": {"algorithm": "optuna", "num_configurations": 4}, "axes": {}}, ["nothing to choose"]),
+        (
+            {"search": {"algorithm": "optuna", "num_configurations": 4}, "axes": {"alpha": {"grid": [0, 1]}}},
+            ["a grid is a plain list"],
+        ),
+        ({"objective": {"metric": "cfm_los"}}, ["objective.metric='cfm_los'", "'cfm_loss'"]),
+        ({"objective": {"metric": "grad_norm"}}, ["no trial reports"]),
+        ({"objective": {"metric": "cfm_loss", "mode": "max"}}, ["objective.mode='max'", "mode: min"]),
+        (
+            {"objective": {"metric": "ce_answer_loss"}, "run": {"steps": 20, "dataset": "unstructured"}},
+            ["ce_answer_loss", "raw text"],
+        ),
+        (
+            {"objective": {"metric": "reward", "mode": "max"}, "axes": {"method": ["ebft", "sft"]}},
+            ["method=sft has no reward"],
+        ),
+        ({"scheduler": {"kind": "asha", "grace_period_steps": 20}}, ["grace_period_steps=20", "only 20 steps"]),
+        ({"scheduler": {"kind": "asha", "reduction_factor": 1}}, ["scheduler.reduction_factor=1"]),
+        ({"resources": {"workers_per_trial": 3}}, ["training.batch_size=8", "3 workers"]),
+        ({"resources": {"workers": 3}}, ["unknown key 'resources.workers'", "'workers_per_trial'"]),
+        ({"budget": {"max_hours": 0}}, ["budget.max_hours=0"]),
+        ({"profiles": {"cpu": {"run": {"alpha": 0.5}}}}, ["profiles.cpu", "reward.alpha", "an axis of the study"]),
+        ({"profiles": {"cpu": {"run": {"method": "sft"}}}}, ["profiles.cpu", "method", "part of what is studied"]),
+        ({"profiles": {"cpu": {"seeds": [1]}}}, ["seeds: is part of what is studied"]),
+        ({"profiles": {"cpu": {"axes": {"alpha": [1]}}}}, ["axes: is part of what is studied"]),
+        ({"profiles": {"cpu": {"baselines": {"stf": {"steps": 3}}}}}, ["baselines.stf", "Its baselines: sft"]),
+        ({"profiles": {"cpu": {"run": {"modle": "x"}}}}, ["profiles.cpu.run: unknown key 'modle'", "'model'"]),
+    ],
+)
+def test_bad_files_are_refused_in_one_line(tmp_path: Path, changes: dict[str, Any], parts: list[str]) -> None:
+    message = refusal(tmp_path, **changes)
+    assert message.startswith(str(tmp_path / "file.yaml"))
+    for part in parts:
+        assert part in message
+
+
+def test_the_combination_that_breaks_a_rule_is_named(tmp_path: Path) -> None:
+    message = refusal(tmp_path, axes={"n_samples": [1, 4], "alpha": [0, 1]}, run={"steps": 5, "baseline": "none"})
+    assert "n_samples=1 alpha=1: rollout.n_samples=1" in message
+
+
+def test_the_corners_of_an_optuna_space_are_checked(tmp_path: Path) -> None:
+    axes = {"completion_length": {"distribution": "integer", "low": 1, "high": 500}}
+    search = {"algorithm": "optuna", "num_configurations": 4}
+    assert "completion_length=500" in refusal(tmp_path, axes=axes, search=search)
+
+
+@pytest.mark.parametrize(
+    ("profile", "overrides", "parts"),
+    [
+        ("tpu", (), ["profile='tpu'", "cpu, gpu"]),
+        (None, (), ["profile", "--profile cpu"]),
+        ("cpu", ("alpha=0.3",), ["reward.alpha", "an axis of the study"]),
+        ("cpu", ("seed=3",), ["seed", "part of what is studied"]),
+        ("cpu", ("method=sft",), ["method", "part of what is studied"]),
+        ("cpu", ("stepz=3",), ["'stepz'", "'steps'"]),
+        ("cpu", ("steps",), ["'steps' is not an override"]),
+        ("cpu", ("steps=many",), ["training.steps='many'"]),
+    ],
+)
+def test_bad_choices_on_the_command_line_are_refused(
+    tmp_path: Path, profile: str | None, overrides: tuple[str, ...], parts: list[str]
+) -> None:
+    message = refusal(tmp_path, profile, overrides)
+    for part in parts:
+        assert part in message
+
+
+def test_a_file_without_profiles_needs_none(tmp_path: Path) -> None:
+    assert load_study(write(tmp_path, profiles=None)).run["training"]["steps"] == 20
+
+
+def test_a_trial_must_fit_on_the_machine(tmp_path: Path) -> None:
+    spec = load_study(write(tmp_path, resources={"workers_per_trial": 2, "cpus_per_worker": 2}), "gpu")
+    checks.check_machine(spec, cpus=4, gpus=2)
+    with pytest.raises(ConfigError, match=r"cpus_per_worker=2: a trial of 2 worker\(s\) needs 4 CPU cores; here are 2"):
+        checks.check_machine(spec, cpus=2, gpus=2)
+    with pytest.raises(ConfigError, match="gpus_per_worker"):
+        checks.check_machine(spec, cpus=4, gpus=0)
+
+
+def test_objectives_are_metrics_with_a_direction() -> None:
+    from ebft_study.results import METRICS
+
+    assert all(METRICS[name].direction for name in checks.OBJECTIVES)

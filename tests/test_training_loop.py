@@ -1,0 +1,196 @@
+"""One run from its first to its last step: exact resume, splits that do not matter, honest endings."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as multiprocessing
+
+from ebft_study.errors import CheckpointError, ConfigError
+from ebft_study.training import checkpoint
+from ebft_study.training.loop import Run, train
+from ebft_study.training.setup import learning_rate_at
+from tests.tiny_run import MemoryRecorder, run_tiny, tiny_config, write_data
+
+DETERMINISTIC = ("loss", "ce_loss", "cfm_loss", "reward", "advantage_std", "grad_norm", "train_ce_loss")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EBFT_STUDY_CACHE", str(tmp_path / "cache"))
+
+
+def keep_checkpoints(folder: Path) -> Any:
+    def on_report(metrics: dict[str, float], temporary: Path | None) -> None:
+        if temporary:
+            shutil.copytree(temporary, folder / f"step-{int(metrics['step'])}")
+
+    return on_report
+
+
+@pytest.mark.parametrize("method", ["ebft", "sft"])
+@pytest.mark.parametrize("changes", [{}, {"warm_start_steps": 3, "ema_decay": 0.9, "log_every_steps": 3}])
+def test_a_resumed_run_continues_bit_for_bit(tmp_path: Path, method: str, changes: dict[str, Any]) -> None:
+    config = tiny_config(tmp_path, method=method, steps=4, **changes)
+    torch.manual_seed(123)
+    _, whole = run_tiny(config, on_report=keep_checkpoints(tmp_path))
+    torch.manual_seed(456)
+    outcome, rest = run_tiny(config, start_from=tmp_path / "step-2")
+    assert outcome.step == config.total_steps
+    for name in DETERMINISTIC:
+        expected = {step: value for step, value in whole.curve(name).items() if step > 2}
+        assert rest.curve(name) == expected
+    assert rest.evaluated[outcome.step] == whole.evaluated[outcome.step]
+
+
+def test_a_finished_run_reports_again_and_changes_nothing(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, steps=2)
+    run_tiny(config, on_report=keep_checkpoints(tmp_path))
+    reports: list[dict[str, float]] = []
+    outcome, again = run_tiny(config, start_from=tmp_path / "step-2", on_report=lambda m, _: reports.append(m))
+    assert outcome.status == "finished"
+    assert again.rows == {}
+    assert reports[0]["step"] == 2
+    assert "cfm_loss" in reports[0]
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 3])
+@pytest.mark.parametrize("kl", [0.0, 0.2])
+def test_micro_batches_change_nothing_but_rounding(tmp_path: Path, micro_batch_size: int, kl: float) -> None:
+    settings = {"gamma": 0.3, "kl_coefficient": kl}
+    _, whole = run_tiny(tiny_config(tmp_path, **settings))
+    _, parts = run_tiny(tiny_config(tmp_path, micro_batch_size=micro_batch_size, **settings))
+    for name in DETERMINISTIC:
+        assert parts.curve(name) == pytest.approx(whole.curve(name), rel=2e-3, abs=2e-5)
+
+
+def test_two_workers_give_the_gradients_and_metrics_of_one(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, gamma=0.3, batch_size=5, steps=3)
+    _, alone = run_tiny(config)
+    multiprocessing.spawn(_worker, args=(2, config.model_dump(), str(tmp_path)), nprocs=2)
+    together = torch.load(tmp_path / "rows.pt", weights_only=True)
+    for name in DETERMINISTIC:
+        for step, value in alone.curve(name).items():
+            assert together[step][name] == pytest.approx(value, rel=1e-3, abs=1e-5), (name, step)
+
+
+def _worker(rank: int, world_size: int, settings: dict[str, Any], folder: str) -> None:
+    import torch.distributed as dist
+
+    from ebft_study.config import RunConfig
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
+    recorder = MemoryRecorder() if rank == 0 else None
+    train(
+        RunConfig.model_validate(settings), recorder=recorder, on_report=lambda _m, _f: None, rank=rank, world_size=world_size
+    )
+    if recorder:
+        torch.save(recorder.rows, f"{folder}/rows.pt")
+    dist.destroy_process_group()
+
+
+def test_more_workers_than_sequences_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="batch_size=4"):
+        Run(tiny_config(tmp_path), None, lambda _m, _f: None, rank=0, world_size=5)
+
+
+def test_training_lowers_cross_entropy(tmp_path: Path) -> None:
+    _, recorder = run_tiny(tiny_config(tmp_path, method="sft", steps=30, learning_rate=1e-2, eval_every_steps=30))
+    curve = recorder.curve("ce_loss")
+    assert curve[30] < curve[0] - 0.5
+
+
+def test_learning_rate_zero_leaves_the_model_as_it_is(tmp_path: Path) -> None:
+    _, recorder = run_tiny(tiny_config(tmp_path, learning_rate=0.0))
+    assert len(set(recorder.curve("ce_loss").values())) == 1
+    assert len(set(recorder.curve("cfm_loss").values())) == 1
+
+
+def test_the_feature_network_keeps_the_base_weights_through_a_warm_start(tmp_path: Path) -> None:
+    run = Run(tiny_config(tmp_path, warm_start_steps=2), MemoryRecorder(), lambda _m, _f: None, rank=0, world_size=1)
+    before = [p.clone() for p in run.parts.features.network.parameters()]
+    run.update()
+    run.update()
+    run.update()
+    after = list(run.parts.features.network.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert not torch.equal(run.model.get_input_embeddings().weight, run.parts.features.network.get_input_embeddings().weight)
+
+
+def test_a_non_finite_loss_stops_the_run_with_its_reason(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, method="sft", steps=50, learning_rate=1e30, max_grad_norm=None)
+    reports: list[dict[str, float]] = []
+    outcome, recorder = run_tiny(config, on_report=lambda m, _: reports.append(m))
+    assert outcome.status == "stopped"
+    assert outcome.step < 50
+    assert "nan" in outcome.reason or "inf" in outcome.reason
+    assert ("stopped", outcome.reason) in recorder.events
+    assert all(value == value for value in reports[-1].values())
+
+
+def test_every_report_holds_the_step_and_the_latest_evaluation(tmp_path: Path) -> None:
+    reports: list[dict[str, float]] = []
+    run_tiny(tiny_config(tmp_path), on_report=lambda m, _: reports.append(m))
+    assert [report["step"] for report in reports] == [0, 2, 4]
+    assert all({"ce_loss", "cfm_loss", "perplexity"} <= report.keys() for report in reports)
+
+
+def test_samples_show_context_completion_and_truth(tmp_path: Path) -> None:
+    _, recorder = run_tiny(tiny_config(tmp_path))
+    row = recorder.sampled[2][0]
+    assert row["context"]
+    assert row["completion"]
+    assert row["reward"] == pytest.approx(row["alignment"] - 1.0 * row["diversity"])
+
+
+def test_answers_only_settings_work_on_pairs_and_are_refused_on_raw_text(tmp_path: Path) -> None:
+    pairs = write_data(tmp_path / "pairs.jsonl", answers=True)
+    changes = {"anchor_region": "answer", "ce_region": "answer", "steps": 1}
+    columns = {"text_column": None, "prompt_column": "prompt", "answer_column": "answer", "dataset": str(pairs)}
+    _, recorder = run_tiny(tiny_config(tmp_path, **changes, **columns))
+    assert "ce_answer_loss" in recorder.rows[0]
+    with pytest.raises(ConfigError, match="raw text"):
+        run_tiny(tiny_config(tmp_path, **changes, text_column=None))
+
+
+def test_the_base_model_is_measured_once_and_recalled_exactly(tmp_path: Path) -> None:
+    _, first = run_tiny(tiny_config(tmp_path, steps=1))
+    _, second = run_tiny(tiny_config(tmp_path, steps=1, seed=9))
+    for name in ("ce_loss", "cfm_loss"):
+        assert first.rows[0][name] == second.rows[0][name]
+    assert first.evaluated[0] == second.evaluated[0]
+    _, other = run_tiny(tiny_config(tmp_path, steps=1, evaluation_seed=1))
+    assert other.rows[0]["cfm_loss"] != first.rows[0]["cfm_loss"]
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path) -> None:
+    for step in (2, 4):
+        folder = tmp_path / "checkpoints" / f"step-{step}"
+        folder.mkdir(parents=True)
+        checkpoint.save(folder, {"step": step}, step=step)
+    newest = checkpoint.newest(tmp_path / "checkpoints")
+    assert newest is not None
+    assert newest.name == "step-4"
+    with (newest / checkpoint.STATE).open("r+b") as file:
+        file.seek(40)
+        file.write(b"damage")
+    remaining = checkpoint.newest(tmp_path / "checkpoints")
+    assert remaining is not None
+    assert remaining.name == "step-2"
+    with pytest.raises(CheckpointError, match="complete"):
+        checkpoint.load(newest)
+    assert checkpoint.newest(tmp_path / "nowhere") is None
+
+
+def test_learning_rate_warms_up_then_stays_or_decays(tmp_path: Path) -> None:
+    constant = tiny_config(tmp_path, warmup_fraction=0.2).optimizer
+    assert [learning_rate_at(constant, 1.0, step, 10) for step in (0, 1, 2, 9)] == [0.5, 1.0, 1.0, 1.0]
+    cosine = tiny_config(tmp_path, schedule="cosine", warmup_fraction=0.0, final_learning_rate_fraction=0.1).optimizer
+    assert learning_rate_at(cosine, 1.0, 0, 100) == 1.0
+    assert learning_rate_at(cosine, 1.0, 100, 100) == pytest.approx(0.1)
+    assert learning_rate_at(cosine, 1.0, 50, 100) == pytest.approx(0.55)
