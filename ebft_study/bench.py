@@ -100,7 +100,7 @@ def naive_rollouts(model: nn.Module, batch: Batch, anchors: Anchors, noise: Tens
     """Completions [S, B, n, G] by running `[x ; tokens so far]`, repeated n times, at every step."""
     S, B, n, G = noise.shape
     head = model.get_output_embeddings()  # type: ignore[operator]
-    repeated = Batch(*(getattr(batch, name).repeat_interleave(n, 0) for name in ("tokens", "document_ids", "answer_mask", "indices")))
+    repeated = batch.select(torch.arange(S, device=noise.device).repeat_interleave(n))
     copies = Anchors(*(tensor.repeat_interleave(n, 0) for tensor in anchors))
     each = noise.transpose(1, 2).reshape(S * n, B, 1, G)
     drawn = torch.empty(S * n, B, 1, 0, dtype=torch.long, device=noise.device)

@@ -101,7 +101,8 @@ def _attention_forward(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     if block_pass is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        output, weights = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        return output, weights
     factor = query.shape[-1] ** -0.5 if scaling is None else scaling
     output = block_pass.attend(int(module.layer_idx), query, key, value, factor)  # type: ignore[arg-type]
     return output.transpose(1, 2).contiguous(), None
@@ -224,7 +225,7 @@ def token_log_probs(model: nn.Module, states: Tensor, tokens: Tensor, *, tempera
 
     def log_probs(chunk: Tensor, targets: Tensor) -> Tensor:
         logits = head(chunk).float() / temperature
-        return logits.log_softmax(dim=-1).gather(-1, targets[..., None])[..., 0]
+        return torch.gather(logits.log_softmax(dim=-1), -1, targets[..., None])[..., 0]
 
     flat, targets = states.flatten(0, -2), tokens.flatten()
     rows = max(1, LOGITS_AT_ONCE // head.weight.shape[0])

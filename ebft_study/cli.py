@@ -105,7 +105,13 @@ def train(
     from ebft_study.study.single import run_single
 
     run = config.load_run(file, overrides or [])
-    run_single(run, file=file, folder=output or Path("runs") / run.name, go_on=resume, console=Console())
+    folder = output or Path("runs") / run.name
+    try:
+        status = run_single(run, file=file, folder=folder, go_on=resume, console=Console())
+    except KeyboardInterrupt:
+        typer.echo("interrupted; add --resume to the same command to continue", err=True)
+        raise typer.Exit(130) from None
+    raise typer.Exit(0 if status == "finished" else 1)
 
 
 def _folder(name: str, storage: Path) -> Path:

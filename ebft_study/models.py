@@ -78,7 +78,7 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def load_feature_network(config: RunConfig, base: LoadedModel) -> LocalFeatures:
-    """The frozen feature network of a run; 'base' means the generator's weights before any training, warm start included.
+    """The frozen feature network of a run; 'base' is the generator before any training, a warm start included.
 
     Raises:
         ModelError: the network has another vocabulary than the generator, so token ids mean other things to it.

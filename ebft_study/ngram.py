@@ -33,7 +33,7 @@ class TrigramModel:
         self.weights = self._fit(self._estimates(train[split:]))
 
     def _estimates(self, tokens: np.ndarray) -> np.ndarray:
-        """Maximum-likelihood estimates of each order at every position, the uniform one first: [ORDER + 1, positions]."""
+        """Relative frequencies of each order at every position, the uniform one first: [ORDER + 1, positions]."""
         rows = [np.full(len(tokens) - ORDER + 1, 1.0 / self.vocabulary)]
         for order in range(1, ORDER + 1):
             pairs, contexts = _contexts(tokens, order, self.vocabulary)

@@ -46,7 +46,9 @@ def setting() -> tuple[TabularPolicy, Tensor, Tensor]:
     return TabularPolicy(), phi, psi
 
 
-def expected_gradient(policy: TabularPolicy, phi: Tensor, psi: Tensor, n: int, alpha: float, baseline: str) -> list[Tensor]:
+def expected_gradient(
+    policy: TabularPolicy, phi: Tensor, psi: Tensor, n: int, alpha: float, baseline: str
+) -> list[Tensor]:
     """Expectation of the estimator's gradient over all V^(G n) sample tuples."""
     log_probs, p = policy.token_log_probs(), policy.probabilities().detach()
     total = torch.zeros((), dtype=torch.float64)

@@ -92,7 +92,7 @@ def test_zero_features_give_zero_rewards_not_nan() -> None:
 
 def test_reference_code_whitens_rows_by_an_svd_and_scales_copies_of_the_ground_truth() -> None:
     phi, psi = features(4, 10, seed=5)
-    U, S, Vh = np.linalg.svd(phi.numpy(), full_matrices=False)
+    U, S, _ = np.linalg.svd(phi.numpy(), full_matrices=False)
     W = U @ np.diag(1 / S) @ U.T
     white, truth = W @ phi.numpy(), W @ np.tile(psi.numpy(), (4, 1))
     expected = [2 * reference.cosine(white[j], truth[j]) for j in range(4)]

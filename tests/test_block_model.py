@@ -104,7 +104,9 @@ def test_features_equal_those_of_each_completion_alone(
 ) -> None:
     model, batch = small_model(architecture), small_batch(LAYOUTS)
     anchors = anchored(batch)
-    completions = torch.randint(0, VOCABULARY, (*anchors.positions.shape, N, G), generator=torch.Generator().manual_seed(3))
+    completions = torch.randint(
+        0, VOCABULARY, (*anchors.positions.shape, N, G), generator=torch.Generator().manual_seed(3)
+    )
     network = LocalFeatures(small_model(architecture), depths=depths, pooling=pooling, normalize=normalize)
     layers = [max(1, int(depth * 4)) for depth in depths]
     truth = completions_at(batch.tokens, anchors, G)
@@ -135,7 +137,10 @@ def test_packed_documents_give_what_each_document_alone_gives() -> None:
     first_count = int((anchors.positions[0] < 9).sum())
     for begin, end, offset in ((0, 9, 0), (9, 20, first_count)):
         alone = Batch(
-            packed.tokens[:, begin:end], torch.zeros(1, end - begin).long(), packed.answer_mask[:, begin:end], torch.tensor([0])
+            packed.tokens[:, begin:end],
+            torch.zeros(1, end - begin).long(),
+            packed.answer_mask[:, begin:end],
+            torch.tensor([0]),
         )
         own = anchored(alone)
         B = own.positions.shape[1]

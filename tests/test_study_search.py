@@ -132,6 +132,7 @@ def test_a_killed_search_goes_on_with_the_same_trials(tmp_path: Path, killed_aft
                 source.ended(trial.trial_id, rate(trial))
     del source
     after = run_all(OptunaSearch(spec(), journal, endings), rate)
+    assert search.is_over(spec(), journal)
     assert sorted([*endings, *(trial.trial_id for trial in after)]) == [f"t{number:04d}" for number in range(8)]
     for trial in after:
         assert trial.trial_id not in before or before[trial.trial_id] == trial
@@ -209,3 +210,4 @@ def test_several_trials_can_be_out_at_once(tmp_path: Path) -> None:
         source.ended(trial.trial_id, rate(trial))
     states = [frozen.state for frozen in asked(tmp_path / "j")]
     assert states == [TrialState.COMPLETE, TrialState.RUNNING]
+    assert not search.is_over(spec(), tmp_path / "j")

@@ -87,7 +87,11 @@ def _worker(rank: int, world_size: int, settings: dict[str, Any], folder: str) -
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
     recorder = MemoryRecorder() if rank == 0 else None
     train(
-        RunConfig.model_validate(settings), recorder=recorder, on_report=lambda _m, _f: None, rank=rank, world_size=world_size
+        RunConfig.model_validate(settings),
+        recorder=recorder,
+        on_report=lambda _m, _f: None,
+        rank=rank,
+        world_size=world_size,
     )
     if recorder:
         torch.save(recorder.rows, f"{folder}/rows.pt")
@@ -119,7 +123,9 @@ def test_the_feature_network_keeps_the_base_weights_through_a_warm_start(tmp_pat
     run.update()
     after = list(run.parts.features.network.parameters())
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-    assert not torch.equal(run.model.get_input_embeddings().weight, run.parts.features.network.get_input_embeddings().weight)
+    assert not torch.equal(
+        run.model.get_input_embeddings().weight, run.parts.features.network.get_input_embeddings().weight
+    )
 
 
 def test_a_non_finite_loss_stops_the_run_with_its_reason(tmp_path: Path) -> None:

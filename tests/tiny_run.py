@@ -14,7 +14,10 @@ from ebft_study.config import RunConfig, build_run, nest
 from ebft_study.pretraining import train_tokenizer
 from ebft_study.training.loop import Outcome, train
 
-WORDS = "def return value index self list of the name and for in range if else none true print".split()
+WORDS = [
+    *("def", "return", "value", "index", "self", "list", "of", "the", "name", "and", "for", "in", "range"),
+    *("if", "else", "none", "true", "print"),
+]
 
 
 def write_model(folder: Path, *, seed: int = 0, words: Sequence[str] = WORDS) -> Path:

@@ -1,7 +1,7 @@
 """Whitening of the features of one context (8), computed from inner products alone.
 
-With `Phi` the d x n matrix of sample features, `Sigma = Phi Phi^T / n` and `K = Phi^T Phi`, every whitened inner product
-follows from the n x n Gram matrix; nothing of size d is ever decomposed.
+With `Phi` the d x n matrix of sample features, `Sigma = Phi Phi^T / n` and `K = Phi^T Phi`, every whitened inner
+product follows from the n x n Gram matrix; nothing of size d is ever decomposed.
 """
 
 from __future__ import annotations

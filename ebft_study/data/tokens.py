@@ -22,6 +22,10 @@ class Batch:
     answer_mask: torch.Tensor
     indices: torch.Tensor
 
+    def select(self, rows: torch.Tensor) -> Batch:
+        """The batch's rows with these numbers, repetitions allowed."""
+        return Batch(self.tokens[rows], self.document_ids[rows], self.answer_mask[rows], self.indices[rows])
+
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on `device`."""
         return Batch(

@@ -1,6 +1,6 @@
 """The base model's evaluation, measured once per machine and shared by all trials that start from it.
 
-A memo, not a result: losing an entry costs a new measurement, and any input that could change the numbers is in its key.
+A memo, not a result: losing an entry costs a new measurement; any input that could change the numbers is in its key.
 """
 
 from __future__ import annotations

@@ -48,9 +48,7 @@ class LocalFeatures:
         at = completions_at(index, anchors, G)
         truth = [states.gather(1, at.flatten(1)[..., None].expand(-1, -1, states.shape[-1])) for states in real]
         truth = [states.unflatten(1, at.shape[1:]) for states in truth]
-        return [
-            Features(self._map(sampled, length), self._map(truth, length)) for length in (lengths or [G])
-        ]
+        return [Features(self._map(sampled, length), self._map(truth, length)) for length in (lengths or [G])]
 
     def _map(self, hidden: Sequence[Tensor], length: int) -> Tensor:
         return feature_map([h[..., :length, :] for h in hidden], pooling=self.pooling, normalize=self.normalize)

@@ -52,8 +52,8 @@ class Bridge(ray.train.UserCallback):  # type: ignore[misc]
 def run_trial(settings: dict[str, Any]) -> None:
     """The Tune trainable.
 
-    `settings`: study, study_folder, trial_id, run (a `RunConfig` as plain values), resources (a `ResourcesSpec`),
-    train (where the loop is). The last report holds `outcome`.
+    `settings`: study, study_folder, trial_id, label, run (a `RunConfig` as plain values), resources (a
+    `ResourcesSpec`), loop (where the training loop is). The last report holds `outcome`.
     """
     study_folder = Path(settings["study_folder"])
     start_from = _checkpoint_to_start_from(study_folder, settings["trial_id"])
@@ -82,10 +82,13 @@ def _trainer(settings: dict[str, Any], box: str, attempt: int, start_from: Path 
     return _Trainer(
         train_worker,
         train_loop_config={
-            "attempt": attempt,
-            "start_from": str(start_from) if start_from else None,
+            "run": run,
             "threads": resources["cpus_per_worker"],
-            **{key: settings[key] for key in ("run", "study", "study_folder", "trial_id", "train")},
+            "attempt": {
+                "attempt": attempt,
+                "start_from": str(start_from) if start_from else None,
+                **{key: settings[key] for key in ("study", "study_folder", "trial_id", "label", "loop")},
+            },
         },
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
         scaling_config=ray.train.ScalingConfig(

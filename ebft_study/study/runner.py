@@ -19,7 +19,7 @@ from rich.console import Console
 from ebft_study import report
 from ebft_study.config import RunConfig
 from ebft_study.errors import EbftError, ResultsError
-from ebft_study.study import checks, history, record, trials
+from ebft_study.study import checks, history, record, search, trials
 from ebft_study.study.history import History
 from ebft_study.study.progress import TrialState
 from ebft_study.study.spec import StudySpec
@@ -76,8 +76,9 @@ def resume(folder: Path, *, console: Console, retry_failed: bool = False) -> End
         if retry_failed:
             failed = [trial_id for trial_id, state in past.states.items() if state.status == "failed"]
             past = History(past.states, {i: e for i, e in past.endings.items() if i not in failed}, past.curves)
-        if _is_over(spec, past):
-            return Ended(folder, past.states, report=_write_report(folder, console))
+        if _is_over(folder, spec, past):
+            existing = folder / "report.html"
+            return Ended(folder, past.states, report=existing if existing.exists() else _write_report(folder, console))
         for change in record.changed_versions(folder):
             console.print(f"note: the study was started with {change}", markup=False, highlight=False)
         _prepare(configurations)
@@ -91,18 +92,20 @@ def _existing(folder: Path, spec: StudySpec, console: Console, go_on: bool) -> E
         raise ResultsError(f"{folder}: holds a study of this name with other settings ({shown}). Choose another --name")
     if go_on:
         return resume(folder, console=console)
-    name = shlex.quote(folder.name)
-    if _is_over(spec, history.read(folder, spec.objective.metric)):
+    past = history.read(folder, spec.objective.metric)
+    address = Ended(folder, past.states).address
+    if _is_over(folder, spec, past):
         raise ResultsError(
-            f"{folder}: this study is finished. See 'ebft-study status {name}', or choose another --name"
+            f"{folder}: this study is finished. See 'ebft-study status {address}', or use another --name"
         )
-    raise ResultsError(f"{folder}: this study was started before. Continue it with 'ebft-study resume {name}'")
+    raise ResultsError(f"{folder}: this study was started before. Continue it with 'ebft-study resume {address}'")
 
 
-def _is_over(spec: StudySpec, past: History) -> bool:
-    number = spec.search.num_configurations if spec.search.algorithm == "optuna" else 0
-    expected = len(spec.seeds) * (len(trials.enumerated(spec)) + (number or 0))
-    return len(past.endings) >= expected
+def _is_over(folder: Path, spec: StudySpec, past: History) -> bool:
+    known = trials.trials_of(spec, trials.enumerated(spec))
+    if any(trial.trial_id not in past.endings for trial in known):
+        return False
+    return spec.search.algorithm != "optuna" or search.is_over(spec, folder / search.JOURNAL)
 
 
 def _prepare(configurations: Sequence[RunConfig]) -> dict[str, Any]:

@@ -166,19 +166,33 @@ class OptunaSearch:
             self._study.tell(number, mean)
 
 
-def _open_study(spec: StudySpec, journal: Path) -> optuna.Study:
+def is_over(spec: StudySpec, journal: Path) -> bool:
+    """Whether every configuration was asked for and told; only reads the journal, so a driver may be running."""
+    if not journal.exists():
+        return False
+    asked = _load_study(spec, journal).get_trials(deepcopy=False)
+    return len(asked) >= (spec.search.num_configurations or 0) and all(frozen.state.is_finished() for frozen in asked)
+
+
+def _load_study(spec: StudySpec, journal: Path) -> optuna.Study:
     import optuna
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    mend_journal(journal)
-    study = optuna.create_study(
+    return optuna.create_study(
         study_name=spec.study,
         storage=JournalStorage(JournalFileBackend(str(journal))),
         direction="minimize" if spec.objective.mode == "min" else "maximize",
         load_if_exists=True,
     )
+
+
+def _open_study(spec: StudySpec, journal: Path) -> optuna.Study:
+    import optuna
+
+    mend_journal(journal)
+    study = _load_study(spec, journal)
     # A resumed search with the same seed would draw again what it drew before.
     asked = len(study.get_trials(deepcopy=False))
     seed = spec.search.search_seed if not asked else random.Random(f"{spec.search.search_seed}-{asked}").getrandbits(32)

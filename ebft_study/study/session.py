@@ -159,17 +159,18 @@ def _scheduler(spec: StudySpec, past: History) -> Any:
 
 def _settings(folder: Path, spec: StudySpec, trial: Trial) -> dict[str, Any]:
     """What a trial's processes are told: plain values only."""
-    from ebft_study.training import worker
+    from ebft_study.training import recorded
 
     return {
         "study": spec.study,
         "study_folder": str(folder),
         "trial_id": trial.trial_id,
+        "label": trial.label,
         "is_baseline": trial.configuration.baseline is not None,
         "total_steps": trial.run.total_steps,
         "run": trial.run.model_dump(mode="json"),
         "resources": spec.resources.model_dump(mode="json"),
-        "train": worker.TRAIN,
+        "loop": recorded.LOOP,
     }
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-import time
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from ebft_study import results
 from ebft_study.config import RunConfig
-from ebft_study.errors import CheckpointError, ResultsError
+from ebft_study.errors import EbftError, ResultsError
 from ebft_study.study import attempts, record
 from ebft_study.study.monitor import Monitor
 from ebft_study.study.progress import Lines
@@ -19,23 +18,39 @@ from ebft_study.study.trials import Configuration, Trial
 
 TRIAL = "t0000"
 COLUMNS = ("ce_loss", "cfm_loss", "reward")
+_MAY_GROW = "run.training.steps:"
 
 
 def run_single(run: RunConfig, *, file: Path, folder: Path, go_on: bool, console: Console) -> str:
-    """Train `run` in this process; returns its status. `go_on`: from the newest checkpoint in `folder`."""
-    from ebft_study.training import loop
+    """Train `run` in this process; returns its status. `go_on`: from the newest checkpoint in `folder`, if any."""
     from ebft_study.training.prepare import prepare
 
     folder = folder.resolve()
-    start_from = _start_from(folder, go_on)
+    spec = StudySpec(study=run.name, question=f"A single run of {file.name}.", run=nested(run), seeds=(run.seed,))
+    _check_folder(folder, spec, go_on)
     provenance = prepare([run])
     folder.mkdir(parents=True, exist_ok=True)
-    spec = StudySpec(study=run.name, question=f"A single run of {file.name}.", run=nested(run), seeds=(run.seed,))
-    record.write(folder, spec, profile=None, file=file, provenance=dict(provenance))
-    trial = Trial(TRIAL, Configuration("only", {}), run.seed, run)
+    record.write(folder, spec, profile=None, file=file, provenance=provenance)
     monitor = Monitor(results.StudyRecorder(folder, study=run.name), {}, "cfm_loss")
     monitor.display = Lines(console, COLUMNS)
-    monitor.planned(trial)
+    monitor.planned(Trial(TRIAL, Configuration("only", {}), run.seed, run))
+    monitor.started(TRIAL)
+    try:
+        outcome = _train(run, folder, monitor)
+    except EbftError as error:
+        monitor.ended(TRIAL, {"status": "failed", "reason": str(error)})
+        raise
+    except BaseException as error:
+        monitor.interrupted(f"{type(error).__name__}: {error}".rstrip(": "))
+        raise
+    monitor.ended(TRIAL, outcome)
+    return str(outcome["status"])
+
+
+def _train(run: RunConfig, folder: Path, monitor: Monitor) -> dict[str, Any]:
+    from ebft_study.training.recorded import Attempt, train_recorded
+
+    start_from = attempts.newest_checkpoint(folder, TRIAL)
     attempt = attempts.begin(folder, TRIAL)
     own = attempts.folder(folder, TRIAL, attempt)
 
@@ -44,24 +59,18 @@ def run_single(run: RunConfig, *, file: Path, folder: Path, go_on: bool, console
             attempts.keep_checkpoint(own, written, step=int(metrics["step"]), keep=run.checkpoint.keep_checkpoints)
         monitor.reported(TRIAL, {**metrics, "attempt": attempt})
 
-    monitor.started(TRIAL)
-    started_at = time.time()
-    recorder = results.TrialRecorder(folder, study=run.name, trial_id=TRIAL, attempt=attempt)
-    try:
-        outcome = loop.train(run, recorder=recorder, on_report=on_report, start_from=start_from)
-    except BaseException as error:
-        monitor.interrupted(f"{type(error).__name__}: {error}".rstrip(": "))
-        raise
-    times = {"started_at": started_at, "train_seconds": time.time() - started_at}
-    monitor.ended(TRIAL, {**dataclasses.asdict(outcome), **times})
-    return outcome.status
+    this = Attempt(run.name, str(folder), TRIAL, run.name, attempt, str(start_from) if start_from else None)
+    return train_recorded(run, this, on_report=on_report)
 
 
-def _start_from(folder: Path, go_on: bool) -> Path | None:
-    exists = (folder / record.NAME).exists()
-    if exists and not go_on:
-        raise ResultsError(f"{folder}: holds a run already. Add --resume to continue it, or choose another --output")
-    found = attempts.newest_checkpoint(folder, TRIAL) if go_on else None
-    if go_on and found is None and exists:
-        raise CheckpointError(f"{folder}: holds no complete checkpoint. Choose another --output to start afresh")
-    return found
+def _check_folder(folder: Path, spec: StudySpec, go_on: bool) -> None:
+    """Refuse a folder that holds another run, or the same one without being asked to go on."""
+    if not (folder / record.NAME).exists():
+        return
+    different = [line for line in record.differences(record.read(folder), spec) if not line.startswith(_MAY_GROW)]
+    if different:
+        raise ResultsError(
+            f"{folder}: holds a run with other settings ({'; '.join(different[:3])}). Use another --output"
+        )
+    if not go_on:
+        raise ResultsError(f"{folder}: holds this run already. Add --resume to continue it, or use another --output")

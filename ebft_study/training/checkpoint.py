@@ -1,7 +1,7 @@
 """Checkpoints: everything that the rest of a run depends on, verified before use.
 
-A folder with `state.pt` (tensors and plain numbers, loaded with `weights_only=True`) and `checkpoint.json`, which holds the
-step and the hash of the other file. A half-written or damaged checkpoint fails the hash and is passed over.
+A folder with `state.pt` (tensors and plain numbers, loaded with `weights_only=True`) and `checkpoint.json`, which
+holds the step and the hash of the other file. A half-written or damaged checkpoint fails the hash and is passed over.
 """
 
 from __future__ import annotations

@@ -44,7 +44,9 @@ def sum_tally(tally: Tally, names: Iterable[str], world_size: int, device: torch
     return Tally(dict(zip(keys, sums, strict=True)), dict(zip(keys, counts, strict=True)))
 
 
-def sum_measured(measured: Measured, keys: Iterable[tuple[str, int | None]], world_size: int, device: torch.device) -> Measured:
+def sum_measured(
+    measured: Measured, keys: Iterable[tuple[str, int | None]], world_size: int, device: torch.device
+) -> Measured:
     """Evaluation sums of all workers together; quantities that no worker met are left out."""
     total: Measured = {}
     for key in keys:

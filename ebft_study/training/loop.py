@@ -3,10 +3,11 @@
     step 0: evaluate the base model
     warm_start_steps updates by SFT, then `steps` updates by the method:
         rows of this step -> this worker's share -> micro-batches -> gradients, added up over workers -> AdamW
-    every log_every_steps: a row of metrics; every eval_every_steps: validation; every checkpoint_every_steps: a checkpoint
+    every log_every_steps a row of metrics, every eval_every_steps validation, every checkpoint_every_steps a checkpoint
     at the end: held-out evaluation
 
-Everything random is a function of (seed, step, row), so a resumed run continues bit for bit, whatever the number of workers.
+Everything random is a function of (seed, step, row): a resumed run continues bit for bit, and the number of workers
+changes nothing but rounding.
 """
 
 from __future__ import annotations
@@ -156,14 +157,15 @@ class Run:
             self.optimizer = self._new_optimizer()
         before = time.perf_counter()
         rows, anchors, noise, totals = self._batch()
-        loss = sum(
-            self._backward(rows, anchors, noise, totals, part)
-            for part in torch.arange(len(rows.indices)).split(self.config.training.micro_batch_size or len(rows.indices))
-        )
+        every = torch.arange(len(rows.indices))
+        loss = 0.0
+        for part in every.split(self.config.training.micro_batch_size or len(every)):
+            loss += self._backward(rows, anchors, noise, totals, part)
         with self.tally.seconds("optimizer_seconds", self.device):
             self._apply_gradients(loss)
         self.step += 1
-        self.tokens_seen += int(sum_over_workers([float((rows.document_ids >= 0).sum())], self.world_size, self.device)[0])
+        real_tokens = float((rows.document_ids >= 0).sum())
+        self.tokens_seen += int(sum_over_workers([real_tokens], self.world_size, self.device)[0])
         self.tally.add("step_seconds", time.perf_counter() - before, 0.0)
         self.tally_steps += 1
 
@@ -207,9 +209,7 @@ class Run:
     def _batch(self) -> tuple[Batch, Anchors, Tensor, Totals]:
         """This worker's rows of the step, with anchors, noise, and what all workers' losses divide by."""
         config, data = self.config, self.parts.data["train"]
-        indices = batch_indices(
-            size=len(data), batch_size=config.training.batch_size, step=self.step, seed=config.seed
-        )
+        indices = batch_indices(size=len(data), batch_size=config.training.batch_size, step=self.step, seed=config.seed)
         rows = data.rows(indices[self.rank :: self.world_size]).to(self.device)
         rollout = config.rollout
         anchors = find_anchors(
@@ -232,7 +232,7 @@ class Run:
 
     def _backward(self, rows: Batch, anchors: Anchors, noise: Tensor, totals: Totals, part: Tensor) -> float:
         on_device = part.to(self.device)
-        batch = Batch(*(getattr(rows, name)[on_device] for name in ("tokens", "document_ids", "answer_mask", "indices")))
+        batch = rows.select(on_device)
         share = Anchors(*(tensor[on_device] for tensor in anchors))
         with self._autocast():
             loss = self.method.loss(self.model, batch, share, noise=noise[part], totals=totals, tally=self.tally)
@@ -293,7 +293,9 @@ class Run:
         self.tally, self.tally_steps = Tally(), 0
         return row
 
-    def _measure(self, split: str, sequences: int, lengths: Sequence[int], *, with_entropy: bool) -> evaluation.Measured:
+    def _measure(
+        self, split: str, sequences: int, lengths: Sequence[int], *, with_entropy: bool
+    ) -> evaluation.Measured:
         with self.average.applied(self.model), self._autocast():
             mine = self.parts.evaluator.measure(
                 self.model,

@@ -40,9 +40,10 @@ def _distinct(configs: Iterable[RunConfig]) -> list[RunConfig]:
     """One configuration per combination of settings that data, models or the base evaluation depend on."""
     seen: dict[str, RunConfig] = {}
     for config in configs:
-        parts = config.model_dump(
-            include={"model", "model_revision", "data", "features", "evaluation"}
-        ) | {"rollout": config.rollout.model_dump(exclude={"n_samples"}), "precision": config.training.precision}
+        parts = config.model_dump(include={"model", "model_revision", "data", "features", "evaluation"}) | {
+            "rollout": config.rollout.model_dump(exclude={"n_samples"}),
+            "precision": config.training.precision,
+        }
         seen.setdefault(json.dumps(parts, sort_keys=True), config)
     return list(seen.values())
 
@@ -68,5 +69,6 @@ def _describe_model(parts: Parts) -> dict[str, Any]:
     record = Path(cache_folder() / "models" / base.folder / "pretraining.json")
     if record.exists():
         pretraining = json.loads(record.read_text())
-        described |= {key: pretraining[key] for key in ("perplexity", "trigram_perplexity", "train_tokens", "seconds")}
+        described |= {key: pretraining[key] for key in ("perplexity", "trigram_perplexity", "train_tokens")}
+        described["pretraining_seconds"] = pretraining["seconds"]
     return described

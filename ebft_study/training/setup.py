@@ -73,7 +73,8 @@ def tokenized(config: RunConfig, text: TextDataset, base: LoadedModel) -> dict[s
             f"data.sequence_length={config.data.sequence_length}: with completions it reaches position {longest}, but "
             f"model {config.model!r} has {positions}. Use a shorter sequence_length"
         )
-    for key, region in (("rollout.anchor_region", config.rollout.anchor_region), ("loss.ce_region", config.loss.ce_region)):
+    regions = {"rollout.anchor_region": config.rollout.anchor_region, "loss.ce_region": config.loss.ce_region}
+    for key, region in regions.items():
         if region == "answer" and not text.has_answers:
             raise ConfigError(f"{key}='answer': data set {text.name!r} is raw text without answers. Use {key}=all")
     splits = {

@@ -29,7 +29,7 @@ class WandbRecorder:
             name=label,
             id=f"{study}-{trial_id}",
             resume="allow",
-            mode=config.tracking.wandb,
+            mode="offline" if config.tracking.wandb == "offline" else "online",
             dir=str(folder),
             config=flatten(config),
             settings=wandb.Settings(silent=True, disable_git=True, save_code=False),
@@ -60,9 +60,7 @@ class WandbRecorder:
         self.run.finish(quiet=True)
 
 
-def tracked(
-    recorder: Recorder, config: RunConfig, *, study: str, trial_id: str, label: str, folder: Path
-) -> Recorder:
+def tracked(recorder: Recorder, config: RunConfig, *, study: str, trial_id: str, label: str, folder: Path) -> Recorder:
     """`recorder`, with W&B beside it when the configuration asks for it."""
     if config.tracking.wandb == "off":
         return recorder

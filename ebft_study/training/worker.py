@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import pkgutil
-import time
 from pathlib import Path
 from typing import Any
 
@@ -12,38 +9,24 @@ import ray.train
 import torch
 
 from ebft_study.config import RunConfig
-from ebft_study.results import TrialRecorder
-
-TRAIN = "ebft_study.training.loop:train"
+from ebft_study.training.recorded import Attempt, train_recorded
 
 
 def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     """Train one trial; every worker of its group runs this.
 
-    `settings`: run (a `RunConfig` as plain values), study, study_folder, trial_id, attempt, start_from (a checkpoint
-    folder or None), threads (CPU threads of this worker), train (where the loop is, as `module:function`).
-
-    Returns the loop's `Outcome` as a dictionary, with `started_at` (seconds since the epoch) and `train_seconds`.
+    `settings`: run (a `RunConfig` as plain values), attempt (an `Attempt`), threads (CPU threads of this worker).
+    Returns what `train_recorded` returns.
     """
     context = ray.train.get_context()
-    rank, world_size = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(settings["threads"])
-    train = pkgutil.resolve_name(settings["train"])
-    started_at = time.time()
-    outcome = train(
+    return train_recorded(
         RunConfig.model_validate(settings["run"]),
-        recorder=_recorder(settings) if rank == 0 else None,
+        Attempt(**settings["attempt"]),
         on_report=_report,
-        start_from=Path(settings["start_from"]) if settings["start_from"] else None,
-        rank=rank,
-        world_size=world_size,
+        rank=context.get_world_rank(),
+        world_size=context.get_world_size(),
     )
-    return {**dataclasses.asdict(outcome), "started_at": started_at, "train_seconds": time.time() - started_at}
-
-
-def _recorder(settings: dict[str, Any]) -> TrialRecorder:
-    who = {key: settings[key] for key in ("study", "trial_id", "attempt")}
-    return TrialRecorder(Path(settings["study_folder"]), **who)
 
 
 def _report(metrics: dict[str, float], checkpoint_folder: Path | None) -> None:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-import types
-
 import fake_training
 
-from ebft_study.training import worker
+from ebft_study.training import prepare, recorded
 
-worker.TRAIN = "fake_training:train"
-sys.modules["ebft_study.training.prepare"] = types.ModuleType("ebft_study.training.prepare")
-sys.modules["ebft_study.training.prepare"].prepare = fake_training.prepare  # type: ignore[attr-defined]
+recorded.LOOP = "fake_training:train"
+prepare.prepare = fake_training.prepare
 
 if __name__ == "__main__":
     from ebft_study.cli import main

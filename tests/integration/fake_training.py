@@ -3,7 +3,7 @@
 Workers find it as `fake_training:train`. What it does follows from the settings that a test's study varies:
     cfm_loss at step k   2 + learning_rate + 1 / (1 + k)
     weight_decay         seconds per step
-    gamma = 0.5          the worker kills itself with SIGKILL at step 3 of the first attempt
+    gamma = 0.5          the worker kills itself with SIGKILL at step 5, unless it started from step 4
     gamma = 0.25         raises an error that only the user can mend
 """
 
@@ -34,7 +34,7 @@ def train(
     world_size: int = 1,
 ) -> Outcome:
     started = time.perf_counter()
-    step = 0 if start_from is None else checkpoint.load(start_from)["step"]
+    first = step = 0 if start_from is None else checkpoint.load(start_from)["step"]
     if recorder:
         recorder.event("started" if start_from is None else "resumed", f"step {step}")
     if config.loss.gamma == 0.25:
@@ -47,7 +47,7 @@ def train(
     while step < config.total_steps:
         time.sleep(config.optimizer.weight_decay)
         step += 1
-        if config.loss.gamma == 0.5 and start_from is None and step == 3:
+        if config.loss.gamma == 0.5 and first < 4 and step == 5:
             os.kill(os.getpid(), signal.SIGKILL)
         metrics = _metrics(config, step)
         if recorder:

@@ -14,7 +14,7 @@ def sample(model: nn.Module, context: Tensor, noise: Tensor, temperature: float)
         log_p = (model(torch.tensor([tokens])).logits[0, -1].float() / temperature).log_softmax(-1)
         cumulative, token = 0.0, 0
         total = float(log_p.exp().double().sum())
-        for token in range(len(log_p)):  # noqa: B007
+        for token in range(len(log_p)):
             cumulative += float(log_p[token].exp())
             if cumulative > u * total:
                 break
@@ -30,7 +30,9 @@ def completion_log_probs(model: nn.Module, context: Tensor, completion: Tensor, 
 
 
 @torch.no_grad()
-def features(model: nn.Module, context: Tensor, completion: Tensor, layers: list[int], pooling: str, normalize: str) -> Tensor:
+def features(
+    model: nn.Module, context: Tensor, completion: Tensor, layers: list[int], pooling: str, normalize: str
+) -> Tensor:
     """phi(c : y) from all hidden states of the whole network."""
     states = model(torch.cat([context, completion])[None], output_hidden_states=True).hidden_states
     parts = []
