@@ -20,7 +20,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from filelock import FileLock
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
@@ -29,6 +28,7 @@ from ebft_study.config import DataConfig
 from ebft_study.data import TextDataset, load_text
 from ebft_study.ngram import TrigramModel
 from ebft_study.paths import cache_folder
+from ebft_study.progress import Progress
 
 END_OF_TEXT = "<|endoftext|>"
 RECIPE_VERSION = 1
@@ -161,8 +161,7 @@ def _train(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, stream: np.ndarra
     rows = torch.from_numpy(stream[: len(stream) // (recipe.sequence_length + 1) * (recipe.sequence_length + 1)])
     rows = rows.view(-1, recipe.sequence_length + 1)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(recipe.seed))
-    with _progress(f"pretraining {recipe.name}") as progress:
-        task = progress.add_task(recipe.name, total=recipe.steps, loss=float("nan"))
+    with Progress(f"pretraining {recipe.name}", recipe.steps) as progress:
         for step in range(recipe.steps):
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
@@ -174,7 +173,7 @@ def _train(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, stream: np.ndarra
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
-            progress.update(task, advance=1, loss=float(loss.detach()))
+            progress.advance(f"loss {float(loss.detach()):.2f}")
     return model.eval()
 
 
@@ -233,36 +232,3 @@ def validation_cross_entropy(model: Qwen2ForCausalLM, stream: np.ndarray, sequen
 def recipe_for_tests(**changes: Any) -> Recipe:
     """The smallest recipe that still learns, for quick checks of the whole path."""
     return replace(LADDER["tiny-1m"], **{"name": "tiny-test", "steps": 30, **changes})
-
-
-class _Lines:
-    """Stands in for a progress bar where there is no terminal: a plain line at every fifth of the way."""
-
-    def __init__(self, title: str) -> None:
-        self.title, self.total, self.done, self.started = title, 0, 0, time.perf_counter()
-
-    def __enter__(self) -> _Lines:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        return
-
-    def add_task(self, _name: str, *, total: int, loss: float) -> int:
-        self.total = total
-        return 0
-
-    def update(self, _task: int, *, advance: int, loss: float) -> None:
-        self.done += advance
-        if self.done % max(self.total // 5, 1) == 0:
-            elapsed = time.perf_counter() - self.started
-            print(f"{self.title}: step {self.done}/{self.total}, loss {loss:.2f}, {elapsed:.0f} s", flush=True)
-
-
-def _progress(title: str) -> Progress | _Lines:
-    import sys
-
-    if not sys.stderr.isatty():
-        return _Lines(title)
-    return Progress(
-        TextColumn(f"[bold]{title}"), BarColumn(), TextColumn("loss {task.fields[loss]:.2f}"), TimeRemainingColumn()
-    )
