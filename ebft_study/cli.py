@@ -125,7 +125,7 @@ def _finish(ended: Ended, console: Console) -> None:
     """Say how a session of a study ended, and end the process accordingly."""
     from ebft_study.study import progress
 
-    lines = [progress.summary(list(ended.states.values()))]
+    lines = [] if console.is_terminal else [progress.summary(list(ended.states.values()))]  # a live table shows it
     if ended.report:
         lines.append(f"report: {ended.report}")
     if ended.reason:

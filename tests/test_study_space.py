@@ -213,6 +213,10 @@ def test_a_trial_must_fit_on_the_machine(tmp_path: Path) -> None:
         checks.check_machine(spec, cpus=2, gpus=2)
     with pytest.raises(ConfigError, match="gpus_per_worker"):
         checks.check_machine(spec, cpus=4, gpus=0)
+    in_process = load_study(write(tmp_path, resources={"workers_per_trial": 0, "cpus_per_worker": 2}), "cpu")
+    checks.check_machine(in_process, cpus=2, gpus=0)
+    with pytest.raises(ConfigError, match="needs 2 CPU cores; here are 1"):
+        checks.check_machine(in_process, cpus=1, gpus=0)
 
 
 def test_objectives_are_metrics_with_a_direction() -> None:

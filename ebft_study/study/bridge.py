@@ -14,22 +14,30 @@ is not a crash: the trial ends normally and reports the failure.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import tempfile
 import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import ray
 import ray.train
 import ray.tune
+import torch
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 
+from ebft_study.config import RunConfig
 from ebft_study.errors import EbftError
 from ebft_study.study import attempts, relay
+from ebft_study.study.spec import ResourcesSpec
 from ebft_study.training import checkpoint
+from ebft_study.training.recorded import Attempt, train_recorded
 from ebft_study.training.worker import train_worker
+
+Report = Callable[[dict[str, Any], str | None], None]
 
 _POINTER = "pointer.json"
 _END = "end"
@@ -55,17 +63,70 @@ def run_trial(settings: dict[str, Any]) -> None:
     `settings`: study, study_folder, trial_id, label, run (a `RunConfig` as plain values), resources (a
     `ResourcesSpec`), loop (where the training loop is). The last report holds `outcome`.
     """
-    study_folder = Path(settings["study_folder"])
-    start_from = _checkpoint_to_start_from(study_folder, settings["trial_id"])
-    attempt = attempts.begin(study_folder, settings["trial_id"])
-    box = f"{settings['trial_id']}-{attempt}"
-    trainer = _trainer(settings, box, attempt, start_from)
-    last: dict[str, Any] = {"attempt": attempt}
-    fitting = _Fitting(trainer, box)
+    study_folder, trial_id = Path(settings["study_folder"]), settings["trial_id"]
+    start_from = _checkpoint_to_start_from(study_folder, trial_id)
+    number = attempts.begin(study_folder, trial_id)
+    attempt = Attempt(
+        attempt=number,
+        start_from=str(start_from) if start_from else None,
+        **{key: settings[key] for key in ("study", "study_folder", "trial_id", "label", "loop")},
+    )
+    fit = _fit_here if settings["resources"]["workers_per_trial"] == 0 else _fit_workers
+    last: dict[str, Any] = {}
+
+    def report(metrics: dict[str, Any], checkpoint_path: str | None) -> None:
+        last.update(metrics)
+        _report({**last, "attempt": number}, checkpoint_path)
+
+    outcome = fit(settings, attempt, report)
+    ray.tune.report({**last, "attempt": number, "outcome": outcome})
+
+
+def trial_resources(resources: ResourcesSpec) -> dict[str, float]:
+    """What Tune reserves for a trial: one place, and whatever no worker group reserves by itself."""
+    if resources.workers_per_trial:
+        return {"slot": 1}
+    gpus = {"GPU": resources.gpus_per_worker} if resources.gpus_per_worker else {}
+    return {"slot": 1, "CPU": resources.cpus_per_worker} | gpus
+
+
+# --- training in the trial's own process -----------------------------------------------------------------------
+
+
+def _fit_here(settings: dict[str, Any], attempt: Attempt, report: Report) -> dict[str, Any]:
+    """TorchTrainer's local mode: no controller and no workers to start, for models that are small beside those."""
+    keep = settings["run"]["checkpoint"]["keep_checkpoints"]
+    own = attempts.folder(Path(attempt.study_folder), attempt.trial_id, attempt.attempt)
+
+    def on_report(metrics: dict[str, float], written: Path | None) -> None:
+        kept = attempts.keep_checkpoint(own, written, step=int(metrics["step"]), keep=keep) if written else None
+        report(metrics, str(kept) if kept else None)
+
+    def train() -> dict[str, Any]:
+        torch.set_num_threads(settings["resources"]["cpus_per_worker"])
+        return train_recorded(RunConfig.model_validate(settings["run"]), attempt, on_report=on_report)
+
+    trainer = TorchTrainer(
+        train,
+        scaling_config=ray.train.ScalingConfig(num_workers=0),
+        run_config=ray.train.RunConfig(name=own.name, storage_path=str(own.parent)),
+    )
+    try:
+        return dict(trainer.fit().return_value)
+    except EbftError as error:
+        return _failed(error)
+
+
+# --- training in a worker group --------------------------------------------------------------------------------
+
+
+def _fit_workers(settings: dict[str, Any], attempt: Attempt, report: Report) -> dict[str, Any]:
+    """`trainer.fit()` in a thread, while its reports arrive through the relay."""
+    box = f"{attempt.trial_id}-{attempt.attempt}"
+    fitting = _Fitting(_trainer(settings, attempt, box), box)
     for metrics, path in fitting.reports():
-        last = {**metrics, "attempt": attempt}
-        _report(last, path)
-    ray.tune.report({**last, "outcome": fitting.outcome()})
+        report(metrics, path)
+    return fitting.outcome()
 
 
 class _Trainer(TorchTrainer):  # type: ignore[misc]
@@ -75,7 +136,7 @@ class _Trainer(TorchTrainer):  # type: ignore[misc]
         return [c for c in super()._create_default_callbacks() if not isinstance(c, DatasetsCallback)]
 
 
-def _trainer(settings: dict[str, Any], box: str, attempt: int, start_from: Path | None) -> TorchTrainer:
+def _trainer(settings: dict[str, Any], attempt: Attempt, box: str) -> TorchTrainer:
     resources, run = settings["resources"], settings["run"]
     gpus = resources["gpus_per_worker"]
     per_worker = {"CPU": resources["cpus_per_worker"]} | ({"GPU": gpus} if gpus else {})
@@ -84,11 +145,7 @@ def _trainer(settings: dict[str, Any], box: str, attempt: int, start_from: Path 
         train_loop_config={
             "run": run,
             "threads": resources["cpus_per_worker"],
-            "attempt": {
-                "attempt": attempt,
-                "start_from": str(start_from) if start_from else None,
-                **{key: settings[key] for key in ("study", "study_folder", "trial_id", "label", "loop")},
-            },
+            "attempt": dataclasses.asdict(attempt),
         },
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
         scaling_config=ray.train.ScalingConfig(
@@ -96,7 +153,7 @@ def _trainer(settings: dict[str, Any], box: str, attempt: int, start_from: Path 
         ),
         run_config=ray.train.RunConfig(
             name=box,
-            storage_path=str(Path(settings["study_folder"]) / "train"),
+            storage_path=str(Path(attempt.study_folder) / "train"),
             callbacks=[Bridge(box)],
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=run["checkpoint"]["keep_checkpoints"]),
             # Retries are Tune's alone: with both, a trial would be tried (a+1)(b+1) times. A group that cannot
@@ -115,7 +172,7 @@ class _Fitting:
         self._returned: dict[str, Any] = {}
         self._thread = threading.Thread(target=self._fit, daemon=True, name="fit")
 
-    def reports(self) -> Any:
+    def reports(self) -> Iterator[tuple[dict[str, Any], str | None]]:
         """Yield (metrics, checkpoint path or None) until the workers have ended."""
         self._thread.start()
         while True:
@@ -133,7 +190,7 @@ class _Fitting:
         mendable = _mendable(self._error)
         if mendable is None:
             raise self._error
-        return {"status": "failed", "reason": str(mendable)}
+        return _failed(mendable)
 
     def _fit(self) -> None:
         try:
@@ -142,6 +199,11 @@ class _Fitting:
             self._error = error
         finally:
             ray.get(self._relay.put.remote(self._box, _END))
+
+
+def _failed(error: EbftError) -> dict[str, Any]:
+    """What a user has to mend is an outcome: trying again would fail the same way."""
+    return {"status": "failed", "reason": str(error)}
 
 
 def _mendable(error: BaseException) -> EbftError | None:

@@ -84,7 +84,7 @@ def _check_objective(spec: StudySpec, source: str) -> None:
 
 
 def _check_size(spec: StudySpec, run: RunConfig, source: str) -> None:
-    workers, batch = spec.resources.workers_per_trial, run.training.batch_size
+    workers, batch = spec.resources.processes, run.training.batch_size
     if batch % workers:
         raise rule_broken(
             source=source,
@@ -127,14 +127,14 @@ def check_machine(spec: StudySpec, *, cpus: int | None = None, gpus: int | None 
         "gpus_per_worker": (resources.gpus_per_worker, gpus, gpu_count, "GPUs"),
     }
     for key, (per_worker, given, count, what) in needs.items():
-        needed = per_worker * resources.workers_per_trial
+        needed = per_worker * resources.processes
         there = count() if given is None and needed else given or 0
         if needed > there:
             raise rule_broken(
                 source=spec.study,
                 key=f"resources.{key}",
                 given=per_worker,
-                rule=f"a trial of {resources.workers_per_trial} worker(s) needs {needed:g} {what}; here are {there}",
+                rule=f"a trial of {resources.processes} worker(s) needs {needed:g} {what}; here are {there}",
                 remedy="Use another --profile, fewer workers_per_trial, or a larger machine",
             )
 

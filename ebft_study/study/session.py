@@ -81,9 +81,9 @@ def _search(folder: Path, spec: StudySpec, past: History, monitor: Monitor) -> S
 def _trials_at_once(spec: StudySpec) -> int:
     """As many as fit on the machine, and as the budget allows."""
     resources = spec.resources
-    fits = [checks.cpu_count() // (resources.workers_per_trial * resources.cpus_per_worker)]
+    fits = [checks.cpu_count() // (resources.processes * resources.cpus_per_worker)]
     if resources.gpus_per_worker:
-        fits.append(int(checks.gpu_count() / (resources.workers_per_trial * resources.gpus_per_worker)))
+        fits.append(int(checks.gpu_count() / (resources.processes * resources.gpus_per_worker)))
     return max(1, min([*fits, spec.budget.max_concurrent_trials or fits[0]]))
 
 
@@ -95,7 +95,7 @@ def _tune(
     import ray.tune
 
     from ebft_study.study import relay
-    from ebft_study.study.bridge import run_trial
+    from ebft_study.study.bridge import run_trial, trial_resources
     from ebft_study.study.tuning import Observer, StudySearcher
 
     # The dashboard's process answers the one question by which Ray frees the places of a stopped trial's workers.
@@ -117,7 +117,7 @@ def _tune(
             post.close.remote(f"{trial_id}-{attempt}")
 
         tuner = ray.tune.Tuner(
-            ray.tune.with_resources(run_trial, {"slot": 1}),
+            ray.tune.with_resources(run_trial, trial_resources(spec.resources)),
             tune_config=ray.tune.TuneConfig(
                 search_alg=StudySearcher(search, monitor, lambda trial: _settings(folder, spec, trial)),
                 scheduler=_scheduler(spec, past),

@@ -98,10 +98,15 @@ class BudgetSpec(Section):
 class ResourcesSpec(Section):
     """What one trial occupies."""
 
-    workers_per_trial: PositiveInt = 1
+    workers_per_trial: int = Field(1, ge=0, description="0: in the trial's own process, which starts much sooner")
     cpus_per_worker: PositiveInt = 1
     gpus_per_worker: float = Field(0.0, ge=0.0)
     max_failures: int = Field(1, ge=0, description="how often a crashed trial is started again from its checkpoint")
+
+    @property
+    def processes(self) -> int:
+        """Processes that train, side by side."""
+        return max(1, self.workers_per_trial)
 
 
 class Profile(Section):

@@ -31,15 +31,26 @@ axes: {{learning_rate: [0.0, 1.0]}}
 scheduler: {{kind: asha, grace_period_steps: 2, reduction_factor: 2}}
 resources: {{max_failures: 1}}
 """
+IN_PROCESS = """
+study: here
+question: Does a trial in its own process survive the same?
+run: {steps: 6, weight_decay: 0.2, checkpoint_every_steps: 1, log_every_steps: 1, keep_checkpoints: 2}
+baselines:
+  refused: {gamma: 0.25}
+  crashes: {gamma: 0.5}
+axes: {learning_rate: [0.0, 1.0]}
+scheduler: {kind: asha, grace_period_steps: 2, reduction_factor: 2}
+resources: {workers_per_trial: 0}
+"""
 BEHIND, REFUSED, CRASHES, GOOD, EARLY = (f"t{number:04d}" for number in range(5))
 
 
 class Study:
     """A study folder and the processes that drive it."""
 
-    def __init__(self, folder: Path) -> None:
-        (folder / "study.yaml").write_text(STUDY)
-        self.cwd, self.folder = folder, folder / "studies" / "ordeal"
+    def __init__(self, folder: Path, content: str, name: str) -> None:
+        (folder / "study.yaml").write_text(content)
+        self.cwd, self.folder = folder, folder / "studies" / name
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         environment = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1", "EBFT_STUDY_CACHE": str(self.cwd)}
@@ -79,7 +90,7 @@ Ordeal = tuple[Study, dict[str, str], set[tuple[str, int]]]
 @pytest.fixture(scope="module")
 def ordeal(tmp_path_factory: pytest.TempPathFactory) -> Ordeal:
     """The study after Ctrl-C, SIGKILL and resume: the study, what its sessions printed, rows before the SIGKILL."""
-    study = Study(tmp_path_factory.mktemp("ordeal"))
+    study = Study(tmp_path_factory.mktemp("ordeal"), STUDY, "ordeal")
     said: dict[str, str] = {}
     driver = study.start("study", "study.yaml")
     wait_until(lambda: bool(study.events("session")), driver)
@@ -194,3 +205,20 @@ def test_cost_is_on_record(ordeal: Ordeal) -> None:
     assert (finished["startup_seconds"] > 0).all()
     assert (finished["total_seconds"] >= finished["train_seconds"]).all()
     assert (finished["steps_done"] == STEPS).all()
+
+
+def test_trials_in_their_own_process_survive_the_same(tmp_path: Path) -> None:
+    study = Study(tmp_path, IN_PROCESS, "here")
+    driver = study.start("study", "study.yaml")
+    said = driver.communicate(timeout=200)[0]
+    refused, crashes, good, early = (f"t{number:04d}" for number in range(4))
+    statuses = trials(study)["status"].to_dict()
+    assert statuses == {refused: "failed", crashes: "finished", good: "finished", early: "stopped"}, said
+    assert driver.returncode == 1
+    assert study.events("retry") == [crashes]
+    assert study.events("resumed") == [crashes]
+    assert study.steps(crashes) == study.steps(good) == list(range(7))
+    assert sorted(path.name for path in (study.folder / "train" / f"{good}-1").iterdir()) == [
+        "checkpoint_00000005",
+        "checkpoint_00000006",
+    ]

@@ -1,0 +1,125 @@
+"""Reading configurations: names, types, ranges and rules between settings, each broken one in a single clear line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from ebft_study.config import RunConfig, build_run, flatten, load_run, merge, nest, parse_override, resolve_key
+from ebft_study.errors import ConfigError
+
+
+def build(**settings: Any) -> RunConfig:
+    return build_run(nest(settings, source="run.yaml"), source="run.yaml")
+
+
+BROKEN = [
+    ({"alfa": 1}, "unknown key 'alfa'. Did you mean 'alpha'"),
+    ({"reward": {"alpah": 1}}, "unknown key 'reward.alpah'. Did you mean 'alpha'"),
+    ({"rollouts": {"n_samples": 2}}, "unknown key 'rollouts'"),
+    ({"reward": 3}, "reward=3: is a section"),
+    ({"n_samples": "many"}, "rollout.n_samples='many'"),
+    ({"alpha": 1.5}, "reward.alpha=1.5"),
+    ({"gamma": -0.1}, "loss.gamma=-0.1"),
+    ({"temperature": 0}, "rollout.temperature=0"),
+    ({"learning_rate": ".inf"}, "optimizer.learning_rate"),
+    ({"whitening": "variant_iv"}, "reward.whitening='variant_iv'"),
+    ({"depths": [0.0, 0.5]}, "every depth must lie in (0, 1]"),
+    ({"depths": [0.5, 1.2]}, "every depth must lie in (0, 1], but got 1.2"),
+    ({"depths": [0.5, 0.5]}, "depths must differ"),
+    ({"depths": []}, "features.depths"),
+    ({"n_samples": 1}, "rollout.n_samples=1: the diversity term (alpha=1.0) compares samples"),
+    ({"n_samples": 1, "alpha": 0}, "reward.baseline='rloo': with n_samples=1 there are no other samples"),
+    ({"completion_length": 200}, "rollout.completion_length=200: a sequence of 128 tokens"),
+    ({"profile_lengths": [8, 125]}, "evaluation.profile_lengths=[8, 125]"),
+    ({"anchor_region": "answer", "dataset": "stdlib"}, "rollout.anchor_region='answer'"),
+    ({"ce_region": "answer", "text_column": "t"}, "loss.ce_region='answer'"),
+    ({"prompt_column": "q"}, "prompt_column and answer_column must be given together"),
+    ({"text_column": "t", "prompt_column": "q", "answer_column": "a"}, "not both"),
+    ({"ema_decay": 1.0}, "optimizer.ema_decay=1.0"),
+    ({"cfm_samples": 1}, "evaluation.cfm_samples=1"),
+    ({"name": "../escape"}, "name='../escape'"),
+]
+
+
+@pytest.mark.parametrize(("settings", "expected"), BROKEN, ids=[expected[:40] for _, expected in BROKEN])
+def test_a_broken_rule_is_one_line_naming_file_and_key(settings: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        build(**settings)
+    message = str(caught.value)
+    assert message.startswith("run.yaml: ")
+    assert expected in message
+    assert "\n" not in message
+
+
+def test_a_single_sample_is_allowed_without_diversity_and_baseline() -> None:
+    assert build(n_samples=1, alpha=0, baseline="none").rollout.n_samples == 1
+    assert build(n_samples=1, method="sft").rollout.n_samples == 1
+
+
+def test_short_names_paths_and_sections_mean_the_same() -> None:
+    assert build(alpha=0.5) == build(**{"reward.alpha": 0.5}) == build(reward={"alpha": 0.5})
+    assert resolve_key("alpha") == "reward.alpha"
+    assert flatten(build(alpha=0.5))["alpha"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("item", "key", "value"),
+    [
+        ("alpha=0.5", "alpha", 0.5),
+        ("learning_rate=1e-4", "learning_rate", 1e-4),
+        ("depths=[0.25, 1e-0]", "depths", [0.25, 1.0]),
+        ("dataset=a=b", "dataset", "a=b"),
+        ("ema_decay=null", "ema_decay", None),
+    ],
+)
+def test_overrides_are_read_as_yaml_and_exponents_as_numbers(item: str, key: str, value: object) -> None:
+    assert parse_override(item) == (key, value)
+
+
+@pytest.mark.parametrize("item", ["alpha", "=3", "alpha={"])
+def test_a_malformed_override_says_how_to_write_one(item: str) -> None:
+    with pytest.raises(ConfigError, match="command line"):
+        parse_override(item)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"- 1\n- 2\n", "not a mapping"),
+        (b"a: [1", "not valid YAML"),
+        (b"\xff\xfe\x00", "cannot be read as text"),
+        (b"", "NoneType"),
+    ],
+)
+def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, content: bytes, expected: str) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_bytes(content)
+    with pytest.raises(ConfigError, match=expected):
+        load_run(file)
+
+
+def test_a_missing_file_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no such file"):
+        load_run(Path("nowhere.yaml"))
+
+
+def test_overrides_win_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("alpha: 0.5\nloss: {gamma: 0.1}\n")
+    run = load_run(file, ["gamma=0.03"])
+    assert (run.reward.alpha, run.loss.gamma) == (0.5, 0.03)
+
+
+def test_a_resolved_configuration_reads_back_as_itself() -> None:
+    run = build(alpha=0.5, depths=[0.5, 1.0], warm_start_steps=3)
+    assert build_run(yaml.safe_load(yaml.safe_dump(run.model_dump(mode="json"))), source="copy") == run
+
+
+def test_merging_leaves_its_arguments_alone() -> None:
+    base = {"reward": {"alpha": 1.0}}
+    assert merge(base, {"reward": {"whitening": "none"}}) == {"reward": {"alpha": 1.0, "whitening": "none"}}
+    assert base == {"reward": {"alpha": 1.0}}
