@@ -19,7 +19,7 @@ LAYERS = [
     {"rollouts", "features", "pretraining", "models", "evaluation"},
     {"methods"},
     {"training"},
-    {"study", "bench"},
+    {"study", "bench", "diagnostics"},
     {"cli"},
 ]
 """A module may import from its own layer and from those above it in this list."""

@@ -60,6 +60,7 @@ def run(
     configurations = checks.check(spec, str(file))
     checks.check_machine(spec)
     with _locked(folder):
+        console.print("preparing data and models")
         provenance = _prepare(configurations)
         record.write(folder, spec, profile=profile, file=file, provenance=provenance)
         return _session(folder, spec, History({}, {}, {}), console)
@@ -81,6 +82,7 @@ def resume(folder: Path, *, console: Console, retry_failed: bool = False) -> End
             return Ended(folder, past.states, report=existing if existing.exists() else _write_report(folder, console))
         for change in record.changed_versions(folder):
             console.print(f"note: the study was started with {change}", markup=False, highlight=False)
+        console.print("preparing data and models")
         _prepare(configurations)
         return _session(folder, spec, past, console)
 

@@ -93,7 +93,7 @@ class StopWish(Stopper):  # type: ignore[misc]
         return False
 
     def stop_all(self) -> bool:
-        if self._deadline is not None and time.monotonic() > self._deadline:
+        if self._deadline is not None and time.monotonic() >= self._deadline:
             self.wish("budget.max_hours is used up")
         return bool(self.reason)
 

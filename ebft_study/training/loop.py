@@ -156,7 +156,7 @@ class Run:
         if self.step == self.config.training.warm_start_steps > 0:
             self.optimizer = self._new_optimizer()
         before = time.perf_counter()
-        rows, anchors, noise, totals = self._batch()
+        rows, anchors, noise, totals = self.batch()
         every = torch.arange(len(rows.indices))
         loss = 0.0
         for part in every.split(self.config.training.micro_batch_size or len(every)):
@@ -206,7 +206,7 @@ class Run:
 
     # --- one update --------------------------------------------------------------------------------------------
 
-    def _batch(self) -> tuple[Batch, Anchors, Tensor, Totals]:
+    def batch(self) -> tuple[Batch, Anchors, Tensor, Totals]:
         """This worker's rows of the step, with anchors, noise, and what all workers' losses divide by."""
         config, data = self.config, self.parts.data["train"]
         indices = batch_indices(size=len(data), batch_size=config.training.batch_size, step=self.step, seed=config.seed)
