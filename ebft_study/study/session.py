@@ -98,13 +98,13 @@ def _tune(
     from ebft_study.study.bridge import run_trial, trial_resources
     from ebft_study.study.tuning import Observer, StudySearcher
 
-    # The dashboard's process answers the one question by which Ray frees the places of a stopped trial's workers.
+    # Ray frees the places of a stopped trial's workers only after asking the dashboard whether their controller lives.
     ray.init(
         address="local",
         num_cpus=checks.cpu_count(),
         resources={"slot": at_once},
         namespace=spec.study,
-        include_dashboard=True,
+        include_dashboard=spec.resources.workers_per_trial > 0,
         log_to_driver=False,
         logging_level=logging.ERROR,
         object_store_memory=_OBJECT_STORE_BYTES,

@@ -1,4 +1,4 @@
-"""One study that meets everything a study can meet: a crash, a refusal, an early stop, Ctrl-C, SIGKILL."""
+"""Two small studies that meet everything a study can meet: crash, refusal, early stop, SIGKILL, Ctrl-C."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -15,11 +16,11 @@ import pytest
 
 from ebft_study import results
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
 
 HERE = Path(__file__).parent
 STEPS = 6
-STUDY = f"""
+CONTENT = f"""
 study: ordeal
 question: Does a study survive what happens to it?
 run: {{steps: {STEPS}, weight_decay: 0.3, checkpoint_every_steps: 1, log_every_steps: 1, keep_checkpoints: 2}}
@@ -29,36 +30,27 @@ baselines:
   crashes: {{gamma: 0.5}}
 axes: {{learning_rate: [0.0, 1.0]}}
 scheduler: {{kind: asha, grace_period_steps: 2, reduction_factor: 2}}
-resources: {{max_failures: 1}}
-"""
-IN_PROCESS = """
-study: here
-question: Does a trial in its own process survive the same?
-run: {steps: 6, weight_decay: 0.2, checkpoint_every_steps: 1, log_every_steps: 1, keep_checkpoints: 2}
-baselines:
-  refused: {gamma: 0.25}
-  crashes: {gamma: 0.5}
-axes: {learning_rate: [0.0, 1.0]}
-scheduler: {kind: asha, grace_period_steps: 2, reduction_factor: 2}
-resources: {workers_per_trial: 0}
 """
 BEHIND, REFUSED, CRASHES, GOOD, EARLY = (f"t{number:04d}" for number in range(5))
+EXPECTED = {BEHIND: "finished", REFUSED: "failed", CRASHES: "finished", GOOD: "finished", EARLY: "stopped"}
 
 
 class Study:
     """A study folder and the processes that drive it."""
 
-    def __init__(self, folder: Path, content: str, name: str) -> None:
-        (folder / "study.yaml").write_text(content)
-        self.cwd, self.folder = folder, folder / "studies" / name
+    def __init__(self, folder: Path, *, workers: int) -> None:
+        (folder / "study.yaml").write_text(f"{CONTENT}resources: {{workers_per_trial: {workers}}}\n")
+        self.cwd, self.folder = folder, folder / "studies" / "ordeal"
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         environment = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1", "EBFT_STUDY_CACHE": str(self.cwd)}
         command = [sys.executable, str(HERE / "driver.py"), *arguments]
-        pipe = subprocess.PIPE
-        return subprocess.Popen(
-            command, cwd=self.cwd, env=environment, text=True, stdout=pipe, stderr=subprocess.STDOUT
-        )
+        out, err = subprocess.PIPE, subprocess.STDOUT
+        return subprocess.Popen(command, cwd=self.cwd, env=environment, text=True, stdout=out, stderr=err)
+
+    def run(self, *arguments: str, seconds: float = 250) -> str:
+        """Run a command to its end; returns what it printed, and its exit code on the last line."""
+        return ended(self.start(*arguments), seconds)
 
     def metrics(self) -> pd.DataFrame:
         return results.read_table(self.folder, "metrics")
@@ -71,12 +63,19 @@ class Study:
         measured = self.metrics()
         return set(zip(measured["trial_id"], measured["step"], strict=True))
 
+    def trials(self) -> pd.DataFrame:
+        return results.read_table(self.folder, "trials").set_index("trial_id")
+
     def events(self, kind: str) -> list[str]:
         events = results.read_table(self.folder, "events")
         return events.loc[events["kind"] == kind, "trial_id"].tolist()
 
 
-def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 90) -> None:
+def ended(process: subprocess.Popen[str], seconds: float) -> str:
+    return f"{process.communicate(timeout=seconds)[0]}\nexit code {process.returncode}"
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, process.communicate()[0]
@@ -84,141 +83,129 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str], se
         time.sleep(0.2)
 
 
-Ordeal = tuple[Study, dict[str, str], set[tuple[str, int]]]
+@dataclass
+class Ordeal:
+    """What is left of a study, what its commands printed, and the rows that were on record before the SIGKILL."""
+
+    study: Study
+    said: dict[str, str]
+    before: set[tuple[str, int]]
 
 
 @pytest.fixture(scope="module")
-def ordeal(tmp_path_factory: pytest.TempPathFactory) -> Ordeal:
-    """The study after Ctrl-C, SIGKILL and resume: the study, what its sessions printed, rows before the SIGKILL."""
-    study = Study(tmp_path_factory.mktemp("ordeal"), STUDY, "ordeal")
-    said: dict[str, str] = {}
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Ordeal:
+    """Trials in worker groups; the driver is killed in the middle, and the study resumed."""
+    study, said = Study(tmp_path_factory.mktemp("killed"), workers=1), {}
     driver = study.start("study", "study.yaml")
     wait_until(lambda: bool(study.events("session")), driver)
-    said["second"] = study.start("resume", "ordeal").communicate(timeout=60)[0]
-    wait_until(lambda: len(study.steps(BEHIND)) > 1, driver)
-    driver.send_signal(signal.SIGINT)
-    said["ctrl_c"] = f"{driver.communicate(timeout=60)[0]}\nexit code {driver.returncode}"
-
-    driver = study.start("study", "study.yaml", "--resume")
+    said["second"] = study.run("resume", "ordeal")
     wait_until(lambda: len(study.steps(GOOD)) > 1, driver)
     driver.send_signal(signal.SIGKILL)
     driver.wait(timeout=10)
     assert driver.stdout is not None
     driver.stdout.close()
     before = study.keys()
-    said["status"] = study.start("status", "ordeal").communicate(timeout=60)[0]
-
-    driver = study.start("resume", "ordeal")
-    said["resume"] = f"{driver.communicate(timeout=200)[0]}\nexit code {driver.returncode}"
-    return study, said, before
+    said["status"] = study.run("status", "ordeal")
+    said["resume"] = study.run("resume", "ordeal")
+    return Ordeal(study, said, before)
 
 
-def trials(study: Study) -> pd.DataFrame:
-    return results.read_table(study.folder, "trials").set_index("trial_id")
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Ordeal:
+    """Trials in their own processes; Ctrl-C in the middle, and the study started again with --resume."""
+    study, said = Study(tmp_path_factory.mktemp("interrupted"), workers=0), {}
+    driver = study.start("study", "study.yaml")
+    wait_until(lambda: len(study.steps(BEHIND)) > 1, driver)
+    driver.send_signal(signal.SIGINT)
+    said["ctrl_c"] = ended(driver, 60)
+    before = study.keys()
+    said["resume"] = study.run("study", "study.yaml", "--resume")
+    said["again"] = study.run("study", "study.yaml", "--resume")
+    return Ordeal(study, said, before)
+
+
+@pytest.fixture(params=["killed", "interrupted"])
+def ordeal(request: pytest.FixtureRequest) -> Ordeal:
+    found = request.getfixturevalue(request.param)
+    assert isinstance(found, Ordeal)
+    return found
 
 
 def test_every_trial_ends_exactly_once(ordeal: Ordeal) -> None:
-    study, said, _ = ordeal
-    statuses = trials(study)["status"].to_dict()
-    assert statuses == {
-        BEHIND: "finished",
-        REFUSED: "failed",
-        CRASHES: "finished",
-        GOOD: "finished",
-        EARLY: "stopped",
-    }, said
+    assert ordeal.study.trials()["status"].to_dict() == EXPECTED, ordeal.said
 
 
-def test_no_reported_row_is_lost_to_sigkill(ordeal: Ordeal) -> None:
-    study, _, before = ordeal
-    assert before
-    assert before <= study.keys()
+def test_no_reported_row_is_lost(ordeal: Ordeal) -> None:
+    assert ordeal.before
+    assert ordeal.before <= ordeal.study.keys()
     for trial_id in (BEHIND, GOOD, CRASHES):
-        assert study.steps(trial_id) == list(range(STEPS + 1))
+        assert ordeal.study.steps(trial_id) == list(range(STEPS + 1))
 
 
-def test_trials_go_on_from_their_checkpoints(ordeal: Ordeal) -> None:
-    study, _, _ = ordeal
-    assert {GOOD, CRASHES} <= set(study.events("resumed"))
-    measured = study.metrics()
-    attempts = measured[measured["trial_id"] == GOOD].groupby("attempt")["step"].agg(["min", "max"])
-    assert attempts["min"].is_monotonic_increasing
-    assert (attempts["min"].iloc[1:] > 0).all()
+def test_trials_go_on_from_their_checkpoints(killed: Ordeal) -> None:
+    assert {GOOD, CRASHES} <= set(killed.study.events("resumed"))
+    measured = killed.study.metrics()
+    first = measured[measured["trial_id"] == GOOD].groupby("attempt")["step"].min()
+    assert len(first) == 2
+    assert first.iloc[0] == 0
+    assert first.iloc[1] > 0
 
 
 def test_a_killed_worker_is_started_again(ordeal: Ordeal) -> None:
-    study, _, _ = ordeal
-    assert CRASHES in study.events("retry")
-    assert trials(study).loc[CRASHES, "attempt"] >= 2
+    assert ordeal.study.events("retry") == [CRASHES]
+    assert CRASHES in ordeal.study.events("resumed")
+    assert ordeal.study.trials().loc[CRASHES, "attempt"] >= 2
 
 
 def test_what_the_user_must_mend_is_not_tried_again(ordeal: Ordeal) -> None:
-    study, _, _ = ordeal
-    assert trials(study).loc[REFUSED, "error"] == "training.gamma=0.25: the fake refuses it. Use another"
-    assert REFUSED not in study.events("retry")
-    assert study.events("failed") == [REFUSED]
+    assert ordeal.study.trials().loc[REFUSED, "error"] == "training.gamma=0.25: the fake refuses it. Use another"
+    assert ordeal.study.events("failed") == [REFUSED]
 
 
-def test_early_stops_spare_baselines_and_free_their_place(
-    ordeal: Ordeal,
-) -> None:
-    study, _, _ = ordeal
-    table = trials(study)
+def test_early_stops_spare_baselines_and_free_their_place(ordeal: Ordeal) -> None:
+    table = ordeal.study.trials()
     assert table.loc[EARLY, "stop_reason"].startswith("early stop")
-    assert max(study.steps(EARLY)) < STEPS
+    assert max(ordeal.study.steps(EARLY)) < STEPS
     assert table.loc[BEHIND, "final_cfm_loss"] > table.loc[EARLY, "final_cfm_loss"]
 
 
-def test_ctrl_c_ends_in_order_and_says_how_to_resume(
-    ordeal: Ordeal,
-) -> None:
-    _, said, _ = ordeal
-    assert "resume with: ebft-study resume ordeal" in said["ctrl_c"]
-    assert said["ctrl_c"].endswith("exit code 130")
-    assert "Traceback" not in said["ctrl_c"]
-
-
-def test_a_second_driver_is_refused(ordeal: Ordeal) -> None:
-    _, said, _ = ordeal
-    assert said["second"].startswith("error: ")
-    assert "another process is running this study" in said["second"]
-    assert len(said["second"].strip().splitlines()) == 1
-
-
-def test_status_tells_a_dead_driver_from_a_living_one(
-    ordeal: Ordeal,
-) -> None:
-    _, said, _ = ordeal
-    assert "not running; resume with" in said["status"]
-    assert "Traceback" not in said["status"]
-
-
-def test_a_failed_trial_shows_in_the_exit_code(ordeal: Ordeal) -> None:
-    _, said, _ = ordeal
-    assert said["resume"].endswith("exit code 1")
-    assert "Traceback" not in said["resume"]
+def test_only_the_newest_checkpoints_are_kept(ordeal: Ordeal) -> None:
+    last = sorted((ordeal.study.folder / "train").glob(f"{GOOD}-*"))[-1]
+    kept = sorted(path.name for path in last.glob("checkpoint_*") if path.is_dir())
+    assert kept == ["checkpoint_00000005", "checkpoint_00000006"]
 
 
 def test_cost_is_on_record(ordeal: Ordeal) -> None:
-    study, _, _ = ordeal
-    finished = trials(study).loc[[BEHIND, GOOD, CRASHES]]
+    finished = ordeal.study.trials().loc[[BEHIND, GOOD, CRASHES]]
     assert (finished["startup_seconds"] > 0).all()
     assert (finished["total_seconds"] >= finished["train_seconds"]).all()
     assert (finished["steps_done"] == STEPS).all()
 
 
-def test_trials_in_their_own_process_survive_the_same(tmp_path: Path) -> None:
-    study = Study(tmp_path, IN_PROCESS, "here")
-    driver = study.start("study", "study.yaml")
-    said = driver.communicate(timeout=200)[0]
-    refused, crashes, good, early = (f"t{number:04d}" for number in range(4))
-    statuses = trials(study)["status"].to_dict()
-    assert statuses == {refused: "failed", crashes: "finished", good: "finished", early: "stopped"}, said
-    assert driver.returncode == 1
-    assert study.events("retry") == [crashes]
-    assert study.events("resumed") == [crashes]
-    assert study.steps(crashes) == study.steps(good) == list(range(7))
-    assert sorted(path.name for path in (study.folder / "train" / f"{good}-1").iterdir()) == [
-        "checkpoint_00000005",
-        "checkpoint_00000006",
-    ]
+def test_ctrl_c_ends_in_order_and_says_how_to_resume(interrupted: Ordeal) -> None:
+    said = interrupted.said["ctrl_c"]
+    assert "resume with: ebft-study resume ordeal" in said
+    assert said.endswith("exit code 130")
+
+
+def test_a_finished_study_is_not_run_again(interrupted: Ordeal) -> None:
+    assert "starts" not in interrupted.said["again"]
+    assert "report.html" in interrupted.said["again"]
+
+
+def test_a_second_driver_is_refused(killed: Ordeal) -> None:
+    said = killed.said["second"]
+    assert said.startswith("error: ")
+    assert "another process is running this study" in said
+    assert said.endswith("exit code 2")
+
+
+def test_status_tells_a_dead_driver_from_a_living_one(killed: Ordeal) -> None:
+    assert "not running; resume with" in killed.said["status"]
+
+
+def test_failures_show_in_the_exit_code_and_nothing_else_is_said_of_them(ordeal: Ordeal) -> None:
+    assert ordeal.said["resume"].endswith("exit code 1")
+    for said in ordeal.said.values():
+        assert "Traceback" not in said
+        assert "raylet" not in said
