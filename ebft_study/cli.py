@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.table import Table
 
 from ebft_study.errors import EbftError
 
@@ -113,6 +114,57 @@ def train(
         typer.echo("interrupted; add --resume to the same command to continue", err=True)
         raise typer.Exit(130) from None
     raise typer.Exit(0 if status == "finished" else 1)
+
+
+@app.command()
+def bench(
+    sequence_length: Annotated[int, typer.Option(help="T, tokens per sequence.")] = 256,
+    n_samples: Annotated[int, typer.Option(help="n, completions per context.")] = 4,
+    batch_size: Annotated[int, typer.Option(help="Sequences per step.")] = 2,
+    repeats: Annotated[int, typer.Option(help="Timed repetitions of each side, alternating.")] = 5,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the rows to this file.")] = None,
+) -> None:
+    """Time one EBFT step by phase, and rollouts against running every prefix again for every token.
+
+    [dim]ebft-study bench --sequence-length 512 --json bench.json[/dim]
+    """
+    from ebft_study import bench as benchmark
+
+    rows = benchmark.bench(
+        sequence_length=sequence_length, n_samples=n_samples, batch_size=batch_size, repeats=repeats, device=device
+    )
+    _table("median of alternating runs", ["name", "value", "low", "high", "unit"], rows)
+    if json_file:
+        benchmark.write_json(rows, json_file)
+
+
+@app.command("gradient-noise")
+def gradient_noise(
+    file: Annotated[Path, typer.Argument(help="A file with the settings of one run.")],
+    overrides: Overrides = None,
+    draws: Annotated[int, typer.Option(help="Independent gradients per setting.")] = 16,
+) -> None:
+    """Compare how much signal one gradient holds with and without whitening, for several numbers of samples.
+
+    [dim]ebft-study gradient-noise run.yaml --draws 32[/dim]
+    """
+    from ebft_study import config, diagnostics
+
+    rows = diagnostics.gradient_noise(
+        config.load_run(file, overrides or []),
+        whitenings=("none", "variant_i", "variant_iii", "reference_code"),
+        n_samples=(4, 16),
+        draws=draws,
+    )
+    _table(f"{draws} gradients per setting", list(rows[0]), rows)
+
+
+def _table(title: str, columns: list[str], rows: list[dict[str, Any]]) -> None:
+    table = Table(*columns, title=title)
+    for row in rows:
+        table.add_row(*(f"{row[name]:.4g}" if isinstance(row[name], float) else str(row[name]) for name in columns))
+    Console().print(table)
 
 
 def _folder(name: str, storage: Path) -> Path:

@@ -45,6 +45,6 @@ def draw(logits: Tensor, noise: Tensor, *, temperature: float) -> tuple[Tensor, 
     log_probs = (logits.float() / temperature).log_softmax(dim=-1)
     cumulative = log_probs.exp().cumsum(dim=-1)
     # Scaling by the last entry, not by 1, keeps the target below it whatever the rounding of the sum.
-    target = noise.to(cumulative) * cumulative[..., -1:]
+    target = (noise.to(cumulative) * cumulative[..., -1:]).contiguous()
     tokens = torch.searchsorted(cumulative, target, right=True).clamp(max=logits.shape[-1] - 1)
     return tokens, log_probs.gather(-1, tokens)

@@ -3,7 +3,7 @@
 Workers find it as `fake_training:train`. What it does follows from the settings that a test's study varies:
     cfm_loss at step k   2 + learning_rate + 1 / (1 + k)
     weight_decay         seconds per step
-    gamma = 0.5          the worker kills itself with SIGKILL at step 5, unless it started from step 4
+    gamma = 0.5          the worker kills itself with SIGKILL at step 2, unless it started from a checkpoint
     gamma = 0.25         raises an error that only the user can mend
 """
 
@@ -47,7 +47,7 @@ def train(
     while step < config.total_steps:
         time.sleep(config.optimizer.weight_decay)
         step += 1
-        if config.loss.gamma == 0.5 and first < 4 and step == 5:
+        if config.loss.gamma == 0.5 and first == 0 and step == 2:
             os.kill(os.getpid(), signal.SIGKILL)
         metrics = _metrics(config, step)
         if recorder:
