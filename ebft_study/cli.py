@@ -178,7 +178,8 @@ def _finish(ended: Ended, console: Console) -> None:
     """Say how a session of a study ended, and end the process accordingly."""
     from ebft_study.study import progress
 
-    lines = [] if console.is_terminal else [progress.summary(list(ended.states.values()))]  # a live table shows it
+    states = list(ended.states.values())
+    lines = [] if console.is_terminal else [progress.summary(states, progress.Plan(len(states)))]  # the table shows it
     if ended.report:
         lines.append(f"report: {ended.report}")
     if ended.reason:

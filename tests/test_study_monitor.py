@@ -98,11 +98,13 @@ def test_failures_and_stops_keep_their_reasons(tmp_path: Path) -> None:
     session.monitor.ended("t0001", {"status": "failed", "reason": "no such file"})
     session.monitor.ended("t0002", {"status": "stopped", "reason": "loss became nan at step 3"})
     session.monitor.retried("t0003", "the worker died")
+    session.monitor.ended("t0000", {"status": "stopped", "reason": f"{EARLY_STOP}: behind"})
     assert session.row("t0001")["error"] == "no such file"
     assert session.row("t0002")["stop_reason"] == "loss became nan at step 3"
     assert session.row("t0003")["status"] == "running"
     events = results.read_table(tmp_path, "events").set_index("kind")["message"]
     assert events["failed"] == "no such file"
+    assert events["stopped"] == f"{EARLY_STOP}: behind"
     assert events["retry"] == "the worker died"
 
 
@@ -190,7 +192,7 @@ def text(states: list[TrialState], width: int = 100, **options: Any) -> str:
     from rich.console import Console
 
     console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(progress.render(states, ("cfm_loss",), title="demo", **options))
+    console.print(progress.render(states, ("cfm_loss",), title="demo", plan=progress.Plan(len(states)), **options))
     console.file.close()
     return console.export_text()
 
@@ -217,6 +219,21 @@ def test_a_table_of_many_trials_fits_a_screen_and_shows_what_runs() -> None:
     assert "0 of 500 trials finished" in shown
 
 
+def test_where_there_is_no_terminal_every_change_is_one_line() -> None:
+    import io
+
+    from rich.console import Console
+
+    console = Console(file=io.StringIO(), width=40)
+    display = progress.display(console, ("cfm_loss",), {}, title="demo", plan=progress.Plan(1))
+    display.changed(state(0, "running", metrics={"cfm_loss": 2.34567, "reward": 1.0}), "step 5/10")
+    display.say("[brackets] stay")
+    display.close()
+    first, second = console.file.getvalue().splitlines()
+    assert first.endswith(" t0000 alpha=0 seed=0: step 5/10 cfm_loss=2.346")
+    assert second.endswith(" [brackets] stay")
+
+
 @pytest.mark.parametrize("width", [60, 80, 120])
 def test_numbers_survive_a_narrow_terminal(width: int) -> None:
     shown = text([state(0, "running", step=5, metrics={"cfm_loss": 2.34567})], width=width)
@@ -225,13 +242,21 @@ def test_numbers_survive_a_narrow_terminal(width: int) -> None:
 
 
 def test_time_left_is_the_mean_of_what_ended_over_places() -> None:
-    now = time.time()
+    now, plan = time.time(), progress.Plan(6, at_once=2)
     ended = [state(i, "finished", started_at=now - 100, ended_at=now - 40) for i in range(2)]
     waiting = [state(i, "pending") for i in range(2, 6)]
-    assert progress.seconds_left(ended + waiting, 2) == pytest.approx(4 * 60 / 2)
-    assert progress.seconds_left(waiting, 2) is None
+    assert progress.seconds_left(ended + waiting, plan) == pytest.approx(4 * 60 / 2)
+    assert progress.seconds_left(waiting, plan) is None
     running = [state(9, "running", started_at=now - 45)]
-    assert progress.seconds_left(ended + running, 2) == pytest.approx(15, abs=1)
+    assert progress.seconds_left(ended + running, progress.Plan(3, at_once=2)) == pytest.approx(15, abs=1)
+
+
+def test_trials_that_a_search_has_yet_to_choose_count() -> None:
+    now = time.time()
+    ended = [state(0, "finished", started_at=now - 100, ended_at=now - 40)]
+    assert progress.seconds_left(ended, progress.Plan(4, at_once=1)) == pytest.approx(180)
+    assert progress.summary(ended, progress.Plan(4)) == "1 of 4 trials finished; about 3 min left"
+    assert progress.seconds_left(ended, progress.Plan(1)) is None
 
 
 @pytest.mark.parametrize(("seconds", "spelt"), [(None, ""), (7.2, "7 s"), (240, "4 min"), (9000, "2.5 h")])

@@ -90,6 +90,14 @@ def test_a_baseline_may_set_what_the_axes_vary() -> None:
     assert half.configuration.baseline == "half"
 
 
+def test_the_number_of_trials_is_known_before_a_search_has_chosen_them() -> None:
+    axes, baselines = {"alpha": [0.0, 1.0]}, {"sft": {"method": "sft"}}
+    grid = spec(axes=axes, baselines=baselines, seeds=[0, 1])
+    assert trials.number_of_trials(grid) == len(all_trials(grid)) == 6
+    search = {"algorithm": "optuna", "num_configurations": 7}
+    assert trials.number_of_trials(spec(axes=axes, baselines=baselines, seeds=[0, 1], search=search)) == 16
+
+
 def test_a_study_without_axes_is_one_configuration() -> None:
     assert [t.label for t in all_trials(spec(seeds=[0, 1]))] == ["only seed=0", "only seed=1"]
 

@@ -41,6 +41,8 @@ class Configuration:
     final: dict[tuple[str, int | None], Values] = field(repr=False)
     base: dict[tuple[str, int | None], Values] = field(repr=False)
     validation_cfm: float
+    ce_rise: Values = field(default_factory=dict)
+    """Validation CE at the end minus that at the method's first step, which a warm start moves; by seed."""
 
     @property
     def is_sft(self) -> bool:
@@ -119,7 +121,7 @@ def summarize(results: Results) -> Study:
     varying = varying_settings(trials)
     length, lengths = _completion_lengths(results)
     final, base = _heldout(results, length)
-    validation = _last_validation_cfm(results)
+    validation, rises = _last_validation_cfm(results), _validation_ce_rise(results)
     configurations = []
     names = [column.name for column in schema.hyperparameters()]
     for name, group in trials.groupby(_configuration_names(trials, varying), sort=False):
@@ -137,6 +139,7 @@ def summarize(results: Results) -> Study:
                 final=_by_seed(final, finished),
                 base=_by_seed(base, seeds),
                 validation_cfm=_mean([validation.get(trial_id, math.nan) for trial_id in finished]),
+                ce_rise={seed: rises[trial_id] for trial_id, seed in finished.items() if trial_id in rises},
             )
         )
     ordered = sorted(configurations, key=lambda c: (c.baseline or "", *[_order(c.settings[n]) for n in varying]))
@@ -228,6 +231,18 @@ def _by_seed(measured: Measured, seeds: dict[str, int]) -> dict[tuple[str, int |
 def _last_validation_cfm(results: Results) -> dict[str, float]:
     measured = results.metrics.dropna(subset=["cfm_loss"]).sort_values("step")
     return {str(trial): float(value) for trial, value in measured.groupby("trial_id")["cfm_loss"].last().items()}
+
+
+def _validation_ce_rise(results: Results) -> dict[str, float]:
+    """Last validation CE of each trial minus the one at the end of its warm start (step 0 without one)."""
+    measured = results.metrics.dropna(subset=["ce_loss"]).sort_values("step")
+    starts = results.trials.set_index("trial_id")["warm_start_steps"].fillna(0)
+    rises = {}
+    for trial, rows in measured.groupby("trial_id"):
+        at_start = rows.loc[rows["step"] == starts.get(trial, 0), "ce_loss"]
+        if len(at_start):
+            rises[str(trial)] = float(rows["ce_loss"].iloc[-1] - at_start.iloc[0])
+    return rises
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -11,7 +11,7 @@ from typing import Any
 from ebft_study import config
 from ebft_study.results import StudyRecorder
 from ebft_study.study.progress import OPEN, Display, TrialState
-from ebft_study.study.search import Ending, ending
+from ebft_study.study.search import EARLY_STOP, Ending, ending
 from ebft_study.study.trials import Trial
 
 COUNTED = ("sequences_seen", "tokens_seen", "peak_memory_bytes")
@@ -74,8 +74,8 @@ class Monitor:
         state.status, state.ended_at, state.note = status, time.time(), reason
         reasons = {"stopped": {"stop_reason": reason}, "failed": {"error": reason}}.get(status, {})
         self._record(trial_id, **reasons, **self._numbers(state, outcome))
-        if status == "failed":
-            self._recorder.event("failed", reason, trial_id=trial_id, attempt=state.attempt)
+        if status == "failed" or reason.startswith(EARLY_STOP):  # other stops the loop puts on record itself
+            self._recorder.event(status, reason, trial_id=trial_id, attempt=state.attempt)
         self._changed(state, f"{status}{f' ({reason})' if reason else ''}")
         return ending(status, reason, state.metrics.get(self._objective, math.nan), state.step)
 

@@ -44,6 +44,14 @@ class TrialState:
         return self.earlier_seconds + (self.ended_at or time.time()) - self.started_at
 
 
+@dataclass(frozen=True)
+class Plan:
+    """How many trials the study will have, some of which a search may still choose, and how many run side by side."""
+
+    trials: int
+    at_once: int = 1
+
+
 class Display(Protocol):
     """Where progress goes."""
 
@@ -77,9 +85,9 @@ class LiveTable:
     """One table that updates in place; remarks scroll by above it."""
 
     def __init__(
-        self, console: Console, columns: tuple[str, ...], states: dict[str, TrialState], title: str, at_once: int
+        self, console: Console, columns: tuple[str, ...], states: dict[str, TrialState], title: str, plan: Plan
     ) -> None:
-        self._columns, self._states, self._title, self._at_once = columns, states, title, at_once
+        self._columns, self._states, self._title, self._plan = columns, states, title, plan
         self._live = Live(console=console, get_renderable=self._render, refresh_per_second=2, transient=False)
         self._live.start()
 
@@ -93,20 +101,20 @@ class LiveTable:
         self._live.stop()
 
     def _render(self) -> RenderableType:
-        return render(self._states.values(), self._columns, title=self._title, at_once=self._at_once)
+        return render(self._states.values(), self._columns, title=self._title, plan=self._plan)
 
 
 def display(
-    console: Console, columns: tuple[str, ...], states: dict[str, TrialState], *, title: str, at_once: int
+    console: Console, columns: tuple[str, ...], states: dict[str, TrialState], *, title: str, plan: Plan
 ) -> Display:
     """A live table on a terminal, plain lines elsewhere."""
     if console.is_terminal:
-        return LiveTable(console, columns, states, title, at_once)
+        return LiveTable(console, columns, states, title, plan)
     return Lines(console, columns)
 
 
 def render(
-    states: Iterable[TrialState], columns: tuple[str, ...], *, title: str, at_once: int = 1, most: int = _MOST_ROWS
+    states: Iterable[TrialState], columns: tuple[str, ...], *, title: str, plan: Plan, most: int = _MOST_ROWS
 ) -> RenderableType:
     """The table of trials, what went wrong, and a line that counts and says how long the rest will take."""
     states = list(states)
@@ -118,7 +126,7 @@ def render(
         table.add_row(*_cells(state, columns), style=_STYLES.get(state.status, ""))
     noted = [s for s in states if s.note and s.status in ("failed", "stopped")]
     notes = [Text(f"{s.trial_id} {s.status}: {s.note}", style=_STYLES[s.status]) for s in noted[-_MOST_NOTES:]]
-    return Group(table, *notes, Text(summary(states, at_once), style="bold"))
+    return Group(table, *notes, Text(summary(states, plan), style="bold"))
 
 
 def _shown(states: list[TrialState], most: int) -> list[TrialState]:
@@ -137,26 +145,26 @@ def _cells(state: TrialState, columns: tuple[str, ...]) -> list[str]:
     return [state.trial_id, state.label, status, step, *numbers, duration(state.seconds)]
 
 
-def summary(states: list[TrialState], at_once: int = 1) -> str:
+def summary(states: list[TrialState], plan: Plan) -> str:
     """`7 of 12 trials finished, 2 running, 3 pending; about 4 min left`."""
-    counts = {
-        status: sum(state.status == status for state in states) for status in dict.fromkeys(s.status for s in states)
-    }
-    parts = [f"{counts.pop('finished', 0)} of {len(states)} trials finished"]
+    names = dict.fromkeys(state.status for state in states)
+    counts = {name: sum(state.status == name for state in states) for name in names}
+    parts = [f"{counts.pop('finished', 0)} of {max(len(states), plan.trials)} trials finished"]
     parts += [f"{count} {status}" for status, count in counts.items()]
-    left = seconds_left(states, at_once)
+    left = seconds_left(states, plan)
     return ", ".join(parts) + (f"; about {duration(left)} left" if left else "")
 
 
-def seconds_left(states: list[TrialState], at_once: int) -> float | None:
+def seconds_left(states: list[TrialState], plan: Plan) -> float | None:
     """Expected time until the last trial ends; None before the first has ended."""
     ended = [s.seconds for s in states if s.status in ("finished", "stopped") and s.seconds]
-    waiting = [s for s in states if s.status in ("pending", "running")]
-    if not ended or not waiting:
+    running = [s.seconds or 0.0 for s in states if s.status == "running"]
+    to_come = sum(s.status == "pending" for s in states) + max(plan.trials - len(states), 0)
+    if not ended or not running + [0.0] * to_come:
         return None
     mean = sum(ended) / len(ended)
-    rest = sum(mean if s.status == "pending" else max(mean - (s.seconds or 0.0), 0.0) for s in waiting)
-    return rest / min(at_once, len(waiting))
+    rest = mean * to_come + sum(max(mean - seconds, 0.0) for seconds in running)
+    return rest / min(plan.at_once, len(running) + to_come)
 
 
 def duration(seconds: float | None) -> str:

@@ -46,14 +46,14 @@ def run_session(folder: Path, spec: StudySpec, past: History, console: Console) 
     recorder = results.StudyRecorder(folder, study=spec.study)
     monitor = Monitor(recorder, past.states, spec.objective.metric)
     search = _search(folder, spec, past, monitor)
-    at_once = _trials_at_once(spec)
+    plan = progress.Plan(trials.number_of_trials(spec), _trials_at_once(spec))
     columns = tuple(dict.fromkeys(("ce_loss", "cfm_loss", spec.objective.metric)))
     wish = StopWish(spec.budget.max_hours)
     with _signals(wish.wish):
-        monitor.display = progress.display(console, columns, past.states, title=spec.study, at_once=at_once)
-        monitor.note("session", f"{spec.study}: {progress.summary(list(past.states.values()), at_once)}")
+        monitor.display = progress.display(console, columns, past.states, title=spec.study, plan=plan)
+        monitor.note("session", f"{spec.study}: {progress.summary(list(past.states.values()), plan)}")
         try:
-            _tune(folder, spec, past, search, monitor, wish, at_once)
+            _tune(folder, spec, past, search, monitor, wish, plan.at_once)
         except BaseException as error:
             wish.wish(f"the driver failed: {type(error).__name__}: {error}")
             raise

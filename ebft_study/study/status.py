@@ -9,7 +9,7 @@ import filelock
 from rich.console import Console
 
 from ebft_study import results
-from ebft_study.study import history, progress, record
+from ebft_study.study import history, progress, record, trials
 
 _EVENTS = ("retry", "failed", "stopped", "refused", "resumed", "interrupted")
 _MOST_EVENTS = 12
@@ -26,7 +26,11 @@ def show(folder: Path, console: Console) -> None:
             state.status, state.started_at, state.note = "interrupted", None, "its driver is gone"
     columns = tuple(dict.fromkeys(("ce_loss", "cfm_loss", metric)))
     title = f"{spec.study}: {' '.join(spec.question.split())}"
-    console.print(progress.render(states, columns, title=title, most=len(states)))
+    console.print(
+        progress.render(
+            states, columns, title=title, plan=progress.Plan(trials.number_of_trials(spec)), most=len(states)
+        )
+    )
     _show_events(folder, console)
     if not alive and any(state.status in progress.OPEN for state in states):
         console.print(f"not running; resume with: ebft-study resume {folder}", markup=False, highlight=False)

@@ -60,6 +60,12 @@ def trials_of(spec: StudySpec, configurations: list[Configuration]) -> list[Tria
     return [trial(spec, configuration, seed, number) for number, (seed, configuration) in enumerate(pairs)]
 
 
+def number_of_trials(spec: StudySpec) -> int:
+    """Trials of the whole study, those that Optuna has yet to choose included."""
+    chosen_later = spec.search.num_configurations or 0 if spec.search.algorithm == "optuna" else 0
+    return len(spec.seeds) * (len(enumerated(spec)) + chosen_later)
+
+
 def trial(spec: StudySpec, configuration: Configuration, seed: int, number: int) -> Trial:
     trial_id = f"t{number:04d}"
     return Trial(trial_id, configuration, seed, build(spec, configuration, seed=seed, name=trial_id))

@@ -172,7 +172,8 @@ class Run:
     def observe(self) -> None:
         """Whatever is due after this step: metrics, samples, validation, checkpoint."""
         training, last = self.config.training, self.step == self.config.total_steps
-        evaluate = last or self.step % self.config.evaluation.eval_every_steps == 0
+        phase_ends = last or self.step == training.warm_start_steps
+        evaluate = phase_ends or self.step % self.config.evaluation.eval_every_steps == 0
         keep = last or self.step % self.config.checkpoint.checkpoint_every_steps == 0
         row: dict[str, float] = {}
         if last or self.step % training.log_every_steps == 0:

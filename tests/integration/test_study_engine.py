@@ -117,7 +117,7 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Ordeal:
     driver = study.start("study", "study.yaml")
     wait_until(lambda: len(study.steps(BEHIND)) > 1, driver)
     driver.send_signal(signal.SIGINT)
-    said["ctrl_c"] = ended(driver, 60)
+    said["ctrl_c"] = ended(driver, 120)
     before = study.keys()
     said["resume"] = study.run("study", "study.yaml", "--resume")
     said["again"] = study.run("study", "study.yaml", "--resume")
