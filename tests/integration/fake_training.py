@@ -5,6 +5,7 @@ Workers find it as `fake_training:train`. What it does follows from the settings
     weight_decay         seconds per step
     gamma = 0.5          the worker kills itself with SIGKILL at step 2, unless it started from a checkpoint
     gamma = 0.25         raises an error that only the user can mend
+    learning_rate = 0    stays at step 3 for ever, unless it started from a checkpoint
 """
 
 from __future__ import annotations
@@ -49,6 +50,8 @@ def train(
         step += 1
         if config.loss.gamma == 0.5 and first == 0 and step == 2:
             os.kill(os.getpid(), signal.SIGKILL)
+        while config.optimizer.learning_rate == 0 and first == 0 and step > 3:
+            time.sleep(0.05)
         metrics = _metrics(config, step)
         if recorder:
             recorder.metrics(step, metrics)

@@ -23,11 +23,11 @@ STEPS = 6
 CONTENT = f"""
 study: ordeal
 question: Does a study survive what happens to it?
-run: {{steps: {STEPS}, weight_decay: 0.5, checkpoint_every_steps: 1, log_every_steps: 1, keep_checkpoints: 2}}
+run: {{steps: {STEPS}, weight_decay: 0.05, checkpoint_every_steps: 1, log_every_steps: 1, keep_checkpoints: 2}}
 baselines:
   behind: {{method: sft, learning_rate: 9.0}}
   refused: {{gamma: 0.25}}
-  crashes: {{gamma: 0.5, weight_decay: 0.1}}
+  crashes: {{gamma: 0.5}}
 axes: {{learning_rate: [0.0, 1.0]}}
 scheduler: {{kind: asha, grace_period_steps: 2, reduction_factor: 2}}
 """
@@ -51,6 +51,10 @@ class Study:
     def run(self, *arguments: str, seconds: float = 250) -> str:
         """Run a command to its end; returns what it printed, and its exit code on the last line."""
         return ended(self.start(*arguments), seconds)
+
+    def wait_for_the_middle(self, driver: subprocess.Popen[str]) -> None:
+        """Until a trial has crashed and been noticed, and another one waits half way for its next attempt."""
+        wait_until(lambda: bool(self.events("retry")) and len(self.steps(GOOD)) > 1, driver)
 
     def metrics(self) -> pd.DataFrame:
         return results.read_table(self.folder, "metrics")
@@ -99,7 +103,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Ordeal:
     driver = study.start("study", "study.yaml")
     wait_until(lambda: bool(study.events("session")), driver)
     said["second"] = study.run("resume", "ordeal")
-    wait_until(lambda: bool(study.events("retry")) and len(study.steps(GOOD)) > 1, driver)
+    study.wait_for_the_middle(driver)
     driver.send_signal(signal.SIGKILL)
     driver.wait(timeout=10)
     assert driver.stdout is not None
@@ -115,7 +119,7 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Ordeal:
     """Trials in their own processes; Ctrl-C in the middle, and the study started again with --resume."""
     study, said = Study(tmp_path_factory.mktemp("interrupted"), workers=0), {}
     driver = study.start("study", "study.yaml")
-    wait_until(lambda: len(study.steps(BEHIND)) > 1, driver)
+    study.wait_for_the_middle(driver)
     driver.send_signal(signal.SIGINT)
     said["ctrl_c"] = ended(driver, 120)
     before = study.keys()
@@ -142,9 +146,9 @@ def test_no_reported_row_is_lost(ordeal: Ordeal) -> None:
         assert ordeal.study.steps(trial_id) == list(range(STEPS + 1))
 
 
-def test_trials_go_on_from_their_checkpoints(killed: Ordeal) -> None:
-    assert {GOOD, CRASHES} <= set(killed.study.events("resumed"))
-    measured = killed.study.metrics()
+def test_trials_go_on_from_their_checkpoints(ordeal: Ordeal) -> None:
+    assert {GOOD, CRASHES} <= set(ordeal.study.events("resumed"))
+    measured = ordeal.study.metrics()
     first = measured[measured["trial_id"] == GOOD].groupby("attempt")["step"].min()
     assert len(first) == 2
     assert first.iloc[0] == 0
