@@ -224,7 +224,8 @@ def token_log_probs(model: nn.Module, states: Tensor, tokens: Tensor, *, tempera
     head = model.get_output_embeddings()  # type: ignore[operator]
 
     def log_probs(chunk: Tensor, targets: Tensor) -> Tensor:
-        logits = head(chunk).float() / temperature
+        # Without a bias, dividing the states is the same as dividing the logits, and there are far fewer of them.
+        logits = head(chunk / temperature).float() if head.bias is None else head(chunk).float() / temperature
         return torch.gather(logits.log_softmax(dim=-1), -1, targets[..., None])[..., 0]
 
     flat, targets = states.flatten(0, -2), tokens.flatten()

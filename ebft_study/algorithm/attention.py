@@ -58,7 +58,8 @@ def block_attention(
     S, Hq, N, L, D = query.shape
     Hk, T, K = prefix_key.shape[1], prefix_key.shape[2], block_key.shape[3]
     B, R = context.shape[1], Hq // Hk
-    grouped = query.view(S, Hk, R, N, L, D)
+    # Scaling the queries touches far fewer numbers than scaling the scores.
+    grouped = (query * scaling).view(S, Hk, R, N, L, D)
     to_prefix = (grouped.reshape(S, Hk, R * N * L, D) @ prefix_key.transpose(-1, -2)).view(S, Hk, R, B, N // B, L, T)
     hidden = ~context[:, None, None, :, None, None, :]
     to_prefix = to_prefix.masked_fill(hidden, float("-inf")).view(S, Hk, R, N, L, T)
@@ -67,7 +68,7 @@ def block_attention(
     to_block = (own_query @ block_key.transpose(-1, -2)).view(S, Hk, N, R, L, K).transpose(2, 3)
     future = torch.ones(L, K, dtype=torch.bool, device=query.device).triu(K - L + 1)
     to_block = to_block.masked_fill(future, float("-inf"))
-    scores = torch.cat([to_prefix, to_block], dim=-1) * scaling
+    scores = torch.cat([to_prefix, to_block], dim=-1)
     softmax_dtype = torch.promote_types(scores.dtype, torch.float32)
     weights = scores.softmax(dim=-1, dtype=softmax_dtype).to(prefix_value.dtype)
     from_prefix = weights[..., :T].reshape(S, Hk, R * N * L, T) @ prefix_value
