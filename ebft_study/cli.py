@@ -191,8 +191,9 @@ def _finish(ended: Ended, console: Console) -> None:
 
 def main() -> None:
     """Entry point: what a user can mend is one line on stderr and exit code 2."""
-    # Threads that wait spinning make everything several times slower as soon as another process wants the cores.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # Threads that wait spinning for long make everything several times slower as soon as another process wants the
+    # cores; this many rounds are enough to lose nothing when they are free.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:
         app()
     except EbftError as error:
