@@ -228,7 +228,18 @@ def test_max_examples_reads_only_part_of_a_large_data_set(monkeypatch):
     assert max(int(item.answer.split()[1]) for item in dataset.splits["train"]) > 300  # mixed, not the first rows
 
 
-def test_without_network_the_remedy_comes_quickly():
+def test_without_network_the_remedy_comes_quickly(monkeypatch):
+    """A real refused connection: the hub's address is a port of this machine on which nothing listens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        closed = f"http://127.0.0.1:{free.getsockname()[1]}"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    original = huggingface_hub.HfApi.__init__
+
+    def elsewhere(self, **keywords):
+        original(self, **{**keywords, "endpoint": closed})
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "__init__", elsewhere)
     start = time.monotonic()
     with pytest.raises(
         DataError, match=r"'owner/name': the hub cannot be reached .*Go online, or use a local file"
