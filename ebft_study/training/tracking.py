@@ -57,7 +57,7 @@ class WandbRecorder:
 
     def close(self) -> None:
         """Flush and end the W&B run."""
-        self.run.finish(quiet=True)
+        self.run.finish()
 
 
 def tracked(recorder: Recorder, config: RunConfig, *, study: str, trial_id: str, label: str, folder: Path) -> Recorder:
