@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ebft_study.algorithm.anchors import find_anchors
 from ebft_study.algorithm.metrics import conditional_feature_matching
 from ebft_study.algorithm.sampling import uniforms
 from ebft_study.block_model import LOGITS_AT_ONCE
@@ -22,7 +21,7 @@ from ebft_study.config import RunConfig
 from ebft_study.data import Batch, TokenDataset
 from ebft_study.features import FeatureBackend
 from ebft_study.methods.sft import ce_mask, ground_truth_log_probs, prefix_states
-from ebft_study.rollouts import RolloutBackend
+from ebft_study.rollouts import RolloutBackend, anchors_of
 
 CE, CE_ANSWER, CFM, ENTROPY = "ce_loss", "ce_answer_loss", "cfm_loss", "entropy"
 
@@ -118,13 +117,7 @@ class Evaluator:
     ) -> None:
         rollout, evaluation = self.config.rollout, self.config.evaluation
         G = max(lengths)
-        anchors = find_anchors(
-            batch.document_ids,
-            completion_length=G,
-            stride=rollout.stride,
-            first_context_length=rollout.context_length,
-            answer_mask=batch.answer_mask if rollout.anchor_region == "answer" else None,
-        )
+        anchors = anchors_of(batch, rollout, completion_length=G)
         B = anchors.positions.shape[1]
         if B == 0:
             return

@@ -7,7 +7,8 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from ebft_study.algorithm.anchors import Anchors
+from ebft_study.algorithm.anchors import Anchors, find_anchors
+from ebft_study.config import RolloutConfig
 from ebft_study.data import Batch
 
 
@@ -19,6 +20,17 @@ class Rollouts:
     """[S, B, n, G] int64; arbitrary where the anchor is not valid."""
     log_probs: Tensor
     """[S, B, n, G] float32, of the tempered policy that sampled them."""
+
+
+def anchors_of(batch: Batch, rollout: RolloutConfig, *, completion_length: int | None = None) -> Anchors:
+    """Anchors of a batch as configured; `completion_length` overrides the configured G."""
+    return find_anchors(
+        batch.document_ids,
+        completion_length=completion_length or rollout.completion_length,
+        stride=rollout.stride,
+        first_context_length=rollout.context_length,
+        answer_mask=batch.answer_mask if rollout.anchor_region == "answer" else None,
+    )
 
 
 class RolloutBackend(Protocol):

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ebft_study import evaluation
-from ebft_study.algorithm.anchors import Anchors, find_anchors
+from ebft_study.algorithm.anchors import Anchors
 from ebft_study.algorithm.sampling import uniforms
 from ebft_study.config import RunConfig
 from ebft_study.data import Batch, batch_indices
@@ -35,6 +35,7 @@ from ebft_study.errors import ConfigError, NonFiniteError
 from ebft_study.evaluation import base as base_evaluation
 from ebft_study.methods import Tally, Totals
 from ebft_study.methods.sft import ce_mask
+from ebft_study.rollouts import anchors_of
 from ebft_study.training import checkpoint
 from ebft_study.training.averaging import WeightAverage
 from ebft_study.training.distributed import sum_gradients, sum_measured, sum_over_workers, sum_tally
@@ -213,13 +214,7 @@ class Run:
         indices = batch_indices(size=len(data), batch_size=config.training.batch_size, step=self.step, seed=config.seed)
         rows = data.rows(indices[self.rank :: self.world_size]).to(self.device)
         rollout = config.rollout
-        anchors = find_anchors(
-            rows.document_ids,
-            completion_length=rollout.completion_length,
-            stride=rollout.stride,
-            first_context_length=rollout.context_length,
-            answer_mask=rows.answer_mask if rollout.anchor_region == "answer" else None,
-        )
+        anchors = anchors_of(rows, rollout)
         noise = uniforms(
             (config.seed, ROLLOUT_STREAM, self.step),
             rows.indices.tolist(),

@@ -8,11 +8,12 @@ import torch
 from torch import nn
 
 from ebft_study.algorithm.advantages import feature_matching_advantages
-from ebft_study.algorithm.anchors import completions_at, find_anchors
+from ebft_study.algorithm.anchors import completions_at
 from ebft_study.algorithm.rewards import feature_matching_rewards
 from ebft_study.algorithm.sampling import uniforms
 from ebft_study.config import RunConfig
 from ebft_study.evaluation import spread_rows
+from ebft_study.rollouts import anchors_of
 from ebft_study.training.setup import Parts
 
 SEQUENCES, CONTEXTS_PER_SEQUENCE = 2, 2
@@ -24,12 +25,7 @@ def sample_rows(config: RunConfig, parts: Parts, model: nn.Module) -> list[dict[
     rollout, reward = config.rollout, config.reward
     data = parts.data["validation"]
     batch = data.rows(spread_rows(len(data), SEQUENCES)).to(parts.device)
-    anchors = find_anchors(
-        batch.document_ids,
-        completion_length=rollout.completion_length,
-        stride=rollout.stride,
-        first_context_length=rollout.context_length,
-    )
+    anchors = anchors_of(batch, rollout)
     if anchors.positions.shape[1] == 0:
         return []
     noise = uniforms(

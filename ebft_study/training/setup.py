@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ebft_study.algorithm.anchors import find_anchors
 from ebft_study.config import OptimizerConfig, RunConfig
 from ebft_study.data import TextDataset, TokenDataset, load_text, tokenize
 from ebft_study.errors import ConfigError, DataError
@@ -18,6 +17,7 @@ from ebft_study.methods import Method
 from ebft_study.methods.build import build_method
 from ebft_study.methods.sft import Sft
 from ebft_study.models import LoadedModel, load_feature_network, load_model
+from ebft_study.rollouts import anchors_of
 from ebft_study.rollouts.strided import StridedRollouts
 
 
@@ -95,13 +95,7 @@ def tokenized(config: RunConfig, text: TextDataset, base: LoadedModel) -> dict[s
 def _check_anchors(config: RunConfig, split: str, data: TokenDataset) -> None:
     rollout = config.rollout
     sample = data.rows(torch.arange(min(len(data), 2048)))
-    anchors = find_anchors(
-        sample.document_ids,
-        completion_length=rollout.completion_length,
-        stride=rollout.stride,
-        first_context_length=rollout.context_length,
-        answer_mask=sample.answer_mask if rollout.anchor_region == "answer" else None,
-    )
+    anchors = anchors_of(sample, rollout)
     if not bool(anchors.valid.any()):
         raise DataError(
             f"data.dataset={config.data.dataset!r}: no sequence of split {split!r} has room for one anchor (context "
