@@ -12,7 +12,7 @@ import math
 import os
 import shutil
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -227,8 +227,3 @@ def validation_cross_entropy(model: Qwen2ForCausalLM, stream: np.ndarray, sequen
     rows = torch.from_numpy(stream[:usable]).view(-1, sequence_length + 1)
     losses = [_next_token_loss(model, chunk) * len(chunk) for chunk in rows.split(32)]
     return float(sum(losses) / len(rows))
-
-
-def recipe_for_tests(**changes: Any) -> Recipe:
-    """The smallest recipe that still learns, for quick checks of the whole path."""
-    return replace(LADDER["tiny-1m"], **{"name": "tiny-test", "steps": 30, **changes})

@@ -6,7 +6,9 @@ import itertools
 import json
 import math
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +17,12 @@ from ebft_study import pretraining
 from ebft_study.data import Example, TextDataset
 from ebft_study.models import load_model
 from ebft_study.ngram import TrigramModel
-from ebft_study.pretraining import LADDER, recipe_digest, recipe_for_tests, train_tokenizer
+from ebft_study.pretraining import LADDER, Recipe, recipe_digest, train_tokenizer
+
+
+def recipe_for_tests(**changes: Any) -> Recipe:
+    """The smallest recipe that still learns, for quick checks of the whole path."""
+    return replace(LADDER["tiny-1m"], **{"name": "tiny-test", "steps": 30, **changes})
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 
@@ -38,15 +37,3 @@ def duplicate_fraction(completions: Tensor) -> Tensor:
     """Share of a context's samples that repeat an earlier one: [..., n, G] tokens -> [...] in [0, (n-1)/n]."""
     same = (completions.unsqueeze(-2) == completions.unsqueeze(-3)).all(dim=-1)
     return same.tril(diagonal=-1).any(dim=-1).double().mean(dim=-1)
-
-
-def entropy(logits: Tensor) -> Tensor:
-    """Entropy in nats of `softmax(logits)` over the last dimension."""
-    log_probs = logits.float().log_softmax(dim=-1)
-    return -(log_probs.exp() * log_probs).sum(dim=-1)
-
-
-def masked_mean(values: Tensor, valid: Tensor) -> Tensor:
-    """Mean of `values` where `valid`, which may lack trailing dimensions; NaN if nothing is valid."""
-    mask = valid.reshape(valid.shape + (1,) * (values.dim() - valid.dim())).expand_as(values)
-    return torch.where(mask, values, 0.0).sum() / mask.sum()

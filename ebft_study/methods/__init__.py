@@ -60,8 +60,6 @@ class Tally:
 class Method(Protocol):
     """One way to update the generator."""
 
-    needs_rollouts: bool
-
     def loss(
         self, model: nn.Module, batch: Batch, anchors: Anchors, *, noise: Tensor, totals: Totals, tally: Tally
     ) -> Tensor:

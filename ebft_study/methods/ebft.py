@@ -22,8 +22,6 @@ from ebft_study.rollouts import RolloutBackend, Rollouts
 class Ebft:
     """One on-policy feature-matching update per rollout batch."""
 
-    needs_rollouts = True
-
     def __init__(
         self, config: RunConfig, *, rollouts: RolloutBackend, features: FeatureBackend, base: nn.Module | None
     ) -> None:

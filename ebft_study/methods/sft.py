@@ -35,8 +35,6 @@ def ground_truth_log_probs(model: nn.Module, states: Tensor, batch: Batch) -> Te
 class Sft:
     """The baseline that every study compares with."""
 
-    needs_rollouts = False
-
     def __init__(self, loss: LossConfig) -> None:
         self.region = loss.ce_region
 

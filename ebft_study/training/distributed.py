@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from ebft_study.evaluation import Measured, Moments
 from ebft_study.methods import Tally
@@ -55,10 +55,3 @@ def sum_measured(
         if moments.m:
             total[key] = moments
     return total
-
-
-def broadcast_parameters(tensors: Iterable[Tensor], world_size: int) -> None:
-    """Make every worker start from the first one's weights."""
-    if world_size > 1:
-        for tensor in tensors:
-            dist.broadcast(tensor.data, src=0)
