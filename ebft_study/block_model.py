@@ -1,11 +1,14 @@
-"""One forward pass of a Hugging Face causal LM over a shared prefix and many completion blocks.
+"""Forward passes of a Hugging Face causal LM over a shared prefix and many completion blocks.
 
 The model's own code runs unchanged; only its attention function is replaced, through the registry that transformers
-offers for that purpose. A pass is described by a `BlockPass`, which travels to the attention function as a keyword.
+offers for that purpose. What a pass means travels to the attention function as a keyword.
 
-    prefill  x[0:T]                      -> keys and values of the prefix are kept, once for all n samples
-    decode   one token of every block    -> attends to its own context (from the prefix) and to its own block
-    score    [x ; all n*B*G tokens]      -> both at once, with gradients
+    run_prefix   x[0:T]                     -> keys and values of the prefix, once for all samples of all anchors
+    run_blocks   L tokens of every block    -> each attends to its own context (from the prefix) and to its own block
+    Decoder      one more token per block, again and again, against the same prefix
+
+A completion token never changes anything before it. So one prefix serves sampling and scoring alike, blocks can be run
+in any number of parts, and their gradients into the prefix add up until it is differentiated, once (`Prefix.leaves`).
 """
 
 from __future__ import annotations
@@ -14,80 +17,206 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from ebft_study.algorithm.anchors import Anchors, context_mask, document_positions
-from ebft_study.algorithm.attention import block_attention, prefix_attention, prefix_mask
+from ebft_study.algorithm import log_probs
+from ebft_study.algorithm.anchors import Anchors, Contexts, contexts_of, document_positions
+from ebft_study.algorithm.attention import block_attention, plan_chunks, prefix_attention, prefix_mask
+from ebft_study.algorithm.flex_attention import flex_block_attention, flex_mask
 from ebft_study.errors import ModelError
 
 ATTENTION = "ebft_blocks"
 """Name under which the attention function is registered with transformers."""
 
+Backend = Literal["auto", "chunked", "flex"]
+"""How blocks attend. `auto`: `flex` on a GPU, `chunked` elsewhere and for one token at a time."""
 
-@dataclass
-class BlockPass:
-    """What the attention function must know of one pass. `n_prefix` tokens come first, then N blocks of L tokens."""
+KeysValues = dict[int, tuple[Tensor, Tensor]]
+"""Layer -> keys and values."""
 
-    document_ids: Tensor
-    """[S, T]"""
-    anchors: Anchors
-    n_samples: int
-    n_prefix: int = 0
-    """T when the pass runs the prefix, 0 when its keys are already cached."""
-    keep: bool = False
-    """Keep keys and values for later passes (sampling)."""
-    prefix_cache: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    block_cache: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        self.mask = prefix_mask(self.document_ids)
-        self.context = context_mask(self.document_ids, self.anchors)
-        self.prefix_positions = document_positions(self.document_ids)
+def logits_at_once(device: torch.device) -> int:
+    """Logits held at a time."""
+    return 2**28 if device.type == "cuda" else 2**24
 
-    @property
-    def n_blocks(self) -> int:
-        return int(self.anchors.positions.shape[1]) * self.n_samples
 
-    def block_positions(self, start: int, length: int) -> Tensor:
-        """Positions of block tokens `start .. start+length-1`, [S, N * length], counted within their document."""
-        first = self.prefix_positions.gather(1, self.anchors.positions).repeat_interleave(self.n_samples, dim=1)
-        return (first[..., None] + start + torch.arange(length, device=first.device)).flatten(1)
+def _scores_at_once(device: torch.device) -> int:
+    # On a CPU what belongs to a chunk should stay in its cache; a GPU wants few large kernels.
+    return 2**28 if device.type == "cuda" else 2**20
+
+
+class Pass(Protocol):
+    """What the attention function must know of a pass."""
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        """Attention outputs [S, Hq, n_prefix + N * L, D] of one layer."""
-        outputs = []
-        if self.n_prefix:
-            prefix = tuple(tensor[:, :, : self.n_prefix] for tensor in (query, key, value))
-            outputs.append(prefix_attention(*prefix, mask=self.mask, scaling=scaling))
-            prefix_key, prefix_value = prefix[1:]
-            if self.keep:
-                self.prefix_cache[layer] = (prefix_key, prefix_value)
+        """Outputs [S, Hq, M, D] of one layer for the pass's M tokens."""
+        ...
+
+
+# --- the prefix ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Prefix:
+    """Sequences that were run once: last hidden states [S, T, H], and keys and values [S, Hk, T, D] of every layer."""
+
+    document_ids: Tensor
+    states: Tensor
+    keys_values: KeysValues
+
+    def leaves(self) -> Prefix:
+        """The same prefix, cut off from how it was computed, collecting the gradients of whatever uses it."""
+        cut = {layer: (_leaf(key), _leaf(value)) for layer, (key, value) in self.keys_values.items()}
+        return Prefix(self.document_ids, _leaf(self.states), cut)
+
+    def backward(self, leaves: Prefix) -> None:
+        """Send the gradients that `leaves` collected through the prefix."""
+        ours = [self.states, *(tensor for pair in self.keys_values.values() for tensor in pair)]
+        theirs = [leaves.states, *(tensor for pair in leaves.keys_values.values() for tensor in pair)]
+        used = [(own, leaf.grad) for own, leaf in zip(ours, theirs, strict=True) if leaf.grad is not None]
+        if used:
+            torch.autograd.backward([own for own, _ in used], [gradient for _, gradient in used])
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    return tensor.detach().requires_grad_(tensor.requires_grad)
+
+
+class _PrefixPass:
+    def __init__(self, document_ids: Tensor) -> None:
+        self.mask = prefix_mask(document_ids)
+        self.keys_values: KeysValues = {}
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        # Activation checkpointing runs a layer a second time; the first keys and values are the ones in use.
+        self.keys_values.setdefault(layer, (key, value))
+        return prefix_attention(query, key, value, mask=self.mask, scaling=scaling)
+
+
+def run_prefix(model: nn.Module, tokens: Tensor, document_ids: Tensor) -> Prefix:
+    """Run sequences [S, T] on their own; documents of a packed row do not see each other."""
+    description = _PrefixPass(document_ids)
+    states = _hidden_states(model, tokens, document_positions(document_ids), description)
+    return Prefix(document_ids, states, description.keys_values)
+
+
+# --- blocks ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """N completion blocks per sequence, each after its own context."""
+
+    contexts: Contexts
+    _plans: dict[tuple[str, int], Any] = field(default_factory=dict)
+
+    @staticmethod
+    def of(document_ids: Tensor, anchors: Anchors, n_samples: int) -> Blocks:
+        """`n_samples` blocks at every anchor, anchor-major: N = B * n."""
+        bounds = contexts_of(document_ids, anchors)
+        return Blocks(Contexts(*(bound.repeat_interleave(n_samples, dim=1) for bound in bounds)))
+
+    def positions(self, start: int, length: int) -> Tensor:
+        """Positions of block tokens `start .. start + length - 1`, [S, N * length], counted within their document."""
+        first = self.contexts.end - self.contexts.start
+        return (first[..., None] + start + torch.arange(length, device=first.device)).flatten(1)
+
+    def plan(self, kind: str, size: int, make: Any) -> Any:
+        """What depends on the contexts alone, made once for all layers."""
+        key = (kind, size)
+        if key not in self._plans:
+            self._plans[key] = make()
+        return self._plans[key]
+
+
+@dataclass
+class _BlocksPass:
+    """L tokens of every block, after the ones in `cache`, if there is one."""
+
+    prefix: KeysValues
+    blocks: Blocks
+    backend: Backend
+    cache: _BlockCache | None = None
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        N = self.blocks.contexts.end.shape[1]
+        q, k, v = (states.unflatten(2, (N, -1)) for states in (query, key, value))
+        length = q.shape[3]
+        if self.cache is not None:
+            k, v = self.cache.extend(layer, k, v)
+        prefix_key, prefix_value = self.prefix[layer]
+        backend = ("flex" if q.is_cuda and length > 1 else "chunked") if self.backend == "auto" else self.backend
+        if backend == "flex" and self.cache is None:
+            T = prefix_key.shape[2]
+            mask = self.blocks.plan("flex", length, lambda: flex_mask(self.blocks.contexts, n_prefix=T, length=length))
+            output = flex_block_attention(q, prefix_key, prefix_value, k, v, mask=mask, scaling=scaling)
         else:
-            prefix_key, prefix_value = self.prefix_cache[layer]
-        if query.shape[2] > self.n_prefix:
-            q, k, v = (self._as_blocks(tensor[:, :, self.n_prefix :]) for tensor in (query, key, value))
-            if self.keep:
-                k, v = self._extend(layer, k, v)
-            blocks = block_attention(q, prefix_key, prefix_value, k, v, context=self.context, scaling=scaling)
-            outputs.append(blocks.flatten(2, 3))
-        return torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0]
+            rows = q.shape[1] * length
+            scores = _scores_at_once(q.device)
+            chunks = self.blocks.plan(
+                "chunks", rows, lambda: plan_chunks(self.blocks.contexts, rows=rows, scores_at_once=scores)
+            )
+            output = block_attention(q, prefix_key, prefix_value, k, v, chunks=chunks, scaling=scaling)
+        return output.flatten(2, 3)
 
-    def _as_blocks(self, states: Tensor) -> Tensor:
-        return states.reshape(*states.shape[:2], self.n_blocks, -1, states.shape[-1])
 
-    def _extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        if layer in self.block_cache:
-            old_key, old_value = self.block_cache[layer]
-            key, value = torch.cat([old_key, key], dim=3), torch.cat([old_value, value], dim=3)
-        self.block_cache[layer] = (key, value)
-        return key, value
+def run_blocks(
+    model: nn.Module, prefix: Prefix, blocks: Blocks, tokens: Tensor, *, backend: Backend = "auto"
+) -> Tensor:
+    """Run the L tokens of all blocks at once, [S, N, L] -> last hidden states [S, N, L, H]."""
+    description = _BlocksPass(prefix.keys_values, blocks, backend)
+    positions = blocks.positions(0, tokens.shape[2])
+    return _hidden_states(model, tokens.flatten(1), positions, description).unflatten(1, tokens.shape[1:])
+
+
+@dataclass
+class _BlockCache:
+    """Keys and values of the blocks' tokens so far: in buffers of their final size, or joined where gradients flow."""
+
+    capacity: int
+    length: int = 0
+    buffers: KeysValues = field(default_factory=dict)
+
+    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Add one token [S, Hk, N, 1, D]; all of them so far are returned."""
+        if key.requires_grad or value.requires_grad:
+            if self.length:
+                key, value = (torch.cat(pair, dim=3) for pair in zip(self.buffers[layer], (key, value), strict=True))
+            self.buffers[layer] = (key, value)
+            return key, value
+        if layer not in self.buffers:
+            shape = (*key.shape[:3], self.capacity, key.shape[4])
+            self.buffers[layer] = (key.new_empty(shape), value.new_empty(shape))
+        for buffer, token in zip(self.buffers[layer], (key, value), strict=True):
+            buffer[:, :, :, self.length] = token[:, :, :, 0]
+        keys, values = self.buffers[layer]
+        return keys[:, :, :, : self.length + 1], values[:, :, :, : self.length + 1]
+
+
+class Decoder:
+    """Advances all blocks together, one token at a time, against one prefix."""
+
+    def __init__(self, model: nn.Module, prefix: Prefix, blocks: Blocks, capacity: int) -> None:
+        """`capacity`: how many tokens will be run at most."""
+        self.model, self.blocks = model, blocks
+        self.cache = _BlockCache(capacity)
+        self.description = _BlocksPass(prefix.keys_values, blocks, "chunked", self.cache)
+
+    def advance(self, tokens: Tensor) -> Tensor:
+        """Run the next token of every block, [S, N] -> last hidden states [S, N, H]."""
+        positions = self.blocks.positions(self.cache.length, 1)
+        states = _hidden_states(self.model, tokens, positions, self.description)
+        self.cache.length += 1
+        return states
+
+
+# --- through transformers --------------------------------------------------------------------------------------
 
 
 def _attention_forward(
@@ -97,7 +226,7 @@ def _attention_forward(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    block_pass: BlockPass | None = None,
+    block_pass: Pass | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     if block_pass is None:
@@ -112,48 +241,25 @@ AttentionInterface.register(ATTENTION, _attention_forward)
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 
 
-def hidden_states(model: nn.Module, tokens: Tensor, positions: Tensor, block_pass: BlockPass) -> Tensor:
+def _hidden_states(model: nn.Module, tokens: Tensor, positions: Tensor, description: Pass) -> Tensor:
     """Last hidden states (after the final norm) of one pass: tokens [S, M] at `positions` [S, M] -> [S, M, H]."""
     body = model.get_decoder()  # type: ignore[operator]
     # A four-dimensional mask is taken as it stands; without one, transformers would read the positions as packed
-    # sequences and build a mask of size (T + N * G)^2 that the attention function then ignores.
+    # sequences and build a dense mask that the attention function then ignores.
     placeholder = torch.empty(1, 1, 1, 1, device=tokens.device)
     output = body(
         input_ids=tokens,
         attention_mask=placeholder,
         position_ids=positions,
         use_cache=False,
-        block_pass=block_pass,
+        block_pass=description,
     )
     return output.last_hidden_state  # type: ignore[no-any-return]
 
 
-def prefill(model: nn.Module, tokens: Tensor, block_pass: BlockPass) -> Tensor:
-    """Run the prefix [S, T] once and keep its keys and values -> hidden states [S, T, H]."""
-    block_pass.n_prefix, block_pass.keep = tokens.shape[1], True
-    states = hidden_states(model, tokens, block_pass.prefix_positions, block_pass)
-    block_pass.n_prefix = 0
-    return states
-
-
-def decode(model: nn.Module, tokens: Tensor, block_pass: BlockPass, *, step: int) -> Tensor:
-    """Advance all blocks by their token `step` (0-based), [S, N] -> hidden states [S, N, H]. Needs `prefill`."""
-    return hidden_states(model, tokens, block_pass.block_positions(step, 1), block_pass)
-
-
-def score(model: nn.Module, tokens: Tensor, completions: Tensor, block_pass: BlockPass) -> tuple[Tensor, Tensor]:
-    """One pass over `[x ; completions]`: [S, T] and [S, B, n, G] -> hidden states [S, T, H] and [S, B, n, G, H]."""
-    T, G = tokens.shape[1], completions.shape[-1]
-    block_pass.n_prefix = T
-    everything = torch.cat([tokens, completions.flatten(1)], dim=1)
-    positions = torch.cat([block_pass.prefix_positions, block_pass.block_positions(0, G)], dim=1)
-    states = hidden_states(model, everything, positions, block_pass)
-    return states[:, :T], states[:, T:].unflatten(1, completions.shape[1:])
-
-
 @contextmanager
 def captured_layers(model: nn.Module, indices: list[int]) -> Iterator[dict[int, Tensor]]:
-    """Collect `hidden_states[i]` for the given indices (i >= 1: output of layer i - 1) of the passes run inside."""
+    """Collect `hidden_states[i]` for the given indices (i >= 1: output of layer i - 1) of the last pass run inside."""
     body = model.get_decoder()  # type: ignore[operator]
     captured: dict[int, Tensor] = {}
     handles = []
@@ -170,15 +276,89 @@ def captured_layers(model: nn.Module, indices: list[int]) -> Iterator[dict[int, 
             handle.remove()
 
 
+# --- the head --------------------------------------------------------------------------------------------------
+
+
+def token_log_probs(model: nn.Module, states: Tensor, tokens: Tensor, *, temperature: float) -> Tensor:
+    """`log softmax(head(states) / temperature)[tokens]` in float32.
+
+    Args:
+        states: [..., H].
+        tokens: [...], one token per state, or [..., m], several tokens of each state's distribution.
+    """
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    several = tokens.dim() == states.dim()
+    values = log_probs.token_log_probs(
+        states.flatten(0, -2),
+        head.weight,
+        tokens.reshape(-1, tokens.shape[-1] if several else 1),
+        temperature=temperature,
+        logits_at_once=logits_at_once(states.device),
+        bias=head.bias,
+    )
+    return values.view(tokens.shape)
+
+
+def sample_tokens(model: nn.Module, states: Tensor, noise: Tensor, *, temperature: float) -> tuple[Tensor, Tensor]:
+    """Draw tokens from the distributions after `states`: [..., H] and noise [..., m] -> tokens, log-probs [..., m].
+
+    The log-probabilities carry gradients where these are enabled.
+    """
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    drawn = log_probs.sample_tokens(
+        states.flatten(0, -2),
+        head.weight,
+        noise.flatten(0, -2),
+        temperature=temperature,
+        logits_at_once=logits_at_once(states.device),
+        bias=head.bias,
+    )
+    tokens, scored = (values.view(noise.shape) for values in drawn)
+    return tokens, scored
+
+
+def states_before(prefix: Prefix, anchors: Anchors) -> Tensor:
+    """States that predict the first token of every completion, one for all samples of an anchor: [S, B, H]."""
+    before = (anchors.positions - 1).clamp(min=0)[..., None].expand(-1, -1, prefix.states.shape[-1])
+    return prefix.states.gather(1, before)
+
+
+def completion_log_probs(
+    model: nn.Module,
+    prefix: Prefix,
+    anchors: Anchors,
+    completions: Tensor,
+    *,
+    temperature: float,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Log-probabilities of completion tokens, [S, B, n, G] int64 -> [S, B, n, G] float32, with gradient.
+
+    The first token of all n samples shares one distribution; the last one predicts nothing, so it is not run.
+    """
+    n, G = completions.shape[2:]
+    first = token_log_probs(model, states_before(prefix, anchors), completions[..., 0], temperature=temperature)[
+        ..., None
+    ]
+    if G == 1:
+        return first
+    blocks = Blocks.of(prefix.document_ids, anchors, n)
+    inputs = completions[..., :-1].flatten(1, 2)
+    states = run_blocks(model, prefix, blocks, inputs, backend=backend).unflatten(1, (-1, n))
+    return torch.cat([first, token_log_probs(model, states, completions[..., 1:], temperature=temperature)], dim=-1)
+
+
+# --- the check -------------------------------------------------------------------------------------------------
+
 _verified: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 @torch.no_grad()
 def verify(model: nn.Module, *, name: str) -> None:
-    """Refuse a model whose block pass differs from its plain forward pass (sliding windows, soft-capping, ...).
+    """Refuse a model whose block passes differ from its plain forward pass (sliding windows, soft-capping, ...).
 
     Raises:
-        ModelError: naming the largest difference in logits.
+        ModelError: naming the largest difference in log-probabilities.
     """
     if model in _verified:
         return
@@ -188,64 +368,25 @@ def verify(model: nn.Module, *, name: str) -> None:
     x = torch.randint(0, vocabulary, (1, 12), generator=generator).to(device)
     completion = torch.randint(0, vocabulary, (1, 2, 2, 3), generator=generator).to(device)
     anchors = Anchors(torch.tensor([[4, 7]], device=device), torch.ones(1, 2, dtype=torch.bool, device=device))
-    block_pass = BlockPass(torch.zeros_like(x), anchors, n_samples=2)
     try:
-        _, blocks = score(model, x, completion, block_pass)
+        prefix = run_prefix(model, x, torch.zeros_like(x))
+        ours = completion_log_probs(model, prefix, anchors, completion, temperature=1.0)
     except (TypeError, AttributeError, KeyError) as error:
         raise ModelError(
             f"model {name!r}: its architecture does not run with block-parallel rollouts ({error}). "
             "Use a decoder-only model with standard attention, such as Qwen2, Qwen3, Llama or Mistral without windows"
         ) from error
-    logits = model.get_output_embeddings()(blocks)  # type: ignore[operator]
-    worst, scale = 0.0, 1.0
+    worst = 0.0
     for b, anchor in enumerate([4, 7]):
         for j in range(2):
-            plain = model(torch.cat([x[:, :anchor], completion[:, b, j]], dim=1)).logits[:, anchor:]
-            worst = max(worst, float((plain - logits[:, b, j]).abs().max()))
-            scale = max(scale, float(plain.abs().max()))
-    tolerance = 1e-3 if logits.dtype == torch.float32 else 5e-2
-    if not worst <= tolerance * scale:
+            logits = model(torch.cat([x[:, :anchor], completion[:, b, j]], dim=1)).logits[0, anchor - 1 : -1]
+            plain = logits.float().log_softmax(-1).gather(-1, completion[0, b, j, :, None])[:, 0]
+            worst = max(worst, float((plain - ours[0, b, j]).abs().max() / plain.abs().max().clamp(min=1.0)))
+    tolerance = 1e-3 if next(model.parameters()).dtype == torch.float32 else 5e-2
+    if not worst <= tolerance:
         raise ModelError(
-            f"model {name!r}: block-parallel rollouts differ from a plain forward pass by {worst:.3g} in the logits. "
-            "Its attention (sliding window, soft-capping, sinks?) is not supported; use another architecture"
+            f"model {name!r}: block-parallel rollouts differ from a plain forward pass by {worst:.3g} in the "
+            "log-probabilities. Its attention (sliding window, soft-capping, sinks?) is not supported; use another "
+            "architecture"
         )
     _verified.add(model)
-
-
-LOGITS_AT_ONCE = 2**26
-"""Logits held at a time; more are computed in chunks and, in the backward pass, again."""
-
-
-def token_log_probs(model: nn.Module, states: Tensor, tokens: Tensor, *, temperature: float) -> Tensor:
-    """`log softmax(head(states) / temperature)[tokens]` in float32: [..., H] and [...] -> [...].
-
-    Logits of more than `LOGITS_AT_ONCE` entries never exist at once, with gradients or without.
-    """
-    head = model.get_output_embeddings()  # type: ignore[operator]
-
-    def log_probs(chunk: Tensor, targets: Tensor) -> Tensor:
-        # Without a bias, dividing the states is the same as dividing the logits, and there are far fewer of them.
-        logits = head(chunk / temperature).float() if head.bias is None else head(chunk).float() / temperature
-        return torch.gather(logits.log_softmax(dim=-1), -1, targets[..., None])[..., 0]
-
-    flat, targets = states.flatten(0, -2), tokens.flatten()
-    rows = max(1, LOGITS_AT_ONCE // head.weight.shape[0])
-    if len(flat) <= rows:
-        return log_probs(states, tokens)
-    pieces = [
-        checkpoint(log_probs, chunk, target, use_reentrant=False)
-        for chunk, target in zip(flat.split(rows), targets.split(rows), strict=True)
-    ]
-    return torch.cat(pieces).view(tokens.shape)
-
-
-def completion_states(prefix: Tensor, blocks: Tensor, anchors: Anchors) -> Tensor:
-    """States that predict each completion token, [S, B, n, G, H].
-
-    Token 0 is predicted by the last token of the context (in `prefix` [S, T, H]), token t by token t - 1 of the block
-    (in `blocks` [S, B, n, G - 1, H]).
-    """
-    n, H = blocks.shape[2], prefix.shape[-1]
-    before = (anchors.positions - 1).clamp(min=0)[..., None].expand(-1, -1, H)
-    first = prefix.gather(1, before)[:, :, None, None].expand(-1, -1, n, -1, -1)
-    return torch.cat([first, blocks], dim=3)

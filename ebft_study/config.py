@@ -126,6 +126,7 @@ class TrainingConfig(Section):
     warm_start_learning_rate: float | None = Field(None, gt=0.0, description="default: learning_rate")
     precision: Literal["float32", "bfloat16"] = Field("float32", description="autocast type; weights stay float32")
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    attention: Literal["auto", "chunked", "flex"] = Field("auto", description="auto: flex on a GPU, chunked elsewhere")
     log_every_steps: PositiveInt = 5
     sample_every_steps: PositiveInt = Field(50, description="write a few rollouts with their rewards this often")
 

@@ -77,8 +77,7 @@ def _gradients(config: RunConfig, whitening: str, n: int, draws: int, progress: 
     for draw in range(draws):
         run.step = draw
         batch, anchors, noise, totals = run.batch()
-        loss = method.loss(run.model, batch, anchors, noise=noise, totals=totals, tally=Tally())
-        loss.backward()
+        method.backward(run.model, batch, anchors, noise=noise, totals=totals, tally=Tally())
         rows.append(torch.cat([p.grad.flatten() for p in run.model.parameters() if p.grad is not None]))
         run.model.zero_grad(set_to_none=True)
         progress.advance(f"whitening={whitening} n_samples={n}")

@@ -14,7 +14,7 @@ from ebft_study.config import all_keys, short_names
 
 ROOT = Path(ebft_study.__file__).parent
 LAYERS = [
-    {"algorithm", "errors", "paths", "config", "results", "report", "progress"},
+    {"algorithm", "errors", "paths", "config", "cost", "results", "report", "progress"},
     {"data", "ngram", "block_model"},
     {"rollouts", "features", "pretraining", "models", "evaluation"},
     {"methods"},
@@ -80,7 +80,7 @@ def test_ray_appears_only_where_it_belongs() -> None:
 def test_configuration_and_results_import_quickly_without_heavy_libraries() -> None:
     program = (
         "import sys, time; start = time.perf_counter()\n"
-        "import ebft_study.config, ebft_study.errors, ebft_study.results, ebft_study.report\n"
+        "import ebft_study.config, ebft_study.cost, ebft_study.errors, ebft_study.results, ebft_study.report\n"
         "heavy = {'torch', 'ray', 'vllm', 'transformers'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )

@@ -10,7 +10,7 @@ from transformers import MistralConfig, MistralForCausalLM
 from ebft_study import block_model
 from ebft_study.algorithm.anchors import Anchors, completions_at, find_anchors
 from ebft_study.algorithm.sampling import uniforms
-from ebft_study.block_model import ATTENTION, BlockPass, completion_states, score, token_log_probs, verify
+from ebft_study.block_model import ATTENTION, completion_log_probs, run_prefix, token_log_probs, verify
 from ebft_study.data import Batch
 from ebft_study.errors import ModelError
 from ebft_study.features.local import LocalFeatures
@@ -84,9 +84,8 @@ def test_log_probs_and_gradients_equal_scoring_each_completion_alone(architectur
 
 
 def _fast_log_probs(model: nn.Module, batch: Batch, anchors: Anchors, completions: torch.Tensor) -> torch.Tensor:
-    block_pass = BlockPass(batch.document_ids, anchors, n_samples=completions.shape[2])
-    prefix, blocks = score(model, batch.tokens, completions[..., :-1], block_pass)
-    return token_log_probs(model, completion_states(prefix, blocks, anchors), completions, temperature=0.7)
+    prefix = run_prefix(model, batch.tokens, batch.document_ids)
+    return completion_log_probs(model, prefix, anchors, completions, temperature=0.7)
 
 
 def _take_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -161,7 +160,7 @@ def test_log_probs_computed_in_chunks_equal_those_computed_at_once(monkeypatch: 
     tokens = torch.randint(0, VOCABULARY, (2, 5))
     whole = token_log_probs(model, states, tokens, temperature=0.6)
     (expected,) = torch.autograd.grad(whole.sum(), states)
-    monkeypatch.setattr(block_model, "LOGITS_AT_ONCE", 3 * VOCABULARY)
+    monkeypatch.setattr(block_model, "logits_at_once", lambda device: 3 * VOCABULARY)
     chunked = token_log_probs(model, states, tokens, temperature=0.6)
     torch.testing.assert_close(chunked, whole)
     torch.testing.assert_close(torch.autograd.grad(chunked.sum(), states)[0], expected)

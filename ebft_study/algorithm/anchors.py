@@ -78,10 +78,42 @@ def completions_at(tokens: Tensor, anchors: Anchors, completion_length: int) -> 
     return tokens.gather(1, index.flatten(1)).view(index.shape)
 
 
-def context_mask(document_ids: Tensor, anchors: Anchors) -> Tensor:
-    """Which prefix tokens each anchor's context holds: [S, B, T] bool, all False where the anchor is not valid."""
-    index = torch.arange(document_ids.shape[1], device=document_ids.device)
-    before = index < anchors.positions[..., None]
-    anchor_document = document_ids.gather(1, anchors.positions)
-    same = document_ids[:, None, :] == anchor_document[..., None]
-    return before & same & anchors.valid[..., None]
+class Contexts(NamedTuple):
+    """Which prefix tokens each completion block may attend to: positions `start .. end - 1` of its sequence."""
+
+    start: Tensor
+    """[S, N] int64: first token of the block's document."""
+    end: Tensor
+    """[S, N] int64: the anchor; equal to `start` where the anchor is not valid. `end - start` is the block's place
+    in its document."""
+
+
+def contexts_of(document_ids: Tensor, anchors: Anchors) -> Contexts:
+    """Contexts of the B anchors (N = B), [S, T] -> [S, B]."""
+    offset = document_positions(document_ids).gather(1, anchors.positions)
+    end = torch.where(anchors.valid, anchors.positions, 0)
+    return Contexts(torch.where(anchors.valid, anchors.positions - offset, 0), end)
+
+
+def distinct_completions(completions: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """One of each set of identical completions of the same context; completions at invalid anchors are left out.
+
+    Args:
+        completions: [S, B, n, G].
+        valid: [S, B] bool.
+
+    Returns:
+        Numbers in 0 .. B n - 1 of the chosen completions, [S, M], in order, with M the most any sequence needs
+        (others repeat one of theirs), and where each completion is found among them, [S, B, n] (0 if not valid).
+    """
+    S, B, n = completions.shape[:3]
+    if B == 0:
+        return completions.new_empty(S, 0), completions.new_empty(S, 0, n)
+    same = (completions[:, :, :, None] == completions[:, :, None]).all(dim=-1)
+    first = same.to(torch.int8).argmax(dim=-1)
+    chosen = (first == torch.arange(n, device=first.device)) & valid[..., None]
+    flat = chosen.flatten(1)
+    M = max(int(flat.sum(dim=1).max()), 1)
+    order = torch.sort((~flat).to(torch.int8), dim=1, stable=True).indices[:, :M]
+    place = (flat.cumsum(dim=1) - 1).view(S, B, n)
+    return order, torch.where(valid[..., None], place.gather(2, first), 0)

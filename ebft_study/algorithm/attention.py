@@ -1,14 +1,23 @@
 """Attention over one shared prefix and many short blocks that never see each other (appendix F, Figure 10).
 
-Letters beyond the package's: N = B * n blocks per sequence (anchor-major), L queries per block,
-K keys per block, Hq query heads, Hk key/value heads (Hq is a multiple of Hk), D head size.
+Letters beyond the package's: N = B * n blocks per sequence (anchor-major), L queries per block, K keys per block, Hq
+query heads, Hk key/value heads (Hq is a multiple of Hk, R = Hq / Hk), D head size, W keys of the prefix in one chunk.
+
+Two implementations of `block_attention` agree in outputs and gradients: `chunked` (here: matrix products, any device)
+and `flex` (`flex_attention.py`: one fused kernel on a GPU). Neither holds anything of size (T + n B G)^2.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ebft_study.algorithm.anchors import Contexts
 
 
 def prefix_mask(document_ids: Tensor) -> Tensor | None:
@@ -29,6 +38,69 @@ def prefix_attention(query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor 
     )
 
 
+NOTHING = -1e30
+"""Score of what must not be seen. A row with nothing to see then weighs nothing; infinities would give NaN."""
+
+# PyTorch's fused attention for CPUs, which `scaled_dot_product_attention` calls: it also returns log-normalisers, and
+# its backward pass takes those of the joint softmax, which is what lets a softmax be put together from parts.
+_fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+class Chunk(NamedTuple):
+    """A few neighbouring blocks of a few sequences, and the window of prefix keys that their contexts span."""
+
+    sequences: slice
+    blocks: slice
+    keys: slice
+    partial: slice
+    """Part of the window, counted from its start, that some block may see and another may not."""
+    hidden: Tensor | None
+    """[s, c, W'] bool over `partial`: True where a block's context does not reach; None if nothing is hidden."""
+
+
+def plan_chunks(contexts: Contexts, *, rows: int, scores_at_once: int) -> list[Chunk]:
+    """Cut all blocks into chunks of similar contexts, so that little is computed in vain and scores stay small.
+
+    With anchors in order, a chunk's longest context exceeds its shortest by an eighth of the sequence at most. The
+    chunks depend on the contexts alone: a plan is made once per pass and serves all layers.
+
+    Args:
+        rows: queries per block, key/value heads and grouped query heads included (Hk * R * L).
+        scores_at_once: number of scores held at a time, unless one block alone needs more.
+    """
+    start, end = contexts.start.cpu(), contexts.end.cpu()
+    S, N = end.shape
+    if N == 0:
+        return []
+    widest = max(int(end.max() - start.min()), 1)
+    blocks = max(1, min(scores_at_once // (rows * widest), -(-N // 8)))
+    sequences = max(1, min(S, scores_at_once // (rows * widest * blocks)))
+    return [
+        chunk
+        for s in range(0, S, sequences)
+        for b in range(0, N, blocks)
+        if (chunk := _chunk(contexts, start, end, slice(s, min(s + sequences, S)), slice(b, min(b + blocks, N))))
+    ]
+
+
+def _chunk(contexts: Contexts, start: Tensor, end: Tensor, sequences: slice, blocks: slice) -> Chunk | None:
+    first, last = start[sequences, blocks], end[sequences, blocks]
+    used = last > first
+    if not bool(used.any()):
+        return None
+    low, high = int(first[used].min()), int(last.max())
+    common = slice(int(first.max()), int(last.min()))
+    # Where all contexts begin together, only the end of the window differs between blocks.
+    partial = slice(0 if common.start > low else max(common.stop - low, 0), high - low)
+    if partial.start >= partial.stop:
+        return Chunk(sequences, blocks, slice(low, high), partial, None)
+    device = contexts.end.device
+    index = torch.arange(low + partial.start, high, device=device)
+    own_start, own_end = (bound[sequences, blocks, None] for bound in contexts)
+    return Chunk(sequences, blocks, slice(low, high), partial, (index < own_start) | (index >= own_end))
+
+
 def block_attention(
     query: Tensor,
     prefix_key: Tensor,
@@ -36,42 +108,178 @@ def block_attention(
     block_key: Tensor,
     block_value: Tensor,
     *,
-    context: Tensor,
+    chunks: Sequence[Chunk],
     scaling: float,
 ) -> Tensor:
     """Attention of completion tokens to their own context and to their own block, in one softmax.
 
     Query `l` of a block stands at block position `K - L + l` and attends to the block's keys up to and including
-    itself, and to the prefix keys that `context` allows. No block sees another one, so the cost is that of the
-    prefix plus the own block, never that of all blocks.
+    itself, and to the prefix keys of its context. No block sees another one, so the cost is that of the context plus
+    the own block, never that of all blocks. Scores exist for one chunk at a time and are computed again in the
+    backward pass; only outputs and log-normalisers are kept.
 
     Args:
-        query: [S, Hq, N, L, D], the last L tokens of each of N = B * n blocks, anchor-major.
-        prefix_key, prefix_value: [S, Hk, T, D], shared by all n samples of all anchors.
+        query: [S, Hq, N, L, D], the last L tokens of each of N blocks.
+        prefix_key, prefix_value: [S, Hk, T, D], shared by all blocks of a sequence.
         block_key, block_value: [S, Hk, N, K, D] with K >= L.
-        context: [S, B, T] bool; a row without any True (a padded anchor) attends to its own block only.
+        chunks: from `plan_chunks`; blocks that no chunk holds have an empty context and attend to themselves only.
         scaling: factor on the inner products, normally D ** -0.5.
 
     Returns:
-        [S, Hq, N, L, D] in the dtype of `query`; softmax in float32 or wider.
+        [S, Hq, N, L, D] in the dtype of `block_value`; softmax in float32 or wider. Differentiable once.
     """
-    S, Hq, N, L, D = query.shape
-    Hk, T, K = prefix_key.shape[1], prefix_key.shape[2], block_key.shape[3]
-    B, R = context.shape[1], Hq // Hk
-    # Scaling the queries touches far fewer numbers than scaling the scores.
-    grouped = (query * scaling).view(S, Hk, R, N, L, D)
-    to_prefix = (grouped.reshape(S, Hk, R * N * L, D) @ prefix_key.transpose(-1, -2)).view(S, Hk, R, B, N // B, L, T)
-    hidden = ~context[:, None, None, :, None, None, :]
-    to_prefix = to_prefix.masked_fill(hidden, float("-inf")).view(S, Hk, R, N, L, T)
-    # [S, Hk, N, R * L, D] x [S, Hk, N, D, K]: every block meets its own keys only.
-    own_query = grouped.transpose(2, 3).reshape(S, Hk, N, R * L, D)
-    to_block = (own_query @ block_key.transpose(-1, -2)).view(S, Hk, N, R, L, K).transpose(2, 3)
+    dtype = block_value.dtype
+    inputs = (tensor.to(dtype) for tensor in (query, prefix_key, prefix_value, block_key))
+    output: Tensor = _ChunkedAttention.apply(*inputs, block_value, chunks, scaling)  # type: ignore[no-untyped-call]
+    return output
+
+
+class _ChunkedAttention(torch.autograd.Function):
+    """Partial softmaxes over prefix and block are joined by their log-normalisers, as in FlashAttention.
+
+    With `lse` that of both parts together, each part's probabilities are `exp(score - lse)`, so the backward pass
+    treats the parts one after another without ever joining them.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        prefix_key: Tensor,
+        prefix_value: Tensor,
+        block_key: Tensor,
+        block_value: Tensor,
+        chunks: Sequence[Chunk],
+        scaling: float,
+    ) -> Tensor:
+        with torch.autocast(query.device.type, enabled=False):
+            grouped = _group(query * scaling, block_key)
+            output, lse = _attend(grouped, block_key, block_value, _future(query, block_key))
+            for chunk in chunks:
+                _attend_to_prefix(grouped, prefix_key, prefix_value, chunk, output, lse)
+        ctx.save_for_backward(grouped, prefix_key, prefix_value, block_key, block_value, output, lse)
+        ctx.chunks, ctx.scaling, ctx.heads, ctx.length = chunks, scaling, query.shape[1], query.shape[3]
+        return _ungroup(output, query.shape[1], query.shape[3])
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        grouped, prefix_key, prefix_value, block_key, block_value, output, lse = ctx.saved_tensors
+        with torch.autocast(grouped.device.type, enabled=False):
+            gradient = _group(upstream.to(output.dtype), block_key)
+            delta = (gradient * output).sum(dim=-1, dtype=lse.dtype)
+            future = _future(upstream, block_key)
+            d_grouped, d_block_key, d_block_value = _attend_backward(
+                grouped, block_key, block_value, gradient, output, lse, delta, future
+            )
+            d_prefix_key, d_prefix_value = torch.zeros_like(prefix_key), torch.zeros_like(prefix_value)
+            for chunk in ctx.chunks:
+                s, keys = chunk.sequences, chunk.keys
+                own, *rest = (_rows(tensor, chunk) for tensor in (grouped, gradient, output, lse, delta))
+                dq, dk, dv = _attend_backward(own, prefix_key[s, :, keys], prefix_value[s, :, keys], *rest, chunk)
+                d_grouped[s, :, chunk.blocks] += dq.view_as(d_grouped[s, :, chunk.blocks])
+                d_prefix_key[s, :, keys] += dk
+                d_prefix_value[s, :, keys] += dv
+            d_query = _ungroup(d_grouped * ctx.scaling, ctx.heads, ctx.length)
+        return d_query, d_prefix_key, d_prefix_value, d_block_key, d_block_value, None, None
+
+
+def _group(states: Tensor, key: Tensor) -> Tensor:
+    """[S, Hq, N, L, D] -> [S, Hk, N, R * L, D]: all queries that meet the same keys, side by side."""
+    S, Hq, N, L, D = states.shape
+    Hk = key.shape[1]
+    return states.reshape(S, Hk, Hq // Hk, N, L, D).transpose(2, 3).reshape(S, Hk, N, Hq // Hk * L, D)
+
+
+def _ungroup(states: Tensor, heads: int, length: int) -> Tensor:
+    S, Hk, N, _, D = states.shape
+    return states.view(S, Hk, N, heads // Hk, length, D).transpose(2, 3).reshape(S, heads, N, length, D)
+
+
+def _future(query: Tensor, key: Tensor) -> Tensor:
+    """[R * L, K] bool: keys of the own block that come after the query."""
+    L, K = query.shape[3], key.shape[3]
     future = torch.ones(L, K, dtype=torch.bool, device=query.device).triu(K - L + 1)
-    to_block = to_block.masked_fill(future, float("-inf"))
-    scores = torch.cat([to_prefix, to_block], dim=-1)
-    softmax_dtype = torch.promote_types(scores.dtype, torch.float32)
-    weights = scores.softmax(dim=-1, dtype=softmax_dtype).to(prefix_value.dtype)
-    from_prefix = weights[..., :T].reshape(S, Hk, R * N * L, T) @ prefix_value
-    own_weights = weights[..., T:].transpose(2, 3).reshape(S, Hk, N, R * L, K)
-    from_block = (own_weights @ block_value).view(S, Hk, N, R, L, D).transpose(2, 3)
-    return (from_prefix.view(S, Hk, R, N, L, D) + from_block).reshape(S, Hq, N, L, D)
+    return future.repeat(query.shape[1] // key.shape[1], 1)
+
+
+def _rows(tensor: Tensor, chunk: Chunk) -> Tensor:
+    """A chunk's queries of all its blocks as rows: [S, Hk, N, M(, D)] -> [s, Hk, c * M(, D)]."""
+    return tensor[chunk.sequences, :, chunk.blocks].flatten(2, 3)
+
+
+def _scores(query: Tensor, key: Tensor, hidden: Tensor | Chunk) -> Tensor:
+    scores = query @ key.transpose(-1, -2)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    if isinstance(hidden, Tensor):
+        scores.masked_fill_(hidden, NOTHING)
+    else:
+        _hide(scores, hidden)
+    return scores
+
+
+def _hide(scores: Tensor, chunk: Chunk) -> None:
+    """Set the scores [s, ., c * M, W] that a chunk's blocks may not see to next to nothing, in place."""
+    if chunk.hidden is not None:
+        s, c, W = chunk.hidden.shape
+        of_blocks = scores[..., chunk.partial].unflatten(2, (c, -1))
+        of_blocks.masked_fill_(chunk.hidden.view(s, 1, c, 1, W), NOTHING)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | Chunk) -> tuple[Tensor, Tensor]:
+    """Outputs of a softmax over these keys alone, and its log-normaliser."""
+    if isinstance(hidden, Chunk) and query.device.type == "cpu":
+        return _fused(query, key, value, attn_mask=_additive_mask(query, key, hidden), scale=1.0)  # type: ignore[no-any-return]
+    scores = _scores(query, key, hidden)
+    largest = scores.amax(dim=-1, keepdim=True)
+    weights = scores.sub_(largest).exp_()
+    total = weights.sum(dim=-1, keepdim=True)
+    output = (weights.to(value.dtype) @ value).to(scores.dtype) / total
+    return output.to(value.dtype), (largest + total.log())[..., 0]
+
+
+def _additive_mask(query: Tensor, key: Tensor, chunk: Chunk) -> Tensor | None:
+    if chunk.hidden is None:
+        return None
+    mask = query.new_zeros(chunk.hidden.shape[0], 1, query.shape[2], key.shape[2])
+    _hide(mask, chunk)
+    return mask
+
+
+def _attend_to_prefix(
+    grouped: Tensor, prefix_key: Tensor, prefix_value: Tensor, chunk: Chunk, output: Tensor, lse: Tensor
+) -> None:
+    """Join the attention of one chunk's blocks to their contexts into `output` and `lse`, in place."""
+    s, b, keys = chunk.sequences, chunk.blocks, chunk.keys
+    part, part_lse = _attend(_rows(grouped, chunk), prefix_key[s, :, keys], prefix_value[s, :, keys], chunk)
+    old, old_lse = output[s, :, b], lse[s, :, b]
+    # The weight of the part in the joint softmax is exp(part_lse - logaddexp(old_lse, part_lse)).
+    weight = torch.sigmoid(part_lse.view_as(old_lse) - old_lse)
+    old.lerp_(part.view_as(old), weight[..., None].to(old.dtype))
+    torch.logaddexp(old_lse, part_lse.view_as(old_lse), out=old_lse)
+
+
+def _attend_backward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gradient: Tensor,
+    output: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    hidden: Tensor | Chunk,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of (scaled) queries, keys and values.
+
+    `output`, `gradient` (of the output) and `lse` are those of the joint softmax; `delta` is the inner product of the
+    first two.
+    """
+    if isinstance(hidden, Chunk) and query.device.type == "cpu":
+        mask = _additive_mask(query, key, hidden)
+        arguments = (gradient, query, key, value, output, lse, 0.0, False)
+        return _fused_backward(*arguments, attn_mask=mask, scale=1.0)  # type: ignore[no-any-return]
+    weights = _scores(query, key, hidden).sub_(lse[..., None]).exp_()
+    d_value = weights.to(value.dtype).transpose(-1, -2) @ gradient
+    d_scores = (gradient @ value.transpose(-1, -2)).to(weights.dtype).sub_(delta[..., None]).mul_(weights)
+    d_scores = d_scores.to(value.dtype)
+    return d_scores @ key, d_scores.transpose(-1, -2) @ query, d_value

@@ -28,23 +28,19 @@ def uniforms(key: Sequence[int], sequence_ids: Sequence[int], *, n_anchors: int,
     return torch.from_numpy(np.stack(streams)) if streams else torch.empty(0, n_anchors, n_samples, length)
 
 
-def draw(logits: Tensor, noise: Tensor, *, temperature: float) -> tuple[Tensor, Tensor]:
-    """Tokens from `softmax(logits / temperature)` by inverse-CDF sampling, and their log-probabilities.
+def draw(probabilities: Tensor, noise: Tensor) -> Tensor:
+    """Tokens by inverting the cumulative distribution: token k is drawn when `noise` falls into its slice of it.
 
-    Token k is drawn when `noise` falls into its slice of the cumulative distribution; tokens of zero probability
-    are never drawn.
+    Tokens of zero probability are never drawn.
 
     Args:
-        logits: [..., V].
+        probabilities: [..., V], need not be normalised exactly.
         noise: [..., m] in [0, 1): m independent draws from each distribution.
-        temperature: tau > 0.
 
     Returns:
-        tokens [..., m] int64 and log-probabilities [..., m] (of the tempered policy, float32).
+        [..., m] int64.
     """
-    log_probs = (logits.float() / temperature).log_softmax(dim=-1)
-    cumulative = log_probs.exp().cumsum(dim=-1)
+    cumulative = probabilities.cumsum(dim=-1)
     # Scaling by the last entry, not by 1, keeps the target below it whatever the rounding of the sum.
     target = (noise.to(cumulative) * cumulative[..., -1:]).contiguous()
-    tokens = torch.searchsorted(cumulative, target, right=True).clamp(max=logits.shape[-1] - 1)
-    return tokens, log_probs.gather(-1, tokens)
+    return torch.searchsorted(cumulative, target, right=True).clamp_(max=probabilities.shape[-1] - 1)

@@ -16,13 +16,15 @@ from torch import Tensor, nn
 
 from ebft_study.algorithm.metrics import conditional_feature_matching
 from ebft_study.algorithm.sampling import uniforms
-from ebft_study.block_model import LOGITS_AT_ONCE
+from ebft_study.block_model import run_prefix
 from ebft_study.config import RunConfig
 from ebft_study.data import Batch, TokenDataset
 from ebft_study.features import FeatureBackend
-from ebft_study.methods.sft import ce_mask, ground_truth_log_probs, prefix_states
+from ebft_study.methods.sft import ce_mask, ground_truth_log_probs
 from ebft_study.rollouts import RolloutBackend, anchors_of
 
+TOKENS_AT_ONCE = 2**14
+"""Completion tokens whose hidden states are held at a time."""
 CE, CE_ANSWER, CFM, ENTROPY = "ce_loss", "ce_answer_loss", "cfm_loss", "entropy"
 
 
@@ -101,11 +103,12 @@ class Evaluator:
     def _rows_at_once(self, data: TokenDataset, longest: int) -> int:
         """Sequences per pass, so that the hidden states of all blocks stay small."""
         tokens = data.tokens.shape[1] // self.config.rollout.stride * self.config.evaluation.cfm_samples * longest
-        return max(1, LOGITS_AT_ONCE // 4096 // max(tokens, 1))
+        return max(1, TOKENS_AT_ONCE // max(tokens, 1))
 
     @torch.no_grad()
     def _cross_entropy(self, model: nn.Module, batch: Batch, measured: Measured) -> None:
-        log_probs = ground_truth_log_probs(model, prefix_states(model, batch), batch)
+        states = run_prefix(model, batch.tokens, batch.document_ids).states
+        log_probs = ground_truth_log_probs(model, states, batch)
         for name, region in ((CE, "all"), (CE_ANSWER, "answer")):
             mask = ce_mask(batch, region)
             if name == CE or bool(mask.any()):

@@ -7,23 +7,35 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ebft_study.algorithm.anchors import Anchors, completions_at
+from ebft_study.algorithm.anchors import Anchors, Contexts, completions_at, contexts_of, distinct_completions
 from ebft_study.algorithm.features import Normalization, Pooling, feature_map, layer_indices
-from ebft_study.block_model import BlockPass, captured_layers, score
+from ebft_study.block_model import Backend, Blocks, Prefix, captured_layers, run_blocks, run_prefix
 from ebft_study.data import Batch
 from ebft_study.features import Features
 
+TOKENS_AT_ONCE = {"cpu": 2**13, "cuda": 2**17}
+"""Completion tokens per pass; more are embedded one part after another, with the same result."""
+
 
 class LocalFeatures:
-    """Frozen copy of a network, cut off above the deepest layer asked for: no logits, nothing run in vain."""
+    """A frozen network, run up to the deepest layer asked for: no logits, nothing embedded twice."""
 
-    def __init__(self, network: nn.Module, *, depths: Sequence[float], pooling: Pooling, normalize: Normalization):
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        depths: Sequence[float],
+        pooling: Pooling,
+        normalize: Normalization,
+        backend: Backend = "auto",
+    ):
         """`network` is taken over: frozen, put in evaluation mode, and shortened in place."""
-        self.network, self.pooling, self.normalize = network, pooling, normalize
+        self.network, self.pooling, self.normalize, self.backend = network, pooling, normalize, backend
         body = network.get_decoder()  # type: ignore[operator]
         n_layers = len(body.layers)
         self.indices = layer_indices(depths, n_layers)
         network.eval().requires_grad_(False)
+        self._last: tuple[Batch, Prefix, list[Tensor]] | None = None
         # hidden_states[L] is the state after the final norm; below it no norm applies.
         self.after_norm = self.indices[-1] == n_layers
         if not self.after_norm:
@@ -34,21 +46,62 @@ class LocalFeatures:
     def embed(
         self, batch: Batch, anchors: Anchors, completions: Tensor, *, lengths: Sequence[int] | None = None
     ) -> list[Features]:
-        """See `FeatureBackend.embed`. One pass serves samples, ground truth and all lengths."""
+        """See `FeatureBackend.embed`. One prefix serves samples, ground truth and all lengths."""
         G = completions.shape[-1]
-        block_pass = BlockPass(batch.document_ids, anchors, n_samples=completions.shape[2])
+        lengths = lengths or [G]
         with captured_layers(self.network, self.indices) as captured:
-            prefix, blocks = score(self.network, batch.tokens, completions, block_pass)
-        T = batch.tokens.shape[1]
-        sampled = [captured[i][:, T:].unflatten(1, completions.shape[1:]) for i in self.indices]
-        real = [captured[i][:, :T] for i in self.indices]
-        if self.after_norm:
-            sampled[-1], real[-1] = blocks, prefix
-        index = torch.arange(T, device=batch.tokens.device).expand_as(batch.tokens)
-        at = completions_at(index, anchors, G)
-        truth = [states.gather(1, at.flatten(1)[..., None].expand(-1, -1, states.shape[-1])) for states in real]
-        truth = [states.unflatten(1, at.shape[1:]) for states in truth]
-        return [Features(self._map(sampled, length), self._map(truth, length)) for length in (lengths or [G])]
+            prefix, layers = self._prefix(batch, captured)
+            psi = self._ground_truth(layers, anchors, lengths, G)
+            chosen, inverse = distinct_completions(completions, anchors.valid)
+            at_once = max(1, TOKENS_AT_ONCE[completions.device.type] // (len(completions) * G))
+            parts = [
+                self._samples(captured, prefix, anchors, completions, part, lengths)
+                for part in chosen.split(at_once, dim=1)
+            ]
+        phi = [_spread(torch.cat(distinct, dim=1), inverse) for distinct in zip(*parts, strict=True)]
+        return [Features(*pair) for pair in zip(phi, psi, strict=True)]
 
-    def _map(self, hidden: Sequence[Tensor], length: int) -> Tensor:
-        return feature_map([h[..., :length, :] for h in hidden], pooling=self.pooling, normalize=self.normalize)
+    def _prefix(self, batch: Batch, captured: dict[int, Tensor]) -> tuple[Prefix, list[Tensor]]:
+        """The batch's sequences and their chosen layers; kept for the next call, which may ask for other anchors."""
+        if self._last is None or self._last[0] is not batch:
+            prefix = run_prefix(self.network, batch.tokens, batch.document_ids)
+            self._last = (batch, prefix, self._layers(captured, prefix.states))
+        return self._last[1:]
+
+    def _ground_truth(self, layers: Sequence[Tensor], anchors: Anchors, lengths: Sequence[int], G: int) -> list[Tensor]:
+        """psi [S, B, d] at every length, from the states of the prefix alone."""
+        index = torch.arange(layers[0].shape[1], device=layers[0].device).expand(layers[0].shape[:2])
+        at = completions_at(index, anchors, G)
+        return self._map([_spread(states, at) for states in layers], lengths)
+
+    def _samples(
+        self,
+        captured: dict[int, Tensor],
+        prefix: Prefix,
+        anchors: Anchors,
+        completions: Tensor,
+        part: Tensor,
+        lengths: Sequence[int],
+    ) -> list[Tensor]:
+        """phi [S, M', d] at every length, of the completions with the numbers `part` [S, M']."""
+        bounds = contexts_of(prefix.document_ids, anchors)
+        blocks = Blocks(Contexts(*(bound.gather(1, part // completions.shape[2]) for bound in bounds)))
+        tokens = _spread(completions.flatten(1, 2), part)
+        states = run_blocks(self.network, prefix, blocks, tokens, backend=self.backend)
+        layers = self._layers(captured, states.flatten(1, 2))
+        return self._map([layer.unflatten(1, tokens.shape[1:]) for layer in layers], lengths)
+
+    def _layers(self, captured: dict[int, Tensor], last: Tensor) -> list[Tensor]:
+        states = [captured[i] for i in self.indices]
+        return [*states[:-1], last] if self.after_norm else states
+
+    def _map(self, layers: Sequence[Tensor], lengths: Sequence[int]) -> list[Tensor]:
+        return [
+            feature_map([h[..., :length, :] for h in layers], pooling=self.pooling, normalize=self.normalize)
+            for length in lengths
+        ]
+
+
+def _spread(rows: Tensor, index: Tensor) -> Tensor:
+    """Rows [S, M, X] by their numbers [S, ...] -> [S, ..., X]."""
+    return rows.gather(1, index.flatten(1)[..., None].expand(-1, -1, rows.shape[-1])).unflatten(1, index.shape[1:])

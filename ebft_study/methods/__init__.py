@@ -60,8 +60,19 @@ class Tally:
 class Method(Protocol):
     """One way to update the generator."""
 
-    def loss(
+    def backward(
         self, model: nn.Module, batch: Batch, anchors: Anchors, *, noise: Tensor, totals: Totals, tally: Tally
-    ) -> Tensor:
-        """This micro-batch's share of the loss, with gradient; `noise` [S, B, n, G] drives the rollouts, if any."""
+    ) -> float:
+        """Add this micro-batch's share of the loss's gradient to the parameters, and return that share.
+
+        `noise` [S, B, n, G] drives the rollouts, if there are any.
+        """
         ...
+
+
+def differentiate(loss: Tensor) -> float:
+    """Backward pass of a part of the loss, in the precision that its forward pass chose; returns its value."""
+    if loss.requires_grad:
+        with torch.autocast(loss.device.type, enabled=False):
+            loss.backward()
+    return float(loss.detach())

@@ -1,6 +1,18 @@
-"""Energy-based fine-tuning (Algorithm 1): sample, embed, reward, update."""
+"""Energy-based fine-tuning (Algorithm 1): sample, embed, reward, update.
+
+    prefix, with gradients
+      └── leaves, cut off from it; for some anchors at a time:
+            sample      decode G - 1 tokens of every block; the log-probabilities keep their graph
+            embed       frozen network -> phi, psi -> rewards -> advantages
+            backward    into the weights and the leaves
+    prefix, backward, once, with what the leaves collected
+
+Every context's rewards depend on its own samples only, so the parts add up to the gradient of the whole, exactly.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -10,11 +22,11 @@ from ebft_study.algorithm.anchors import Anchors
 from ebft_study.algorithm.losses import cross_entropy_loss, kl_penalty, policy_gradient_loss
 from ebft_study.algorithm.metrics import conditional_feature_matching, duplicate_fraction, whitened_feature_matching
 from ebft_study.algorithm.rewards import Rewards, feature_matching_rewards
-from ebft_study.block_model import BlockPass, completion_states, score, token_log_probs
+from ebft_study.block_model import Prefix, completion_log_probs, run_prefix
 from ebft_study.config import RunConfig
 from ebft_study.data import Batch
 from ebft_study.features import FeatureBackend, Features
-from ebft_study.methods import Tally, Totals
+from ebft_study.methods import Tally, Totals, differentiate
 from ebft_study.methods.sft import ce_mask, ground_truth_log_probs
 from ebft_study.rollouts import RolloutBackend, Rollouts
 
@@ -23,64 +35,109 @@ class Ebft:
     """One on-policy feature-matching update per rollout batch."""
 
     def __init__(
-        self, config: RunConfig, *, rollouts: RolloutBackend, features: FeatureBackend, base: nn.Module | None
+        self,
+        config: RunConfig,
+        *,
+        rollouts: RolloutBackend,
+        features: FeatureBackend,
+        base: nn.Module | None,
+        anchors_at_once: int | None = None,
     ) -> None:
-        """`base`: the frozen base model, needed only for the KL term."""
-        self.reward, self.loss_config, self.temperature = config.reward, config.loss, config.rollout.temperature
+        """
+        Args:
+            base: the frozen base model, needed only for the KL term.
+            anchors_at_once: anchors per scoring pass, to bound memory; the gradient is the same whatever it is.
+        """
+        self.reward, self.loss, self.temperature = config.reward, config.loss, config.rollout.temperature
         self.rollouts, self.features, self.base = rollouts, features, base
+        self.anchors_at_once, self.backend = anchors_at_once, config.training.attention
 
-    def loss(
+    def backward(
         self, model: nn.Module, batch: Batch, anchors: Anchors, *, noise: Tensor, totals: Totals, tally: Tally
-    ) -> Tensor:
-        """See `Method.loss`: `policy_loss + gamma * CE + kl_coefficient * KL`."""
+    ) -> float:
+        """See `Method.backward`: `policy_loss + gamma * CE + kl_coefficient * KL`."""
         device = batch.tokens.device
-        with tally.seconds("rollout_seconds", device):
-            rollouts = self.rollouts.sample(model, batch, anchors, noise=noise, temperature=self.temperature)
-        with tally.seconds("feature_seconds", device):
-            features = self.features.embed(batch, anchors, rollouts.completions)[0]
-            rewards = feature_matching_rewards(
-                features.phi, features.psi, alpha=self.reward.alpha, whitening=self.reward.whitening
-            )
-            advantages = feature_matching_advantages(
-                rewards.alignment, rewards.diversity, alpha=self.reward.alpha, baseline=self.reward.baseline
-            )
         with tally.seconds("scoring_seconds", device):
-            log_probs, ce_log_probs = self._score(model, batch, anchors, rollouts)
-            n_pairs = max(totals.contexts, 1.0) * noise.shape[2]
-            policy_loss = policy_gradient_loss(
-                log_probs, advantages, anchors.valid, aggregation=self.loss_config.aggregation, denominator=n_pairs
-            )
-            mask = ce_mask(batch, self.loss_config.ce_region)
-            ce_loss = cross_entropy_loss(ce_log_probs, mask, denominator=totals.ce_tokens)
-            loss = policy_loss
-            if self.loss_config.gamma > 0:
-                loss = loss + self.loss_config.gamma * ce_loss
-            if self.base is not None:
-                penalty = self._kl(batch, anchors, rollouts, log_probs)
-                loss = loss + self.loss_config.kl_coefficient * penalty.sum() / (n_pairs * noise.shape[3])
-                tally.add("kl", penalty.detach().double().sum(), float(anchors.valid.sum()) * noise[0, 0].numel())
-        tally.add("train_ce_loss", -ce_log_probs.detach()[mask].double().sum(), float(mask.sum()))
-        # A sum whose count is spread over the workers and micro-batches: the parts add up to the whole loss.
-        tally.add("policy_loss", policy_loss.detach(), 0.0)
-        _tally_rollouts(tally, rollouts, features, rewards, advantages, anchors.valid)
+            prefix = run_prefix(model, batch.tokens, batch.document_ids)
+            leaves, base = prefix.leaves(), self._base_prefix(batch)
+            loss = self._cross_entropy(model, leaves, batch, totals, tally)
+        for part in self._parts(anchors):
+            chosen = Anchors(*(tensor[:, part] for tensor in anchors))
+            with tally.seconds("rollout_seconds", device):
+                rollouts = self.rollouts.sample(
+                    model, batch, chosen, noise=noise[:, part], temperature=self.temperature, prefix=leaves
+                )
+            with tally.seconds("feature_seconds", device):
+                advantages = self._advantages(batch, chosen, rollouts, tally)
+            with tally.seconds("scoring_seconds", device):
+                loss += self._policy(model, leaves, base, chosen, rollouts, advantages, totals, tally)
+        with tally.seconds("scoring_seconds", device):
+            prefix.backward(leaves)
         return loss
 
-    def _score(self, model: nn.Module, batch: Batch, anchors: Anchors, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
-        """Log-probabilities of the sampled tokens [S, B, n, G] and of the ground truth [S, T-1], from one pass."""
-        completions = rollouts.completions
-        block_pass = BlockPass(batch.document_ids, anchors, n_samples=completions.shape[2])
-        # The last sampled token predicts nothing, so it is not run.
-        prefix, blocks = score(model, batch.tokens, completions[..., :-1], block_pass)
-        states = completion_states(prefix, blocks, anchors)
-        log_probs = token_log_probs(model, states, completions, temperature=self.temperature)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.loss_config.gamma > 0):
-            return log_probs, ground_truth_log_probs(model, prefix, batch)
+    def _parts(self, anchors: Anchors) -> Iterator[slice]:
+        B = anchors.positions.shape[1]
+        size = self.anchors_at_once or max(B, 1)
+        return (slice(first, first + size) for first in range(0, B, size))
 
-    def _kl(self, batch: Batch, anchors: Anchors, rollouts: Rollouts, log_probs: Tensor) -> Tensor:
-        assert self.base is not None
-        with torch.no_grad():
-            base_log_probs, _ = self._score(self.base, batch, anchors, rollouts)
-        return kl_penalty(log_probs, base_log_probs, anchors.valid, estimator=self.loss_config.kl_estimator)
+    def _cross_entropy(self, model: nn.Module, leaves: Prefix, batch: Batch, totals: Totals, tally: Tally) -> float:
+        """`gamma * CE`; without gamma it is only measured."""
+        mask = ce_mask(batch, self.loss.ce_region)
+        with torch.set_grad_enabled(self.loss.gamma > 0):
+            log_probs = ground_truth_log_probs(model, leaves.states, batch)
+            loss = self.loss.gamma * cross_entropy_loss(log_probs, mask, denominator=totals.ce_tokens)
+        tally.add("train_ce_loss", -log_probs.detach()[mask].double().sum(), float(mask.sum()))
+        return differentiate(loss)
+
+    @torch.no_grad()
+    def _advantages(self, batch: Batch, anchors: Anchors, rollouts: Rollouts, tally: Tally) -> Tensor:
+        features = self.features.embed(batch, anchors, rollouts.completions)[0]
+        rewards = feature_matching_rewards(
+            features.phi, features.psi, alpha=self.reward.alpha, whitening=self.reward.whitening
+        )
+        advantages = feature_matching_advantages(
+            rewards.alignment, rewards.diversity, alpha=self.reward.alpha, baseline=self.reward.baseline
+        )
+        _tally_rollouts(tally, rollouts, features, rewards, advantages, anchors.valid)
+        return advantages
+
+    def _policy(
+        self,
+        model: nn.Module,
+        leaves: Prefix,
+        base: Prefix | None,
+        anchors: Anchors,
+        rollouts: Rollouts,
+        advantages: Tensor,
+        totals: Totals,
+        tally: Tally,
+    ) -> float:
+        """Policy gradient (and KL) of some anchors."""
+        n_pairs = max(totals.contexts, 1.0) * advantages.shape[2]
+        log_probs = rollouts.log_probs
+        if not log_probs.requires_grad:
+            log_probs = self._score(model, leaves, anchors, rollouts.completions)
+        loss = policy_gradient_loss(
+            log_probs, advantages, anchors.valid, aggregation=self.loss.aggregation, denominator=n_pairs
+        )
+        # A sum whose count is spread over the workers and micro-batches: the parts add up to the whole loss.
+        tally.add("policy_loss", loss.detach(), 0.0)
+        if base is not None and self.base is not None:
+            with torch.no_grad():
+                base_log_probs = self._score(self.base, base, anchors, rollouts.completions)
+            penalty = kl_penalty(log_probs, base_log_probs, anchors.valid, estimator=self.loss.kl_estimator)
+            loss = loss + self.loss.kl_coefficient * penalty.sum() / (n_pairs * log_probs.shape[3])
+            tally.add("kl", penalty.detach().double().sum(), float(anchors.valid.sum()) * log_probs[0, 0].numel())
+        return differentiate(loss)
+
+    def _score(self, model: nn.Module, prefix: Prefix, anchors: Anchors, completions: Tensor) -> Tensor:
+        return completion_log_probs(
+            model, prefix, anchors, completions, temperature=self.temperature, backend=self.backend
+        )
+
+    @torch.no_grad()
+    def _base_prefix(self, batch: Batch) -> Prefix | None:
+        return None if self.base is None else run_prefix(self.base, batch.tokens, batch.document_ids)
 
 
 def _tally_rollouts(
@@ -93,7 +150,7 @@ def _tally_rollouts(
     tally.add_valid("advantage_squared", advantages.square(), valid)
     tally.add_valid("duplicate_rate", duplicate_fraction(rollouts.completions), valid)
     # Minus the log-probability of what was drawn is an unbiased estimate of the entropy it was drawn from.
-    tally.add_valid("policy_entropy", -rollouts.log_probs, valid)
+    tally.add_valid("policy_entropy", -rollouts.log_probs.detach(), valid)
     tally.add_valid("fm_whitened", whitened_feature_matching(rewards.alignment, rewards.diversity), valid)
     spread = rewards.reward.amax(dim=-1) - rewards.reward.amin(dim=-1)
     tally.add_valid("zero_variance_fraction", (spread < 1e-8).double(), valid)

@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from ebft_study.algorithm.anchors import Anchors
 from ebft_study.algorithm.losses import cross_entropy_loss, next_token_mask
-from ebft_study.block_model import BlockPass, hidden_states, token_log_probs
+from ebft_study.block_model import run_prefix, token_log_probs
 from ebft_study.config import LossConfig
 from ebft_study.data import Batch
-from ebft_study.methods import Tally, Totals
+from ebft_study.methods import Tally, Totals, differentiate
 
 
 def ce_mask(batch: Batch, region: str) -> Tensor:
     """Tokens that carry cross-entropy, [S, T-1]."""
     return next_token_mask(batch.document_ids, batch.answer_mask if region == "answer" else None)
-
-
-def prefix_states(model: nn.Module, batch: Batch) -> Tensor:
-    """Last hidden states of the sequences alone, [S, T, H]; documents of a packed row do not see each other."""
-    S = batch.tokens.shape[0]
-    nowhere = torch.empty(S, 0, dtype=torch.long, device=batch.tokens.device)
-    block_pass = BlockPass(batch.document_ids, Anchors(nowhere, nowhere.bool()), n_samples=1)
-    block_pass.n_prefix = batch.tokens.shape[1]
-    return hidden_states(model, batch.tokens, block_pass.prefix_positions, block_pass)
 
 
 def ground_truth_log_probs(model: nn.Module, states: Tensor, batch: Batch) -> Tensor:
@@ -38,13 +28,14 @@ class Sft:
     def __init__(self, loss: LossConfig) -> None:
         self.region = loss.ce_region
 
-    def loss(
+    def backward(
         self, model: nn.Module, batch: Batch, anchors: Anchors, *, noise: Tensor, totals: Totals, tally: Tally
-    ) -> Tensor:
-        """See `Method.loss`. Only `batch` is used."""
+    ) -> float:
+        """See `Method.backward`. Only `batch` is used."""
         with tally.seconds("scoring_seconds", batch.tokens.device):
             mask = ce_mask(batch, self.region)
-            log_probs = ground_truth_log_probs(model, prefix_states(model, batch), batch)
-            loss = cross_entropy_loss(log_probs, mask, denominator=totals.ce_tokens)
+            prefix = run_prefix(model, batch.tokens, batch.document_ids)
+            log_probs = ground_truth_log_probs(model, prefix.states, batch)
+            loss = differentiate(cross_entropy_loss(log_probs, mask, denominator=totals.ce_tokens))
         tally.add("train_ce_loss", -log_probs.detach()[mask].double().sum(), float(mask.sum()))
         return loss

@@ -8,6 +8,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from ebft_study.algorithm.anchors import Anchors, find_anchors
+from ebft_study.block_model import Prefix
 from ebft_study.config import RolloutConfig
 from ebft_study.data import Batch
 
@@ -19,7 +20,7 @@ class Rollouts:
     completions: Tensor
     """[S, B, n, G] int64; arbitrary where the anchor is not valid."""
     log_probs: Tensor
-    """[S, B, n, G] float32, of the tempered policy that sampled them."""
+    """[S, B, n, G] float32, of the tempered policy that sampled them; with gradients, if the backend can."""
 
 
 def anchors_of(batch: Batch, rollout: RolloutConfig, *, completion_length: int | None = None) -> Anchors:
@@ -37,7 +38,18 @@ class RolloutBackend(Protocol):
     """Samples from `model` at `temperature`, no top-k, no top-p, no stop at the end of a document."""
 
     def sample(
-        self, model: nn.Module, batch: Batch, anchors: Anchors, *, noise: Tensor, temperature: float
+        self,
+        model: nn.Module,
+        batch: Batch,
+        anchors: Anchors,
+        *,
+        noise: Tensor,
+        temperature: float,
+        prefix: Prefix | None = None,
     ) -> Rollouts:
-        """`noise` [S, B, n, G] in [0, 1) fixes n, G and every draw (`algorithm.sampling.uniforms`)."""
+        """`noise` [S, B, n, G] in [0, 1) fixes n, G and every draw (`algorithm.sampling.uniforms`).
+
+        `prefix`: the batch's sequences as `model` has just run them, for a backend that has a use for it. The sampled
+        log-probabilities may carry gradients, where these are enabled; if they do, they need not be scored again.
+        """
         ...

@@ -10,35 +10,44 @@ import torch
 from torch import Tensor, nn
 
 from ebft_study.algorithm.anchors import Anchors
-from ebft_study.algorithm.sampling import draw
-from ebft_study.block_model import BlockPass, decode, prefill
+from ebft_study.block_model import Blocks, Decoder, Prefix, run_prefix, sample_tokens, states_before
 from ebft_study.data import Batch
 from ebft_study.rollouts import Rollouts
 
 
 class StridedRollouts:
-    """The default backend: exact, in process, nothing recomputed."""
+    """The default backend: exact, in process, nothing recomputed.
 
-    @torch.no_grad()
+    Where gradients are enabled, the sampled log-probabilities carry them: what sampling has computed need not be
+    computed again to be differentiated.
+    """
+
     def sample(
-        self, model: nn.Module, batch: Batch, anchors: Anchors, *, noise: Tensor, temperature: float
+        self,
+        model: nn.Module,
+        batch: Batch,
+        anchors: Anchors,
+        *,
+        noise: Tensor,
+        temperature: float,
+        prefix: Prefix | None = None,
     ) -> Rollouts:
         """See `RolloutBackend.sample`. A batch without any anchor gives empty tensors."""
         S, B, n, G = noise.shape
         if B == 0:
             empty = torch.empty(S, 0, n, G, device=batch.tokens.device)
             return Rollouts(empty.long(), empty)
-        head = model.get_output_embeddings()  # type: ignore[operator]
-        block_pass = BlockPass(batch.document_ids, anchors, n_samples=n)
         noise = noise.to(batch.tokens.device)
-        states = prefill(model, batch.tokens, block_pass)
+        prefix = prefix or run_prefix(model, batch.tokens, batch.document_ids)
         # The token before an anchor predicts the first completion token, one distribution for all n samples.
-        before = (anchors.positions - 1).clamp(min=0)[..., None].expand(-1, -1, states.shape[-1])
-        tokens, log_probs = draw(head(states.gather(1, before)), noise[..., 0], temperature=temperature)
+        tokens, log_probs = sample_tokens(model, states_before(prefix, anchors), noise[..., 0], temperature=temperature)
         drawn, scored = [tokens], [log_probs]
+        decoder = Decoder(model, prefix, Blocks.of(batch.document_ids, anchors, n), G - 1)
         for t in range(1, G):
-            states = decode(model, drawn[-1].flatten(1), block_pass, step=t - 1)
-            tokens, log_probs = draw(head(states), noise[..., t].flatten(1)[..., None], temperature=temperature)
+            states = decoder.advance(drawn[-1].flatten(1))
+            tokens, log_probs = sample_tokens(
+                model, states, noise[..., t].flatten(1)[..., None], temperature=temperature
+            )
             drawn.append(tokens.view(S, B, n))
             scored.append(log_probs.view(S, B, n))
         return Rollouts(torch.stack(drawn, dim=-1), torch.stack(scored, dim=-1))

@@ -231,12 +231,11 @@ class Run:
         batch = rows.select(on_device)
         share = Anchors(*(tensor[on_device] for tensor in anchors))
         with self._autocast():
-            loss = self.method.loss(self.model, batch, share, noise=noise[part], totals=totals, tally=self.tally)
-        with self.tally.seconds("scoring_seconds", self.device):
-            if loss.requires_grad:
-                loss.backward()
-        self.tally.add("loss", loss.detach(), 0.0)
-        return float(loss.detach())
+            loss: float = self.method.backward(
+                self.model, batch, share, noise=noise[part], totals=totals, tally=self.tally
+            )
+        self.tally.add("loss", loss, 0.0)
+        return loss
 
     def _apply_gradients(self, loss: float) -> None:
         sum_gradients(self.model, self.world_size)

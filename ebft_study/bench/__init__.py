@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from ebft_study.algorithm.anchors import Anchors, find_anchors
-from ebft_study.algorithm.sampling import draw
-from ebft_study.block_model import ATTENTION, BlockPass, completion_states, score
+from ebft_study.bench.naive import naive_rollouts
+from ebft_study.block_model import ATTENTION
 from ebft_study.config import build_run
 from ebft_study.data import Batch
 from ebft_study.features.local import LocalFeatures
@@ -42,9 +42,7 @@ def bench(*, sequence_length: int, n_samples: int, batch_size: int, repeats: int
     totals = Totals(contexts=float(anchors.valid.sum()), ce_tokens=float(batch.tokens[:, 1:].numel()))
 
     def step(tally: Tally) -> None:
-        loss = method.loss(model, batch, anchors, noise=noise, totals=totals, tally=tally)
-        with tally.seconds("scoring_seconds", batch.tokens.device):
-            loss.backward()
+        method.backward(model, batch, anchors, noise=noise, totals=totals, tally=tally)
         model.zero_grad(set_to_none=True)
 
     def shared() -> None:
@@ -93,24 +91,6 @@ def _work(G: int, T: int, n: int, batch_size: int, device: str) -> tuple[Batch, 
     anchors = find_anchors(batch.document_ids, completion_length=G, stride=G, first_context_length=G)
     noise = torch.rand(*anchors.positions.shape, n, G, generator=torch.Generator().manual_seed(1))
     return batch, anchors, noise.to(device)
-
-
-@torch.no_grad()
-def naive_rollouts(model: nn.Module, batch: Batch, anchors: Anchors, noise: Tensor, temperature: float) -> Tensor:
-    """Completions [S, B, n, G] by running `[x ; tokens so far]`, repeated n times, at every step."""
-    S, B, n, G = noise.shape
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    repeated = batch.select(torch.arange(S, device=noise.device).repeat_interleave(n))
-    copies = Anchors(*(tensor.repeat_interleave(n, 0) for tensor in anchors))
-    each = noise.transpose(1, 2).reshape(S * n, B, 1, G)
-    drawn = torch.empty(S * n, B, 1, 0, dtype=torch.long, device=noise.device)
-    for t in range(G):
-        block_pass = BlockPass(repeated.document_ids, copies, n_samples=1)
-        prefix, blocks = score(model, repeated.tokens, drawn, block_pass)
-        states = completion_states(prefix, blocks, copies)[..., -1, :]
-        token, _ = draw(head(states), each[..., t : t + 1], temperature=temperature)
-        drawn = torch.cat([drawn, token], dim=-1)
-    return drawn.view(S, n, B, G).transpose(1, 2)
 
 
 def _seconds(work: Callable[[], object], device: str) -> float:
