@@ -225,7 +225,7 @@ class StepShape:
 
 @dataclass(frozen=True)
 class Split:
-    """How a worker's share of the batch is cut into passes."""
+    """How a worker's share of the batch is cut: into micro-batches, and each of these into parts, by anchors."""
 
     micro_batch_size: int
     anchors_at_once: int
@@ -243,6 +243,8 @@ class Limits:
     logits_at_once: int = 2**28
     scores_at_once: int = 2**28
     feature_tokens_at_once: int = 2**17
+    chunks: int = 6
+    """Into how many chunks the blocks of a pass are cut at least, by their contexts, in the `chunked` attention."""
     fused_attention: bool = True
     """Blocks attend in one kernel (`flex`), except while decoding: no scores, but a copy of the prefix's keys and
     values in every pass."""
@@ -367,7 +369,7 @@ class _Work:
         contexts = [anchor for anchor in self.step.anchors for _ in range(self.step.n_samples)]
         for part in _pieces(contexts, self.split.anchors_at_once * self.step.n_samples):
             for run in _pieces(part, blocks_at_once or len(part)):
-                size = min(self.limits.scores_at_once // (rows * run[-1]), -(-len(run) // 8))
+                size = min(self.limits.scores_at_once // (rows * run[-1]), -(-len(run) // self.limits.chunks))
                 yield from _pieces(run, max(size, 1))
 
     def rollouts(self, model: ModelShape) -> PhaseCost:
@@ -565,13 +567,14 @@ class _Held:
     def running(self, model: ModelShape, n_tokens: int, *, mlp_copies: int = 3, score_copies: int = 0) -> int:
         """Of one layer while it runs: its MLP or, of blocks, the scores of a chunk."""
         mlp = 4 * FLOAT32_BYTES * model.hidden_size + mlp_copies * self.step.compute_bytes * model.intermediate_size
-        scores = min(self.limits.scores_at_once, n_tokens * model.n_heads * self.step.sequence_length // 8)
+        all_scores = n_tokens * model.n_heads * self.step.sequence_length
+        scores = min(self.limits.scores_at_once, all_scores // self.limits.chunks)
         return max(n_tokens * mlp, score_copies * FLOAT32_BYTES * scores)
 
     def differentiating(self, n_tokens: int, *, blocks: bool) -> int:
         """Of one layer while the backward pass goes through it; what was saved goes as its gradient comes."""
         again = saved_bytes_per_token(self.model, self.step, blocks=blocks) if self.step.activation_checkpointing else 0
-        score_copies = 3 if blocks and not self.limits.fused_attention else 0
+        score_copies = 3 if blocks and (self.step.keeps_graph or not self.limits.fused_attention) else 0
         return n_tokens * again + self.running(self.model, n_tokens, mlp_copies=1, score_copies=score_copies)
 
     def logits(self, n_rows: int, *, copies: int) -> int:
@@ -661,7 +664,7 @@ def largest_split(
 
 def _splits(step: StepShape) -> Iterator[Split]:
     whole = Split.whole(step)
-    tokens_per_anchor = step.n_samples * (step.completion_length - 1)
+    tokens_per_anchor = step.n_samples * (1 if step.keeps_graph else step.completion_length - 1)
     for S in _halvings(whole.micro_batch_size):
         for A in _halvings(whole.anchors_at_once):
             if S == 1 or whole.anchors_at_once == A or S * A * tokens_per_anchor >= EFFICIENT_BLOCK_TOKENS:

@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from ebft_study import block_model
+from ebft_study.algorithm import attention
 from ebft_study.algorithm.anchors import Anchors, find_anchors
 from ebft_study.algorithm.features import layer_indices
 from ebft_study.block_model import ATTENTION, Blocks, run_blocks, run_prefix
@@ -58,7 +59,20 @@ SIZES = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 512,
 }
-CPU = Limits.on("cpu")
+
+
+def limits_of_the_implementation(device_type: str) -> Limits:
+    device = torch.device(device_type)
+    return Limits(
+        logits_at_once=block_model.logits_at_once(device),
+        scores_at_once=block_model._scores_at_once(device),
+        feature_tokens_at_once=local.TOKENS_AT_ONCE[device_type],
+        chunks=attention.CHUNKS,
+        fused_attention=device_type == "cuda",
+    )
+
+
+CPU = limits_of_the_implementation("cpu")
 
 
 def build(*, tied: bool, **sizes: Any) -> PreTrainedModel:
@@ -215,12 +229,9 @@ def test_anchors_are_those_of_a_full_sequence(case: Case) -> None:
     assert list(case.step().anchors) == anchors.positions[0].tolist()
 
 
-def test_limits_are_those_of_the_implementation() -> None:
-    for name in ("cpu", "cuda"):
-        device, limits = torch.device(name), Limits.on(name)
-        assert limits.logits_at_once == block_model.logits_at_once(device)
-        assert limits.scores_at_once == block_model._scores_at_once(device)
-        assert limits.feature_tokens_at_once == local.TOKENS_AT_ONCE[name]
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+def test_limits_are_those_of_the_implementation(device_type: str) -> None:
+    assert Limits.on(device_type) == limits_of_the_implementation(device_type)
 
 
 # --- work ------------------------------------------------------------------------------------------------------
@@ -264,7 +275,7 @@ FLOP_CASES = {
         T=128, stride=6, n=4, G=8, gamma=0.1, depths=(0.5, 1.0), tied=False
     ),
     "dense anchors, shallow features": Case(T=256, stride=3, n=4, G=8, depths=(0.25,)),
-    "dense anchors in parts": Case(T=256, stride=3, n=4, G=8, anchors_at_once=7),
+    "dense anchors in parts": Case(T=128, stride=3, n=4, G=8, anchors_at_once=7),
     "one token, one sample": Case(T=64, stride=4, n=1, G=1, depths=(1.0,), tied=False),
     "one token, cross-entropy": Case(T=128, stride=5, G=1, gamma=0.1, depths=(0.75,)),
     "wide stride": Case(T=256, stride=16, depths=(0.25, 0.5), tied=False),
@@ -294,10 +305,12 @@ def test_flops_are_those_that_pytorch_counts(name: str) -> None:
         *shapes, case.step(), split=case.split(), limits=CPU, counting="executed", duplicate_rate=duplicate_rate
     )
     for phase, flops in counted.items():
-        # Rewards are not counted: Gram matrices of n vectors per context.
-        assert getattr(cost, phase).flops == pytest.approx(flops, rel=0.01, abs=0.1), phase
+        # Rewards are not modelled: Gram matrices of n vectors per context. Sequences with fewer distinct completions
+        # than others are padded, so duplicates spare a little less than their share.
+        tolerance = 0.05 if duplicate_rate else 0.01
+        assert getattr(cost, phase).flops == pytest.approx(flops, rel=tolerance), phase
     assert cost.optimizer.flops == 0
-    assert cost.total.flops == pytest.approx(sum(counted.values()), rel=0.01)
+    assert cost.total.flops == pytest.approx(sum(counted.values()), rel=tolerance)
 
 
 def test_prefix_and_blocks_apart_are_what_pytorch_counts() -> None:
@@ -485,14 +498,14 @@ WIDE = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 6, "n
 MEMORY_CASES = {
     "whole": Case(T=128, n=4, G=8, gamma=0.1, sizes=WIDE),
     "whole, bfloat16": Case(T=128, n=4, G=8, gamma=0.1, bfloat16=True, sizes=WIDE),
-    "in parts": Case(T=256, stride=4, n=4, tied=False, anchors_at_once=4, depths=(0.5, 1.0), sizes=WIDE),
-    "in parts, bfloat16": Case(T=256, stride=4, n=4, bfloat16=True, anchors_at_once=4, sizes=WIDE),
+    "in parts": Case(T=128, stride=4, n=4, tied=False, anchors_at_once=8, depths=(0.5, 1.0), sizes=WIDE),
+    "in parts, bfloat16": Case(T=128, stride=4, n=4, bfloat16=True, anchors_at_once=8, sizes=WIDE),
     "scored again": Case(T=128, n=4, G=8, gamma=0.1, rescoring=True, sizes=WIDE),
-    "scored again in parts": Case(T=256, stride=4, n=4, tied=False, rescoring=True, anchors_at_once=4, sizes=WIDE),
+    "scored again in parts": Case(T=128, stride=4, n=4, tied=False, rescoring=True, anchors_at_once=8, sizes=WIDE),
     "scored again, bfloat16": Case(T=128, n=4, G=8, bfloat16=True, rescoring=True, sizes=WIDE),
     "checkpointing": Case(T=256, stride=16, G=16, gamma=0.1, checkpointing=True, sizes=WIDE),
     "checkpointing, bfloat16": Case(T=256, stride=16, G=16, checkpointing=True, bfloat16=True, sizes=WIDE),
-    "checkpointing in parts": Case(T=256, stride=4, n=4, checkpointing=True, anchors_at_once=4, sizes=WIDE),
+    "checkpointing in parts": Case(T=128, stride=4, n=4, checkpointing=True, anchors_at_once=8, sizes=WIDE),
     "wide vocabulary": Case(T=128, n=4, G=8, sizes={**WIDE, "vocab_size": 20_000}),
     "wide vocabulary, bfloat16": Case(T=128, n=4, G=8, bfloat16=True, sizes={**WIDE, "vocab_size": 20_000}),
     "one token": Case(T=128, G=1, gamma=0.1, sizes=WIDE),
@@ -570,21 +583,23 @@ def test_sampling_that_keeps_no_graph_is_paid_for_once_more() -> None:
     assert checkpointed.scoring_forward == again.scoring_forward
 
 
-def test_a_split_fits_and_nothing_preferred_to_it_does() -> None:
+@pytest.mark.parametrize("step", [LONG, replace(LONG, activation_checkpointing=True)], ids=["plain", "checkpointing"])
+def test_a_split_fits_and_nothing_preferred_to_it_does(step: StepShape) -> None:
     seen = []
-    budget = peak(Split.whole(LONG))
-    while budget >= peak(Split(1, 1)):
-        split = largest_split(LARGE, LARGE, LONG, budget_bytes=budget)
-        assert peak(split) <= budget
-        assert split == largest_split(LARGE, LARGE, LONG, budget_bytes=budget)
+    budget = peak(Split.whole(step), step)
+    while budget >= peak(Split(1, 1), step):
+        split = largest_split(LARGE, LARGE, step, budget_bytes=budget)
+        assert peak(split, step) <= budget
+        assert split == largest_split(LARGE, LARGE, step, budget_bytes=budget)
         seen.append(split)
         budget *= 0.98
     assert seen == sorted(seen, key=lambda split: (-split.micro_batch_size, -split.anchors_at_once))
-    tokens_per_anchor = LONG.n_samples * (LONG.completion_length - 1)
+    tokens_per_anchor = step.n_samples * (1 if step.keeps_graph else step.completion_length - 1)
     for split in seen:
         efficient = split.micro_batch_size * split.anchors_at_once * tokens_per_anchor >= EFFICIENT_BLOCK_TOKENS
-        assert efficient or split.micro_batch_size == 1
-    assert {split.micro_batch_size for split in seen} == {16, 8, 4, 2, 1}
+        assert efficient or split.micro_batch_size == 1 or split.anchors_at_once == 127
+    assert seen[0] == Split.whole(step)
+    assert seen[-1].micro_batch_size == 1
     assert any(split.micro_batch_size == 16 and split.anchors_at_once < 127 for split in seen)
 
 

@@ -10,7 +10,8 @@ and `flex` (`flex_attention.py`: one fused kernel on a GPU). Neither holds anyth
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -41,13 +42,19 @@ def prefix_attention(query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor 
 NOTHING = -1e30
 """Score of what must not be seen. A row with nothing to see then weighs nothing; infinities would give NaN."""
 
+CHUNKS = 6
+"""Into how many chunks a sequence is cut at least: more compute less in vain, fewer cost less overhead."""
+SMALL_MASK = 2**18
+"""Entries of a mask worth keeping."""
+
 # PyTorch's fused attention for CPUs, which `scaled_dot_product_attention` calls: it also returns log-normalisers, and
 # its backward pass takes those of the joint softmax, which is what lets a softmax be put together from parts.
 _fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-class Chunk(NamedTuple):
+@dataclass
+class Chunk:
     """A few neighbouring blocks of a few sequences, and the window of prefix keys that their contexts span."""
 
     sequences: slice
@@ -57,12 +64,25 @@ class Chunk(NamedTuple):
     """Part of the window, counted from its start, that some block may see and another may not."""
     hidden: Tensor | None
     """[s, c, W'] bool over `partial`: True where a block's context does not reach; None if nothing is hidden."""
+    _mask: Tensor | None = None
+
+    def additive_mask(self, query: Tensor, key: Tensor) -> Tensor | None:
+        """[s, 1, c * M, W] for the fused kernel: 0 or NOTHING. A small one is kept for the next layer."""
+        if self.hidden is None:
+            return None
+        shape = (self.hidden.shape[0], 1, query.shape[2], key.shape[2])
+        if self._mask is not None and self._mask.shape == shape and self._mask.dtype == query.dtype:
+            return self._mask
+        mask = query.new_zeros(shape)
+        _hide(mask, self)
+        self._mask = mask if mask.numel() <= SMALL_MASK else None
+        return mask
 
 
 def plan_chunks(contexts: Contexts, *, rows: int, scores_at_once: int) -> list[Chunk]:
     """Cut all blocks into chunks of similar contexts, so that little is computed in vain and scores stay small.
 
-    With anchors in order, a chunk's longest context exceeds its shortest by an eighth of the sequence at most. The
+    With anchors in order, a chunk's longest context exceeds its shortest by a part of the sequence only. The
     chunks depend on the contexts alone: a plan is made once per pass and serves all layers.
 
     Args:
@@ -74,7 +94,7 @@ def plan_chunks(contexts: Contexts, *, rows: int, scores_at_once: int) -> list[C
     if N == 0:
         return []
     widest = max(int(end.max() - start.min()), 1)
-    blocks = max(1, min(scores_at_once // (rows * widest), -(-N // 8)))
+    blocks = max(1, min(scores_at_once // (rows * widest), -(-N // CHUNKS)))
     sequences = max(1, min(S, scores_at_once // (rows * widest * blocks)))
     return [
         chunk
@@ -229,21 +249,13 @@ def _hide(scores: Tensor, chunk: Chunk) -> None:
 def _attend(query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | Chunk) -> tuple[Tensor, Tensor]:
     """Outputs of a softmax over these keys alone, and its log-normaliser."""
     if isinstance(hidden, Chunk) and query.device.type == "cpu":
-        return _fused(query, key, value, attn_mask=_additive_mask(query, key, hidden), scale=1.0)  # type: ignore[no-any-return]
+        return _fused(query, key, value, attn_mask=hidden.additive_mask(query, key), scale=1.0)  # type: ignore[no-any-return]
     scores = _scores(query, key, hidden)
     largest = scores.amax(dim=-1, keepdim=True)
     weights = scores.sub_(largest).exp_()
     total = weights.sum(dim=-1, keepdim=True)
     output = (weights.to(value.dtype) @ value).to(scores.dtype) / total
     return output.to(value.dtype), (largest + total.log())[..., 0]
-
-
-def _additive_mask(query: Tensor, key: Tensor, chunk: Chunk) -> Tensor | None:
-    if chunk.hidden is None:
-        return None
-    mask = query.new_zeros(chunk.hidden.shape[0], 1, query.shape[2], key.shape[2])
-    _hide(mask, chunk)
-    return mask
 
 
 def _attend_to_prefix(
@@ -275,7 +287,7 @@ def _attend_backward(
     first two.
     """
     if isinstance(hidden, Chunk) and query.device.type == "cpu":
-        mask = _additive_mask(query, key, hidden)
+        mask = hidden.additive_mask(query, key)
         arguments = (gradient, query, key, value, output, lse, 0.0, False)
         return _fused_backward(*arguments, attn_mask=mask, scale=1.0)  # type: ignore[no-any-return]
     weights = _scores(query, key, hidden).sub_(lse[..., None]).exp_()
