@@ -53,6 +53,11 @@ _fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
+def fused_on(device: torch.device) -> bool:
+    """Whether chunks go through the fused kernels above; elsewhere they are matrix products."""
+    return device.type == "cpu"
+
+
 @dataclass
 class Chunk:
     """A few neighbouring blocks of a few sequences, and the window of prefix keys that their contexts span."""
@@ -248,7 +253,7 @@ def _hide(scores: Tensor, chunk: Chunk) -> None:
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | Chunk) -> tuple[Tensor, Tensor]:
     """Outputs of a softmax over these keys alone, and its log-normaliser."""
-    if isinstance(hidden, Chunk) and query.device.type == "cpu":
+    if isinstance(hidden, Chunk) and fused_on(query.device):
         return _fused(query, key, value, attn_mask=hidden.additive_mask(query, key), scale=1.0)  # type: ignore[no-any-return]
     scores = _scores(query, key, hidden)
     largest = scores.amax(dim=-1, keepdim=True)
@@ -286,7 +291,7 @@ def _attend_backward(
     `output`, `gradient` (of the output) and `lse` are those of the joint softmax; `delta` is the inner product of the
     first two.
     """
-    if isinstance(hidden, Chunk) and query.device.type == "cpu":
+    if isinstance(hidden, Chunk) and fused_on(query.device):
         mask = hidden.additive_mask(query, key)
         arguments = (gradient, query, key, value, output, lse, 0.0, False)
         return _fused_backward(*arguments, attn_mask=mask, scale=1.0)  # type: ignore[no-any-return]
