@@ -1,0 +1,129 @@
+"""One EBFT step: the same gradient however it is cut into parts, and whoever samples."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ebft_study.algorithm.anchors import Anchors, find_anchors
+from ebft_study.config import build_run, nest
+from ebft_study.features.local import LocalFeatures
+from ebft_study.methods import Tally, Totals
+from ebft_study.methods.ebft import Ebft
+from ebft_study.methods.sft import ce_mask
+from ebft_study.rollouts import Rollouts
+from ebft_study.rollouts.strided import StridedRollouts
+from tests.small_models import ARCHITECTURES, small_batch, small_model
+
+LAYOUTS = {
+    "whole": [[0] * 24, [0] * 24, [0] * 24],
+    "ragged": [[0] * 24, [0] * 17 + [-1] * 7, [0] * 5 + [-1] * 19],
+    "short": [[0] * 12 + [1] * 12, [0] * 19 + [-1] * 5, [0] * 2 + [-1] * 22],
+    "packed": [[0] * 9 + [1] * 15, [0] * 24, [0] * 8 + [1] * 8 + [2] * 8],
+}
+
+
+class WithoutGraph(StridedRollouts):
+    """A backend whose log-probabilities carry no gradient, as those of another engine."""
+
+    def sample(self, *args: Any, **kwargs: Any) -> Rollouts:
+        with torch.no_grad():
+            return super().sample(*args, **kwargs)
+
+
+def gradients(
+    *,
+    architecture: str = "qwen2-tied",
+    layout: str = "whole",
+    anchors_at_once: int | None = None,
+    micro_batch_size: int = 3,
+    rollouts: StridedRollouts | None = None,
+    **settings: Any,
+) -> tuple[float, dict[str, Tensor], Tally]:
+    """Loss, gradients and tally of one step over three sequences."""
+    settings = {"completion_length": 4, "stride": 4, "sequence_length": 24, "profile_lengths": [1]} | settings
+    config = build_run(nest(settings, source="test"), source="test")
+    model, other = small_model(architecture), small_model(architecture, seed=1)
+    features = LocalFeatures(other, depths=(0.25, 0.5, 0.75), pooling="last_token", normalize="per_layer")
+    base = copy.deepcopy(small_model(architecture, seed=2)).requires_grad_(False)
+    method = Ebft(
+        config,
+        rollouts=rollouts or StridedRollouts(),
+        features=features,
+        base=base if config.loss.kl_coefficient else None,
+        anchors_at_once=anchors_at_once,
+    )
+    return accumulate(method, model, config, layout, micro_batch_size)
+
+
+def accumulate(
+    method: Ebft, model: nn.Module, config: Any, layout: str, micro_batch_size: int
+) -> tuple[float, dict[str, Tensor], Tally]:
+    batch, rollout = small_batch(LAYOUTS[layout]), config.rollout
+    G = rollout.completion_length
+    anchors = find_anchors(
+        batch.document_ids, completion_length=G, stride=rollout.stride, first_context_length=rollout.context_length
+    )
+    noise = torch.rand(*anchors.positions.shape, rollout.n_samples, G, generator=torch.Generator().manual_seed(0))
+    totals = Totals(contexts=float(anchors.valid.sum()), ce_tokens=float(ce_mask(batch, "all").sum()))
+    tally, loss = Tally(), 0.0
+    for rows in torch.arange(3).split(micro_batch_size):
+        share = Anchors(*(tensor[rows] for tensor in anchors))
+        loss += method.backward(model, batch.select(rows), share, noise=noise[rows], totals=totals, tally=tally)
+    return loss, {name: p.grad for name, p in model.named_parameters()}, tally
+
+
+def assert_same(one: tuple[float, dict[str, Tensor], Tally], other: tuple[float, dict[str, Tensor], Tally]) -> None:
+    assert one[0] == pytest.approx(other[0], rel=1e-5, abs=1e-6)
+    for name, expected in one[1].items():
+        torch.testing.assert_close(other[1][name], expected, atol=2e-5 * float(expected.abs().max()), rtol=1e-4)
+    for name in set(one[2].sums) - {key for key in one[2].sums if key.endswith("seconds")}:
+        assert one[2].sums[name] == pytest.approx(other[2].sums[name], rel=1e-4, abs=1e-5), name
+        assert one[2].counts[name] == other[2].counts[name], name
+
+
+@pytest.mark.parametrize("layout", ["whole", "ragged", "packed"])
+@pytest.mark.parametrize(("anchors_at_once", "micro_batch_size"), [(1, 3), (2, 3), (None, 1), (2, 2)])
+def test_parts_of_the_batch_and_of_the_anchors_add_up_to_the_whole(
+    layout: str, anchors_at_once: int | None, micro_batch_size: int
+) -> None:
+    settings = {"gamma": 0.1, "kl_coefficient": 0.05, "whitening": "variant_i"}
+    whole = gradients(layout=layout, **settings)
+    parts = gradients(layout=layout, anchors_at_once=anchors_at_once, micro_batch_size=micro_batch_size, **settings)
+    assert_same(whole, parts)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("layout", ["whole", "ragged", "packed"])
+def test_differentiating_the_sampling_pass_equals_scoring_its_completions_again(architecture: str, layout: str) -> None:
+    sampled = gradients(architecture=architecture, layout=layout, gamma=0.1)
+    scored = gradients(architecture=architecture, layout=layout, gamma=0.1, rollouts=WithoutGraph())
+    assert_same(sampled, scored)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"completion_length": 1, "stride": 3},
+        {"n_samples": 2},
+        {"n_samples": 2, "completion_length": 1, "whitening": "variant_i"},
+        {"stride": 20, "first_context_length": 20},
+        {"stride": 5, "first_context_length": 3},
+    ],
+    ids=["one token", "two samples", "one token and two samples", "one anchor", "anchors that divide nothing"],
+)
+def test_edge_cases_have_the_same_gradient_in_parts_and_scored_again(settings: dict[str, Any]) -> None:
+    whole = gradients(**settings)
+    assert any(float(gradient.abs().max()) > 0 for gradient in whole[1].values())
+    assert_same(whole, gradients(**settings, anchors_at_once=1, rollouts=WithoutGraph()))
+
+
+def test_a_batch_without_anchors_has_the_gradient_of_cross_entropy_alone() -> None:
+    loss, found, tally = gradients(gamma=0.5, layout="short", first_context_length=20)
+    assert tally.sums["train_ce_loss"] / tally.counts["train_ce_loss"] == pytest.approx(2 * loss, rel=1e-5)
+    assert "reward" not in tally.sums
+    assert float(found["model.embed_tokens.weight"].abs().max()) > 0
