@@ -94,6 +94,8 @@ class _PrefixPass:
         self.keys_values: KeysValues = {}
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        # Autocast leaves rotated keys in float32; cast here, they are not cast again in every pass against them.
+        key = key.to(value.dtype)
         # Activation checkpointing runs a layer a second time; the first keys and values are the ones in use.
         self.keys_values.setdefault(layer, (key, value))
         return prefix_attention(query, key, value, mask=self.mask, scaling=scaling)
@@ -147,7 +149,7 @@ class _BlocksPass:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         N = self.blocks.contexts.end.shape[1]
         q, k, v = (states.unflatten(2, (N, -1)) for states in (query, key, value))
-        length = q.shape[3]
+        k, length = k.to(v.dtype), q.shape[3]
         if self.cache is not None:
             k, v = self.cache.extend(layer, k, v)
         prefix_key, prefix_value = self.prefix[layer]
@@ -172,7 +174,8 @@ def run_blocks(
     """Run the L tokens of all blocks at once, [S, N, L] -> last hidden states [S, N, L, H]."""
     description = _BlocksPass(prefix.keys_values, blocks, backend)
     positions = blocks.positions(0, tokens.shape[2])
-    return _hidden_states(model, tokens.flatten(1), positions, description).unflatten(1, tokens.shape[1:])
+    states = _hidden_states(model, tokens.flatten(1), positions, description)
+    return states.view(*tokens.shape, -1)
 
 
 @dataclass

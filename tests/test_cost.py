@@ -30,7 +30,6 @@ from ebft_study.algorithm.features import layer_indices
 from ebft_study.block_model import ATTENTION, Blocks, run_blocks, run_prefix
 from ebft_study.config import RunConfig, build_run
 from ebft_study.cost import (
-    EFFICIENT_BLOCK_TOKENS,
     Limits,
     ModelShape,
     Split,
@@ -40,6 +39,7 @@ from ebft_study.cost import (
     saved_bytes_per_token,
     step_cost,
 )
+from ebft_study.cost.splitting import EFFICIENT_BLOCK_TOKENS
 from ebft_study.data import Batch
 from ebft_study.errors import ConfigError
 from ebft_study.features import local

@@ -7,7 +7,6 @@ The mask is described by two numbers per completion block and a rule; what is st
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -54,7 +53,7 @@ def _tiles(start: Tensor, end: Tensor, n_prefix: int, length: int) -> tuple[Tens
     pad = -n_queries % TILE
 
     def by_tile(values: Tensor, fill: int) -> Tensor:
-        return torch.nn.functional.pad(values, (0, pad), value=fill).unflatten(1, (-1, TILE))
+        return torch.nn.functional.pad(values, (0, pad), value=fill).view(len(values), -1, TILE)
 
     huge = n_prefix + 1
     earliest, latest = by_tile(start, huge).amin(-1), by_tile(start, -1).amax(-1)
@@ -77,9 +76,9 @@ def _ordered(tiles: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @functools.cache
-def _kernel() -> Callable[..., Any]:
-    # One compiled function; shapes that vary from batch to batch then share it.
-    return torch.compile(flex_attention, dynamic=None)
+def _kernel() -> Any:
+    # Compiled once; where shapes vary from batch to batch, one kernel comes to serve them all.
+    return torch.compile(flex_attention)
 
 
 def flex_block_attention(
@@ -102,8 +101,8 @@ def flex_block_attention(
     """
     key = torch.cat([prefix_key, block_key.flatten(2, 3)], dim=2).to(block_value.dtype)
     value = torch.cat([prefix_value, block_value.flatten(2, 3)], dim=2)
-    attend = _kernel() if query.is_cuda else flex_attention
-    output = attend(
+    attend: Any = _kernel() if query.is_cuda else flex_attention
+    output: Tensor = attend(
         query.flatten(2, 3).to(block_value.dtype), key, value, block_mask=mask, scale=scaling, enable_gqa=True
     )
-    return output.unflatten(2, query.shape[2:4])  # type: ignore[no-any-return]
+    return output.view(query.shape)

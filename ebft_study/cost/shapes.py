@@ -1,0 +1,235 @@
+"""Shapes of models and steps: all that the cost of a step depends on."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from ebft_study.config import RunConfig
+
+FLOAT32_BYTES = 4
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A decoder-only transformer of the Qwen2/Llama family, with a gated MLP."""
+
+    n_layers: int
+    hidden_size: int
+    intermediate_size: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    vocabulary_size: int
+    tied_embeddings: bool
+    small_parameters_per_layer: int
+    """Parameters outside matrices: biases and norms of one layer."""
+    trainable_parameters: int | None = None
+    """None: all are trained. A number: only so many, in adapters (LoRA); the rest is frozen."""
+
+    @staticmethod
+    def of(config: Any, *, trainable_parameters: int | None = None) -> ModelShape:
+        """From anything with the attributes of a Hugging Face configuration (Qwen2, Qwen3, Llama, Mistral)."""
+        H, kind = config.hidden_size, getattr(config, "model_type", "")
+        head_dim = getattr(config, "head_dim", None) or H // config.num_attention_heads
+        small = 2 * H + (2 * head_dim if kind == "qwen3" else 0)
+        if kind == "qwen2" or getattr(config, "attention_bias", False):
+            small += (config.num_attention_heads + 2 * config.num_key_value_heads) * head_dim
+            small += 0 if kind == "qwen2" else H
+        if getattr(config, "mlp_bias", False):
+            small += 2 * config.intermediate_size + H
+        return ModelShape(
+            n_layers=config.num_hidden_layers,
+            hidden_size=H,
+            intermediate_size=config.intermediate_size,
+            n_heads=config.num_attention_heads,
+            n_kv_heads=config.num_key_value_heads,
+            head_dim=head_dim,
+            vocabulary_size=config.vocab_size,
+            tied_embeddings=bool(config.tie_word_embeddings),
+            small_parameters_per_layer=small,
+            trainable_parameters=trainable_parameters,
+        )
+
+    @property
+    def query_size(self) -> int:
+        return self.n_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        """Numbers in the keys of one token and layer; its values are as many."""
+        return self.n_kv_heads * self.head_dim
+
+    @property
+    def layer_matrices(self) -> int:
+        """Parameters in the matrices of all layers: q, k, v, o, gate, up, down."""
+        attention = 2 * self.query_size + 2 * self.kv_size
+        return self.n_layers * self.hidden_size * (attention + 3 * self.intermediate_size)
+
+    @property
+    def head_parameters(self) -> int:
+        return self.vocabulary_size * self.hidden_size
+
+    @property
+    def body_parameters(self) -> int:
+        """Everything but the head; all that a feature network keeps."""
+        small = self.n_layers * self.small_parameters_per_layer + self.hidden_size
+        return self.head_parameters + self.layer_matrices + small
+
+    @property
+    def n_parameters(self) -> int:
+        """Tied embeddings count once; adapters not at all."""
+        return self.body_parameters + (0 if self.tied_embeddings else self.head_parameters)
+
+    @property
+    def n_trainable(self) -> int:
+        return self.n_parameters if self.trainable_parameters is None else self.trainable_parameters
+
+    def cut(self, depths: tuple[float, ...]) -> ModelShape:
+        """What features at relative `depths` need: layers up to `clamp(floor(p L), 1, L)` of the deepest p."""
+        deepest = math.floor(max(depths) * self.n_layers + 1e-9)
+        return replace(self, n_layers=min(max(deepest, 1), self.n_layers), trainable_parameters=None)
+
+    def forward_flops(self, n_tokens: float, n_pairs: float) -> float:
+        """All layers, adapters included, over tokens whose queries meet `n_pairs` keys altogether."""
+        return 2 * (self.layer_matrices + (self.trainable_parameters or 0)) * n_tokens + self._attention_flops(n_pairs)
+
+    def backward_flops(self, n_tokens: float, n_pairs: float) -> float:
+        """Frozen matrices need no gradient of their own; attention computes its scores again: 5 products after 2."""
+        adapters = 2 * (self.trainable_parameters or 0)
+        products = 2 * (self.backward_factor * self.layer_matrices + adapters) * n_tokens
+        return products + 2.5 * self._attention_flops(n_pairs)
+
+    def _attention_flops(self, n_pairs: float) -> float:
+        return 4 * self.n_layers * self.query_size * n_pairs
+
+    def head_flops(self, n_rows: float) -> float:
+        return 2 * self.head_parameters * n_rows
+
+    @property
+    def backward_factor(self) -> int:
+        """Products per matrix in the backward pass, relative to the one of the forward pass."""
+        return 2 if self.trainable_parameters is None else 1
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """What one optimizer step is asked to do, over all workers."""
+
+    method: Literal["ebft", "sft"]
+    sequence_length: int
+    stride: int
+    completion_length: int
+    context_length: int
+    n_samples: int
+    batch_size: int
+    depths: tuple[float, ...]
+    gamma: float = 0.0
+    kl_coefficient: float = 0.0
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of activations, through autocast; weights, gradients and optimizer states are float32."""
+    weight_average: bool = False
+    activation_checkpointing: bool = False
+    differentiable_rollouts: bool = True
+    """Sampling keeps what its backward pass needs, unless activations are checkpointed."""
+    world_size: int = 1
+    """Workers that share the batch."""
+    sharded: bool = False
+    """Weights, gradients and optimizer states are divided among the workers, not repeated on each."""
+    shared_features: bool = False
+    """Feature network and base model are the generator without its adapters (LoRA), so there is no copy of it."""
+
+    @staticmethod
+    def of(config: RunConfig, **changes: Any) -> StepShape:
+        """From a run; `changes` sets fields by name, above all those that a configuration does not tell."""
+        rollout, training = config.rollout, config.training
+        shape = StepShape(
+            method=config.method,
+            sequence_length=config.data.sequence_length,
+            stride=rollout.stride,
+            completion_length=rollout.completion_length,
+            context_length=rollout.context_length,
+            n_samples=rollout.n_samples,
+            batch_size=training.batch_size,
+            depths=config.features.depths,
+            gamma=config.loss.gamma,
+            kl_coefficient=config.loss.kl_coefficient,
+            precision=training.precision,
+            weight_average=config.optimizer.ema_decay is not None,
+        )
+        return replace(shape, **changes)
+
+    @property
+    def anchors(self) -> range:
+        """Positions of the anchors of one sequence, which are the lengths of their contexts; none for SFT."""
+        end = self.sequence_length - self.completion_length + 1
+        return range(self.context_length, end, self.stride) if self.method == "ebft" else range(0)
+
+    @property
+    def n_blocks(self) -> int:
+        """N, completions per sequence."""
+        return len(self.anchors) * self.n_samples
+
+    @property
+    def block_tokens(self) -> int:
+        """Completion tokens per sequence that the generator runs, N (G - 1): the last one predicts nothing."""
+        return self.n_blocks * (self.completion_length - 1)
+
+    @property
+    def block_rows(self) -> int:
+        """Rows of logits per sequence behind the completions; the samples of an anchor share their first."""
+        return len(self.anchors) + self.block_tokens
+
+    @property
+    def keeps_graph(self) -> bool:
+        """The completions are differentiated as they were sampled, not run again."""
+        return self.differentiable_rollouts and not self.activation_checkpointing
+
+    @property
+    def has_kl(self) -> bool:
+        """The frozen base model scores the completions, too."""
+        return self.method == "ebft" and self.kl_coefficient > 0
+
+    @property
+    def compute_bytes(self) -> int:
+        return FLOAT32_BYTES if self.precision == "float32" else 2
+
+    @property
+    def sequences_per_worker(self) -> int:
+        return -(-self.batch_size // self.world_size)
+
+
+@dataclass(frozen=True)
+class Split:
+    """How a worker's share of the batch is cut: into micro-batches, and each of these into parts, by anchors."""
+
+    micro_batch_size: int
+    anchors_at_once: int
+
+    @staticmethod
+    def whole(step: StepShape) -> Split:
+        """Everything at once."""
+        return Split(step.sequences_per_worker, max(len(step.anchors), 1))
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the implementation holds at a time, whatever the split; the defaults are those of a GPU."""
+
+    logits_at_once: int = 2**28
+    scores_at_once: int = 2**28
+    feature_tokens_at_once: int = 2**17
+    chunks: int = 6
+    """Into how many chunks the blocks of a pass are cut at least, by their contexts, in the `chunked` attention."""
+    fused_attention: bool = True
+    """Blocks attend in one kernel (`flex`), except while decoding: no scores, but a copy of the prefix's keys and
+    values in every pass."""
+
+    @staticmethod
+    def on(device: str) -> Limits:
+        """Those of the implementation on `cpu` or `cuda`."""
+        return Limits() if device == "cuda" else Limits(2**24, 2**20, 2**13, fused_attention=False)
+
+    def logit_rows(self, model: ModelShape) -> int:
+        return max(1, self.logits_at_once // model.vocabulary_size)
