@@ -200,9 +200,9 @@ class _ChunkedAttention(torch.autograd.Function):
             d_prefix_key, d_prefix_value = torch.zeros_like(prefix_key), torch.zeros_like(prefix_value)
             for chunk in ctx.chunks:
                 s, keys = chunk.sequences, chunk.keys
-                q, do, o, l, d = (_rows(tensor, chunk) for tensor in (grouped, gradient, output, lse, delta))
+                q, dy, y, z, d = (_rows(tensor, chunk) for tensor in (grouped, gradient, output, lse, delta))
                 k, v = prefix_key[s, :, keys], prefix_value[s, :, keys]
-                dq, dk, dv = _attend_backward(q, k, v, do, o, l, d, chunk)
+                dq, dk, dv = _attend_backward(q, k, v, dy, y, z, d, chunk)
                 d_grouped[s, :, chunk.blocks] += dq.view_as(d_grouped[s, :, chunk.blocks])
                 d_prefix_key[s, :, keys] += dk
                 d_prefix_value[s, :, keys] += dv
