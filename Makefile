@@ -30,8 +30,8 @@ check: $(STAMP) ## linter, formatter and type checker
 test: check ## linter, type checker and every test
 	OMP_NUM_THREADS=1 $(BIN)/pytest
 
-bench: $(STAMP) ## where an EBFT step spends its time, against the naive way
-	$(BIN)/ebft-study bench
+bench: $(STAMP) ## time of an EBFT step, against the published way; writes bench/bench.json and bench.png
+	$(BIN)/ebft-study bench --json bench/bench.json --plot bench/bench.png
 
 clean: ## remove the environment and build leftovers; studies stay
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

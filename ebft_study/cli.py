@@ -116,27 +116,16 @@ def train(
     raise typer.Exit(0 if status == "finished" else 1)
 
 
-@app.command()
-def bench(
-    sequence_length: Annotated[int, typer.Option(help="T, tokens per sequence.")] = 256,
-    n_samples: Annotated[int, typer.Option(help="n, completions per context.")] = 4,
-    batch_size: Annotated[int, typer.Option(help="Sequences per step.")] = 2,
-    repeats: Annotated[int, typer.Option(help="Timed repetitions of each side, alternating.")] = 5,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the rows to this file.")] = None,
-) -> None:
-    """Time one EBFT step by phase, and rollouts against running every prefix again for every token.
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
+def bench(context: typer.Context) -> None:
+    """Time one EBFT step, and compare it with the published way of computing it. Options: see its own --help.
 
-    [dim]ebft-study bench --sequence-length 512 --json bench.json[/dim]
+    [dim]ebft-study bench --section step --json bench.json[/dim]
     """
-    from ebft_study import bench as benchmark
+    # One definition of its options, which must also do where typer is not installed.
+    from ebft_study.bench.__main__ import main as run_bench
 
-    rows = benchmark.bench(
-        sequence_length=sequence_length, n_samples=n_samples, batch_size=batch_size, repeats=repeats, device=device
-    )
-    _table("median of alternating runs", ["name", "value", "low", "high", "unit"], rows)
-    if json_file:
-        benchmark.write_json(rows, json_file)
+    raise typer.Exit(run_bench(context.args))
 
 
 @app.command("gradient-noise")

@@ -15,7 +15,7 @@ from ebft_study.config import all_keys, short_names
 ROOT = Path(ebft_study.__file__).parent
 LAYERS = [
     {"algorithm", "errors", "paths", "config", "cost", "results", "report", "progress"},
-    {"data", "ngram", "block_model"},
+    {"data", "ngram", "block_model", "lora"},
     {"rollouts", "features", "pretraining", "models", "evaluation"},
     {"methods"},
     {"training"},

@@ -12,6 +12,10 @@ from ebft_study.algorithm.whitening import reference_code_products, whitened_pro
 Whitening = Literal["none", "variant_i", "variant_ii", "variant_iii", "reference_code"]
 
 
+NUMBERS_AT_ONCE = {"cpu": 2**20, "cuda": 2**26}
+"""Features widened to float64 at a time: what a CPU's cache holds, or enough to fill a GPU."""
+
+
 class Rewards(NamedTuple):
     """Rewards of the n samples of each context; all [..., n] float64."""
 
@@ -40,16 +44,14 @@ def feature_matching_rewards(phi: Tensor, psi: Tensor, *, alpha: float, whitenin
     Edge cases: for n = 1 there is no other sample and `diversity` is 0 (alpha must be 0 for the loss to mean
     anything); a vector that whitens to zero has cosine 0 with everything.
     """
-    phi, psi = phi.double(), psi.double()
     n = phi.shape[-2]
-    gram = phi @ phi.transpose(-1, -2)
-    cross = (phi @ psi[..., None])[..., 0]
+    gram, cross, length = inner_products(phi, psi)
     if whitening == "none":
         alignment, pairs = cross, gram
     elif whitening == "reference_code":
         products = reference_code_products(gram, cross)
         sample_norm = _diagonal(products.samples).sqrt()
-        alignment = _divide(products.target, sample_norm * psi.norm(dim=-1)[..., None])
+        alignment = _divide(products.target, sample_norm * length[..., None])
         pairs = products.samples
     else:
         products = whitened_products(gram, cross)
@@ -63,6 +65,21 @@ def feature_matching_rewards(phi: Tensor, psi: Tensor, *, alpha: float, whitenin
     alignment = 2.0 * alignment
     diversity = 2.0 * (pairs.sum(dim=-1) - _diagonal(pairs)) / max(n - 1, 1)
     return Rewards(alignment - alpha * diversity, alignment, diversity)
+
+
+def inner_products(phi: Tensor, psi: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`K_ij = phi_i . phi_j` [..., n, n], `k_i = phi_i . psi` [..., n] and `|psi|` [...], in float64.
+
+    A few contexts are widened at a time: a float64 copy of all features would be written and read for nothing.
+    """
+    n, d = phi.shape[-2:]
+    at_once = max(1, NUMBERS_AT_ONCE[phi.device.type] // ((n + 1) * d))
+    joint = torch.empty(*phi.shape[:-2], n + 1, n + 1, dtype=torch.float64, device=phi.device)
+    contexts = zip(phi.reshape(-1, n, d).split(at_once), psi.reshape(-1, 1, d).split(at_once), strict=True)
+    for (samples, truth), out in zip(contexts, joint.view(-1, n + 1, n + 1).split(at_once), strict=True):
+        vectors = torch.cat([samples, truth], dim=1).double()
+        torch.bmm(vectors, vectors.transpose(-1, -2), out=out)
+    return joint[..., :-1, :-1], joint[..., :-1, -1], joint[..., -1, -1].sqrt()
 
 
 def _diagonal(pairs: Tensor) -> Tensor:

@@ -4,6 +4,8 @@ Every pass calls the whole model, logits of all tokens included, on the whole se
 for each of the n samples, behind a dense mask; sampling does so at each of the G decoding steps; the feature network
 likewise; features are whitened by a batched SVD. Two things flatter it: the mask is built by tensor operations rather
 than loops, and attention is PyTorch's fused one rather than matrices of probabilities.
+
+Letters as in `algorithm`; M = T + B * L tokens of a sequence with L tokens per block.
 """
 
 from __future__ import annotations
@@ -12,16 +14,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ebft_study.algorithm.advantages import feature_matching_advantages
 from ebft_study.algorithm.anchors import Anchors, completions_at, document_positions
 from ebft_study.algorithm.features import feature_map, layer_indices
 from ebft_study.algorithm.losses import cross_entropy_loss, next_token_mask, policy_gradient_loss
-from ebft_study.algorithm.rewards import feature_matching_rewards
 from ebft_study.algorithm.sampling import draw
 from ebft_study.algorithm.whitening import RELATIVE_TOLERANCE
+from ebft_study.config import RunConfig
 from ebft_study.data import Batch
+from ebft_study.methods import Totals, differentiate
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,8 @@ class _Copies:
 
     def gather(self, values: Tensor) -> Tensor:
         """[S * n, B, ...] -> [S, B, n, ...]."""
-        return values.unflatten(0, (-1, self.n_samples)).transpose(1, 2)
+        gathered: Tensor = values.unflatten(0, (-1, self.n_samples)).transpose(1, 2)
+        return gathered
 
 
 def dense_mask(document_ids: Tensor, anchors: Anchors, length: int) -> Tensor:
@@ -81,12 +86,16 @@ def _run(model: nn.Module, copies: _Copies, blocks: Tensor, *, hidden: bool = Fa
     )
 
 
-def _predicting(logits: Tensor, copies: _Copies, length: int) -> Tensor:
-    """Logits of completion tokens 0 .. length, [S * n, B, length + 1, V]."""
-    T, V = copies.tokens.shape[1], logits.shape[-1]
-    before = (copies.anchors.positions - 1).clamp(min=0)[..., None].expand(-1, -1, V)
-    first = logits.gather(1, before)[:, :, None]
-    return torch.cat([first, logits[:, T:].unflatten(1, (-1, length))], dim=2) if length else first
+def _first_logits(logits: Tensor, copies: _Copies) -> Tensor:
+    """Logits before the first token of every completion, [S * n, B, V]."""
+    before = (copies.anchors.positions - 1).clamp(min=0)[..., None]
+    return logits.gather(1, before.expand(-1, -1, logits.shape[-1]))
+
+
+def _of_blocks(values: Tensor, copies: _Copies, length: int) -> Tensor:
+    """The part of [S * n, T + B * L, X] that belongs to the blocks, [S * n, B, L, X]."""
+    blocks: Tensor = values[:, copies.tokens.shape[1] :].unflatten(1, (copies.anchors.positions.shape[1], length))
+    return blocks
 
 
 @torch.no_grad()
@@ -97,8 +106,9 @@ def naive_rollouts(model: nn.Module, batch: Batch, anchors: Anchors, noise: Tens
     each = copies.spread(noise.to(batch.tokens.device))
     drawn = torch.empty(*each.shape[:2], 0, dtype=torch.long, device=batch.tokens.device)
     for t in range(G):
-        logits = _predicting(_run(model, copies, drawn).logits, copies, t)[:, :, -1]
-        token = draw((logits.float() / temperature).softmax(dim=-1), each[..., t : t + 1])
+        logits = _run(model, copies, drawn).logits
+        last = _of_blocks(logits, copies, t)[:, :, -1] if t else _first_logits(logits, copies)
+        token = draw((last.float() / temperature).softmax(dim=-1), each[..., t : t + 1])
         drawn = torch.cat([drawn, token], dim=-1)
     return copies.gather(drawn)
 
@@ -108,12 +118,12 @@ def naive_features(
     network: nn.Module, batch: Batch, anchors: Anchors, completions: Tensor, depths: tuple[float, ...]
 ) -> tuple[Tensor, Tensor]:
     """phi [S, B, n, d] and psi [S, B, d] with `last_token` pooling, from all layers of the whole network."""
-    copies, T = _Copies.of(batch, anchors, completions.shape[2]), batch.tokens.shape[1]
+    copies = _Copies.of(batch, anchors, completions.shape[2])
     states = _run(network, copies, copies.spread(completions), hidden=True).hidden_states
     layers = [states[i] for i in layer_indices(depths, len(states) - 1)]
     G = completions.shape[3]
-    sampled = [h[:, T:].unflatten(1, (-1, G)) for h in layers]
-    index = torch.arange(T, device=batch.tokens.device).expand_as(copies.tokens)
+    sampled = [_of_blocks(h, copies, G) for h in layers]
+    index = torch.arange(batch.tokens.shape[1], device=batch.tokens.device).expand_as(copies.tokens)
     at = completions_at(index, copies.anchors, G)
     real = [
         h.gather(1, at.flatten(1)[..., None].expand(-1, -1, h.shape[-1])).unflatten(1, at.shape[1:]) for h in layers
@@ -130,45 +140,76 @@ def naive_whitened(phi: Tensor, psi: Tensor) -> tuple[Tensor, Tensor]:
     scale = torch.where(counts, n**0.5 / torch.where(counts, singular, 1.0), 0.0)
 
     def whiten(vectors: Tensor) -> Tensor:
-        return ((vectors @ directions.transpose(-1, -2)) * scale[..., None, :]) @ directions
+        whitened: Tensor = ((vectors @ directions.transpose(-1, -2)) * scale[..., None, :]) @ directions
+        return whitened
 
     return whiten(phi), whiten(psi[..., None, :])[..., 0, :]
+
+
+def naive_rewards(phi: Tensor, psi: Tensor) -> tuple[Tensor, Tensor]:
+    """Alignment and diversity [..., n] of `variant_i` (9), from the whitened features [..., n, d] themselves."""
+    samples, target = naive_whitened(phi, psi)
+    alignment = F.cosine_similarity(samples, target[..., None, :], dim=-1)
+    pairs = samples @ samples.transpose(-1, -2)
+    others = pairs.sum(dim=-1) - pairs.diagonal(dim1=-2, dim2=-1)
+    return 2.0 * alignment, 2.0 * others / (phi.shape[-2] - 1)
+
+
+def naive_logits(model: nn.Module, batch: Batch, anchors: Anchors, completions: Tensor) -> tuple[Tensor, Tensor]:
+    """Float32 logits before every token of completions [S, B, n, G] and of the ground truth: [S, B, n, G, V] and
+    [S, T - 1, V], cut out of the logits of all tokens."""
+    copies = _Copies.of(batch, anchors, completions.shape[2])
+    logits = _run(model, copies, copies.spread(completions)).logits.float()
+    later = _of_blocks(logits, copies, completions.shape[3])[:, :, :-1]
+    sampled = torch.cat([_first_logits(logits, copies)[:, :, None], later], dim=2)
+    return copies.gather(sampled), logits[:: copies.n_samples, : batch.tokens.shape[1] - 1]
 
 
 def naive_log_probs(
     model: nn.Module, batch: Batch, anchors: Anchors, completions: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of completions [S, B, n, G] and of the ground truth [S, T - 1], from logits of every token."""
-    copies, T = _Copies.of(batch, anchors, completions.shape[2]), batch.tokens.shape[1]
-    logits = _run(model, copies, copies.spread(completions)).logits.float()
-    predicting = _predicting(logits, copies, completions.shape[3])[:, :, :-1]
-    tempered = (predicting / temperature).log_softmax(dim=-1)
-    sampled = tempered.gather(-1, copies.spread(completions)[..., None])[..., 0]
-    truth = logits[:: copies.n_samples, : T - 1].log_softmax(dim=-1)
-    return copies.gather(sampled), truth.gather(-1, batch.tokens[:, 1:, None])[..., 0]
+    """Log-probabilities of completions [S, B, n, G] at `temperature`, and of the ground truth [S, T - 1] at 1."""
+    sampled, truth = naive_logits(model, batch, anchors, completions)
+    sampled, truth = (sampled / temperature).log_softmax(dim=-1), truth.log_softmax(dim=-1)
+    return (
+        sampled.gather(-1, completions[..., None])[..., 0],
+        truth.gather(-1, batch.tokens[:, 1:, None])[..., 0],
+    )
 
 
-def naive_step(
+def naive_backward(
     model: nn.Module,
     network: nn.Module,
     batch: Batch,
     anchors: Anchors,
-    noise: Tensor,
     *,
-    temperature: float,
-    alpha: float,
-    gamma: float,
-    depths: tuple[float, ...],
+    noise: Tensor,
+    totals: Totals,
+    config: RunConfig,
+    completions: Tensor | None = None,
 ) -> float:
-    """Rollouts, features, rewards and the gradient of one unwhitened RLOO step; returns the loss."""
-    completions = naive_rollouts(model, batch, anchors, noise, temperature)
-    phi, psi = naive_features(network, batch, anchors, completions, depths)
-    rewards = feature_matching_rewards(phi, psi, alpha=alpha, whitening="none")
-    advantages = feature_matching_advantages(rewards.alignment, rewards.diversity, alpha=alpha, baseline="rloo")
-    log_probs, truth = naive_log_probs(model, batch, anchors, completions, temperature)
+    """Add the gradient of these sequences' share of the loss to the parameters; returns that share.
+
+    Args:
+        network: the whole feature network; features are pooled and normalised as the paper does.
+        config: whitening is `variant_i` and there is no KL term, whatever it says; n_samples >= 2.
+        completions: [S, B, n, G] to be scored instead of what `noise` [S, B, n, G] would draw.
+    """
+    temperature, alpha = config.rollout.temperature, config.reward.alpha
+    if completions is None:
+        completions = naive_rollouts(model, batch, anchors, noise, temperature)
+    phi, psi = naive_features(network, batch, anchors, completions, config.features.depths)
+    with torch.autocast(phi.device.type, enabled=False):
+        rewards = naive_rewards(phi, psi)
+    advantages = feature_matching_advantages(*rewards, alpha=alpha, baseline=config.reward.baseline)
+    sampled, truth = naive_log_probs(model, batch, anchors, completions, temperature)
+    policy = policy_gradient_loss(
+        sampled,
+        advantages,
+        anchors.valid,
+        aggregation=config.loss.aggregation,
+        denominator=totals.contexts * advantages.shape[-1],
+    )
     mask = next_token_mask(batch.document_ids)
-    pairs = float(anchors.valid.sum()) * noise.shape[2]
-    loss = policy_gradient_loss(log_probs, advantages, anchors.valid, aggregation="token_mean", denominator=pairs)
-    loss = loss + gamma * cross_entropy_loss(truth, mask, denominator=float(mask.sum()))
-    loss.backward()
-    return float(loss.detach())
+    cross_entropy = cross_entropy_loss(truth, mask, denominator=totals.ce_tokens)
+    return differentiate(policy + config.loss.gamma * cross_entropy)
