@@ -137,21 +137,22 @@ class Blocks:
         return self._plans[key]
 
 
-@dataclass
 class _BlocksPass:
-    """L tokens of every block, after the ones in `cache`, if there is one."""
+    """L tokens of every block, after the first `position` ones in `cache`, if there is one."""
 
-    prefix: KeysValues
-    blocks: Blocks
-    backend: Backend
-    cache: _BlockCache | None = None
+    # Not a dataclass: sharding looks into dataclasses among a layer's arguments and puts copies in their place.
+    def __init__(
+        self, prefix: KeysValues, blocks: Blocks, backend: Backend, cache: _BlockCache | None = None, position: int = 0
+    ) -> None:
+        self.prefix, self.blocks, self.backend = prefix, blocks, backend
+        self.cache, self.position = cache, position
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         N = self.blocks.contexts.end.shape[1]
         q, k, v = (states.unflatten(2, (N, -1)) for states in (query, key, value))
         k, length = k.to(v.dtype), q.shape[3]
         if self.cache is not None:
-            k, v = self.cache.extend(layer, k, v)
+            k, v = self.cache.extend(layer, k, v, self.position)
         prefix_key, prefix_value = self.prefix[layer]
         backend = ("flex" if q.is_cuda and length > 1 else "chunked") if self.backend == "auto" else self.backend
         if backend == "flex" and self.cache is None:
@@ -180,26 +181,33 @@ def run_blocks(
 
 @dataclass
 class _BlockCache:
-    """Keys and values of the blocks' tokens so far: in buffers of their final size, or joined where gradients flow."""
+    """Keys and values of the blocks' tokens so far: in buffers of their final size, or one by one for gradients."""
 
     capacity: int
-    length: int = 0
     buffers: KeysValues = field(default_factory=dict)
+    tokens: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
 
-    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Add one token [S, Hk, N, 1, D]; all of them so far are returned."""
-        if key.requires_grad or value.requires_grad:
-            if self.length:
-                key, value = (torch.cat(pair, dim=3) for pair in zip(self.buffers[layer], (key, value), strict=True))
-            self.buffers[layer] = (key, value)
-            return key, value
+    def extend(self, layer: int, key: Tensor, value: Tensor, position: int) -> tuple[Tensor, Tensor]:
+        """Add token number `position`, [S, Hk, N, 1, D]; all of them up to it are returned.
+
+        Activation checkpointing runs a token again after later ones were added: it meets what it met before.
+        """
+        if torch.is_grad_enabled():
+            return self._join(layer, key, value, position)
         if layer not in self.buffers:
             shape = (*key.shape[:3], self.capacity, key.shape[4])
             self.buffers[layer] = (key.new_empty(shape), value.new_empty(shape))
         for buffer, token in zip(self.buffers[layer], (key, value), strict=True):
-            buffer[:, :, :, self.length] = token[:, :, :, 0]
+            buffer[:, :, :, position] = token[:, :, :, 0]
         keys, values = self.buffers[layer]
-        return keys[:, :, :, : self.length + 1], values[:, :, :, : self.length + 1]
+        return keys[:, :, :, : position + 1], values[:, :, :, : position + 1]
+
+    def _join(self, layer: int, key: Tensor, value: Tensor, position: int) -> tuple[Tensor, Tensor]:
+        earlier = self.tokens.setdefault(layer, [])
+        if position == len(earlier):
+            earlier.append((key, value))
+        keys, values = zip(*earlier[:position], (key, value), strict=True)
+        return torch.cat(keys, dim=3), torch.cat(values, dim=3)
 
 
 class Decoder:
@@ -207,15 +215,14 @@ class Decoder:
 
     def __init__(self, model: nn.Module, prefix: Prefix, blocks: Blocks, capacity: int) -> None:
         """`capacity`: how many tokens will be run at most."""
-        self.model, self.blocks = model, blocks
-        self.cache = _BlockCache(capacity)
-        self.description = _BlocksPass(prefix.keys_values, blocks, "chunked", self.cache)
+        self.model, self.prefix, self.blocks = model, prefix, blocks
+        self.cache, self.length = _BlockCache(capacity), 0
 
     def advance(self, tokens: Tensor) -> Tensor:
         """Run the next token of every block, [S, N] -> last hidden states [S, N, H]."""
-        positions = self.blocks.positions(self.cache.length, 1)
-        states = _hidden_states(self.model, tokens, positions, self.description)
-        self.cache.length += 1
+        description = _BlocksPass(self.prefix.keys_values, self.blocks, "chunked", self.cache, self.length)
+        states = _hidden_states(self.model, tokens, self.blocks.positions(self.length, 1), description)
+        self.length += 1
         return states
 
 

@@ -10,10 +10,10 @@ import difflib
 import functools
 import math
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from ebft_study.errors import ConfigError, rule_broken
 
@@ -121,14 +121,47 @@ class TrainingConfig(Section):
 
     steps: int = Field(100, ge=0, description="optimizer updates by the method, after any warm start")
     batch_size: PositiveInt = Field(8, description="sequences per optimizer update, over all workers")
-    micro_batch_size: PositiveInt | None = Field(None, description="sequences per forward pass; default: all at once")
+    micro_batch_size: PositiveInt | None = Field(None, description="sequences per pass; default: as many as fit")
+    anchors_at_once: PositiveInt | None = Field(None, description="anchors per pass; default: as many as fit")
+    memory_budget_gib: float | None = Field(
+        None,
+        gt=0.0,
+        description="what one worker may use; default: 90 % of its GPU, or 4 GiB (more if needed) on a CPU",
+    )
     warm_start_steps: int = Field(0, ge=0, description="SFT updates before the method starts")
     warm_start_learning_rate: float | None = Field(None, gt=0.0, description="default: learning_rate")
-    precision: Literal["float32", "bfloat16"] = Field("float32", description="autocast type; weights stay float32")
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="type that passes compute in; frozen networks are stored in it"
+    )
+    weight_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="type of trained weights, their gradients and optimizer states; bfloat16 saves memory"
+    )
+    sharding: Literal["none", "fsdp"] = Field(
+        "none", description="fsdp: divide weights and optimizer states among a trial's workers; none: repeat them"
+    )
+    activation_checkpointing: bool = Field(
+        False, description="compute activations again in the backward pass instead of keeping them"
+    )
     device: Literal["auto", "cpu", "cuda"] = "auto"
     attention: Literal["auto", "chunked", "flex"] = Field("auto", description="auto: flex on a GPU, chunked elsewhere")
     log_every_steps: PositiveInt = 5
     sample_every_steps: PositiveInt = Field(50, description="write a few rollouts with their rewards this often")
+
+
+class LoraConfig(Section):
+    """Low-rank adapters: only these are trained, so the model's own weights also serve as feature network."""
+
+    lora_rank: int = Field(0, ge=0, description="rank of the adapters; 0 trains all weights instead")
+    lora_alpha: float = Field(32.0, gt=0.0, description="adapters are scaled by lora_alpha / lora_rank")
+    lora_targets: Annotated[
+        tuple[str, ...], BeforeValidator(lambda given: [given] if isinstance(given, str) else given)
+    ] = Field(("all-linear",), min_length=1, description="names of linear layers; all-linear: all but the head")
+
+    @model_validator(mode="after")
+    def _all_or_some(self) -> LoraConfig:
+        if "all-linear" in self.lora_targets and len(self.lora_targets) > 1:
+            raise ValueError("lora_targets must be all-linear alone, or names of layers without it")
+        return self
 
 
 class EvaluationConfig(Section):
@@ -172,6 +205,7 @@ class RunConfig(Section):
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig = TrainingConfig()
+    lora: LoraConfig = LoraConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
@@ -207,6 +241,13 @@ def broken_rules(config: RunConfig) -> list[tuple[str, Any, str, str]]:
         list(evaluation.profile_lengths),
         f"a sequence of {data.sequence_length} tokens has no room for completions of {longest}",
         f"Use lengths <= {max(room, 0)} or a longer sequence_length",
+    )
+    need(
+        config.training.weight_dtype == "float32" or config.training.precision == "bfloat16",
+        "training.weight_dtype",
+        "bfloat16",
+        f"precision={config.training.precision} computes more exactly than such weights are stored",
+        "Use precision=bfloat16 with it, or weight_dtype=float32",
     )
     if config.method == "ebft":
         single = rollout.n_samples == 1

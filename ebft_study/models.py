@@ -17,6 +17,7 @@ from ebft_study.block_model import ATTENTION, verify
 from ebft_study.config import FeaturesConfig, RunConfig
 from ebft_study.errors import ModelError
 from ebft_study.features.local import LocalFeatures
+from ebft_study.lora import BaseModel, add_adapters
 from ebft_study.pretraining import LADDER, ensure_tiny_model
 
 transformers_logging.disable_progress_bar()
@@ -35,9 +36,14 @@ class LoadedModel:
 
 
 def load_model(
-    name: str, *, revision: str | None = None, random_weights: bool = False, device: torch.device | str = "cpu"
+    name: str,
+    *,
+    revision: str | None = None,
+    random_weights: bool = False,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> LoadedModel:
-    """A ladder model, hub model or local folder, in float32 and evaluation mode.
+    """A ladder model, hub model or local folder, with weights of type `dtype` and in evaluation mode.
 
     Args:
         random_weights: keep the architecture but draw the weights anew from a fixed seed (an ablation of the paper).
@@ -55,17 +61,22 @@ def load_model(
                 model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION, dtype=torch.float32)
         else:
             model = AutoModelForCausalLM.from_pretrained(
-                source, revision=revision, dtype=torch.float32, attn_implementation=ATTENTION
+                source, revision=revision, dtype=dtype, attn_implementation=ATTENTION
             )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(_explain(name, error)) from error
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
         raise ModelError(f"model {name!r}: its tokenizer has neither a padding nor an end token. Add one and save it")
-    model = model.to(device).eval()
+    model = model.to(device, dtype).eval()
     verify(model, name=name)
     return LoadedModel(
         model, tokenizer, name, fingerprint(model), sum(p.numel() for p in model.parameters()), str(Path(source).name)
     )
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Name -> parameter, of those that training changes; a tied one once."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -77,6 +88,33 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
+def load_generator(config: RunConfig, *, device: torch.device | str = "cpu") -> LoadedModel:
+    """The model that a run trains, with fresh adapters if it trains these; it computes what the base model does.
+
+    Raises:
+        ModelError: see `load_model`, or adapters for layers that the model does not have.
+    """
+    loaded = load_model(config.model, revision=config.model_revision, device=device, dtype=base_dtype(config))
+    if config.lora.lora_rank > 0:
+        dtype = getattr(torch, config.training.weight_dtype)
+        add_adapters(loaded.model, config.lora, seed=config.seed, dtype=dtype, name=config.model)
+    return loaded
+
+
+def base_dtype(config: RunConfig) -> torch.dtype:
+    """Type of the weights that a run starts from; frozen ones need no more digits than passes compute with."""
+    training = config.training
+    dtype: torch.dtype = getattr(torch, training.precision if config.lora.lora_rank > 0 else training.weight_dtype)
+    return dtype
+
+
+def frozen_base(config: RunConfig, base: LoadedModel) -> nn.Module:
+    """The generator before any training, a warm start included: a frozen copy, or the generator without adapters."""
+    if config.lora.lora_rank > 0:
+        return BaseModel(base.model)
+    return _frozen_copy(config, base)
+
+
 def load_feature_network(config: RunConfig, base: LoadedModel) -> LocalFeatures:
     """The frozen feature network of a run; 'base' is the generator before any training, a warm start included.
 
@@ -84,19 +122,40 @@ def load_feature_network(config: RunConfig, base: LoadedModel) -> LocalFeatures:
         ModelError: the network has another vocabulary than the generator, so token ids mean other things to it.
     """
     features: FeaturesConfig = config.features
-    if features.feature_network == "base" and not features.random_weights:
-        network: nn.Module = copy.deepcopy(base.model)
+    itself = features.feature_network == "base" and not features.random_weights
+    shared = itself and config.lora.lora_rank > 0
+    if itself:
+        network, identity = base.model if shared else _frozen_copy(config, base), base.fingerprint
     else:
-        same = features.feature_network == "base"
-        other = load_model(
-            config.model if same else features.feature_network,
-            revision=config.model_revision if same else None,
-            random_weights=features.random_weights,
-            device=next(base.model.parameters()).device,
-        )
-        check_vocabulary(base.tokenizer, other.tokenizer, base.name, other.name)
-        network = other.model
-    return LocalFeatures(network, depths=features.depths, pooling=features.pooling, normalize=features.normalize)
+        other = _other_network(config, base)
+        network, identity = other.model, other.fingerprint
+    return LocalFeatures(
+        network,
+        depths=features.depths,
+        pooling=features.pooling,
+        normalize=features.normalize,
+        shared=shared,
+        fingerprint=identity,
+    )
+
+
+def _frozen_copy(config: RunConfig, base: LoadedModel) -> nn.Module:
+    copied: nn.Module = copy.deepcopy(base.model).eval().requires_grad_(False)
+    return copied.to(getattr(torch, config.training.precision))
+
+
+def _other_network(config: RunConfig, base: LoadedModel) -> LoadedModel:
+    features = config.features
+    same = features.feature_network == "base"
+    other = load_model(
+        config.model if same else features.feature_network,
+        revision=config.model_revision if same else None,
+        random_weights=features.random_weights,
+        device=next(base.model.parameters()).device,
+        dtype=getattr(torch, config.training.precision),
+    )
+    check_vocabulary(base.tokenizer, other.tokenizer, base.name, other.name)
+    return other
 
 
 def check_vocabulary(ours: Any, theirs: Any, our_name: str, their_name: str) -> None:

@@ -42,6 +42,11 @@ BROKEN = [
     ({"ema_decay": 1.0}, "optimizer.ema_decay=1.0"),
     ({"cfm_samples": 1}, "evaluation.cfm_samples=1"),
     ({"name": "../escape"}, "name='../escape'"),
+    ({"weight_dtype": "bfloat16"}, "training.weight_dtype='bfloat16': precision=float32 computes more exactly"),
+    ({"sharding": "ddp"}, "training.sharding='ddp'"),
+    ({"lora_rank": -1}, "lora.lora_rank=-1"),
+    ({"lora_targets": []}, "lora.lora_targets"),
+    ({"lora_targets": ["all-linear", "q_proj"]}, "all-linear alone"),
 ]
 
 
@@ -58,6 +63,11 @@ def test_a_broken_rule_is_one_line_naming_file_and_key(settings: dict[str, Any],
 def test_a_single_sample_is_allowed_without_diversity_and_baseline() -> None:
     assert build(n_samples=1, alpha=0, baseline="none").rollout.n_samples == 1
     assert build(n_samples=1, method="sft").rollout.n_samples == 1
+
+
+def test_one_target_of_adapters_needs_no_list() -> None:
+    assert build(lora_targets="q_proj").lora.lora_targets == ("q_proj",)
+    assert build(lora_targets=["q_proj", "v_proj"]).lora.lora_targets == ("q_proj", "v_proj")
 
 
 def test_short_names_paths_and_sections_mean_the_same() -> None:

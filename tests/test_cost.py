@@ -179,7 +179,9 @@ def run_step(
         method = Ebft(
             config,
             rollouts=Watched(
-                StridedRollouts() if case.step().keeps_graph else WithoutGraph(), enter, lambda: leave("rollouts")
+                StridedRollouts() if case.step().differentiable_rollouts else WithoutGraph(),
+                enter,
+                lambda: leave("rollouts"),
             ),
             features=Watched(network, enter, lambda: leave("features")),
             base=build(tied=case.tied, **case.sizes).requires_grad_(False) if case.kl else None,
@@ -580,7 +582,8 @@ def test_sampling_that_keeps_no_graph_is_paid_for_once_more() -> None:
     blocks = again.scoring_forward.flops - kept.scoring_forward.flops
     assert blocks == pytest.approx(kept.rollouts.flops, rel=1e-9)
     checkpointed = step_cost(shape, shape, replace(step, activation_checkpointing=True))
-    assert checkpointed.scoring_forward == again.scoring_forward
+    assert checkpointed.scoring_forward == kept.scoring_forward
+    assert checkpointed.scoring_backward.flops > kept.scoring_backward.flops
 
 
 @pytest.mark.parametrize("step", [LONG, replace(LONG, activation_checkpointing=True)], ids=["plain", "checkpointing"])
@@ -594,7 +597,7 @@ def test_a_split_fits_and_nothing_preferred_to_it_does(step: StepShape) -> None:
         seen.append(split)
         budget *= 0.98
     assert seen == sorted(seen, key=lambda split: (-split.micro_batch_size, -split.anchors_at_once))
-    tokens_per_anchor = step.n_samples * (1 if step.keeps_graph else step.completion_length - 1)
+    tokens_per_anchor = step.n_samples * (1 if step.differentiable_rollouts else step.completion_length - 1)
     for split in seen:
         efficient = split.micro_batch_size * split.anchors_at_once * tokens_per_anchor >= EFFICIENT_BLOCK_TOKENS
         assert efficient or split.micro_batch_size == 1 or split.anchors_at_once == 127
@@ -610,6 +613,15 @@ def test_short_completions_are_not_cut_below_what_fills_a_pass() -> None:
     assert largest_split(shape, shape, step, budget_bytes=least) == Split(2, 7)
 
 
+def test_a_chosen_size_is_kept_and_the_other_one_fitted_to_it() -> None:
+    budget = peak(Split(4, 32), LONG)
+    assert largest_split(LARGE, LARGE, LONG, budget_bytes=budget, given=(4, None)) == Split(4, 32)
+    assert largest_split(LARGE, LARGE, LONG, budget_bytes=budget, given=(None, 32)) == Split(4, 32)
+    assert largest_split(LARGE, LARGE, LONG, budget_bytes=budget, given=(2, 3)) == Split(2, 3)
+    with pytest.raises(ConfigError, match="Use a smaller anchors_at_once, a smaller micro_batch_size"):
+        largest_split(LARGE, LARGE, LONG, budget_bytes=budget, given=(8, 64))
+
+
 def test_sft_is_cut_by_sequences_only() -> None:
     step = replace(LONG, method="sft")
     split = largest_split(LARGE, LARGE, step, budget_bytes=memory(LARGE, LARGE, step, Split(4, 1)).peak_bytes)
@@ -620,7 +632,7 @@ def test_what_does_not_fit_at_all_is_refused_with_what_it_needs() -> None:
     with pytest.raises(ConfigError) as caught:
         largest_split(LARGE, LARGE, LONG, budget_bytes=8 * 2**30)
     message = str(caught.value)
-    assert f"at least {peak(Split(1, 1)) / 2**30:.3g} GiB" in message
+    assert f"needs {peak(Split(1, 1)) / 2**30:.3g} GiB with micro_batch_size=1 and anchors_at_once=1" in message
     assert "memory=8 GiB" in message
     for remedy in ("sequence_length", "n_samples", "completion_length", "activation_checkpointing=true", "lora_rank"):
         assert remedy in message

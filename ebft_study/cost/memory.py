@@ -49,17 +49,21 @@ def memory(
     """
     held = _Held(model, features.cut(step.depths), step, split, limits or Limits())
     shards = step.world_size if step.sharded else 1
-    gradients = FLOAT32_BYTES * model.n_trainable / shards
+    gradients = step.weight_bytes * model.n_trainable / shards
     copies = 2 if step.weight_average else 1
-    cast = 0 if step.precision == "float32" else step.compute_bytes * (model.layer_matrices + model.head_parameters)
+    frozen_own = model.n_parameters - model.n_trainable if model.trainable_parameters is not None else 0
+    own = step.weight_bytes * (model.n_parameters - frozen_own) + step.compute_bytes * frozen_own
+    # Autocast keeps a copy of every trained matrix that it casts.
+    casts = step.weight_bytes != step.compute_bytes and not frozen_own
+    cast = step.compute_bytes * (model.layer_matrices + model.head_parameters) if casts else 0
     frozen = 0
     if step.method == "ebft" and not step.shared_features:
         frozen = held.network.body_parameters + (model.n_parameters if step.has_kl else 0)
     return Memory(
-        weights_bytes=(FLOAT32_BYTES * copies * model.n_parameters + cast) / shards,
+        weights_bytes=(own + step.weight_bytes * (copies - 1) * model.n_trainable + cast) / shards,
         gradients_bytes=gradients,
-        optimizer_bytes=2 * FLOAT32_BYTES * model.n_trainable / shards,
-        frozen_bytes=FLOAT32_BYTES * frozen,
+        optimizer_bytes=2 * gradients,
+        frozen_bytes=step.compute_bytes * frozen,
         prefix_bytes=held.prefix(),
         rollouts_bytes=held.rollouts() if step.n_blocks else 0,
         features_bytes=held.features() if step.n_blocks else 0,
@@ -134,7 +138,7 @@ class _Held:
     def differentiating(self, n_tokens: int, *, blocks: bool) -> int:
         """Of one layer while the backward pass goes through it; what was saved goes as its gradient comes."""
         again = saved_bytes_per_token(self.model, self.step, blocks=blocks) if self.step.activation_checkpointing else 0
-        score_copies = 3 if blocks and (self.step.keeps_graph or not self.limits.fused_attention) else 0
+        score_copies = 3 if blocks and (self.step.differentiable_rollouts or not self.limits.fused_attention) else 0
         return n_tokens * again + self.running(self.model, n_tokens, mlp_copies=1, score_copies=score_copies)
 
     def logits(self, n_rows: int, *, copies: int) -> int:
@@ -153,12 +157,12 @@ class _Held:
     def graph(self) -> int:
         """What sampling keeps for its backward pass, and autograd of all passes of a block where there is one."""
         model, step, length = self.model, self.step, self.step.completion_length - 1
-        if not step.keeps_graph:
+        if not step.differentiable_rollouts:
             return 0
         held = self.block_tokens * self.saved(blocks=True)
-        # Every decode pass keeps the keys and values of its block so far.
-        earlier = self.blocks * (length - 1) * length // 2
-        held += 2 * model.n_layers * earlier * model.kv_size * step.compute_bytes
+        # Every decode pass keeps the keys and values of its block so far, unless it is going to run again.
+        earlier = length if step.activation_checkpointing else (length - 1) * length // 2
+        held += self.blocks * earlier * self.keys_values(model)
         if self.blocks <= self.limits.logit_rows(model):
             rows = self.block_tokens + self.blocks // step.n_samples if step.n_samples else 0
             held += FLOAT32_BYTES * rows * model.vocabulary_size
@@ -166,7 +170,7 @@ class _Held:
 
     def rollouts(self) -> int:
         """What sampling keeps, or keys and values of the blocks so far; a decode pass, or drawing from its logits."""
-        kept = self.graph() if self.step.keeps_graph else self.block_tokens * self.keys_values(self.model)
+        kept = self.graph() if self.step.differentiable_rollouts else self.block_tokens * self.keys_values(self.model)
         decoding = self.running(self.model, self.blocks, score_copies=2)
         return kept + max(decoding, self.logits(self.blocks, copies=3))
 
@@ -187,10 +191,10 @@ class _Held:
 
     def _part(self, head: int) -> int:
         model, step, n_tokens = self.model, self.step, self.block_tokens
-        if step.keeps_graph:
+        if step.differentiable_rollouts:
             # Each weight is used in every pass; its gradients wait for one another, while the last pass is let go.
             length, graph = step.completion_length - 1, self.graph()
-            waiting = FLOAT32_BYTES * model.n_trainable + graph * (length - 1) // length if length > 1 else 0
+            waiting = step.weight_bytes * model.n_trainable + graph * (length - 1) // length if length > 1 else 0
             backward = self.differentiating(self.blocks, blocks=True)
             return max(graph, waiting) + max(head + self.logits(self.blocks, copies=2), backward)
         held = n_tokens * self.saved(blocks=True)

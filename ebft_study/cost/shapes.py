@@ -128,11 +128,13 @@ class StepShape:
     gamma: float = 0.0
     kl_coefficient: float = 0.0
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Of activations, through autocast; weights, gradients and optimizer states are float32."""
+    """Of activations, and of frozen networks."""
+    weight_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of trained weights, their gradients and optimizer states."""
     weight_average: bool = False
     activation_checkpointing: bool = False
     differentiable_rollouts: bool = True
-    """Sampling keeps what its backward pass needs, unless activations are checkpointed."""
+    """The completions are differentiated as they were sampled, not run again for that."""
     world_size: int = 1
     """Workers that share the batch."""
     sharded: bool = False
@@ -156,6 +158,7 @@ class StepShape:
             gamma=config.loss.gamma,
             kl_coefficient=config.loss.kl_coefficient,
             precision=training.precision,
+            weight_dtype=training.weight_dtype,
             weight_average=config.optimizer.ema_decay is not None,
         )
         return replace(shape, **changes)
@@ -182,18 +185,19 @@ class StepShape:
         return len(self.anchors) + self.block_tokens
 
     @property
-    def keeps_graph(self) -> bool:
-        """The completions are differentiated as they were sampled, not run again."""
-        return self.differentiable_rollouts and not self.activation_checkpointing
-
-    @property
     def has_kl(self) -> bool:
         """The frozen base model scores the completions, too."""
         return self.method == "ebft" and self.kl_coefficient > 0
 
     @property
     def compute_bytes(self) -> int:
+        """Of one number in activations and frozen networks."""
         return FLOAT32_BYTES if self.precision == "float32" else 2
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of one trained weight, gradient or moment."""
+        return FLOAT32_BYTES if self.weight_dtype == "float32" else 2
 
     @property
     def sequences_per_worker(self) -> int:

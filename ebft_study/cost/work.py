@@ -148,8 +148,8 @@ class _Work:
         n_tokens, n_rows, pairs = T + step.block_tokens, T - 1 + step.block_rows, self.causal(T)
         again = model.forward_flops(n_tokens, pairs + self.pairs(model, length)) + model.head_flops(n_rows)
         kept = model.forward_flops(T, pairs) + model.head_flops(T - 1)
-        forward, run = (kept, T) if step.keeps_graph else (again, n_tokens)
-        pairs += self.decoded_pairs(model) if step.keeps_graph else self.pairs(model, length)
+        forward, run = (kept, T) if step.differentiable_rollouts else (again, n_tokens)
+        pairs += self.decoded_pairs(model) if step.differentiable_rollouts else self.pairs(model, length)
         backward, run_again = model.backward_flops(n_tokens, pairs) + self._head_backward(model), 0
         if step.has_kl:
             forward, run = forward + again - model.head_flops(T - 1), run + n_tokens
@@ -167,7 +167,7 @@ class _Work:
         """Gradients of weights and states from those of the logits; the logits again where they were not all kept."""
         step, S, A = self.step, self.split.micro_batch_size, self.split.anchors_at_once
         truth = step.sequence_length - 1 if step.method == "sft" or step.gamma > 0 else 0
-        later_at_once = A * step.n_samples * (1 if step.keeps_graph else step.completion_length - 1)
+        later_at_once = A * step.n_samples * (1 if step.differentiable_rollouts else step.completion_length - 1)
         calls = [(len(step.anchors), A), (step.block_tokens, later_at_once), (truth, truth)]
         rows = sum(
             n_rows * (model.backward_factor + (1 if S * at_once > self.limits.logit_rows(model) else 0))
@@ -180,9 +180,11 @@ class _Work:
         step, length = self.step, self.step.completion_length - 1
         weights = model.layer_matrices + model.head_parameters
         sequences = self.micro_batches * weights
-        passes = length if step.keeps_graph else min(length, 1)
+        passes = length if step.differentiable_rollouts else min(length, 1)
         blocks = self.parts * (passes * weights + model.head_parameters)
-        forward = sequences + (0 if step.keeps_graph else blocks) + (sequences + blocks if step.has_kl else 0)
+        forward = (
+            sequences + (0 if step.differentiable_rollouts else blocks) + (sequences + blocks if step.has_kl else 0)
+        )
         again = sequences + blocks if step.activation_checkpointing else 0
         written = sequences + blocks if model.trainable_parameters is None else 0
         read = sequences + blocks + again

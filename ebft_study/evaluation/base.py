@@ -31,15 +31,13 @@ def key(config: RunConfig, base: Any, features: Any, text: TextDataset, data: di
     Args:
         base: the loaded base model (`models.LoadedModel`). features: the feature network (`LocalFeatures`).
     """
-    from ebft_study.models import fingerprint
-
     inputs = {
         "version": ebft_study.__version__,
         "torch": torch.__version__,
         "device": str(next(base.model.parameters()).device),
         "precision": config.training.precision,
         "model": base.fingerprint,
-        "features": [fingerprint(features.network), features.indices, features.pooling, features.normalize],
+        "features": [features.fingerprint, features.indices, features.pooling, features.normalize],
         "text": text.fingerprint,
         "rows": {split: len(rows) for split, rows in data.items()},
         "data": config.data.model_dump(),

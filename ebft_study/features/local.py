@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from ebft_study.algorithm.features import Normalization, Pooling, feature_map, l
 from ebft_study.block_model import Backend, Blocks, Prefix, captured_layers, run_blocks, run_prefix
 from ebft_study.data import Batch
 from ebft_study.features import Features
+from ebft_study.lora import base_weights
 
 TOKENS_AT_ONCE = {"cpu": 2**13, "cuda": 2**17}
 """Completion tokens per pass; more are embedded one part after another, with the same result."""
@@ -28,19 +30,26 @@ class LocalFeatures:
         pooling: Pooling,
         normalize: Normalization,
         backend: Backend = "auto",
+        shared: bool = False,
+        fingerprint: str = "",
     ):
-        """`network` is taken over: frozen, put in evaluation mode, and shortened in place."""
+        """
+        Args:
+            network: taken over (frozen, put in evaluation mode, and shortened in place), unless it is `shared`.
+            shared: the network is the generator, which has adapters; features are those of its own weights.
+            fingerprint: identifies the network's weights.
+        """
         self.network, self.pooling, self.normalize, self.backend = network, pooling, normalize, backend
+        self.shared, self.fingerprint = shared, fingerprint
         body = network.get_decoder()  # type: ignore[operator]
         n_layers = len(body.layers)
         self.indices = layer_indices(depths, n_layers)
-        network.eval().requires_grad_(False)
         self._last: tuple[Batch, Prefix, list[Tensor]] | None = None
         # hidden_states[L] is the state after the final norm; below it no norm applies.
         self.after_norm = self.indices[-1] == n_layers
-        if not self.after_norm:
-            body.layers = body.layers[: self.indices[-1]]
-            body.norm = nn.Identity()
+        if not shared:
+            network.eval().requires_grad_(False)
+            self._shorten()
 
     @torch.no_grad()
     def embed(
@@ -49,7 +58,7 @@ class LocalFeatures:
         """See `FeatureBackend.embed`. One prefix serves samples, ground truth and all lengths."""
         G = completions.shape[-1]
         lengths = lengths or [G]
-        with captured_layers(self.network, self.indices) as captured:
+        with self._running(), captured_layers(self.network, self.indices) as captured:
             prefix, layers = self._prefix(batch, captured)
             psi = self._ground_truth(layers, anchors, lengths, G)
             chosen, inverse = distinct_completions(completions, anchors.valid)
@@ -60,6 +69,26 @@ class LocalFeatures:
             ]
         phi = [_spread(torch.cat(distinct, dim=1), inverse) for distinct in zip(*parts, strict=True)]
         return [Features(*pair) for pair in zip(phi, psi, strict=True)]
+
+    def _shorten(self) -> None:
+        if not self.after_norm:
+            body = self.network.get_decoder()  # type: ignore[operator]
+            body.layers, body.norm = body.layers[: self.indices[-1]], nn.Identity()
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        """A shared network is the feature network inside, and the generator again afterwards."""
+        if not self.shared:
+            yield
+            return
+        body = self.network.get_decoder()  # type: ignore[operator]
+        layers, norm = body.layers, body.norm
+        with base_weights(self.network):
+            self._shorten()
+            try:
+                yield
+            finally:
+                body.layers, body.norm = layers, norm
 
     def _prefix(self, batch: Batch, captured: dict[int, Tensor]) -> tuple[Prefix, list[Tensor]]:
         """The batch's sequences and their chosen layers; kept for the next call, which may ask for other anchors."""
@@ -104,4 +133,6 @@ class LocalFeatures:
 
 def _spread(rows: Tensor, index: Tensor) -> Tensor:
     """Rows [S, M, X] by their numbers [S, ...] -> [S, ..., X]."""
-    return rows.gather(1, index.flatten(1)[..., None].expand(-1, -1, rows.shape[-1])).unflatten(1, index.shape[1:])
+    chosen: Tensor = rows.gather(1, index.flatten(1)[..., None].expand(-1, -1, rows.shape[-1]))
+    spread: Tensor = chosen.unflatten(1, index.shape[1:])
+    return spread

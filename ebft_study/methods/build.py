@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import copy
-
 from ebft_study.config import RunConfig
 from ebft_study.features import FeatureBackend
 from ebft_study.methods import Method
 from ebft_study.methods.ebft import Ebft
 from ebft_study.methods.sft import Sft
-from ebft_study.models import LoadedModel
+from ebft_study.models import LoadedModel, frozen_base
 from ebft_study.rollouts.strided import StridedRollouts
 
 
@@ -17,7 +15,5 @@ def build_method(config: RunConfig, *, base: LoadedModel, features: FeatureBacke
     """The configured method; `base` still holds the weights before any training."""
     if config.method == "sft":
         return Sft(config.loss)
-    frozen = None
-    if config.loss.kl_coefficient > 0:
-        frozen = copy.deepcopy(base.model).eval().requires_grad_(False)
+    frozen = frozen_base(config, base) if config.loss.kl_coefficient > 0 else None
     return Ebft(config, rollouts=StridedRollouts(), features=features, base=frozen)

@@ -8,41 +8,44 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from ebft_study.models import trained_parameters
+
 
 class WeightAverage:
-    """`average <- decay * average + (1 - decay) * weights` after every update; does nothing when `decay` is None."""
+    """`average <- decay * average + (1 - decay) * weights` after every update; does nothing when `decay` is None.
+
+    It holds the trained weights alone, in float32: in fewer digits the small steps of an average would be lost.
+    """
 
     def __init__(self, model: nn.Module, decay: float | None) -> None:
         self.decay = decay
-        self.weights: list[Tensor] = []
+        self.weights: dict[str, Tensor] = {}
         if decay is not None:
-            self.weights = [p.detach().clone() for p in model.parameters()]
+            self.weights = {name: p.detach().float().clone() for name, p in trained_parameters(model).items()}
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Move the average towards the current weights."""
         if self.decay is not None:
-            for average, weight in zip(self.weights, model.parameters(), strict=True):
-                average.lerp_(weight, 1.0 - self.decay)
+            for name, weight in trained_parameters(model).items():
+                self.weights[name].lerp_(weight.float(), 1.0 - self.decay)
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
         """The model has the averaged weights inside, and its own again afterwards."""
-        self._swap(model)
+        own = self._exchange(model, self.weights)
         try:
             yield
         finally:
-            self._swap(model)
+            self._exchange(model, own)
 
-    def _swap(self, model: nn.Module) -> None:
-        if self.decay is not None:
-            for index, parameter in enumerate(model.parameters()):
-                self.weights[index], parameter.data = parameter.data, self.weights[index]
-
-    def state(self) -> list[Tensor]:
-        return self.weights
-
-    def restore(self, state: list[Tensor]) -> None:
-        """Copy a saved average back."""
-        for average, saved in zip(self.weights, state, strict=True):
-            average.copy_(saved)
+    @torch.no_grad()
+    def _exchange(self, model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Copy weights into the model; returns copies of what it had."""
+        if self.decay is None:
+            return {}
+        parameters = trained_parameters(model)
+        before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        for name, parameter in parameters.items():
+            parameter.copy_(weights[name])
+        return before

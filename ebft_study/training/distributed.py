@@ -10,6 +10,8 @@ from torch import nn
 
 from ebft_study.evaluation import Measured, Moments
 from ebft_study.methods import Tally
+from ebft_study.models import trained_parameters
+from ebft_study.training.sharding import is_sharded, reduce_scatter_gradients
 
 
 def sum_over_workers(values: Iterable[float], world_size: int, device: torch.device) -> list[float]:
@@ -24,9 +26,12 @@ def sum_over_workers(values: Iterable[float], world_size: int, device: torch.dev
 
 def sum_gradients(model: nn.Module, world_size: int) -> None:
     """Add up the gradients of all workers in place; losses already divide by global totals."""
+    if is_sharded(model):
+        reduce_scatter_gradients(model)
+        return
     if world_size == 1:
         return
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    parameters = list(trained_parameters(model).values())
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     dist.all_reduce(flat)

@@ -35,12 +35,14 @@ from ebft_study.errors import ConfigError, NonFiniteError
 from ebft_study.evaluation import base as base_evaluation
 from ebft_study.methods import Tally, Totals
 from ebft_study.methods.sft import ce_mask
+from ebft_study.models import trained_parameters
 from ebft_study.rollouts import anchors_of
-from ebft_study.training import checkpoint
+from ebft_study.training import checkpoint, state
 from ebft_study.training.averaging import WeightAverage
 from ebft_study.training.distributed import sum_gradients, sum_measured, sum_over_workers, sum_tally
 from ebft_study.training.samples import sample_rows
-from ebft_study.training.setup import build_optimizer, build_parts, learning_rate_at
+from ebft_study.training.setup import build_optimizer, build_parts, learning_rate_at, scale_out
+from ebft_study.training.sharding import gathered, is_sharded, whole
 
 Report = Callable[[dict[str, float], Path | None], None]
 ROLLOUT_STREAM = 1
@@ -115,6 +117,7 @@ class Run:
         self.rank, self.world_size = rank, world_size
         self.parts = build_parts(config)
         self.device, self.model = self.parts.device, self.parts.base.model
+        self.remarks = scale_out(config, self.model, world_size=world_size)
         self.model.train()
         self.step, self.tokens_seen = 0, 0
         self.tally, self.tally_steps, self.latest = Tally(), 0, dict[str, float]()
@@ -146,7 +149,7 @@ class Run:
             self._restore(start_from)
             self.on_report({**self.latest, "step": float(self.step)}, None)
             return
-        self._record_event("started", f"{self.config.method} on {self.config.model}")
+        self._record_event("started", "; ".join([f"{self.config.method} on {self.config.model}", *self.remarks]))
         self._evaluate_base()
         self._report(None)
 
@@ -160,8 +163,11 @@ class Run:
         rows, anchors, noise, totals = self.batch()
         every = torch.arange(len(rows.indices))
         loss = 0.0
-        for part in every.split(self.config.training.micro_batch_size or len(every)):
-            loss += self._backward(rows, anchors, noise, totals, part)
+        with gathered(self.model):
+            for part in every.split(self.config.training.micro_batch_size or len(every)):
+                loss += self._backward(rows, anchors, noise, totals, part)
+            with self.tally.seconds("optimizer_seconds", self.device):
+                sum_gradients(self.model, self.world_size)
         with self.tally.seconds("optimizer_seconds", self.device):
             self._apply_gradients(loss)
         self.step += 1
@@ -183,7 +189,7 @@ class Run:
             row |= self._validate()
         if row and self.recorder:
             self.recorder.metrics(self.step, row)
-        if self.recorder and (last or self.step % training.sample_every_steps == 0):
+        if last or self.step % training.sample_every_steps == 0:
             self._record_samples()
         if keep:
             with tempfile.TemporaryDirectory(prefix="ebft-checkpoint-") as folder:
@@ -238,10 +244,9 @@ class Run:
         return loss
 
     def _apply_gradients(self, loss: float) -> None:
-        sum_gradients(self.model, self.world_size)
         limit = self.config.optimizer.max_grad_norm
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, math.inf if limit is None else limit))
+        parameters = trained_parameters(self.model).values()
+        norm = float(whole(torch.nn.utils.clip_grad_norm_(parameters, math.inf if limit is None else limit)))
         (total,) = sum_over_workers([loss], self.world_size, self.device)
         for quantity, value in (("loss", total), ("grad_norm", norm)):
             if not math.isfinite(value):
@@ -291,7 +296,7 @@ class Run:
     def _measure(
         self, split: str, sequences: int, lengths: Sequence[int], *, with_entropy: bool
     ) -> evaluation.Measured:
-        with self.average.applied(self.model), self._autocast():
+        with self.average.applied(self.model), gathered(self.model), self._autocast():
             mine = self.parts.evaluator.measure(
                 self.model,
                 self.parts.data[split],
@@ -335,7 +340,8 @@ class Run:
         measured = base_evaluation.recall(key) if self.world_size == 1 else None
         if measured is None:
             measured = self._measure_validation(), self._measure_heldout()
-            if self.rank == 0:
+            # Sharded weights are gathered in the type of the passes, which may round otherwise than one worker does.
+            if self.rank == 0 and not is_sharded(self.model):
                 base_evaluation.remember(key, measured)
         row = evaluation.summary(measured[0], self.config.rollout.completion_length)
         row["evaluation_seconds"] = time.perf_counter() - before
@@ -350,10 +356,12 @@ class Run:
             self.recorder.evaluations(self.step, evaluation.rows_of(measured, "heldout"))
 
     def _record_samples(self) -> None:
-        assert self.recorder is not None
-        with self._autocast():
-            rows = sample_rows(self.config, self.parts, self.model)
-        self.recorder.samples(self.step, rows)
+        # All workers hand over their parts of the weights; one of them samples.
+        with gathered(self.model), self._autocast():
+            if self.recorder:
+                self.model.eval()
+                self.recorder.samples(self.step, sample_rows(self.config, self.parts, self.model))
+                self.model.train()
 
     def _record_event(self, kind: str, message: str, **details: Any) -> None:
         if self.recorder:
@@ -362,8 +370,10 @@ class Run:
     # --- reports and checkpoints -------------------------------------------------------------------------------
 
     def _report(self, folder: Path | None) -> None:
-        if folder is not None and self.rank == 0:
-            checkpoint.save(folder, self._state(), step=self.step)
+        if folder is not None:
+            tensors = state.collect(self.model, self.optimizer, self.average, keep=self.rank == 0)
+            if self.rank == 0:
+                checkpoint.save(folder, self._state() | {"tensors": tensors}, step=self.step)
         metrics = {**self.latest, "step": float(self.step)}
         self.on_report(metrics, folder if self.rank == 0 else None)
 
@@ -371,21 +381,16 @@ class Run:
         return {
             "step": self.step,
             "tokens_seen": self.tokens_seen,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "average": self.average.state(),
             "tally": {"sums": self.tally.sums, "counts": self.tally.counts, "steps": self.tally_steps},
             "latest": self.latest,
         }
 
     def _restore(self, folder: Path) -> None:
-        state = checkpoint.load(folder)
-        self.step, self.tokens_seen, self.latest = state["step"], state["tokens_seen"], state["latest"]
-        self.model.load_state_dict(state["model"])
-        # The optimizer of the phase that the checkpoint was written in; a new phase starts its own.
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.average.restore(state["average"])
-        tally = state["tally"]
+        saved = checkpoint.load(folder)
+        self.step, self.tokens_seen, self.latest = saved["step"], saved["tokens_seen"], saved["latest"]
+        # The optimizer's states are those of the phase that the checkpoint was written in; a new phase starts its own.
+        state.restore(saved["tensors"], self.model, self.optimizer, self.average)
+        tally = saved["tally"]
         self.tally, self.tally_steps = Tally(tally["sums"], tally["counts"]), tally["steps"]
         self._record_event("resumed", f"from the checkpoint of step {self.step}", step=self.step)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ebft_study.config import RunConfig
+from ebft_study.models import base_dtype
 from ebft_study.paths import cache_folder
 from ebft_study.training.loop import Run
 from ebft_study.training.setup import Parts
@@ -43,6 +44,8 @@ def _distinct(configs: Iterable[RunConfig]) -> list[RunConfig]:
         parts = config.model_dump(include={"model", "model_revision", "data", "features", "evaluation"}) | {
             "rollout": config.rollout.model_dump(exclude={"n_samples"}),
             "precision": config.training.precision,
+            "dtype": str(base_dtype(config)),
+            "adapters": config.lora.lora_targets if config.lora.lora_rank > 0 else None,
         }
         seen.setdefault(json.dumps(parts, sort_keys=True), config)
     return list(seen.values())

@@ -10,15 +10,16 @@ from torch import nn
 
 from ebft_study.config import OptimizerConfig, RunConfig
 from ebft_study.data import TextDataset, TokenDataset, load_text, tokenize
-from ebft_study.errors import ConfigError, DataError
+from ebft_study.errors import ConfigError, DataError, ModelError
 from ebft_study.evaluation import Evaluator
 from ebft_study.features.local import LocalFeatures
 from ebft_study.methods import Method
 from ebft_study.methods.build import build_method
 from ebft_study.methods.sft import Sft
-from ebft_study.models import LoadedModel, load_feature_network, load_model
+from ebft_study.models import LoadedModel, load_feature_network, load_generator, trained_parameters
 from ebft_study.rollouts import anchors_of
 from ebft_study.rollouts.strided import StridedRollouts
+from ebft_study.training.sharding import shard
 
 
 @dataclass
@@ -51,12 +52,46 @@ def build_parts(config: RunConfig) -> Parts:
     """Load and check everything; raises `EbftError` for whatever a user can mend."""
     device = choose_device(config)
     text = load_text(config.data)
-    base = load_model(config.model, revision=config.model_revision, device=device)
+    base = load_generator(config, device=device)
     data = tokenized(config, text, base)
     features = load_feature_network(config, base)
     method = build_method(config, base=base, features=features)
     evaluator = Evaluator(config, StridedRollouts(), features)
     return Parts(device, text, data, base, features, method, Sft(config.loss), evaluator)
+
+
+def scale_out(config: RunConfig, model: nn.Module, *, world_size: int) -> list[str]:
+    """Ready the generator, in place, for whatever the configuration does to save memory; returns remarks for people.
+
+    Raises:
+        ModelError: an architecture that cannot compute activations again.
+    """
+    training, trained = config.training, sum(p.numel() for p in trained_parameters(model).values())
+    remarks = [f"{trained} trained weights"]
+    if training.activation_checkpointing:
+        checkpoint_activations(model, name=config.model)
+    if training.sharding == "fsdp":
+        if world_size > 1:
+            shard(model, world_size=world_size, precision=training.precision)
+        else:
+            remarks.append("sharding=fsdp changes nothing with one worker")
+    return remarks
+
+
+def checkpoint_activations(model: nn.Module, *, name: str) -> None:
+    """Keep a layer's input only, and run the layer again when its gradient is due; in evaluation mode nothing changes.
+
+    Raises:
+        ModelError: the architecture does not support it.
+    """
+    try:
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    except ValueError as error:
+        raise ModelError(
+            f"training.activation_checkpointing=True: model {name!r} does not support it ({error}). Use False"
+        ) from error
+    # Only reentrant checkpointing needs inputs that require gradients; frozen embeddings have no use for them.
+    model.disable_input_require_grads()  # type: ignore[operator]
 
 
 def tokenized(config: RunConfig, text: TextDataset, base: LoadedModel) -> dict[str, TokenDataset]:
@@ -106,8 +141,8 @@ def _check_anchors(config: RunConfig, split: str, data: TokenDataset) -> None:
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig, *, learning_rate: float) -> torch.optim.AdamW:
     """AdamW; weight decay on matrices only."""
-    decayed = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
-    plain = [p for p in model.parameters() if p.requires_grad and p.dim() <= 1]
+    parameters = trained_parameters(model).values()
+    decayed, plain = [p for p in parameters if p.dim() > 1], [p for p in parameters if p.dim() <= 1]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=learning_rate, betas=config.betas, fused=True)
 

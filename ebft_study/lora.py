@@ -1,0 +1,93 @@
+"""Low-rank adapters (LoRA, through peft): the model's own weights never change, so it holds the base model, too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from ebft_study.config import LoraConfig
+from ebft_study.errors import ModelError
+
+ALL = "all-linear"
+
+
+def add_adapters(model: nn.Module, config: LoraConfig, *, seed: int, dtype: torch.dtype, name: str) -> None:
+    """Freeze `model` and give its linear layers trainable adapters, in place. They change no output until trained.
+
+    Args:
+        seed: fixes the adapters' first weights.
+        dtype: type of the adapters' weights.
+
+    Raises:
+        ModelError: the decoder has no linear layer of a name in `lora_targets`.
+    """
+    # peft takes seconds to import, which a run without adapters should not pay.
+    import peft
+
+    targets = _targets(model, config, name)
+    settings = peft.LoraConfig(
+        r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=targets, lora_dropout=0.0
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        peft.inject_adapter_in_model(settings, model)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+
+
+def _targets(model: nn.Module, config: LoraConfig, name: str) -> list[str]:
+    body = model.get_decoder()  # type: ignore[operator]
+    linear = {path.rpartition(".")[2] for path, module in body.named_modules() if isinstance(module, nn.Linear)}
+    wanted = linear if config.lora_targets == (ALL,) else set(config.lora_targets)
+    missing = sorted(wanted - linear)
+    if missing or not linear:
+        raise ModelError(
+            f"lora.lora_targets={list(config.lora_targets)}: the decoder of model {name!r} has no linear layers named "
+            f"{', '.join(missing) or 'anything'}. Use {ALL} or some of {', '.join(sorted(linear))}"
+        )
+    return sorted(wanted)
+
+
+@contextmanager
+def base_weights(model: nn.Module) -> Iterator[None]:
+    """Inside, an adapted model is the base model, in evaluation mode; also while a graph of its passes is alive."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    adapted = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    training = model.training
+    for module in adapted:
+        module.enable_adapters(False)
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+        for module in adapted:
+            module.enable_adapters(True)
+
+
+class BaseModel(nn.Module):
+    """An adapted model without its adapters, for passes without gradients. It has no weights of its own."""
+
+    def __init__(self, adapted: nn.Module) -> None:
+        super().__init__()
+        # A module would be registered as a part, and its weights counted twice; a tuple is not.
+        self._adapted = (adapted,)
+
+    def get_decoder(self) -> Any:
+        """Runs the decoder with the adapters disabled."""
+
+        def run(**inputs: Any) -> Any:
+            with base_weights(self._adapted[0]):
+                return self._adapted[0].get_decoder()(**inputs)  # type: ignore[operator]
+
+        return run
+
+    def get_output_embeddings(self) -> Any:
+        """The head, which never has adapters."""
+        return self._adapted[0].get_output_embeddings()  # type: ignore[operator]

@@ -1,0 +1,80 @@
+"""How a run's steps are cut so that they fit into memory, decided before the first one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import psutil
+import torch
+from torch import nn
+
+from ebft_study.config import RunConfig
+from ebft_study.cost import Limits, ModelShape, Split, StepShape, largest_split, memory
+from ebft_study.errors import ConfigError
+
+CPU_BUDGET_BYTES = 4 * 2**30
+"""Larger passes are no faster on a CPU, and trials share it. A model that needs more gets what the machine has."""
+GPU_FRACTION = 0.9
+"""The rest is for kernels' own buffers and fragmentation."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A split and what it is expected to take."""
+
+    split: Split
+    peak_bytes: float
+    budget_bytes: float
+
+    def describe(self) -> str:
+        """One line for the run's record."""
+        return (
+            f"micro_batch_size={self.split.micro_batch_size}, anchors_at_once={self.split.anchors_at_once}: "
+            f"about {self.peak_bytes / 2**30:.2f} of {self.budget_bytes / 2**30:.2f} GiB"
+        )
+
+
+def choose_split(
+    config: RunConfig, model: nn.Module, features: nn.Module, device: torch.device, *, world_size: int
+) -> Fit:
+    """The fewest passes that fit; depends on the configuration, the models and the kind of device alone.
+
+    Args:
+        features: the feature network, which may be `model` itself (LoRA).
+
+    Raises:
+        ConfigError: not even the smallest split fits, with the bytes it needs and what to change.
+    """
+    shape = _shape(model)
+    network = ModelShape.of(features.config)
+    step = StepShape.of(
+        config,
+        world_size=world_size,
+        sharded=config.training.sharding == "fsdp",
+        activation_checkpointing=config.training.activation_checkpointing,
+        shared_features=config.lora.lora_rank > 0 and features is model,
+    )
+    limits = Limits.on(device.type)
+    given = (config.training.micro_batch_size, config.training.anchors_at_once)
+    for budget in budgets(config, device):
+        try:
+            split = largest_split(shape, network, step, budget_bytes=budget, limits=limits, given=given)
+            return Fit(split, memory(shape, network, step, split, limits=limits).peak_bytes, budget)
+        except ConfigError as error:
+            refusal = error
+    raise refusal
+
+
+def budgets(config: RunConfig, device: torch.device) -> list[float]:
+    """Bytes that a worker may use: the first is aimed at, the last is not to be exceeded."""
+    if config.training.memory_budget_gib is not None:
+        return [config.training.memory_budget_gib * 2**30]
+    if device.type == "cuda":
+        return [GPU_FRACTION * torch.cuda.get_device_properties(device).total_memory]
+    return [CPU_BUDGET_BYTES, float(psutil.virtual_memory().total)]
+
+
+def _shape(model: nn.Module) -> ModelShape:
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = any(not p.requires_grad for p in model.parameters())
+    return ModelShape.of(model.config, trainable_parameters=trained if frozen else None)
