@@ -72,7 +72,9 @@ def _gradients(config: RunConfig, whitening: str, n: int, draws: int, progress: 
     changes = {"reward": {"whitening": whitening}, "rollout": {"n_samples": n}}
     varied = build_run(merge(config.model_dump(), changes), source="gradient-noise")
     run = Run(varied, None, lambda _metrics, _folder: None, rank=0, world_size=1)
-    method = build_method(varied, base=run.parts.base, features=run.parts.features)
+    method = build_method(
+        varied, base=run.parts.base, features=run.parts.features, anchors_at_once=run.parts.fit.split.anchors_at_once
+    )
     rows = []
     for draw in range(draws):
         run.step = draw

@@ -6,7 +6,7 @@ import copy
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -21,6 +21,7 @@ from ebft_study.lora import BaseModel, add_adapters
 from ebft_study.pretraining import LADDER, ensure_tiny_model
 
 transformers_logging.disable_progress_bar()
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def load_model(
     Raises:
         ModelError: nothing usable at `name`, or an architecture that block-parallel rollouts cannot run.
     """
-    source = str(ensure_tiny_model(name)) if name in LADDER else name
+    source = _source(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
         if random_weights:
@@ -67,7 +68,7 @@ def load_model(
         raise ModelError(_explain(name, error)) from error
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
         raise ModelError(f"model {name!r}: its tokenizer has neither a padding nor an end token. Add one and save it")
-    model = model.to(device, dtype).eval()
+    model = cast_weights(model, dtype).to(device).eval()
     verify(model, name=name)
     return LoadedModel(
         model, tokenizer, name, fingerprint(model), sum(p.numel() for p in model.parameters()), str(Path(source).name)
@@ -77,6 +78,29 @@ def load_model(
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Name -> parameter, of those that training changes; a tied one once."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def read_config(name: str, *, revision: str | None = None) -> Any:
+    """The Hugging Face configuration of what `load_model` would load; no weights are read.
+
+    Raises:
+        ModelError: nothing usable at `name`.
+    """
+    try:
+        return AutoConfig.from_pretrained(_source(name), revision=revision)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(_explain(name, error)) from error
+
+
+def _source(name: str) -> str:
+    return str(ensure_tiny_model(name)) if name in LADDER else name
+
+
+def cast_weights(model: ModuleT, dtype: torch.dtype) -> ModuleT:
+    """The model with all weights of type `dtype`, in place; buffers, such as rotary frequencies, keep their digits."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -141,7 +165,7 @@ def load_feature_network(config: RunConfig, base: LoadedModel) -> LocalFeatures:
 
 def _frozen_copy(config: RunConfig, base: LoadedModel) -> nn.Module:
     copied: nn.Module = copy.deepcopy(base.model).eval().requires_grad_(False)
-    return copied.to(getattr(torch, config.training.precision))
+    return cast_weights(copied, getattr(torch, config.training.precision))
 
 
 def _other_network(config: RunConfig, base: LoadedModel) -> LoadedModel:

@@ -82,6 +82,21 @@ class ModelShape:
         """Tied embeddings count once; adapters not at all."""
         return self.body_parameters + (0 if self.tied_embeddings else self.head_parameters)
 
+    def with_adapters(self, rank: int, targets: tuple[str, ...] | None = None) -> ModelShape:
+        """Only adapters are trained: two matrices of `rank` beside each linear layer named in `targets` (None: all)."""
+        H, Q, K, inner = self.hidden_size, self.query_size, self.kv_size, self.intermediate_size
+        sizes = {
+            "q_proj": H + Q,
+            "k_proj": H + K,
+            "v_proj": H + K,
+            "o_proj": Q + H,
+            "gate_proj": H + inner,
+            "up_proj": H + inner,
+            "down_proj": inner + H,
+        }
+        per_layer = sum(size for name, size in sizes.items() if targets is None or name in targets)
+        return replace(self, trainable_parameters=self.n_layers * rank * per_layer)
+
     @property
     def n_trainable(self) -> int:
         return self.n_parameters if self.trainable_parameters is None else self.trainable_parameters
@@ -159,6 +174,11 @@ class StepShape:
             kl_coefficient=config.loss.kl_coefficient,
             precision=training.precision,
             weight_dtype=training.weight_dtype,
+            activation_checkpointing=training.activation_checkpointing,
+            sharded=training.sharding == "fsdp",
+            shared_features=config.lora.lora_rank > 0
+            and config.features.feature_network == "base"
+            and not config.features.random_weights,
             weight_average=config.optimizer.ema_decay is not None,
         )
         return replace(shape, **changes)

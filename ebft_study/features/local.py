@@ -93,6 +93,7 @@ class LocalFeatures:
     def _prefix(self, batch: Batch, captured: dict[int, Tensor]) -> tuple[Prefix, list[Tensor]]:
         """The batch's sequences and their chosen layers; kept for the next call, which may ask for other anchors."""
         if self._last is None or self._last[0] is not batch:
+            self._last = None
             prefix = run_prefix(self.network, batch.tokens, batch.document_ids)
             self._last = (batch, prefix, self._layers(captured, prefix.states))
         return self._last[1:]

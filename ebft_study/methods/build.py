@@ -11,9 +11,11 @@ from ebft_study.models import LoadedModel, frozen_base
 from ebft_study.rollouts.strided import StridedRollouts
 
 
-def build_method(config: RunConfig, *, base: LoadedModel, features: FeatureBackend) -> Method:
+def build_method(
+    config: RunConfig, *, base: LoadedModel, features: FeatureBackend, anchors_at_once: int | None = None
+) -> Method:
     """The configured method; `base` still holds the weights before any training."""
     if config.method == "sft":
         return Sft(config.loss)
     frozen = frozen_base(config, base) if config.loss.kl_coefficient > 0 else None
-    return Ebft(config, rollouts=StridedRollouts(), features=features, base=frozen)
+    return Ebft(config, rollouts=StridedRollouts(), features=features, base=frozen, anchors_at_once=anchors_at_once)

@@ -115,9 +115,9 @@ class Run:
         self.started = time.perf_counter()
         self.config, self.recorder, self.on_report = config, recorder, on_report
         self.rank, self.world_size = rank, world_size
-        self.parts = build_parts(config)
+        self.parts = build_parts(config, world_size=world_size)
         self.device, self.model = self.parts.device, self.parts.base.model
-        self.remarks = scale_out(config, self.model, world_size=world_size)
+        self.remarks = [*scale_out(config, self.model, world_size=world_size), self.parts.fit.describe()]
         self.model.train()
         self.step, self.tokens_seen = 0, 0
         self.tally, self.tally_steps, self.latest = Tally(), 0, dict[str, float]()
@@ -164,7 +164,7 @@ class Run:
         every = torch.arange(len(rows.indices))
         loss = 0.0
         with gathered(self.model):
-            for part in every.split(self.config.training.micro_batch_size or len(every)):
+            for part in every.split(self.parts.fit.split.micro_batch_size):
                 loss += self._backward(rows, anchors, noise, totals, part)
             with self.tally.seconds("optimizer_seconds", self.device):
                 sum_gradients(self.model, self.world_size)

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 import psutil
 import torch
-from torch import nn
 
 from ebft_study.config import RunConfig
 from ebft_study.cost import Limits, ModelShape, Split, StepShape, largest_split, memory
 from ebft_study.errors import ConfigError
+from ebft_study.lora import ALL
+from ebft_study.models import read_config
 
 CPU_BUDGET_BYTES = 4 * 2**30
 """Larger passes are no faster on a CPU, and trials share it. A model that needs more gets what the machine has."""
@@ -34,26 +35,17 @@ class Fit:
         )
 
 
-def choose_split(
-    config: RunConfig, model: nn.Module, features: nn.Module, device: torch.device, *, world_size: int
-) -> Fit:
-    """The fewest passes that fit; depends on the configuration, the models and the kind of device alone.
+def choose_split(config: RunConfig, device: torch.device, *, world_size: int) -> Fit:
+    """The fewest passes that fit; depends on the configuration, the shapes of the models and the kind of device alone.
 
-    Args:
-        features: the feature network, which may be `model` itself (LoRA).
+    Reads no weights, so what cannot fit is refused before any are loaded.
 
     Raises:
         ConfigError: not even the smallest split fits, with the bytes it needs and what to change.
+        ModelError: there is no such model.
     """
-    shape = _shape(model)
-    network = ModelShape.of(features.config)
-    step = StepShape.of(
-        config,
-        world_size=world_size,
-        sharded=config.training.sharding == "fsdp",
-        activation_checkpointing=config.training.activation_checkpointing,
-        shared_features=config.lora.lora_rank > 0 and features is model,
-    )
+    shape, network = shapes(config)
+    step = StepShape.of(config, world_size=world_size)
     limits = Limits.on(device.type)
     given = (config.training.micro_batch_size, config.training.anchors_at_once)
     for budget in budgets(config, device):
@@ -74,7 +66,12 @@ def budgets(config: RunConfig, device: torch.device) -> list[float]:
     return [CPU_BUDGET_BYTES, float(psutil.virtual_memory().total)]
 
 
-def _shape(model: nn.Module) -> ModelShape:
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = any(not p.requires_grad for p in model.parameters())
-    return ModelShape.of(model.config, trainable_parameters=trained if frozen else None)
+def shapes(config: RunConfig) -> tuple[ModelShape, ModelShape]:
+    """Of the generator, with its adapters, and of the whole feature network."""
+    own = ModelShape.of(read_config(config.model, revision=config.model_revision))
+    name = config.features.feature_network
+    network = own if name == "base" else ModelShape.of(read_config(name))
+    if config.lora.lora_rank == 0:
+        return own, network
+    targets = None if config.lora.lora_targets == (ALL,) else config.lora.lora_targets
+    return own.with_adapters(config.lora.lora_rank, targets), network

@@ -19,6 +19,7 @@ from ebft_study.methods.sft import Sft
 from ebft_study.models import LoadedModel, load_feature_network, load_generator, trained_parameters
 from ebft_study.rollouts import anchors_of
 from ebft_study.rollouts.strided import StridedRollouts
+from ebft_study.training.memory import Fit, choose_split
 from ebft_study.training.sharding import shard
 
 
@@ -27,6 +28,7 @@ class Parts:
     """Everything that a run is made of."""
 
     device: torch.device
+    fit: Fit
     text: TextDataset
     data: dict[str, TokenDataset]
     base: LoadedModel
@@ -48,16 +50,17 @@ def choose_device(config: RunConfig) -> torch.device:
     return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def build_parts(config: RunConfig) -> Parts:
+def build_parts(config: RunConfig, *, world_size: int = 1) -> Parts:
     """Load and check everything; raises `EbftError` for whatever a user can mend."""
     device = choose_device(config)
     text = load_text(config.data)
+    fit = choose_split(config, device, world_size=world_size)
     base = load_generator(config, device=device)
     data = tokenized(config, text, base)
     features = load_feature_network(config, base)
-    method = build_method(config, base=base, features=features)
+    method = build_method(config, base=base, features=features, anchors_at_once=fit.split.anchors_at_once)
     evaluator = Evaluator(config, StridedRollouts(), features)
-    return Parts(device, text, data, base, features, method, Sft(config.loss), evaluator)
+    return Parts(device, fit, text, data, base, features, method, Sft(config.loss), evaluator)
 
 
 def scale_out(config: RunConfig, model: nn.Module, *, world_size: int) -> list[str]:

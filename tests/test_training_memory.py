@@ -1,0 +1,99 @@
+"""Steps are cut to fit a budget before anything is loaded, and the result does not depend on it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Qwen2Config
+
+from ebft_study.config import build_run, nest
+from ebft_study.cost import ModelShape, Split
+from ebft_study.errors import ConfigError
+from ebft_study.training.loop import Run
+from ebft_study.training.memory import budgets, choose_split, shapes
+from tests.tiny_run import MemoryRecorder, tiny_config
+
+CPU = torch.device("cpu")
+SEVEN_B: dict[str, Any] = {
+    "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
+    "num_key_value_heads": 4, "vocab_size": 152064, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EBFT_STUDY_CACHE", str(tmp_path / "cache"))
+
+
+def large(folder: Path, **changes: Any) -> Any:
+    """A run of a 7B model of which there is a configuration only: whoever reads weights fails."""
+    Qwen2Config(**SEVEN_B).save_pretrained(folder / "seven")
+    settings = {"model": str(folder / "seven"), "sequence_length": 1024, "batch_size": 16} | changes
+    return build_run(nest(settings, source="test"), source="test")
+
+
+def test_what_cannot_fit_is_refused_before_any_weights_are_read(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        choose_split(large(tmp_path, memory_budget_gib=80), CPU, world_size=1)
+    message = str(caught.value)
+    assert "memory=80 GiB" in message
+    for remedy in ("sequence_length", "n_samples", "activation_checkpointing=true", "precision=bfloat16", "lora_rank"):
+        assert remedy in message
+
+
+def test_more_workers_lower_precision_or_adapters_make_it_fit(tmp_path: Path) -> None:
+    low = {"precision": "bfloat16", "activation_checkpointing": True, "memory_budget_gib": 80}
+    with pytest.raises(ConfigError):
+        choose_split(large(tmp_path, **low), CPU, world_size=8)
+    sharded = choose_split(large(tmp_path, sharding="fsdp", **low), CPU, world_size=8)
+    adapted = choose_split(large(tmp_path, lora_rank=16, **low), CPU, world_size=1)
+    assert sharded.peak_bytes <= sharded.budget_bytes == 80 * 2**30
+    assert adapted.peak_bytes <= 80 * 2**30
+
+
+def test_adapters_are_counted_as_peft_makes_them(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, lora_rank=3, lora_targets=["q_proj", "down_proj"])
+    everything = tiny_config(tmp_path, lora_rank=3)
+    for run_config in (config, everything):
+        run = Run(run_config, None, lambda _m, _f: None, rank=0, world_size=1)
+        trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+        assert shapes(run_config)[0].trainable_parameters == trained
+    assert isinstance(shapes(config)[1], ModelShape)
+
+
+def test_sizes_that_a_user_has_chosen_are_kept(tmp_path: Path) -> None:
+    fit = choose_split(tiny_config(tmp_path, micro_batch_size=3, anchors_at_once=2), CPU, world_size=1)
+    assert fit.split == Split(3, 2)
+
+
+def test_a_cpu_aims_at_its_budget_and_may_use_the_whole_machine(tmp_path: Path) -> None:
+    aimed, most = budgets(tiny_config(tmp_path), CPU)
+    assert aimed <= 4 * 2**30
+    assert most > aimed
+    assert budgets(tiny_config(tmp_path, memory_budget_gib=0.5), CPU) == [2**29]
+
+
+def test_a_smaller_budget_cuts_the_step_and_changes_neither_tokens_nor_gradients(tmp_path: Path) -> None:
+    gib = 2**30
+    roomy = tiny_config(tmp_path, gamma=0.1, batch_size=8)
+    whole = choose_split(roomy, CPU, world_size=1)
+    tight = tiny_config(tmp_path, gamma=0.1, batch_size=8, memory_budget_gib=0.5 * whole.peak_bytes / gib)
+    cut = choose_split(tight, CPU, world_size=1)
+    assert whole.split.micro_batch_size == 8
+    assert cut.split.micro_batch_size * cut.split.anchors_at_once < 8 * whole.split.anchors_at_once
+    rows, weights = [], []
+    for config in (roomy, tight):
+        recorder = MemoryRecorder()
+        run = Run(config, recorder, lambda _m, _f: None, rank=0, world_size=1)
+        run.start(None)
+        run.update()
+        run.observe()
+        rows.append(recorder.rows[1])
+        weights.append(torch.cat([p.detach().flatten() for p in run.model.parameters()]))
+        assert run.parts.fit.describe() in recorder.events[0][1]
+    for name in ("loss", "reward", "policy_loss", "train_ce_loss", "grad_norm", "duplicate_rate", "policy_entropy"):
+        assert rows[0][name] == pytest.approx(rows[1][name], rel=1e-4, abs=1e-6), name
+    torch.testing.assert_close(weights[0], weights[1], atol=2e-5, rtol=1e-4)
