@@ -74,11 +74,15 @@ def inner_products(phi: Tensor, psi: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """
     n, d = phi.shape[-2:]
     at_once = max(1, NUMBERS_AT_ONCE[phi.device.type] // ((n + 1) * d))
-    joint = torch.empty(*phi.shape[:-2], n + 1, n + 1, dtype=torch.float64, device=phi.device)
-    contexts = zip(phi.reshape(-1, n, d).split(at_once), psi.reshape(-1, 1, d).split(at_once), strict=True)
-    for (samples, truth), out in zip(contexts, joint.view(-1, n + 1, n + 1).split(at_once), strict=True):
-        vectors = torch.cat([samples, truth], dim=1).double()
-        torch.bmm(vectors, vectors.transpose(-1, -2), out=out)
+    samples, truth = phi.reshape(-1, n, d), psi.reshape(-1, d)
+    joint = torch.empty(len(truth), n + 1, n + 1, dtype=torch.float64, device=phi.device)
+    buffer = torch.empty(min(at_once, len(truth)), n + 1, d, dtype=torch.float64, device=phi.device)
+    for first in range(0, len(truth), at_once):
+        part = slice(first, first + at_once)
+        vectors = buffer[: len(truth[part])]
+        vectors[:, :n], vectors[:, n] = samples[part], truth[part]
+        torch.bmm(vectors, vectors.transpose(-1, -2), out=joint[part])
+    joint = joint.view(*phi.shape[:-2], n + 1, n + 1)
     return joint[..., :-1, :-1], joint[..., :-1, -1], joint[..., -1, -1].sqrt()
 
 
