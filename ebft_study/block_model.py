@@ -286,6 +286,34 @@ def captured_layers(model: nn.Module, indices: list[int]) -> Iterator[dict[int, 
             handle.remove()
 
 
+@contextmanager
+def mlp_only_at(layer: nn.Module, rows: Tensor) -> Iterator[None]:
+    """Inside, `layer` computes its MLP for the tokens `rows` [K] of a pass; its output is void elsewhere.
+
+    For the last layer of a pass of which few tokens are read: most of a layer's work is in its MLP. A layer without
+    one under that name computes everything.
+    """
+    mlp = getattr(layer, "mlp", None)
+    if mlp is None:
+        yield
+        return
+    shapes: list[torch.Size] = []
+
+    def choose(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        shapes.append(inputs[0].shape)
+        return (inputs[0][:, rows], *inputs[1:])
+
+    def put_back(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+        return output.new_zeros(*shapes.pop()[:2], output.shape[-1]).index_copy_(1, rows, output)
+
+    handles = mlp.register_forward_pre_hook(choose), mlp.register_forward_hook(put_back)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 # --- the head --------------------------------------------------------------------------------------------------
 
 

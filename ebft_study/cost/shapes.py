@@ -140,6 +140,8 @@ class StepShape:
     n_samples: int
     batch_size: int
     depths: tuple[float, ...]
+    pooling: str = "last_token"
+    """Of features; with `last_token` the deepest layer computes its MLP for one token of a completion only."""
     gamma: float = 0.0
     kl_coefficient: float = 0.0
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -170,6 +172,7 @@ class StepShape:
             n_samples=rollout.n_samples,
             batch_size=training.batch_size,
             depths=config.features.depths,
+            pooling=config.features.pooling,
             gamma=config.loss.gamma,
             kl_coefficient=config.loss.kl_coefficient,
             precision=training.precision,

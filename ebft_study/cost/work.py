@@ -140,6 +140,8 @@ class _Work:
         runs = math.ceil(distinct * self.split.anchors_at_once * step.n_samples / blocks_at_once)
         weight_bytes = (self.micro_batches + self.parts * runs) * step.compute_bytes * network.layer_matrices
         flops = network.forward_flops(n_tokens, pairs)
+        if step.pooling == "last_token":
+            flops -= 6 * network.hidden_size * network.intermediate_size * distinct * step.n_blocks * (G - 1)
         return PhaseCost(step.batch_size * n_tokens, step.batch_size * flops, weight_bytes)
 
     def scoring(self, model: ModelShape) -> tuple[PhaseCost, PhaseCost]:

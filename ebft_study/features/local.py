@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 
 from ebft_study.algorithm.anchors import Anchors, Contexts, completions_at, contexts_of, distinct_completions
 from ebft_study.algorithm.features import Normalization, Pooling, feature_map, layer_indices
-from ebft_study.block_model import Backend, Blocks, Prefix, captured_layers, run_blocks, run_prefix
+from ebft_study.block_model import Backend, Blocks, Prefix, captured_layers, mlp_only_at, run_blocks, run_prefix
 from ebft_study.data import Batch
 from ebft_study.features import Features
 from ebft_study.lora import base_weights
@@ -117,9 +117,19 @@ class LocalFeatures:
         bounds = contexts_of(prefix.document_ids, anchors)
         blocks = Blocks(Contexts(*(bound.gather(1, part // completions.shape[2]) for bound in bounds)))
         tokens = _spread(completions.flatten(1, 2), part)
-        states = run_blocks(self.network, prefix, blocks, tokens, backend=self.backend)
+        with self._only_what_is_read(part.shape[1], completions.shape[3], lengths):
+            states = run_blocks(self.network, prefix, blocks, tokens, backend=self.backend)
         layers = self._layers(captured, states.flatten(1, 2))
         return self._map([layer.unflatten(1, tokens.shape[1:]) for layer in layers], lengths)
+
+    def _only_what_is_read(self, n_blocks: int, G: int, lengths: Sequence[int]) -> AbstractContextManager[None]:
+        """Of the deepest layer, `last_token` reads one token per block and length."""
+        if self.pooling != "last_token":
+            return nullcontext()
+        device = next(self.network.parameters()).device
+        last = torch.tensor([length - 1 for length in lengths], device=device)
+        rows = (torch.arange(n_blocks, device=device)[:, None] * G + last).flatten()
+        return mlp_only_at(self.network.get_decoder().layers[self.indices[-1] - 1], rows)  # type: ignore[operator]
 
     def _layers(self, captured: dict[int, Tensor], last: Tensor) -> list[Tensor]:
         states = [captured[i] for i in self.indices]
