@@ -22,7 +22,7 @@ from ebft_study.cost import Limits, ModelShape, Split, StepCost, StepShape, larg
 from ebft_study.data import Batch
 from ebft_study.methods import Totals
 
-CPU_TOKENS = 128
+CPU_TOKENS = 512
 """Tokens of a decoding pass that keep a CPU's matrix products as fast as many more do."""
 MEMORY_SHARE = 0.75
 """Of a GPU, for our step; the rest is for the naive feature network and for fragmentation."""

@@ -256,7 +256,7 @@ class Limits:
     @staticmethod
     def on(device: str) -> Limits:
         """Those of the implementation on `cpu` or `cuda`."""
-        return Limits() if device == "cuda" else Limits(2**24, 2**20, 2**13, fused_attention=False)
+        return Limits() if device == "cuda" else Limits(2**24, 2**20, 2**10, fused_attention=False)
 
     def logit_rows(self, model: ModelShape) -> int:
         return max(1, self.logits_at_once // model.vocabulary_size)

@@ -15,7 +15,7 @@ from ebft_study.data import Batch
 from ebft_study.features import Features
 from ebft_study.lora import base_weights
 
-TOKENS_AT_ONCE = {"cpu": 2**13, "cuda": 2**17}
+TOKENS_AT_ONCE = {"cpu": 2**10, "cuda": 2**17}
 """Completion tokens per pass; more are embedded one part after another, with the same result."""
 
 
