@@ -31,7 +31,7 @@ test: check ## linter, type checker and every test
 	OMP_NUM_THREADS=1 $(BIN)/pytest
 
 bench: $(STAMP) ## time of an EBFT step, against the published way; writes bench/bench.json and bench.png
-	$(BIN)/ebft-study bench --json bench/bench.json --plot bench/bench.png
+	OMP_NUM_THREADS=1 $(BIN)/ebft-study bench --threads 1 --batch-size 2 --repeats 3 --json bench/bench.json --plot bench/bench.png
 
 clean: ## remove the environment and build leftovers; studies stay
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -15,7 +15,7 @@ from ebft_study.bench.measure import in_fresh_process, in_turn, matmul_ceiling, 
 from ebft_study.bench.naive import naive_rewards
 from ebft_study.bench.rows import Row, compared, judged, measured
 from ebft_study.bench.settings import PAPER, SMALL, Settings, ladder
-from ebft_study.bench.shapes import CPU_TOKENS, compute_dtype, cost_of, device_type, model_config
+from ebft_study.bench.shapes import FEW_TOKENS, compute_dtype, cost_of, device_type, model_config
 from ebft_study.bench.sides import Naive, Networks, Ours
 from ebft_study.cost import StepShape
 
@@ -144,7 +144,7 @@ def _speed_rows(name: str, taken: list[float], n_tokens: float, flops: float, ce
 
 def memory(settings: Settings) -> list[Row]:
     """What a step on one sequence of the last length needs on top of what lasts from step to step."""
-    at_once = settings.anchors_at_once or max(CPU_TOKENS // settings.n_samples, 1)
+    at_once = settings.anchors_at_once or max(FEW_TOKENS // settings.n_samples, 1)
     alone = replace(
         settings.at(settings.sequence_lengths[-1]), batch_size=1, micro_batch_size=1, anchors_at_once=at_once
     )
