@@ -72,7 +72,9 @@ def compared(ours: Ours, other: Naive) -> dict[str, Row]:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("changes", [{"n_samples": 4}, {"completion_length": 1}, {"anchors_at_once": 1}, {"stride": 3}])
+@pytest.mark.parametrize(
+    "changes", [{"n_samples": 4}, {"completion_length": 1}, {"anchors_at_once": 1}, {"naive_attention": "eager"}]
+)
 def test_both_sides_draw_embed_score_and_differentiate_alike(layout: str, changes: dict[str, Any]) -> None:
     rows = compared(*sides(LAYOUTS[layout], **changes))
     assert rows["identical_completions"].value == 1

@@ -58,6 +58,12 @@ def parser() -> argparse.ArgumentParser:
         default = getattr(Settings, name.replace("-", "_"))
         text += "" if default is None else f" ({default})"
         made.add_argument(f"--{name}", type=_positive, default=default, metavar="N", help=text)
+    made.add_argument(
+        "--naive-attention",
+        choices=("sdpa", "eager"),
+        default=Settings.naive_attention,
+        help="of the naive side: fused, or matrices of probabilities as in the published code (sdpa)",
+    )
     made.add_argument("--precision", choices=("float32", "bfloat16"), default=Settings.precision, help="of activations")
     made.add_argument("--json", type=Path, metavar="FILE", help="also write the rows to this file")
     made.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw the step and its growth")

@@ -3,19 +3,22 @@
 Every pass calls the whole model, logits of all tokens included, on the whole sequence with all its blocks, repeated
 for each of the n samples, behind a dense mask; sampling does so at each of the G decoding steps; the feature network
 likewise; features are whitened by a batched SVD. Two things flatter it: the mask is built by tensor operations rather
-than loops, and attention is PyTorch's fused one rather than matrices of probabilities.
+than loops, and attention is PyTorch's fused one rather than matrices of probabilities (`attending` gives these).
 
 Letters as in `algorithm`; M = T + B * L tokens of a sequence with L tokens per block.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ebft_study.algorithm.advantages import feature_matching_advantages
 from ebft_study.algorithm.anchors import Anchors, completions_at, document_positions
@@ -26,6 +29,8 @@ from ebft_study.algorithm.whitening import RELATIVE_TOLERANCE
 from ebft_study.config import RunConfig
 from ebft_study.data import Batch
 from ebft_study.methods import Totals, differentiate
+
+Attention = Literal["sdpa", "eager"]
 
 
 @dataclass(frozen=True)
@@ -71,6 +76,28 @@ def dense_mask(document_ids: Tensor, anchors: Anchors, length: int) -> Tensor:
     return (prefix | own)[:, None]
 
 
+@contextmanager
+def attending(attention: Attention, *models: PreTrainedModel) -> Iterator[None]:
+    """Inside, the models attend as named; `eager` is with matrices of probabilities, as in the published code."""
+    before = [model.config._attn_implementation for model in models]
+    for model in models:
+        if attention == "eager":
+            model.config._attn_implementation = attention
+    try:
+        yield
+    finally:
+        for model, own in zip(models, before, strict=True):
+            model.config._attn_implementation = own
+
+
+def _mask(model: Any, copies: _Copies, length: int) -> Tensor:
+    mask = dense_mask(copies.document_ids, copies.anchors, length)
+    if model.config._attn_implementation != "eager":
+        return mask
+    dtype = next(model.parameters()).dtype
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
+
+
 def _run(model: nn.Module, copies: _Copies, blocks: Tensor, *, hidden: bool = False) -> Any:
     """The model's output for `[x ; blocks]`, [S * n, T + B * L] tokens."""
     length = blocks.shape[2]
@@ -79,7 +106,7 @@ def _run(model: nn.Module, copies: _Copies, blocks: Tensor, *, hidden: bool = Fa
     positions = torch.cat([position, (first[..., None] + torch.arange(length, device=first.device)).flatten(1)], dim=1)
     return model(
         input_ids=torch.cat([copies.tokens, blocks.flatten(1)], dim=1),
-        attention_mask=dense_mask(copies.document_ids, copies.anchors, length),
+        attention_mask=_mask(model, copies, length),
         position_ids=positions,
         use_cache=False,
         output_hidden_states=hidden,

@@ -75,6 +75,7 @@ def setting_rows(settings: Settings) -> list[Row]:
         "completion_length": settings.completion_length,
         "stride": settings.stride,
         "batch_size": settings.batch_size,
+        "naive_attention": settings.naive_attention,
         "repeats": settings.repeats,
     }
     return [Row(f"setting/{name}", value) for name, value in facts.items()]

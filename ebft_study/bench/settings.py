@@ -63,6 +63,8 @@ class Settings:
     micro_batch_size: int | None = None
     """Sequences and anchors at a time in our step; None: see `shapes.split_of`."""
     anchors_at_once: int | None = None
+    naive_attention: Literal["sdpa", "eager"] = "sdpa"
+    """Of the naive side: PyTorch's fused one, or the published code's."""
     repeats: int = 5
     precision: Precision = "float32"
     threads: int | None = None

@@ -9,12 +9,13 @@ Both start from the same weights and the same noise, and both end a step with th
 from __future__ import annotations
 
 import copy
+from contextlib import AbstractContextManager
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
-from ebft_study.bench.naive import naive_backward, naive_features, naive_rollouts
+from ebft_study.bench.naive import attending, naive_backward, naive_features, naive_rollouts
 from ebft_study.bench.settings import DEPTHS, Settings
 from ebft_study.bench.shapes import Inputs, autocast, compute_dtype, random_inputs, random_model, split_of
 from ebft_study.cost import Split
@@ -127,10 +128,13 @@ class Naive:
         self.inputs = inputs or random_inputs(settings)
         self.totals = self.inputs.totals
 
+    def _attention(self) -> AbstractContextManager[None]:
+        return attending(self.settings.naive_attention, self.networks.generator, self.networks.whole)
+
     def rollouts(self) -> Tensor:
         """See `Ours`."""
         model, temperature = self.networks.generator, self.config.rollout.temperature
-        with autocast(self.settings):
+        with autocast(self.settings), self._attention():
             parts = [
                 naive_rollouts(model, part.batch, part.anchors, part.noise, temperature)
                 for part in self.inputs.parts(1)
@@ -140,7 +144,7 @@ class Naive:
     def features(self, completions: Tensor) -> tuple[Tensor, Tensor]:
         """See `Ours`."""
         network, depths = self.networks.whole, self.config.features.depths
-        with autocast(self.settings):
+        with autocast(self.settings), self._attention():
             parts = [
                 naive_features(network, part.batch, part.anchors, own, depths)
                 for part, own in zip(self.inputs.parts(1), completions.split(1), strict=True)
@@ -152,7 +156,7 @@ class Naive:
         """See `Ours`; `completions` [S, B, n, G] are scored instead of drawn ones."""
         chosen = [None] * len(self.inputs) if completions is None else completions.split(1)
         for part, own in zip(self.inputs.parts(1), chosen, strict=True):
-            with autocast(self.settings):
+            with autocast(self.settings), self._attention():
                 naive_backward(
                     self.networks.generator,
                     self.networks.whole,
