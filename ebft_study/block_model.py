@@ -392,7 +392,7 @@ _verified: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 @torch.no_grad()
-def verify(model: nn.Module, *, name: str) -> None:
+def verify(model: nn.Module, *, name: str, backend: Backend = "auto") -> None:
     """Refuse a model whose block passes differ from its plain forward pass (sliding windows, soft-capping, ...).
 
     Raises:
@@ -408,11 +408,18 @@ def verify(model: nn.Module, *, name: str) -> None:
     anchors = Anchors(torch.tensor([[4, 7]], device=device), torch.ones(1, 2, dtype=torch.bool, device=device))
     try:
         prefix = run_prefix(model, x, torch.zeros_like(x))
-        ours = completion_log_probs(model, prefix, anchors, completion, temperature=1.0)
+        ours = completion_log_probs(model, prefix, anchors, completion, temperature=1.0, backend=backend)
     except (TypeError, AttributeError, KeyError) as error:
         raise ModelError(
             f"model {name!r}: its architecture does not run with block-parallel rollouts ({error}). "
             "Use a decoder-only model with standard attention, such as Qwen2, Qwen3, Llama or Mistral without windows"
+        ) from error
+    except RuntimeError as error:
+        if device.type == "cpu" or backend == "chunked":
+            raise
+        raise ModelError(
+            f"model {name!r}: FlexAttention cannot be compiled or run here ({str(error)[:200]}). "
+            "Use training.attention=chunked"
         ) from error
     worst = 0.0
     for b, anchor in enumerate([4, 7]):

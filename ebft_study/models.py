@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from ebft_study.block_model import ATTENTION, verify
+from ebft_study.block_model import ATTENTION, Backend, verify
 from ebft_study.config import FeaturesConfig, RunConfig
 from ebft_study.errors import ModelError
 from ebft_study.features.local import LocalFeatures
@@ -43,6 +43,7 @@ def load_model(
     random_weights: bool = False,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    attention: Backend = "auto",
 ) -> LoadedModel:
     """A ladder model, hub model or local folder, with weights of type `dtype` and in evaluation mode.
 
@@ -69,7 +70,7 @@ def load_model(
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
         raise ModelError(f"model {name!r}: its tokenizer has neither a padding nor an end token. Add one and save it")
     model = cast_weights(model, dtype).to(device).eval()
-    verify(model, name=name)
+    verify(model, name=name, backend=attention)
     return LoadedModel(
         model, tokenizer, name, fingerprint(model), sum(p.numel() for p in model.parameters()), str(Path(source).name)
     )
@@ -118,7 +119,13 @@ def load_generator(config: RunConfig, *, device: torch.device | str = "cpu") -> 
     Raises:
         ModelError: see `load_model`, or adapters for layers that the model does not have.
     """
-    loaded = load_model(config.model, revision=config.model_revision, device=device, dtype=base_dtype(config))
+    loaded = load_model(
+        config.model,
+        revision=config.model_revision,
+        device=device,
+        dtype=base_dtype(config),
+        attention=config.training.attention,
+    )
     if config.lora.lora_rank > 0:
         dtype = getattr(torch, config.training.weight_dtype)
         add_adapters(loaded.model, config.lora, seed=config.seed, dtype=dtype, name=config.model)
@@ -158,6 +165,7 @@ def load_feature_network(config: RunConfig, base: LoadedModel) -> LocalFeatures:
         depths=features.depths,
         pooling=features.pooling,
         normalize=features.normalize,
+        backend=config.training.attention,
         shared=shared,
         fingerprint=identity,
     )
@@ -177,6 +185,7 @@ def _other_network(config: RunConfig, base: LoadedModel) -> LoadedModel:
         random_weights=features.random_weights,
         device=next(base.model.parameters()).device,
         dtype=getattr(torch, config.training.precision),
+        attention=config.training.attention,
     )
     check_vocabulary(base.tokenizer, other.tokenizer, base.name, other.name)
     return other

@@ -200,3 +200,11 @@ def test_learning_rate_warms_up_then_stays_or_decays(tmp_path: Path) -> None:
     assert learning_rate_at(cosine, 1.0, 0, 100) == 1.0
     assert learning_rate_at(cosine, 1.0, 100, 100) == pytest.approx(0.1)
     assert learning_rate_at(cosine, 1.0, 50, 100) == pytest.approx(0.55)
+
+
+def test_a_checkpoint_of_another_format_is_refused_in_words(tmp_path: Path) -> None:
+    folder = tmp_path / "old"
+    folder.mkdir()
+    checkpoint.save(folder, {"step": 1, "tokens_seen": 0, "latest": {}, "model": {}}, step=1)
+    with pytest.raises(CheckpointError, match="older version"):
+        run_tiny(tiny_config(tmp_path), start_from=folder)

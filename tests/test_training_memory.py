@@ -97,3 +97,8 @@ def test_a_smaller_budget_cuts_the_step_and_changes_neither_tokens_nor_gradients
     for name in ("loss", "reward", "policy_loss", "train_ce_loss", "grad_norm", "duplicate_rate", "policy_entropy"):
         assert rows[0][name] == pytest.approx(rows[1][name], rel=1e-4, abs=1e-6), name
     torch.testing.assert_close(weights[0], weights[1], atol=2e-5, rtol=1e-4)
+
+
+def test_flex_attention_without_a_gpu_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"training\.attention='flex': FlexAttention needs a GPU"):
+        Run(tiny_config(tmp_path, attention="flex"), None, lambda _m, _f: None, rank=0, world_size=1)

@@ -35,12 +35,7 @@ def load(folder: Path) -> dict[str, Any]:
     if step_of(folder) is None:
         raise CheckpointError(f"{folder}: is not a complete checkpoint. Start from an earlier one, or from scratch")
     # Mapped, not read: a worker touches only what it copies, and workers of one machine share the pages.
-    state: dict[str, Any] = torch.load(folder / STATE, map_location="cpu", weights_only=True, mmap=True)
-    if "tensors" not in state:
-        raise CheckpointError(
-            f"{folder}: was written by an older version. Continue with that one, or start from scratch"
-        )
-    return state
+    return torch.load(folder / STATE, map_location="cpu", weights_only=True, mmap=True)  # type: ignore[no-any-return]
 
 
 def step_of(folder: Path) -> int | None:

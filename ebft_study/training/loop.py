@@ -31,7 +31,7 @@ from ebft_study.algorithm.anchors import Anchors
 from ebft_study.algorithm.sampling import uniforms
 from ebft_study.config import RunConfig
 from ebft_study.data import Batch, batch_indices
-from ebft_study.errors import ConfigError, NonFiniteError
+from ebft_study.errors import CheckpointError, ConfigError, NonFiniteError
 from ebft_study.evaluation import base as base_evaluation
 from ebft_study.methods import Tally, Totals
 from ebft_study.methods.sft import ce_mask
@@ -387,6 +387,8 @@ class Run:
 
     def _restore(self, folder: Path) -> None:
         saved = checkpoint.load(folder)
+        if "tensors" not in saved:
+            raise CheckpointError(f"{folder}: an older version wrote it. Continue with that one, or start from scratch")
         self.step, self.tokens_seen, self.latest = saved["step"], saved["tokens_seen"], saved["latest"]
         # The optimizer's states are those of the phase that the checkpoint was written in; a new phase starts its own.
         state.restore(saved["tensors"], self.model, self.optimizer, self.average)

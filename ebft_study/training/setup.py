@@ -42,12 +42,17 @@ def choose_device(config: RunConfig) -> torch.device:
     """The configured device.
 
     Raises:
-        ConfigError: `device: cuda` on a machine without one.
+        ConfigError: `device: cuda` or `attention: flex` on a machine without a GPU.
     """
     wanted = config.training.device
     if wanted == "cuda" and not torch.cuda.is_available():
         raise ConfigError("training.device='cuda': this machine has no usable GPU. Use device=cpu or device=auto")
-    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+    if config.training.attention == "flex" and device.type == "cpu":
+        raise ConfigError(
+            "training.attention='flex': FlexAttention needs a GPU. Use attention=auto or attention=chunked"
+        )
+    return device
 
 
 def build_parts(config: RunConfig, *, world_size: int = 1) -> Parts:
