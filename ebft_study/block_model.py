@@ -26,7 +26,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from ebft_study.algorithm import log_probs
-from ebft_study.algorithm.anchors import Anchors, Contexts, contexts_of, document_positions
+from ebft_study.algorithm.anchors import Anchors, Contexts, contexts_of, document_positions, gather_rows
 from ebft_study.algorithm.attention import block_attention, plan_chunks, prefix_attention, prefix_mask
 from ebft_study.algorithm.flex_attention import flex_block_attention, flex_mask
 from ebft_study.errors import ModelError
@@ -357,8 +357,7 @@ def sample_tokens(model: nn.Module, states: Tensor, noise: Tensor, *, temperatur
 
 def states_before(prefix: Prefix, anchors: Anchors) -> Tensor:
     """States that predict the first token of every completion, one for all samples of an anchor: [S, B, H]."""
-    before = (anchors.positions - 1).clamp(min=0)[..., None].expand(-1, -1, prefix.states.shape[-1])
-    return prefix.states.gather(1, before)
+    return gather_rows(prefix.states, (anchors.positions - 1).clamp(min=0))
 
 
 def completion_log_probs(

@@ -71,11 +71,22 @@ def _pack(allowed: Tensor) -> Anchors:
     return Anchors(torch.where(valid, positions, 0), valid)
 
 
+def completion_positions(anchors: Anchors, completion_length: int, n_tokens: int) -> Tensor:
+    """Positions `a_b .. a_b + G - 1` in a sequence of `n_tokens`: [S, B] -> [S, B, G]; arbitrary where not valid."""
+    offsets = torch.arange(completion_length, device=anchors.positions.device)
+    return (anchors.positions[..., None] + offsets).clamp(max=n_tokens - 1)
+
+
 def completions_at(tokens: Tensor, anchors: Anchors, completion_length: int) -> Tensor:
     """Ground-truth completions `y_b = x[a_b : a_b + G]`: [S, T] -> [S, B, G]; arbitrary tokens where not valid."""
-    offsets = torch.arange(completion_length, device=tokens.device)
-    index = (anchors.positions[..., None] + offsets).clamp(max=tokens.shape[1] - 1)
+    index = completion_positions(anchors, completion_length, tokens.shape[1])
     return tokens.gather(1, index.flatten(1)).view(index.shape)
+
+
+def gather_rows(rows: Tensor, index: Tensor) -> Tensor:
+    """Rows of every sequence by their numbers: [S, M, X] and [S, ...] int64 -> [S, ..., X]."""
+    chosen = rows.gather(1, index.flatten(1)[..., None].expand(-1, -1, rows.shape[-1]))
+    return chosen.view(*index.shape, rows.shape[-1])
 
 
 class Contexts(NamedTuple):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ebft_study.algorithm.advantages import feature_matching_advantages
-from ebft_study.algorithm.anchors import Anchors, completions_at, document_positions
+from ebft_study.algorithm.anchors import Anchors, completion_positions, document_positions, gather_rows
 from ebft_study.algorithm.features import feature_map, layer_indices
 from ebft_study.algorithm.losses import cross_entropy_loss, next_token_mask, policy_gradient_loss
 from ebft_study.algorithm.sampling import draw
@@ -115,8 +115,7 @@ def _run(model: nn.Module, copies: _Copies, blocks: Tensor, *, hidden: bool = Fa
 
 def _first_logits(logits: Tensor, copies: _Copies) -> Tensor:
     """Logits before the first token of every completion, [S * n, B, V]."""
-    before = (copies.anchors.positions - 1).clamp(min=0)[..., None]
-    return logits.gather(1, before.expand(-1, -1, logits.shape[-1]))
+    return gather_rows(logits, (copies.anchors.positions - 1).clamp(min=0))
 
 
 def _of_blocks(values: Tensor, copies: _Copies, length: int) -> Tensor:
@@ -150,11 +149,8 @@ def naive_features(
     layers = [states[i] for i in layer_indices(depths, len(states) - 1)]
     G = completions.shape[3]
     sampled = [_of_blocks(h, copies, G) for h in layers]
-    index = torch.arange(batch.tokens.shape[1], device=batch.tokens.device).expand_as(copies.tokens)
-    at = completions_at(index, copies.anchors, G)
-    real = [
-        h.gather(1, at.flatten(1)[..., None].expand(-1, -1, h.shape[-1])).unflatten(1, at.shape[1:]) for h in layers
-    ]
+    at = completion_positions(copies.anchors, G, batch.tokens.shape[1])
+    real = [gather_rows(h, at) for h in layers]
     phi, psi = (feature_map(parts, pooling="last_token", normalize="per_layer") for parts in (sampled, real))
     return copies.gather(phi), copies.gather(psi)[:, :, 0]
 

@@ -8,7 +8,14 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from ebft_study.algorithm.anchors import Anchors, Contexts, completions_at, contexts_of, distinct_completions
+from ebft_study.algorithm.anchors import (
+    Anchors,
+    Contexts,
+    completion_positions,
+    contexts_of,
+    distinct_completions,
+    gather_rows,
+)
 from ebft_study.algorithm.features import Normalization, Pooling, feature_map, layer_indices
 from ebft_study.block_model import Backend, Blocks, Prefix, captured_layers, mlp_only_at, run_blocks, run_prefix
 from ebft_study.data import Batch
@@ -60,14 +67,16 @@ class LocalFeatures:
         lengths = lengths or [G]
         with self._running(), captured_layers(self.network, self.indices) as captured:
             prefix, layers = self._prefix(batch, captured)
-            psi = self._ground_truth(layers, anchors, lengths, G)
+            at = completion_positions(anchors, G, batch.tokens.shape[1])
+            psi = self._map([gather_rows(states, at) for states in layers], lengths)
+            contexts = contexts_of(batch.document_ids, anchors)
             chosen, inverse = distinct_completions(completions, anchors.valid)
             at_once = max(1, TOKENS_AT_ONCE[completions.device.type] // (len(completions) * G))
             parts = [
-                self._samples(captured, prefix, anchors, completions, part, lengths)
+                self._samples(captured, prefix, contexts, completions, part, lengths)
                 for part in chosen.split(at_once, dim=1)
             ]
-        phi = [_spread(torch.cat(distinct, dim=1), inverse) for distinct in zip(*parts, strict=True)]
+        phi = [gather_rows(torch.cat(distinct, dim=1), inverse) for distinct in zip(*parts, strict=True)]
         return [Features(*pair) for pair in zip(phi, psi, strict=True)]
 
     def _shorten(self) -> None:
@@ -98,25 +107,18 @@ class LocalFeatures:
             self._last = (batch, prefix, self._layers(captured, prefix.states))
         return self._last[1:]
 
-    def _ground_truth(self, layers: Sequence[Tensor], anchors: Anchors, lengths: Sequence[int], G: int) -> list[Tensor]:
-        """psi [S, B, d] at every length, from the states of the prefix alone."""
-        index = torch.arange(layers[0].shape[1], device=layers[0].device).expand(layers[0].shape[:2])
-        at = completions_at(index, anchors, G)
-        return self._map([_spread(states, at) for states in layers], lengths)
-
     def _samples(
         self,
         captured: dict[int, Tensor],
         prefix: Prefix,
-        anchors: Anchors,
+        contexts: Contexts,
         completions: Tensor,
         part: Tensor,
         lengths: Sequence[int],
     ) -> list[Tensor]:
         """phi [S, M', d] at every length, of the completions with the numbers `part` [S, M']."""
-        bounds = contexts_of(prefix.document_ids, anchors)
-        blocks = Blocks(Contexts(*(bound.gather(1, part // completions.shape[2]) for bound in bounds)))
-        tokens = _spread(completions.flatten(1, 2), part)
+        blocks = Blocks(Contexts(*(bound.gather(1, part // completions.shape[2]) for bound in contexts)))
+        tokens = gather_rows(completions.flatten(1, 2), part)
         with self._only_what_is_read(part.shape[1], completions.shape[3], lengths):
             states = run_blocks(self.network, prefix, blocks, tokens, backend=self.backend)
         layers = self._layers(captured, states.flatten(1, 2))
@@ -140,10 +142,3 @@ class LocalFeatures:
             feature_map([h[..., :length, :] for h in layers], pooling=self.pooling, normalize=self.normalize)
             for length in lengths
         ]
-
-
-def _spread(rows: Tensor, index: Tensor) -> Tensor:
-    """Rows [S, M, X] by their numbers [S, ...] -> [S, ..., X]."""
-    chosen: Tensor = rows.gather(1, index.flatten(1)[..., None].expand(-1, -1, rows.shape[-1]))
-    spread: Tensor = chosen.unflatten(1, index.shape[1:])
-    return spread
