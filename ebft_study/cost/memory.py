@@ -12,7 +12,7 @@ class Memory:
     """What one worker holds. The first four last; the phases follow one another, on top of the sequences."""
 
     weights_bytes: float
-    """Float32, with the copies that autocast makes, and the average of the weights where there is one."""
+    """With the copies that autocast makes, and the average of the weights where there is one."""
     gradients_bytes: float
     optimizer_bytes: float
     frozen_bytes: float
@@ -45,22 +45,24 @@ def memory(
     """Peak memory of one worker; `features` is the whole feature network.
 
     Tensors only, good to about a tenth: what kernels allocate inside, and fragmentation, come on top. With adapters
-    it is an upper bound, as frozen matrices let go of some of their inputs.
+    it is an upper bound, as frozen matrices let go of some of their inputs. For sharded workers it is too low: what
+    they hold of each other's weights and gradients inside a step is not counted.
     """
     held = _Held(model, features.cut(step.depths), step, split, limits or Limits())
     shards = step.world_size if step.sharded else 1
     gradients = step.weight_bytes * model.n_trainable / shards
     copies = 2 if step.weight_average else 1
-    frozen_own = model.n_parameters - model.n_trainable if model.trainable_parameters is not None else 0
-    own = step.weight_bytes * (model.n_parameters - frozen_own) + step.compute_bytes * frozen_own
-    # Autocast keeps a copy of every trained matrix that it casts.
-    casts = step.weight_bytes != step.compute_bytes and not frozen_own
+    trained = step.weight_bytes * model.n_trainable
+    # Under adapters the model itself is frozen, and so are its matrices; autocast copies every matrix that is not.
+    adapted = model.trainable_parameters is not None
+    own = step.compute_bytes * model.n_parameters if adapted else 0
+    casts = not adapted and step.weight_bytes != step.compute_bytes
     cast = step.compute_bytes * (model.layer_matrices + model.head_parameters) if casts else 0
     frozen = 0
     if step.method == "ebft" and not step.shared_features:
         frozen = held.network.body_parameters + (model.n_parameters if step.has_kl else 0)
     return Memory(
-        weights_bytes=(own + step.weight_bytes * (copies - 1) * model.n_trainable + cast) / shards,
+        weights_bytes=(own + copies * trained + cast) / shards,
         gradients_bytes=gradients,
         optimizer_bytes=2 * gradients,
         frozen_bytes=step.compute_bytes * frozen,
@@ -185,7 +187,7 @@ class _Held:
         """Cross-entropy, then the backward pass of a part of the blocks, at last that of the sequences."""
         trains_head = self.model.trainable_parameters is None
         # The gradient of the head: the sum so far, and what is added to it.
-        head = 2 * FLOAT32_BYTES * self.model.head_parameters if trains_head else 0
+        head = 2 * self.step.weight_bytes * self.model.head_parameters if trains_head else 0
         truth = head + self.logits(self.prefix_tokens, copies=2)
         return max(truth, self._part(head), self.differentiating(self.prefix_tokens, blocks=False))
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import astuple, dataclass
 from typing import Literal
 
-from ebft_study.cost.shapes import FLOAT32_BYTES, Limits, ModelShape, Split, StepShape
+from ebft_study.cost.shapes import Limits, ModelShape, Split, StepShape
 
 Counting = Literal["needed", "executed"]
 
@@ -71,7 +71,7 @@ def step_cost(
         features=work.features(features.cut(step.depths), duplicate_rate) if step.n_blocks else PhaseCost(),
         scoring_forward=forward,
         scoring_backward=backward,
-        optimizer=PhaseCost(weight_bytes=FLOAT32_BYTES * updated),
+        optimizer=PhaseCost(weight_bytes=step.weight_bytes * updated),
     )
 
 
@@ -190,7 +190,7 @@ class _Work:
         again = sequences + blocks if step.activation_checkpointing else 0
         written = sequences + blocks if model.trainable_parameters is None else 0
         read = sequences + blocks + again
-        return step.compute_bytes * forward, step.compute_bytes * read + FLOAT32_BYTES * written
+        return step.compute_bytes * forward, step.compute_bytes * read + step.weight_bytes * written
 
 
 def _pieces(items: list[int], size: int) -> Iterator[list[int]]:
