@@ -6,6 +6,7 @@ Names are those of the paper; every setting has one name in YAML, code, Parquet 
 
 from __future__ import annotations
 
+import collections
 import difflib
 import functools
 import math
@@ -60,6 +61,18 @@ class RolloutConfig(Section):
     first_context_length: PositiveInt | None = Field(None, description="C, shortest context; default: stride")
     temperature: float = Field(0.6, gt=0.0, description="tau of the sampling policy")
     anchor_region: Literal["all", "answer"] = "all"
+    backend: Literal["strided", "vllm"] = Field("strided", description="strided: in process; vllm: an engine beside it")
+    sync_every_steps: PositiveInt = Field(1, description="vllm: updates between two transfers of the weights")
+    max_policy_lag: int = Field(0, ge=0, description="updates by which the weights that sample may be behind")
+    importance_ratio_clip: float = Field(
+        2.0, ge=1.0, description="vllm: largest weight of a completion, pi_trainer / pi_engine"
+    )
+    max_parity_difference: float | None = Field(
+        None,
+        gt=0.0,
+        description="vllm: largest difference of log-probabilities, engine against trainer, after a transfer; "
+        "default: 0.001, or 1 in bfloat16",
+    )
 
     @property
     def context_length(self) -> int:
@@ -74,6 +87,18 @@ class FeaturesConfig(Section):
     depths: tuple[float, ...] = Field((0.25, 0.5, 0.75), min_length=1, description="relative depths in (0, 1]")
     pooling: Literal["last_token", "mean", "concat"] = "last_token"
     normalize: Literal["per_layer", "joint"] = "per_layer"
+    backend: Literal["auto", "local", "service"] = Field(
+        "auto",
+        description="local: a network per trial; service: one for all trials; auto: whatever the plan finds better",
+    )
+    cache_memory_gib: float = Field(0.5, ge=0.0, description="service: features kept in memory")
+    cache_disk_gib: float = Field(2.0, ge=0.0, description="service: features kept on disk, for later studies too")
+    service_timeout_seconds: float = Field(120.0, gt=0.0, description="service: longest wait for an answer")
+
+    @property
+    def is_base(self) -> bool:
+        """Whether the network is the generator as it was before training."""
+        return self.feature_network == "base" and not self.random_weights
 
     @model_validator(mode="after")
     def _depths_in_range(self) -> FeaturesConfig:
@@ -83,6 +108,23 @@ class FeaturesConfig(Section):
         if len(set(self.depths)) != len(self.depths):
             raise ValueError("depths must differ from each other")
         return self
+
+
+class VllmConfig(Section):
+    """The engine of `rollout.backend: vllm`."""
+
+    engine_scope: Literal["trial", "study"] = Field(
+        "trial", description="trial: an engine each; study: one engine takes turns with the weights of all trials"
+    )
+    placement: Literal["own", "colocated"] = Field(
+        "own", description="own: GPUs of its own; colocated: on the trainer's GPU, asleep while that trains"
+    )
+    tensor_parallel_size: PositiveInt = Field(
+        1, description="GPUs (processes, on a CPU) that share the engine's weights"
+    )
+    gpu_memory_utilization: float = Field(0.3, gt=0.0, le=1.0, description="fraction of its GPU that the engine takes")
+    kv_cache_gib: float = Field(1.0, gt=0.0, description="on a CPU: keys and values that the engine keeps")
+    engine_timeout_seconds: float = Field(600.0, gt=0.0, description="longest wait for a batch of rollouts")
 
 
 class RewardConfig(Section):
@@ -200,6 +242,7 @@ class RunConfig(Section):
     seed: int = Field(0, ge=0)
     data: DataConfig = DataConfig()
     rollout: RolloutConfig = RolloutConfig()
+    vllm: VllmConfig = VllmConfig()
     features: FeaturesConfig = FeaturesConfig()
     reward: RewardConfig = RewardConfig()
     loss: LossConfig = LossConfig()
@@ -248,6 +291,49 @@ def broken_rules(config: RunConfig) -> list[tuple[str, Any, str, str]]:
         "bfloat16",
         f"precision={config.training.precision} computes more exactly than such weights are stored",
         "Use precision=bfloat16 with it, or weight_dtype=float32",
+    )
+    need(
+        rollout.sync_every_steps <= rollout.max_policy_lag + 1,
+        "rollout.sync_every_steps",
+        rollout.sync_every_steps,
+        f"the sampling weights would be {rollout.sync_every_steps - 1} updates old before the next transfer, but "
+        f"max_policy_lag={rollout.max_policy_lag}",
+        f"Use max_policy_lag >= {rollout.sync_every_steps - 1}, or sync_every_steps <= {rollout.max_policy_lag + 1}",
+    )
+    need(
+        rollout.backend == "vllm" or rollout.sync_every_steps == 1,
+        "rollout.sync_every_steps",
+        rollout.sync_every_steps,
+        f"backend={rollout.backend} samples from the trained weights themselves",
+        "Use sync_every_steps=1, or backend=vllm",
+    )
+    need(
+        rollout.backend == "strided" or 0.01 <= rollout.temperature <= 2.0,
+        "rollout.temperature",
+        rollout.temperature,
+        "vLLM samples at temperatures from 0.01 to 2",
+        "Use one of these, or backend=strided",
+    )
+    need(
+        config.vllm.placement == "own" or config.vllm.tensor_parallel_size == 1,
+        "vllm.tensor_parallel_size",
+        config.vllm.tensor_parallel_size,
+        "a colocated engine has the trainer's one GPU",
+        "Use placement=own, or tensor_parallel_size=1",
+    )
+    need(
+        config.vllm.placement == "own" or config.vllm.engine_scope == "trial",
+        "vllm.engine_scope",
+        config.vllm.engine_scope,
+        "an engine for all trials cannot be on the GPU of one of them",
+        "Use placement=own, or engine_scope=trial",
+    )
+    need(
+        config.features.backend != "service" or config.lora.lora_rank == 0 or not config.features.is_base,
+        "features.backend",
+        "service",
+        "with adapters the model's own weights are the feature network already, at no cost",
+        "Use backend=local",
     )
     if config.method == "ebft":
         single = rollout.n_samples == 1
@@ -298,8 +384,8 @@ def all_keys() -> dict[str, Any]:
 
 @functools.cache
 def short_names() -> dict[str, str]:
-    """Short name -> dotted path. The last part of every path is unique (a test holds this)."""
-    return {path.rsplit(".", 1)[-1]: path for path in all_keys()}
+    """Short name -> dotted path."""
+    return {short_name(path): path for path in all_keys()}
 
 
 def resolve_key(key: str, *, source: str = "command line") -> str:
@@ -312,15 +398,26 @@ def resolve_key(key: str, *, source: str = "command line") -> str:
 
 
 def short_name(path: str) -> str:
-    """The one name of a setting in tables and plots: `reward.alpha` -> `alpha`."""
-    return path.rsplit(".", 1)[-1]
+    """The one name of a setting in tables and plots: `reward.alpha` -> `alpha`.
+
+    Where two sections have a setting of one name, it goes with the section's: `rollout.backend` -> `rollout_backend`.
+    """
+    section, _, leaf = path.rpartition(".")
+    return f"{section}_{leaf}" if leaf in _shared_leaves() else leaf
+
+
+@functools.cache
+def _shared_leaves() -> frozenset[str]:
+    counts = collections.Counter(path.rpartition(".")[2] for path in all_keys())
+    return frozenset(leaf for leaf, count in counts.items() if count > 1)
 
 
 def flatten(config: RunConfig) -> dict[str, Any]:
     """All settings as short name -> value: the hyperparameter columns of the results."""
     flat: dict[str, Any] = {}
     for name, value in config:
-        flat |= dict(value) if isinstance(value, Section) else {name: value}
+        own = {f"{name}.{leaf}": inner for leaf, inner in value} if isinstance(value, Section) else {name: value}
+        flat |= {short_name(path): inner for path, inner in own.items()}
     return flat
 
 

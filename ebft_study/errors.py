@@ -40,6 +40,14 @@ class CheckpointError(EbftError):
     """No usable checkpoint where one was asked for."""
 
 
+class ServiceError(Exception):
+    """A rollout engine or feature service is gone or silent: the trial's attempt fails, and the next one may do."""
+
+
+class ParityError(Exception):
+    """The rollout engine computes other log-probabilities than the trainer: the trial stops with the numbers."""
+
+
 class NonFiniteError(Exception):
     """A loss, gradient or metric is NaN or infinite: the trial stops, the study goes on."""
 

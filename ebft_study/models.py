@@ -53,7 +53,7 @@ def load_model(
     Raises:
         ModelError: nothing usable at `name`, or an architecture that block-parallel rollouts cannot run.
     """
-    source = _source(name)
+    source = source_of(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
         if random_weights:
@@ -88,12 +88,13 @@ def read_config(name: str, *, revision: str | None = None) -> Any:
         ModelError: nothing usable at `name`.
     """
     try:
-        return AutoConfig.from_pretrained(_source(name), revision=revision)
+        return AutoConfig.from_pretrained(source_of(name), revision=revision)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(_explain(name, error)) from error
 
 
-def _source(name: str) -> str:
+def source_of(name: str) -> str:
+    """Folder or hub id of a model's files; a model of the ladder is trained first, if need be."""
     return str(ensure_tiny_model(name)) if name in LADDER else name
 
 
@@ -153,9 +154,8 @@ def load_feature_network(config: RunConfig, base: LoadedModel) -> LocalFeatures:
         ModelError: the network has another vocabulary than the generator, so token ids mean other things to it.
     """
     features: FeaturesConfig = config.features
-    itself = features.feature_network == "base" and not features.random_weights
-    shared = itself and config.lora.lora_rank > 0
-    if itself:
+    shared = features.is_base and config.lora.lora_rank > 0
+    if features.is_base:
         network, identity = base.model if shared else _frozen_copy(config, base), base.fingerprint
     else:
         other = _other_network(config, base)

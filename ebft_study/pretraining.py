@@ -150,7 +150,8 @@ def token_stream(corpus: TextDataset, split: str, tokenizer: PreTrainedTokenizer
         total += len(pieces[-1])
         if total >= limit:
             break
-    return np.concatenate(pieces)[:limit]
+    stream: np.ndarray = np.concatenate(pieces)
+    return stream[:limit]
 
 
 def _train(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, stream: np.ndarray) -> Qwen2ForCausalLM:

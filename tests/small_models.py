@@ -13,11 +13,11 @@ VOCABULARY = 40
 ARCHITECTURES = ["qwen2-tied", "llama-untied"]
 
 
-def small_model(architecture: str = "qwen2-tied", *, layers: int = 4, seed: int = 0) -> nn.Module:
+def small_model(architecture: str = "qwen2-tied", *, layers: int = 4, seed: int = 0, head_dim: int = 8) -> nn.Module:
     """A model with grouped-query attention and weights large enough that attention matters."""
     sizes = {
         "vocab_size": VOCABULARY,
-        "hidden_size": 32,
+        "hidden_size": 4 * head_dim,
         "intermediate_size": 48,
         "num_hidden_layers": layers,
         "num_attention_heads": 4,

@@ -15,7 +15,7 @@ from ebft_study.config import all_keys, short_names
 ROOT = Path(ebft_study.__file__).parent
 LAYERS = [
     {"algorithm", "errors", "paths", "config", "cost", "results", "report", "progress"},
-    {"data", "ngram", "block_model", "lora"},
+    {"data", "ngram", "block_model", "lora", "actors"},
     {"rollouts", "features", "pretraining", "models", "evaluation"},
     {"methods"},
     {"training"},
@@ -25,7 +25,7 @@ LAYERS = [
 """A module may import from its own layer and from those above it in this list."""
 EXCEPTIONS = {"evaluation": {"methods"}}
 """Evaluation shares the cross-entropy of the sft method."""
-RAY_ALLOWED = {"study", "training/worker.py"}
+RAY_ALLOWED = {"study", "training/worker.py", "actors.py", "rollouts/vllm", "features/service.py"}
 
 
 def modules() -> list[Path]:
@@ -77,6 +77,11 @@ def test_ray_appears_only_where_it_belongs() -> None:
             assert place.startswith(tuple(RAY_ALLOWED)), place
 
 
+def test_vllm_appears_only_in_the_process_that_holds_it() -> None:
+    found = {str(path.relative_to(ROOT)) for path in modules() for name in imported(path) if name.startswith("vllm")}
+    assert found == {"rollouts/vllm/engine.py", "rollouts/vllm/reader.py"}
+
+
 def test_configuration_and_results_import_quickly_without_heavy_libraries() -> None:
     program = (
         "import sys, time; start = time.perf_counter()\n"
@@ -87,5 +92,5 @@ def test_configuration_and_results_import_quickly_without_heavy_libraries() -> N
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 
 
-def test_the_last_part_of_every_setting_is_unique() -> None:
+def test_the_short_name_of_every_setting_is_unique() -> None:
     assert len(short_names()) == len(all_keys())

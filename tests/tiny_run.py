@@ -20,13 +20,14 @@ WORDS = [
 ]
 
 
-def write_model(folder: Path, *, seed: int = 0, words: Sequence[str] = WORDS) -> Path:
+def write_model(folder: Path, *, seed: int = 0, words: Sequence[str] = WORDS, head_dim: int = 8) -> Path:
     """A causal LM with its tokenizer, in Hugging Face format."""
     tokenizer = train_tokenizer([" ".join(words)] * 20, 300)
     torch.manual_seed(seed)
     config = Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.2, tie_word_embeddings=True,
+        vocab_size=len(tokenizer), hidden_size=4 * head_dim, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.2,
+        tie_word_embeddings=True,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     Qwen2ForCausalLM(config).save_pretrained(folder)

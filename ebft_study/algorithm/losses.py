@@ -34,6 +34,25 @@ def policy_gradient_loss(
     return -torch.where(valid[..., None], weighted, 0.0).sum() / denominator
 
 
+def importance_weights(log_probs: Tensor, sampled_log_probs: Tensor, *, clip: float) -> tuple[Tensor, Tensor]:
+    """Weights that correct for completions drawn from another policy than the one being trained.
+
+    `rho = exp(sum_t log p_tau(token_t) - log q_tau(token_t))`, one per completion, and `w = min(rho, clip)`: the
+    expectation of `rho f(y)` under q is that of `f(y)` under p, and the truncation bounds the variance (at the price of
+    a bias towards completions that q prefers). Equal policies give 1 everywhere.
+
+    Args:
+        log_probs: [..., G] of the trained policy p; no gradient flows through the weights.
+        sampled_log_probs: [..., G] of the policy q that drew the tokens.
+        clip: largest weight, at least 1.
+
+    Returns:
+        Weights w and raw ratios rho, both [...] float32. A ratio beyond float32 is infinite, its weight is `clip`.
+    """
+    ratios = (log_probs.detach().float() - sampled_log_probs.detach().float()).sum(dim=-1).exp()
+    return ratios.clamp(max=clip), ratios
+
+
 def cross_entropy_loss(log_probs: Tensor, mask: Tensor, *, denominator: float) -> Tensor:
     """Next-token cross-entropy (4) at temperature 1: `- sum log p(x_t | x_<t) / denominator`.
 

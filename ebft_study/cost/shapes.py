@@ -179,9 +179,8 @@ class StepShape:
             weight_dtype=training.weight_dtype,
             activation_checkpointing=training.activation_checkpointing,
             sharded=training.sharding == "fsdp",
-            shared_features=config.lora.lora_rank > 0
-            and config.features.feature_network == "base"
-            and not config.features.random_weights,
+            shared_features=config.lora.lora_rank > 0 and config.features.is_base,
+            differentiable_rollouts=rollout.backend == "strided",
             weight_average=config.optimizer.ema_decay is not None,
         )
         return replace(shape, **changes)

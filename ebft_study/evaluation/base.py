@@ -21,6 +21,8 @@ from ebft_study.data import TextDataset, TokenDataset
 from ebft_study.evaluation import Measured, Moments
 from ebft_study.paths import cache_folder
 
+CONTEXTS = {"completion_length", "stride", "first_context_length", "temperature", "anchor_region"}
+"""Settings of rollouts that evaluation shares with training."""
 Pair = tuple[Measured, Measured]
 """Validation and held-out measurements."""
 
@@ -41,7 +43,7 @@ def key(config: RunConfig, base: Any, features: Any, text: TextDataset, data: di
         "text": text.fingerprint,
         "rows": {split: len(rows) for split, rows in data.items()},
         "data": config.data.model_dump(),
-        "rollout": config.rollout.model_dump(exclude={"n_samples"}),
+        "rollout": config.rollout.model_dump(include=CONTEXTS),
         "evaluation": config.evaluation.model_dump(exclude={"eval_every_steps"}),
     }
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:24]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,12 +18,14 @@ from ebft_study.data import Batch
 
 @dataclass(frozen=True)
 class Totals:
-    """What the losses divide by, counted over all micro-batches of all workers before any of them runs."""
+    """What all parts of a step share: what the losses divide by, counted over all micro-batches of all workers."""
 
     contexts: float
     """Valid anchors."""
     ce_tokens: float
     """Tokens that carry cross-entropy."""
+    policy_version: int = 0
+    """Updates that the weights have seen."""
 
 
 @dataclass
@@ -31,6 +34,8 @@ class Tally:
 
     sums: dict[str, float] = field(default_factory=dict)
     counts: dict[str, float] = field(default_factory=dict)
+    peaks: dict[str, float] = field(default_factory=dict)
+    """Largest values."""
 
     def add(self, name: str, total: float | Tensor, count: float) -> None:
         """Add `count` observations that sum to `total`."""
@@ -41,6 +46,10 @@ class Tally:
         """Add the entries of `values` [S, B, ...] whose anchor is valid [S, B]."""
         chosen = values[valid]
         self.add(name, chosen.double().sum(), float(chosen.numel()))
+
+    def peak(self, name: str, value: float | Tensor) -> None:
+        """Keep the largest `value` seen."""
+        self.peaks[name] = max(self.peaks.get(name, -math.inf), float(value))
 
     @contextmanager
     def seconds(self, name: str, device: torch.device) -> Iterator[None]:

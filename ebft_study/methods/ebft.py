@@ -27,6 +27,7 @@ from ebft_study.config import RunConfig
 from ebft_study.data import Batch
 from ebft_study.features import FeatureBackend, Features
 from ebft_study.methods import Tally, Totals, differentiate
+from ebft_study.methods.off_policy import OffPolicy
 from ebft_study.methods.sft import ce_mask, ground_truth_log_probs
 from ebft_study.rollouts import RolloutBackend, Rollouts
 
@@ -51,6 +52,7 @@ class Ebft:
         self.reward, self.loss, self.temperature = config.reward, config.loss, config.rollout.temperature
         self.rollouts, self.features, self.base = rollouts, features, base
         self.anchors_at_once, self.backend = anchors_at_once, config.training.attention
+        self.correction = OffPolicy.of(config)
 
     def backward(
         self, model: nn.Module, batch: Batch, anchors: Anchors, *, noise: Tensor, totals: Totals, tally: Tally
@@ -117,6 +119,9 @@ class Ebft:
         log_probs = rollouts.log_probs
         if not log_probs.requires_grad:
             log_probs = self._score(model, leaves, anchors, rollouts.completions)
+        if rollouts.policy_version is not None:
+            weights = self.correction.weights(log_probs, rollouts, anchors.valid, totals.policy_version, tally)
+            advantages = advantages * weights
         loss = policy_gradient_loss(
             log_probs, advantages, anchors.valid, aggregation=self.loss.aggregation, denominator=n_pairs
         )

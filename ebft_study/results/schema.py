@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from ebft_study.config import RunConfig, Section
+from ebft_study.config import RunConfig, Section, short_name
 from ebft_study.errors import ResultsError
 
 if TYPE_CHECKING:
@@ -87,6 +87,17 @@ METRICS: dict[str, Metric] = _by_name(
     Metric("feature_seconds", "s", "part of step_seconds spent in the feature network and on rewards", "min"),
     Metric("scoring_seconds", "s", "part of step_seconds spent on log-probabilities and the backward pass", "min"),
     Metric("optimizer_seconds", "s", "part of step_seconds spent on the update", "min"),
+    Metric("sync_seconds", "s", "part of step_seconds spent on handing new weights to the rollout engine", "min"),
+    # With rollouts from an engine.
+    Metric("policy_lag", "updates", "updates by which the sampling weights were behind, mean over contexts", "min"),
+    Metric("parity_mean_difference", "nats/token", "mean |log-probability of the engine - of the trainer|", "min"),
+    Metric("parity_max_difference", "nats/token", "largest such difference since the row before", "min"),
+    Metric("importance_ratio", "", "probability of a completion under the trainer over that under the engine, mean"),
+    Metric("importance_ratio_min", "", "smallest such ratio since the row before"),
+    Metric("importance_ratio_max", "", "largest such ratio since the row before"),
+    Metric("importance_weight", "", "mean ratio after truncation at importance_ratio_clip"),
+    Metric("importance_clipped_fraction", "", "completions whose ratio was truncated", "min"),
+    Metric("effective_sample_fraction", "", "effective over actual number of completions, by their ratios", "max"),
     Metric("peak_memory_bytes", "B", "largest memory of the process so far (of the device, on a GPU)", "min"),
     Metric("sequences_seen", "sequences", "training sequences consumed so far"),
     Metric("tokens_seen", "tokens", "ground-truth training tokens consumed so far"),
@@ -211,9 +222,7 @@ def _with_unit(entry: Metric) -> str:
 def hyperparameters() -> tuple[Column, ...]:
     """Every setting of a run as a typed column under its short name (`alpha`, not `reward.alpha`)."""
     return tuple(
-        Column(
-            path.rsplit(".", 1)[-1], _type_name(annotation), f"setting {path}: {text}" if text else f"setting {path}"
-        )
+        Column(short_name(path), _type_name(annotation), f"setting {path}: {text}" if text else f"setting {path}")
         for path, annotation, text in _settings()
     )
 

@@ -21,6 +21,10 @@ class Rollouts:
     """[S, B, n, G] int64; arbitrary where the anchor is not valid."""
     log_probs: Tensor
     """[S, B, n, G] float32, of the tempered policy that sampled them; with gradients, if the backend can."""
+    policy_version: int | None = None
+    """Updates that the sampling weights had seen; None where the model itself was sampled from."""
+    sync_seconds: float = 0.0
+    """Spent, since the batch before, on handing new weights to an engine."""
 
 
 def anchors_of(batch: Batch, rollout: RolloutConfig, *, completion_length: int | None = None) -> Anchors:
@@ -37,6 +41,14 @@ def anchors_of(batch: Batch, rollout: RolloutConfig, *, completion_length: int |
 class RolloutBackend(Protocol):
     """Samples from `model` at `temperature`, no top-k, no top-p, no stop at the end of a document."""
 
+    def follow(self, model: nn.Module, version: int) -> None:
+        """`model` has seen `version` updates: a backend with a copy of its weights takes them over, if it is due."""
+        ...
+
+    def close(self) -> None:
+        """End whatever the backend has started."""
+        ...
+
     def sample(
         self,
         model: nn.Module,
@@ -51,5 +63,8 @@ class RolloutBackend(Protocol):
 
         `prefix`: the batch's sequences as `model` has just run them, for a backend that has a use for it. The sampled
         log-probabilities may carry gradients, where these are enabled; if they do, they need not be scored again.
+
+        Raises:
+            ServiceError: an engine that is gone, or that does not answer in time.
         """
         ...

@@ -22,6 +22,12 @@ class StridedRollouts:
     computed again to be differentiated.
     """
 
+    def follow(self, model: nn.Module, version: int) -> None:
+        """Nothing to take over: `sample` reads the model's own weights."""
+
+    def close(self) -> None:
+        """Nothing was started."""
+
     def sample(
         self,
         model: nn.Module,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -41,12 +42,24 @@ def sum_gradients(model: nn.Module, world_size: int) -> None:
         offset += parameter.numel()
 
 
-def sum_tally(tally: Tally, names: Iterable[str], world_size: int, device: torch.device) -> Tally:
-    """The tally of all workers together; `names` fixes the order, the same on all of them."""
+def sum_tally(
+    tally: Tally, names: Iterable[str], world_size: int, device: torch.device, *, peaks: Iterable[str] = ()
+) -> Tally:
+    """The tally of all workers together; `names` and `peaks` fix the order, the same on all of them."""
     keys = sorted(names)
     sums = sum_over_workers((tally.sums.get(key, 0.0) for key in keys), world_size, device)
     counts = sum_over_workers((tally.counts.get(key, 0.0) for key in keys), world_size, device)
-    return Tally(dict(zip(keys, sums, strict=True)), dict(zip(keys, counts, strict=True)))
+    found = _largest([tally.peaks.get(key, -math.inf) for key in sorted(peaks)], world_size, device)
+    largest = {key: value for key, value in zip(sorted(peaks), found, strict=True) if value > -math.inf}
+    return Tally(dict(zip(keys, sums, strict=True)), dict(zip(keys, counts, strict=True)), largest)
+
+
+def _largest(numbers: list[float], world_size: int, device: torch.device) -> list[float]:
+    if world_size == 1:
+        return numbers
+    tensor = torch.tensor(numbers, dtype=torch.float64, device=device)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return [float(number) for number in tensor]
 
 
 def sum_measured(

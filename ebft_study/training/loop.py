@@ -13,6 +13,7 @@ changes nothing but rounding.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import resource
 import sys
@@ -31,9 +32,9 @@ from ebft_study.algorithm.anchors import Anchors
 from ebft_study.algorithm.sampling import uniforms
 from ebft_study.config import RunConfig
 from ebft_study.data import Batch, batch_indices
-from ebft_study.errors import CheckpointError, ConfigError, NonFiniteError
+from ebft_study.errors import CheckpointError, ConfigError, NonFiniteError, ParityError
 from ebft_study.evaluation import base as base_evaluation
-from ebft_study.methods import Tally, Totals
+from ebft_study.methods import Tally, Totals, off_policy
 from ebft_study.methods.sft import ce_mask
 from ebft_study.models import trained_parameters
 from ebft_study.rollouts import anchors_of
@@ -41,6 +42,7 @@ from ebft_study.training import checkpoint, state
 from ebft_study.training.averaging import WeightAverage
 from ebft_study.training.distributed import sum_gradients, sum_measured, sum_over_workers, sum_tally
 from ebft_study.training.samples import sample_rows
+from ebft_study.training.services import Services
 from ebft_study.training.setup import build_optimizer, build_parts, learning_rate_at, scale_out
 from ebft_study.training.sharding import gathered, is_sharded, whole
 
@@ -77,6 +79,7 @@ def train(
     start_from: Path | None = None,
     rank: int = 0,
     world_size: int = 1,
+    services: Services | None = None,
 ) -> Outcome:
     """Run `config` from the beginning or from a checkpoint folder to its last step.
 
@@ -85,19 +88,23 @@ def train(
         on_report: called on every worker at every evaluation and checkpoint step with the latest metrics and, on the
             first worker, the folder of a new checkpoint, which is deleted after the call.
         start_from: a checkpoint folder to continue from.
+        services: the processes beside this one that the run may use; None: everything is done in process.
 
     Returns:
-        The outcome. A non-finite loss ends the run with status `stopped`; it does not raise.
+        The outcome. A non-finite loss, or an engine that disagrees with the trainer, ends the run with status
+        `stopped`; it does not raise.
     """
-    run = Run(config, recorder, on_report, rank, world_size)
+    run = Run(config, recorder, on_report, rank, world_size, services)
     try:
         run.start(start_from)
         while run.step < config.total_steps:
             run.update()
             run.observe()
         run.finish()
-    except NonFiniteError as error:
+    except (NonFiniteError, ParityError) as error:
         return run.stop(str(error))
+    finally:
+        run.parts.rollouts.close()
     return run.outcome("finished", "")
 
 
@@ -105,7 +112,13 @@ class Run:
     """The state of a run between steps."""
 
     def __init__(
-        self, config: RunConfig, recorder: Recorder | None, on_report: Report, rank: int, world_size: int
+        self,
+        config: RunConfig,
+        recorder: Recorder | None,
+        on_report: Report,
+        rank: int,
+        world_size: int,
+        services: Services | None = None,
     ) -> None:
         if config.training.batch_size < world_size:
             raise ConfigError(
@@ -115,7 +128,7 @@ class Run:
         self.started = time.perf_counter()
         self.config, self.recorder, self.on_report = config, recorder, on_report
         self.rank, self.world_size = rank, world_size
-        self.parts = build_parts(config, world_size=world_size)
+        self.parts = build_parts(config, world_size=world_size, services=services)
         self.device, self.model = self.parts.device, self.parts.base.model
         self.remarks = [*scale_out(config, self.model, world_size=world_size), self.parts.fit.describe()]
         self.model.train()
@@ -160,6 +173,7 @@ class Run:
         if self.step == self.config.training.warm_start_steps > 0:
             self.optimizer = self._new_optimizer()
         before = time.perf_counter()
+        self._hand_over_weights()
         rows, anchors, noise, totals = self.batch()
         every = torch.arange(len(rows.indices))
         loss = 0.0
@@ -214,6 +228,12 @@ class Run:
 
     # --- one update --------------------------------------------------------------------------------------------
 
+    def _hand_over_weights(self) -> None:
+        """Let an engine sample by the present weights; what `batch` counts over all workers makes them wait for it."""
+        if self.config.rollout.backend != "strided" and not self.warming_up:
+            with gathered(self.model):
+                self.parts.rollouts.follow(self.model, self.step)
+
     def batch(self) -> tuple[Batch, Anchors, Tensor, Totals]:
         """This worker's rows of the step, with anchors, noise, and what all workers' losses divide by."""
         config, data = self.config, self.parts.data["train"]
@@ -230,7 +250,7 @@ class Run:
         )
         mine = float(anchors.valid.sum()), float(ce_mask(rows, config.loss.ce_region).sum())
         contexts, ce_tokens = sum_over_workers(mine, self.world_size, self.device)
-        return rows, anchors, noise, Totals(contexts=contexts, ce_tokens=max(ce_tokens, 1.0))
+        return rows, anchors, noise, Totals(contexts, max(ce_tokens, 1.0), self.step)
 
     def _backward(self, rows: Batch, anchors: Anchors, noise: Tensor, totals: Totals, part: Tensor) -> float:
         on_device = part.to(self.device)
@@ -272,13 +292,14 @@ class Run:
 
     def _drain_tally(self) -> dict[str, float]:
         """Means over the steps since the last row, over all workers."""
-        total = sum_tally(self.tally, TALLIED, self.world_size, self.device)
+        total = sum_tally(self.tally, TALLIED, self.world_size, self.device, peaks=off_policy.PEAKS)
         steps, workers = self.tally_steps, self.world_size
         row = {name: total.mean(name) for name in AVERAGED if total.counts.get(name)}
         if total.counts.get("advantage"):
             mean = total.mean("advantage")
             row["advantage_std"] = math.sqrt(max(total.mean("advantage_squared") - mean * mean, 0.0))
             row["policy_loss"] = total.sums["policy_loss"] / steps
+        row |= off_policy.metrics(total)
         row["loss"] = total.sums["loss"] / steps
         row |= {name: total.sums[name] / steps / workers for name in PHASES if total.sums[name] > 0}
         tokens = self.tokens_seen - self.latest.get("tokens_seen", 0.0)
@@ -381,7 +402,7 @@ class Run:
         return {
             "step": self.step,
             "tokens_seen": self.tokens_seen,
-            "tally": {"sums": self.tally.sums, "counts": self.tally.counts, "steps": self.tally_steps},
+            "tally": {**dataclasses.asdict(self.tally), "steps": self.tally_steps},
             "latest": self.latest,
         }
 
@@ -393,11 +414,11 @@ class Run:
         # The optimizer's states are those of the phase that the checkpoint was written in; a new phase starts its own.
         state.restore(saved["tensors"], self.model, self.optimizer, self.average)
         tally = saved["tally"]
-        self.tally, self.tally_steps = Tally(tally["sums"], tally["counts"]), tally["steps"]
+        self.tally, self.tally_steps = Tally(tally["sums"], tally["counts"], tally["peaks"]), tally["steps"]
         self._record_event("resumed", f"from the checkpoint of step {self.step}", step=self.step)
 
 
-PHASES = ("rollout_seconds", "feature_seconds", "scoring_seconds", "optimizer_seconds", "step_seconds")
+PHASES = ("sync_seconds", "rollout_seconds", "feature_seconds", "scoring_seconds", "optimizer_seconds", "step_seconds")
 AVERAGED = (
     "train_ce_loss",
     "kl",
@@ -410,8 +431,13 @@ AVERAGED = (
     "train_cfm_loss",
     "fm_whitened",
     "grad_norm",
+    "policy_lag",
+    "parity_mean_difference",
+    "importance_ratio",
+    "importance_weight",
+    "importance_clipped_fraction",
 )
-TALLIED = (*AVERAGED, *PHASES, "loss", "policy_loss", "advantage", "advantage_squared")
+TALLIED = (*AVERAGED, *PHASES, "loss", "policy_loss", "advantage", "advantage_squared", "importance_ratio_squared")
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -11,10 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from ebft_study.config import RunConfig
+from ebft_study.evaluation.base import CONTEXTS
 from ebft_study.models import base_dtype
 from ebft_study.paths import cache_folder
 from ebft_study.training.loop import Run
 from ebft_study.training.setup import Parts
+
+NETWORK = {"feature_network", "random_weights", "depths", "pooling", "normalize"}
+"""Settings that decide what features are; the others say where they are computed."""
 
 
 def prepare(configs: Iterable[RunConfig]) -> dict[str, Any]:
@@ -41,8 +45,9 @@ def _distinct(configs: Iterable[RunConfig]) -> list[RunConfig]:
     """One configuration per combination of settings that data, models or the base evaluation depend on."""
     seen: dict[str, RunConfig] = {}
     for config in configs:
-        parts = config.model_dump(include={"model", "model_revision", "data", "features", "evaluation"}) | {
-            "rollout": config.rollout.model_dump(exclude={"n_samples"}),
+        parts = config.model_dump(include={"model", "model_revision", "data", "evaluation"}) | {
+            "rollout": config.rollout.model_dump(include=CONTEXTS),
+            "features": config.features.model_dump(include=NETWORK),
             "precision": config.training.precision,
             "dtype": str(base_dtype(config)),
             "adapters": config.lora.lora_targets if config.lora.lora_rank > 0 else None,

@@ -10,6 +10,7 @@ from typing import Any
 
 from ebft_study.config import RunConfig
 from ebft_study.results import TrialRecorder
+from ebft_study.training.services import Services
 from ebft_study.training.tracking import WandbRecorder, tracked
 
 LOOP = "ebft_study.training.loop:train"
@@ -47,6 +48,7 @@ def train_recorded(
             start_from=attempt.checkpoint,
             rank=rank,
             world_size=world_size,
+            services=Services(owner=f"{attempt.trial_id}-{attempt.attempt}", rank=rank),
         )
     finally:
         if isinstance(recorder, WandbRecorder):

@@ -12,14 +12,15 @@ from ebft_study.config import OptimizerConfig, RunConfig
 from ebft_study.data import TextDataset, TokenDataset, load_text, tokenize
 from ebft_study.errors import ConfigError, DataError, ModelError
 from ebft_study.evaluation import Evaluator
-from ebft_study.features.local import LocalFeatures
+from ebft_study.features import FeatureBackend
 from ebft_study.methods import Method
 from ebft_study.methods.build import build_method
 from ebft_study.methods.sft import Sft
 from ebft_study.models import LoadedModel, load_feature_network, load_generator, trained_parameters
-from ebft_study.rollouts import anchors_of
+from ebft_study.rollouts import RolloutBackend, anchors_of
 from ebft_study.rollouts.strided import StridedRollouts
 from ebft_study.training.memory import Fit, choose_split
+from ebft_study.training.services import Services
 from ebft_study.training.sharding import shard
 
 
@@ -32,7 +33,8 @@ class Parts:
     text: TextDataset
     data: dict[str, TokenDataset]
     base: LoadedModel
-    features: LocalFeatures
+    features: FeatureBackend
+    rollouts: RolloutBackend
     method: Method
     warm_start: Method
     evaluator: Evaluator
@@ -42,7 +44,7 @@ def choose_device(config: RunConfig) -> torch.device:
     """The configured device.
 
     Raises:
-        ConfigError: `device: cuda` or `attention: flex` on a machine without a GPU.
+        ConfigError: `device: cuda`, `attention: flex` or a colocated engine on a machine without a GPU.
     """
     wanted = config.training.device
     if wanted == "cuda" and not torch.cuda.is_available():
@@ -52,20 +54,29 @@ def choose_device(config: RunConfig) -> torch.device:
         raise ConfigError(
             "training.attention='flex': FlexAttention needs a GPU. Use attention=auto or attention=chunked"
         )
+    if config.rollout.backend == "vllm" and config.vllm.placement == "colocated" and device.type == "cpu":
+        raise ConfigError("vllm.placement='colocated': there is no GPU to share. Use placement=own")
     return device
 
 
-def build_parts(config: RunConfig, *, world_size: int = 1) -> Parts:
-    """Load and check everything; raises `EbftError` for whatever a user can mend."""
+def build_parts(config: RunConfig, *, world_size: int = 1, services: Services | None = None) -> Parts:
+    """Load and check everything; raises `EbftError` for whatever a user can mend.
+
+    Args:
+        services: the processes beside this one that the run may use; None: everything is done in process.
+    """
     device = choose_device(config)
     text = load_text(config.data)
     fit = choose_split(config, device, world_size=world_size)
     base = load_generator(config, device=device)
     data = tokenized(config, text, base)
-    features = load_feature_network(config, base)
-    method = build_method(config, base=base, features=features, anchors_at_once=fit.split.anchors_at_once)
+    features = services.features(config, base) if services else load_feature_network(config, base)
+    rollouts = services.rollouts(config, device) if services else StridedRollouts()
+    method = build_method(
+        config, base=base, features=features, rollouts=rollouts, anchors_at_once=fit.split.anchors_at_once
+    )
     evaluator = Evaluator(config, StridedRollouts(), features)
-    return Parts(device, fit, text, data, base, features, method, Sft(config.loss), evaluator)
+    return Parts(device, fit, text, data, base, features, rollouts, method, Sft(config.loss), evaluator)
 
 
 def scale_out(config: RunConfig, model: nn.Module, *, world_size: int) -> list[str]:

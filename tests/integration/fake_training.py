@@ -33,6 +33,7 @@ def train(
     start_from: Path | None = None,
     rank: int = 0,
     world_size: int = 1,
+    services: Any = None,
 ) -> Outcome:
     started = time.perf_counter()
     first = step = 0 if start_from is None else checkpoint.load(start_from)["step"]

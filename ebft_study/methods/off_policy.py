@@ -1,0 +1,101 @@
+"""Rollouts that another engine sampled: how old, how equal, and by how much to weight them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ebft_study.algorithm.losses import importance_weights
+from ebft_study.config import RunConfig
+from ebft_study.errors import ParityError, ServiceError
+from ebft_study.methods import Tally
+from ebft_study.rollouts import Rollouts
+
+DIFFERENCES = {"float32": 1e-3, "bfloat16": 1.0}
+"""Largest differences of log-probabilities that two implementations of the same weights may have. One update changes
+them by more than the first; bfloat16 rounds logits of 30 by 0.1, so there only gross errors can be told."""
+PEAKS = ("parity_max_difference", "importance_ratio_max", "importance_ratio_negative_min")
+
+
+@dataclass(frozen=True)
+class OffPolicy:
+    """What a run tolerates."""
+
+    max_policy_lag: int
+    clip: float
+    max_difference: float
+
+    @staticmethod
+    def of(config: RunConfig) -> OffPolicy:
+        rollout = config.rollout
+        allowed = rollout.max_parity_difference or DIFFERENCES[config.training.precision]
+        return OffPolicy(rollout.max_policy_lag, rollout.importance_ratio_clip, allowed)
+
+    def weights(
+        self, log_probs: Tensor, rollouts: Rollouts, valid: Tensor, policy_version: int, tally: Tally
+    ) -> Tensor:
+        """Truncated importance ratios [S, B, n] (see `importance_weights`), with everything about them on record.
+
+        A batch by the weights of this very version is the probe of the engine: both must agree about it.
+
+        Args:
+            log_probs: [S, B, n, G], the trainer's, of the sampled tokens.
+            policy_version: updates that the trainer's weights have seen.
+
+        Raises:
+            ServiceError: the sampling weights are older than allowed.
+            ParityError: the engine's log-probabilities are not the trainer's.
+        """
+        lag = policy_version - (rollouts.policy_version or 0)
+        if not 0 <= lag <= self.max_policy_lag:
+            raise ServiceError(
+                f"rollouts of policy version {rollouts.policy_version} at version {policy_version}: "
+                f"max_policy_lag={self.max_policy_lag}"
+            )
+        n_valid = float(valid.sum())
+        tally.add("policy_lag", lag * n_valid, n_valid)
+        tally.add("sync_seconds", rollouts.sync_seconds, 0.0)
+        if lag == 0:
+            self._compare(log_probs.detach(), rollouts.log_probs, valid, policy_version, tally)
+        weights, ratios = importance_weights(log_probs, rollouts.log_probs, clip=self.clip)
+        _tally_ratios(tally, weights, ratios, valid)
+        return weights
+
+    def _compare(self, ours: Tensor, theirs: Tensor, valid: Tensor, version: int, tally: Tally) -> None:
+        difference = (ours - theirs).abs()[valid]
+        if difference.numel() == 0:
+            return
+        tally.add_valid("parity_mean_difference", (ours - theirs).abs(), valid)
+        largest = float(difference.max())
+        tally.peak("parity_max_difference", largest)
+        # NaN is no agreement, either.
+        if not largest <= self.max_difference:
+            raise ParityError(
+                f"the rollout engine's log-probabilities differ from the trainer's by up to {largest:.3g} (mean "
+                f"{float(difference.mean()):.3g} over {difference.numel()} tokens) after the transfer of version "
+                f"{version}; allowed is {self.max_difference:g} (rollout.max_parity_difference). The engine does not "
+                "compute what is trained: check its precision, or use backend=strided"
+            )
+
+
+def _tally_ratios(tally: Tally, weights: Tensor, ratios: Tensor, valid: Tensor) -> None:
+    if not bool(valid.any()):
+        return
+    tally.add_valid("importance_ratio", ratios, valid)
+    tally.add_valid("importance_ratio_squared", ratios.square(), valid)
+    tally.add_valid("importance_weight", weights, valid)
+    tally.add_valid("importance_clipped_fraction", (weights < ratios).to(torch.float64), valid)
+    tally.peak("importance_ratio_max", ratios[valid].max())
+    tally.peak("importance_ratio_negative_min", -ratios[valid].min())
+
+
+def metrics(total: Tally) -> dict[str, float]:
+    """What is not a plain mean among the tallied: extremes and effective samples; nothing without such rollouts."""
+    row = {name: total.peaks[name] for name in PEAKS[:2] if name in total.peaks}
+    if total.counts.get("importance_ratio"):
+        row["importance_ratio_min"] = -total.peaks["importance_ratio_negative_min"]
+        # Of n weighted samples, as many count as would have the same variance without weights.
+        row["effective_sample_fraction"] = total.mean("importance_ratio") ** 2 / total.mean("importance_ratio_squared")
+    return row

@@ -1,0 +1,215 @@
+"""Rollouts from vLLM, whose weights follow the trainer through shared memory.
+
+    trainer, first worker     follow(): weights -> segment         sample(): request ---->  engine: version asked for?
+    trainer, other workers    (wait for the next collective)       sample(): request ---->    no: read the segment,
+                                                                   <---- tokens, log-probs       empty prefix cache
+                                                                                              generate
+
+The engine is a Ray actor on the trainer's machine. That of a trial belongs to the trial's first worker and ends with
+it; that of a study belongs to the driver. A request names policy and version, so the engine never samples by weights
+that nobody asked for, and its calls run one after another, so trials that share it take turns.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from torch import Tensor, nn
+
+from ebft_study import actors
+from ebft_study.algorithm.anchors import Anchors, contexts_of
+from ebft_study.block_model import Prefix
+from ebft_study.config import RunConfig
+from ebft_study.data import Batch
+from ebft_study.errors import ServiceError
+from ebft_study.rollouts import Rollouts
+from ebft_study.rollouts.vllm.engine import (
+    CPU_ENVIRONMENT,
+    ENVIRONMENT,
+    Engine,
+    EngineOptions,
+    SampleReply,
+    SampleRequest,
+)
+from ebft_study.rollouts.vllm.weights import SharedWeights, policy_weights
+
+_START_SECONDS = 600.0
+_WHO = "the rollout engine"
+
+
+class VllmRollouts:
+    """Samples by the newest weights that `follow` has handed to the engine."""
+
+    def __init__(
+        self,
+        options: EngineOptions,
+        *,
+        policy: str,
+        engine_name: str,
+        shared: bool = False,
+        sync_every_steps: int = 1,
+        timeout_seconds: float = 600.0,
+        rank: int = 0,
+    ) -> None:
+        """Nothing is started before the first `follow`.
+
+        Args:
+            policy: identifies whose weights they are, among all that use the engine.
+            engine_name: the actor's name in the study's namespace.
+            shared: the driver has started the engine; otherwise the first worker does, and stops it.
+            sync_every_steps: versions between two transfers.
+        """
+        self.options, self.policy, self.engine_name, self.shared = options, policy, engine_name, shared
+        self.every, self.timeout_seconds, self.rank = sync_every_steps, timeout_seconds, rank
+        self.version: int | None = None
+        self._sync_seconds = 0.0
+        self._engine: Any = None
+        self._weights: SharedWeights | None = None
+
+    def follow(self, model: nn.Module, version: int) -> None:
+        """See `RolloutBackend.follow`. All workers of a trial call it; a collective must follow before they sample."""
+        if self.version is not None and version % self.every and version > self.version:
+            return
+        if self.rank == 0:
+            before = time.perf_counter()
+            weights = policy_weights(model)
+            if self._weights is None:
+                self._weights = self._start(weights)
+            self._weights.write(weights)
+            self._sync_seconds = time.perf_counter() - before
+        self.version = version
+
+    def sample(
+        self,
+        model: nn.Module,
+        batch: Batch,
+        anchors: Anchors,
+        *,
+        noise: Tensor,
+        temperature: float,
+        prefix: Prefix | None = None,
+    ) -> Rollouts:
+        """See `RolloutBackend.sample`. `noise` seeds the engine's own draws; `model` is not read."""
+        if self.version is None:
+            raise ServiceError("the engine has no weights yet: call follow() first")
+        device, valid = batch.tokens.device, anchors.valid.cpu()
+        completions = torch.zeros(noise.shape, dtype=torch.int64)
+        log_probs = torch.zeros(noise.shape)
+        request = self._request(batch, anchors, noise, temperature)
+        if request.prompts:
+            reply = self._ask(request)
+            self._sync_seconds += reply.load_seconds
+            completions[valid] = torch.tensor(reply.tokens)
+            log_probs[valid] = torch.tensor(reply.log_probs)
+        spent, self._sync_seconds = self._sync_seconds, 0.0
+        return Rollouts(completions.to(device), log_probs.to(device), self.version, spent)
+
+    def close(self) -> None:
+        """Stop the trial's own engine, or make a shared one forget the policy."""
+        if self._weights is not None:
+            self._weights.unlink()
+        if self._engine is None or self.rank > 0:
+            return
+        if self.shared:
+            self._engine.forget_weights.remote(self.policy)
+        else:
+            ray.kill(self._engine)
+        self._engine = None
+
+    def _request(self, batch: Batch, anchors: Anchors, noise: Tensor, temperature: float) -> SampleRequest:
+        assert self.version is not None
+        tokens, valid = batch.tokens.cpu(), anchors.valid.cpu()
+        contexts = [bound.cpu() for bound in contexts_of(batch.document_ids, anchors)]
+        places = valid.nonzero().tolist()
+        prompts = [tokens[s, contexts[0][s, b] : contexts[1][s, b]].tolist() for s, b in places]
+        drawn = noise.cpu().numpy()
+        return SampleRequest(
+            self.policy,
+            self.version,
+            prompts,
+            [_seed(drawn[s, b]) for s, b in places],
+            n_samples=noise.shape[2],
+            completion_length=noise.shape[3],
+            temperature=temperature,
+        )
+
+    def _ask(self, request: SampleRequest) -> SampleReply:
+        if self._engine is None:
+            self._engine = actors.find(self.engine_name, seconds=_START_SECONDS)
+        reply: SampleReply = actors.answer(
+            self._engine.sample.remote(request),
+            who=_WHO,
+            seconds=self.timeout_seconds,
+            setting="vllm.engine_timeout_seconds",
+        )
+        return reply
+
+    def _start(self, weights: dict[str, Tensor]) -> SharedWeights:
+        """The engine, started if it is the trial's own, with a segment mapped."""
+        segment = SharedWeights(weights)
+        try:
+            if self.shared:
+                self._engine = actors.find(self.engine_name, seconds=_START_SECONDS)
+            else:
+                self._engine = start_engine(self.options, self.engine_name)
+            actors.answer(self._engine.start.remote(self.options), who=_WHO, seconds=_START_SECONDS)
+            mapped = self._engine.map_weights.remote(self.policy, segment.path, segment.layout)
+            actors.answer(mapped, who=_WHO, seconds=_START_SECONDS)
+        finally:
+            segment.unlink()
+        return segment
+
+
+def _seed(noise: np.ndarray) -> int:
+    """A seed from a context's noise: seeds of two contexts are as good as never within n of each other."""
+    return int.from_bytes(hashlib.blake2b(np.ascontiguousarray(noise).tobytes(), digest_size=7).digest(), "little")
+
+
+def options_of(config: RunConfig, *, source: str, device: torch.device) -> EngineOptions:
+    """The engine that a run needs; `source` is the folder or hub id of its model."""
+    longest = config.data.sequence_length + config.rollout.completion_length
+    vllm = config.vllm
+    colocated = vllm.placement == "colocated"
+    return EngineOptions(
+        model=source,
+        revision=config.model_revision,
+        dtype=config.training.precision,
+        device=device.type,
+        longest_tokens=longest,
+        tensor_parallel_size=vllm.tensor_parallel_size,
+        gpu_memory_utilization=vllm.gpu_memory_utilization,
+        kv_cache_bytes=int(vllm.kv_cache_gib * 2**30),
+        colocated_with=os.environ.get("CUDA_VISIBLE_DEVICES", "0") if colocated else None,
+    )
+
+
+def start_engine(options: EngineOptions, name: str) -> Any:
+    """A new engine on this machine; it ends with the process that calls this, or with `ray.kill`."""
+    on_gpu = options.device == "cuda"
+    own_gpus = options.tensor_parallel_size if on_gpu and options.colocated_with is None else 0
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return (
+        ray.remote(Engine)
+        .options(
+            name=name,
+            num_cpus=0,
+            num_gpus=own_gpus,
+            max_restarts=0,
+            # A trial's own placement group has no room for it.
+            scheduling_strategy=here,
+            runtime_env={"env_vars": ENVIRONMENT | ({} if on_gpu else CPU_ENVIRONMENT)},
+        )
+        .remote()
+    )
+
+
+def shared_name(options: EngineOptions) -> str:
+    """What the engine of a study is called, one for each model that its trials train."""
+    return f"engine-{hashlib.blake2b(repr(options).encode(), digest_size=6).hexdigest()}"

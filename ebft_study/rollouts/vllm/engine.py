@@ -1,0 +1,214 @@
+"""The process that holds vLLM: one Ray actor, which samples for one trial or, in turns, for all trials of a study.
+
+vLLM has its own process because it initialises torch.distributed, seeds the global generators, and takes over the
+thread settings of whatever process it is in.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ebft_study.errors import ConfigError, ServiceError
+
+if TYPE_CHECKING:
+    from ebft_study.rollouts.vllm.weights import Layout
+
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # an engine core in a process of its own would outlive this one
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",  # nothing is sent unless asked for
+    "VLLM_DO_NOT_TRACK": "1",
+    "TORCH_COMPILE_DISABLE": "1",  # compiling takes longer than many a trial
+}
+CPU_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",  # threads that wait spinning starve the trainer
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # all engines of a machine would bind to the same cores
+}
+_READER = "ebft_study.rollouts.vllm.reader.WeightReader"
+_BATCHED_TOKENS = 8192
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What an engine is started with; plain values."""
+
+    model: str
+    """Folder or hub id with the model's configuration; its weights come from the trainer."""
+    revision: str | None
+    dtype: str
+    device: str
+    longest_tokens: int
+    """Prompt and completion together."""
+    tensor_parallel_size: int
+    gpu_memory_utilization: float
+    kv_cache_bytes: int
+    colocated_with: str | None = None
+    """CUDA_VISIBLE_DEVICES of the trainer whose GPU this engine shares."""
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """n completions of exactly G tokens for each prompt, by a policy's weights of one version."""
+
+    policy: str
+    version: int
+    prompts: list[list[int]]
+    seeds: list[int]
+    """One per prompt; sample j of it uses `seed + j`."""
+    n_samples: int
+    completion_length: int
+    temperature: float
+
+
+@dataclass(frozen=True)
+class SampleReply:
+    """[prompts, n, G] tokens and log-probabilities of the tempered policy."""
+
+    tokens: np.ndarray
+    log_probs: np.ndarray
+    version: int
+    load_seconds: float
+    """Spent on new weights before sampling; 0 where the engine had them."""
+
+
+class Engine:
+    """Lives in an actor of its own; its calls run one after another."""
+
+    def __init__(self) -> None:
+        self._llm: Any = None
+        self._colocated = False
+        self._loaded: tuple[str, int] | None = None
+
+    def start(self, options: EngineOptions) -> float:
+        """Load the model, without its weights; returns the seconds that it took.
+
+        Raises:
+            ConfigError: vLLM is not installed, or the model does not fit.
+        """
+        if self._llm is not None:
+            return 0.0
+        before = time.perf_counter()
+        if options.colocated_with is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = options.colocated_with
+        self._colocated = options.colocated_with is not None
+        self._llm = _build(options)
+        self._rest()
+        return time.perf_counter() - before
+
+    def process_id(self) -> int:
+        return os.getpid()
+
+    def map_weights(self, policy: str, path: str, layout: Layout) -> None:
+        """Map the segment that a policy's trainer writes."""
+        self._llm.collective_rpc("map_weights", args=(policy, path, layout))
+
+    def forget_weights(self, policy: str) -> None:
+        """A policy is not sampled from any more."""
+        self._llm.collective_rpc("forget_weights", args=(policy,))
+
+    def sample(self, request: SampleRequest) -> SampleReply:
+        """Sample by the asked version, reading its weights first if the engine has others."""
+        load_seconds = self._load(request.policy, request.version)
+        outputs = self._generate(request)
+        self._rest()
+        tokens = np.array([[list(c.token_ids) for c in o.outputs] for o in outputs], dtype=np.int64)
+        log_probs = np.array([[list(c.logprobs.logprobs) for c in o.outputs] for o in outputs], dtype=np.float32)
+        expected = (len(request.prompts), request.n_samples, request.completion_length)
+        if tokens.shape != expected or log_probs.shape != expected:
+            raise ServiceError(f"vLLM returned {tokens.shape} tokens and {log_probs.shape} log-probs, not {expected}")
+        return SampleReply(tokens, log_probs, request.version, load_seconds)
+
+    def _rest(self) -> None:
+        """Beside a trainer: give it the memory. Weights come back from its segment."""
+        if self._colocated:
+            self._llm.sleep(level=2)
+            self._loaded = None
+
+    def _load(self, policy: str, version: int) -> float:
+        if self._loaded == (policy, version):
+            return 0.0
+        before = time.perf_counter()
+        self._loaded = None
+        if self._colocated:
+            self._llm.wake_up(tags=["weights"])
+        self._llm.collective_rpc("read_weights", args=(policy,))
+        if self._colocated:
+            self._llm.wake_up(tags=["kv_cache"])
+        # Keys and values of other weights must not be found again.
+        if not self._llm.reset_prefix_cache():
+            raise ServiceError("vLLM did not empty its prefix cache, so samples would mix old and new weights")
+        self._loaded = (policy, version)
+        return time.perf_counter() - before
+
+    def _generate(self, request: SampleRequest) -> list[Any]:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        parameters = [
+            SamplingParams(
+                n=request.n_samples,
+                max_tokens=request.completion_length,
+                temperature=request.temperature,
+                seed=seed,
+                logprobs=0,
+                flat_logprobs=True,
+                ignore_eos=True,
+                detokenize=False,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+            )
+            for seed in request.seeds
+        ]
+        prompts = [{"prompt_token_ids": prompt} for prompt in request.prompts]
+        generated: list[Any] = self._llm.generate(prompts, parameters, use_tqdm=False)
+        return generated
+
+
+def _build(options: EngineOptions) -> Any:
+    try:
+        from vllm import LLM
+    except ImportError as error:
+        raise ConfigError(
+            f"rollout.backend='vllm': vLLM cannot be imported ({error}). Install it (GPU: pip install "
+            "'ebft-study[vllm]'; CPU: make setup), or use backend=strided"
+        ) from None
+    on_cpu = options.device == "cpu"
+    memory: dict[str, Any] = {"kv_cache_memory_bytes": options.kv_cache_bytes, "block_size": 32} if on_cpu else {}
+    try:
+        return LLM(
+            options.model,
+            revision=options.revision,
+            # Weights come from the trainer before the first sample; token ids are all that goes in and out.
+            load_format="dummy",
+            skip_tokenizer_init=True,
+            dtype=options.dtype,
+            max_model_len=options.longest_tokens,
+            tensor_parallel_size=options.tensor_parallel_size,
+            gpu_memory_utilization=options.gpu_memory_utilization,
+            enforce_eager=on_cpu,
+            enable_sleep_mode=options.colocated_with is not None,
+            enable_prefix_caching=True,
+            # A seeded request whose prompt is run in parts ends the engine on a CPU.
+            enable_chunked_prefill=False,
+            max_num_batched_tokens=max(_BATCHED_TOKENS, options.longest_tokens),
+            # Without this the log-probabilities are those of temperature 1.
+            logprobs_mode="processed_logprobs",
+            disable_log_stats=True,
+            worker_extension_cls=_READER,
+            **memory,
+        )
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(_explain(options, error)) from error
+
+
+def _explain(options: EngineOptions, error: Exception) -> str:
+    reason = " ".join(str(error).split())[:300]
+    if options.device == "cpu":
+        remedy = f"vllm.kv_cache_gib={options.kv_cache_bytes / 2**30:.3g}, or a shorter sequence_length"
+    else:
+        remedy = f"vllm.gpu_memory_utilization={options.gpu_memory_utilization:g} or vllm.tensor_parallel_size"
+    return f"rollout.backend='vllm': the engine does not start with {options.model!r} ({reason}). Check {remedy}"

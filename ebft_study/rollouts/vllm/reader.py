@@ -1,0 +1,40 @@
+"""Runs inside vLLM's worker processes: reads a policy's weights from shared memory.
+
+vLLM mixes `WeightReader` into its worker class (`worker_extension_cls`) and imports this module before it loads a
+model.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import vllm._custom_ops as operators
+
+from ebft_study.rollouts.vllm.weights import Layout, views
+
+# On a CPU, oneDNN's products keep packed copies of the weights, which loading new ones does not reach (a tied head
+# would go on with the old ones, silently). Plain products read the weights themselves.
+operators._supports_onednn = False
+
+
+class WeightReader:
+    """Methods of a vLLM worker that the engine calls on all of them."""
+
+    model_runner: Any
+
+    def map_weights(self, policy: str, path: str, layout: Layout) -> None:
+        """Map a policy's segment, which may lose its name afterwards."""
+        self._segments()[policy] = views(path, layout)
+
+    def forget_weights(self, policy: str) -> None:
+        self._segments().pop(policy, None)
+
+    @torch.no_grad()
+    def read_weights(self, policy: str) -> None:
+        """Make the policy's present weights those of the model; of a sharded model, this worker's part of them."""
+        self.model_runner.model.load_weights(iter(self._segments()[policy].items()))
+
+    def _segments(self) -> dict[str, dict[str, torch.Tensor]]:
+        found: dict[str, dict[str, torch.Tensor]] = self.__dict__.setdefault("policy_segments", {})
+        return found

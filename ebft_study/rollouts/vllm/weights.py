@@ -1,0 +1,129 @@
+"""A policy's weights in shared memory: written by its trainer after updates, read by its engine.
+
+The file in /dev/shm is private to the user and loses its name as soon as the engine has mapped it. Whatever dies in
+whatever way afterwards, nothing is left behind.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ebft_study.errors import ConfigError
+
+SHARED_MEMORY = Path("/dev/shm")
+_ALIGNMENT = 64
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where each tensor stands in the segment; plain values, for a process that has only the file."""
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[str, ...]
+
+    @staticmethod
+    def of(weights: dict[str, Tensor]) -> Layout:
+        return Layout(
+            tuple(weights),
+            tuple(tuple(tensor.shape) for tensor in weights.values()),
+            tuple(str(tensor.dtype).removeprefix("torch.") for tensor in weights.values()),
+        )
+
+    def places(self) -> Iterator[tuple[str, tuple[int, ...], torch.dtype, int, int]]:
+        """Name, shape, type, first byte and bytes of every tensor."""
+        offset = 0
+        for name, shape, spelled in zip(self.names, self.shapes, self.dtypes, strict=True):
+            dtype: torch.dtype = getattr(torch, spelled)
+            size = math.prod(shape) * dtype.itemsize
+            yield name, shape, dtype, offset, size
+            offset += -(-size // _ALIGNMENT) * _ALIGNMENT
+
+    @property
+    def n_bytes(self) -> int:
+        return max((offset + size for *_, offset, size in self.places()), default=0)
+
+
+def views(path: str, layout: Layout) -> dict[str, Tensor]:
+    """The tensors of a segment, mapped: what one process writes the others read."""
+    flat = torch.from_file(path, shared=True, size=layout.n_bytes, dtype=torch.uint8)
+    return {
+        name: flat[offset : offset + size].view(dtype).view(shape)
+        for name, shape, dtype, offset, size in layout.places()
+    }
+
+
+class SharedWeights:
+    """The trainer's end of a segment."""
+
+    def __init__(self, weights: dict[str, Tensor], *, folder: Path = SHARED_MEMORY) -> None:
+        """Make room for tensors of these names, shapes and types; `write` fills it.
+
+        Raises:
+            ConfigError: not enough shared memory.
+        """
+        self.layout = Layout.of(weights)
+        descriptor, self.path = tempfile.mkstemp(prefix="ebft-weights-", dir=folder)
+        try:
+            # Without its room reserved, a full tmpfs would end the process at some later write.
+            os.posix_fallocate(descriptor, 0, self.layout.n_bytes)
+            self._views = views(self.path, self.layout)
+        except OSError as error:
+            self.unlink()
+            raise ConfigError(
+                f"rollout.backend='vllm': {folder} has no room for {self.layout.n_bytes / 2**20:.0f} MiB of weights "
+                f"({error.strerror}). Give it more (docker: --shm-size), or use backend=strided"
+            ) from None
+        finally:
+            os.close(descriptor)
+
+    @torch.no_grad()
+    def write(self, weights: dict[str, Tensor]) -> None:
+        """Overwrite all tensors; nobody may be reading."""
+        for name, view in self._views.items():
+            view.copy_(weights[name])
+
+    def unlink(self) -> None:
+        """Take the file's name away; processes that have mapped it keep it until they end."""
+        Path(self.path).unlink(missing_ok=True)
+
+
+@torch.no_grad()
+def policy_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The model's weights under the names of its checkpoint, tied ones once and adapters merged.
+
+    All weights must be there: inside `gathered`, if they are sharded. Nothing is copied but what adapters change.
+    """
+    adapters = _adapters(model)
+    weights = {}
+    for name, parameter in model.named_parameters():
+        owner, _, leaf = name.rpartition(".")
+        if ".lora_" in name:
+            continue
+        base = owner.removesuffix(".base_layer")
+        merged = leaf == "weight" and base in adapters
+        value = parameter.detach()
+        weights[f"{base}.{leaf}"] = value + _delta(adapters[base]).to(value) if merged else value
+    return weights
+
+
+def _delta(adapter: Any) -> Tensor:
+    delta: Tensor = adapter.get_delta_weight("default")
+    return delta
+
+
+def _adapters(model: nn.Module) -> dict[str, nn.Module]:
+    if not any(".lora_" in name for name, _ in model.named_parameters()):
+        return {}
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}

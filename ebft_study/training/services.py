@@ -1,0 +1,44 @@
+"""The processes beside a trial that it may use, by the names that they have in its study."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ebft_study.config import RunConfig
+from ebft_study.features import FeatureBackend
+from ebft_study.models import LoadedModel, load_feature_network, source_of
+from ebft_study.rollouts import RolloutBackend
+from ebft_study.rollouts.strided import StridedRollouts
+
+
+@dataclass(frozen=True)
+class Services:
+    """Backends as configured, for one worker of a trial. Ray is imported only for those that need it."""
+
+    owner: str
+    """Trial and attempt."""
+    rank: int = 0
+
+    def rollouts(self, config: RunConfig, device: torch.device) -> RolloutBackend:
+        """Where training samples; evaluation has its own, whose noise is the same for all models."""
+        if config.rollout.backend == "strided" or config.method != "ebft":
+            return StridedRollouts()
+        from ebft_study.rollouts import vllm
+
+        shared = config.vllm.engine_scope == "study"
+        options = vllm.options_of(config, source=source_of(config.model), device=device)
+        return vllm.VllmRollouts(
+            options,
+            policy=self.owner,
+            engine_name=vllm.shared_name(options) if shared else f"engine-{self.owner}",
+            shared=shared,
+            sync_every_steps=config.rollout.sync_every_steps,
+            timeout_seconds=config.vllm.engine_timeout_seconds,
+            rank=self.rank,
+        )
+
+    def features(self, config: RunConfig, base: LoadedModel) -> FeatureBackend:
+        """Where training and evaluation embed."""
+        return load_feature_network(config, base)

@@ -1,0 +1,90 @@
+"""Rollouts by other weights than those being trained: exact corrections, limits, and what is recorded."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from ebft_study.algorithm.losses import importance_weights
+from ebft_study.errors import ParityError, ServiceError
+from ebft_study.methods import Tally
+from ebft_study.methods.off_policy import OffPolicy, metrics
+from ebft_study.rollouts import Rollouts
+
+
+def test_weighted_samples_of_another_policy_have_the_expectation_of_this_one() -> None:
+    """All completions of two tokens over three words, enumerated."""
+    p, q = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.2, 0.2, 0.6])
+    pairs = torch.cartesian_prod(torch.arange(3), torch.arange(3))
+    value = torch.randn(9, generator=torch.Generator().manual_seed(0))
+    _, ratios = importance_weights(p[pairs].log(), q[pairs].log(), clip=2.0)
+    under_q, under_p = q[pairs].prod(dim=1), p[pairs].prod(dim=1)
+    torch.testing.assert_close((under_q * ratios * value).sum(), (under_p * value).sum())
+
+
+def test_weights_are_ratios_up_to_the_clip_and_carry_no_gradient() -> None:
+    ours = torch.log(torch.tensor([[0.5, 0.5], [0.1, 0.5], [0.9, 0.9]])).requires_grad_()
+    theirs = torch.log(torch.tensor([[0.5, 0.5], [0.2, 0.5], [0.1, 0.9]]))
+    weights, ratios = importance_weights(ours, theirs, clip=2.0)
+    torch.testing.assert_close(ratios, torch.tensor([1.0, 0.5, 9.0]))
+    torch.testing.assert_close(weights, torch.tensor([1.0, 0.5, 2.0]))
+    assert not weights.requires_grad
+
+
+def test_a_completion_that_the_engine_could_hardly_sample_keeps_a_finite_weight() -> None:
+    weights, _ = importance_weights(torch.tensor([[-0.1]]), torch.tensor([[-500.0]]), clip=2.0)
+    assert weights.item() == 2.0
+
+
+VALID = torch.tensor([[True, True, False]])
+
+
+def rollouts(log_probs: torch.Tensor, version: int) -> Rollouts:
+    return Rollouts(torch.zeros_like(log_probs, dtype=torch.int64), log_probs, version, sync_seconds=0.5)
+
+
+def log_probs(seed: int = 0) -> torch.Tensor:
+    return torch.rand(1, 3, 4, 2, generator=torch.Generator().manual_seed(seed)).log()
+
+
+@pytest.mark.parametrize(("version", "now"), [(2, 4), (5, 4)])
+def test_rollouts_older_than_allowed_or_from_the_future_are_refused(version: int, now: int) -> None:
+    with pytest.raises(ServiceError, match="max_policy_lag=1"):
+        OffPolicy(1, 2.0, 1e-3).weights(log_probs(), rollouts(log_probs(), version), VALID, now, Tally())
+
+
+@pytest.mark.parametrize("wrong", [0.1, math.nan])
+def test_disagreement_about_the_same_weights_is_an_error_with_the_numbers(wrong: float) -> None:
+    theirs = log_probs()
+    theirs[0, 1, 2, 1] += wrong
+    with pytest.raises(ParityError, match=r"up to (0\.1|nan) .*16 tokens.*version 3.*allowed is 0\.001"):
+        OffPolicy(0, 2.0, 1e-3).weights(log_probs(), rollouts(theirs, 3), VALID, 3, Tally())
+
+
+def test_disagreement_at_anchors_that_do_not_count_and_about_older_weights_is_none() -> None:
+    padded, older = log_probs(), log_probs(1)
+    padded[0, 2] += 1.0
+    OffPolicy(0, 2.0, 1e-3).weights(log_probs(), rollouts(padded, 3), VALID, 3, Tally())
+    OffPolicy(1, 2.0, 1e-3).weights(log_probs(), rollouts(older, 2), VALID, 3, Tally())
+
+
+def test_records_are_those_of_their_definitions() -> None:
+    ours, theirs, tally = log_probs(0), log_probs(1), Tally()
+    OffPolicy(1, 2.0, 1e-3).weights(ours, rollouts(theirs, 2), VALID, 3, tally)
+    ratios = [math.exp(float(ours[0, b, j].sum() - theirs[0, b, j].sum())) for b in range(2) for j in range(4)]
+    row = metrics(tally)
+    assert row["importance_ratio_min"] == pytest.approx(min(ratios))
+    assert row["importance_ratio_max"] == pytest.approx(max(ratios))
+    assert row["effective_sample_fraction"] == pytest.approx(sum(ratios) ** 2 / sum(r * r for r in ratios) / 8)
+    assert tally.mean("importance_ratio") == pytest.approx(sum(ratios) / 8)
+    assert tally.mean("importance_weight") == pytest.approx(sum(min(r, 2.0) for r in ratios) / 8)
+    assert tally.mean("importance_clipped_fraction") == sum(r > 2 for r in ratios) / 8
+    assert tally.mean("policy_lag") == 1.0
+
+
+def test_without_any_valid_anchor_nothing_is_recorded_as_a_number() -> None:
+    tally = Tally()
+    OffPolicy(0, 2.0, 1e-3).weights(log_probs(), rollouts(log_probs(1), 0), torch.zeros_like(VALID), 0, tally)
+    assert metrics(tally) == {}
