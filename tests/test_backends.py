@@ -1,18 +1,27 @@
-"""The contract suites, applied to every backend there is."""
+"""The contract suites, applied to every backend that needs no other process."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
-from torch import nn
+import torch
+from torch import Tensor
 
-from ebft_study.features import FeatureBackend
+from ebft_study.algorithm.anchors import Anchors
+from ebft_study.data import Batch
+from ebft_study.features import Features
+from ebft_study.features.cache import MemoryCache, TieredCache
+from ebft_study.features.cached import CachedFeatures
+from ebft_study.features.keys import FeatureSpec
 from ebft_study.features.local import LocalFeatures
+from ebft_study.features.service import request_of
 from ebft_study.rollouts import RolloutBackend
 from ebft_study.rollouts.strided import StridedRollouts
-from tests.contracts.features import FeatureContract
+from tests.contracts.features import DEPTHS, FeatureContract, Make
 from tests.contracts.rollouts import RolloutContract
+from tests.small_models import small_model
 
 
 class TestStridedRollouts(RolloutContract):
@@ -23,8 +32,41 @@ class TestStridedRollouts(RolloutContract):
 
 class TestLocalFeatures(FeatureContract):
     @pytest.fixture
-    def make(self) -> Callable[..., FeatureBackend]:
-        def build(network: nn.Module) -> FeatureBackend:
-            return LocalFeatures(network, depths=(0.25, 0.5, 0.75), pooling="last_token", normalize="per_layer")
+    def make(self) -> Make:
+        def build(pooling: Any = "last_token", normalize: Any = "per_layer") -> LocalFeatures:
+            return LocalFeatures(small_model(), depths=DEPTHS, pooling=pooling, normalize=normalize)
+
+        return build
+
+
+class InProcess:
+    """What the service does, without a service."""
+
+    pooling: Any
+    normalize: Any
+    fingerprint = "f"
+
+    def __init__(self, cached: CachedFeatures, spec: FeatureSpec) -> None:
+        self.cached, self.spec = cached, spec
+        self.indices, self.pooling, self.normalize = cached.indices(spec), spec.pooling, spec.normalize
+
+    def embed(
+        self, batch: Batch, anchors: Anchors, completions: Tensor, *, lengths: Sequence[int] | None = None
+    ) -> list[Features]:
+        (reply,) = self.cached.embed([request_of(self.spec, batch, anchors, completions, lengths)])
+        return [Features(torch.tensor(phi), torch.tensor(psi)) for phi, psi in zip(reply.phi, reply.psi, strict=True)]
+
+    def drain_usage(self) -> dict[str, tuple[float, float]]:
+        return {}
+
+
+@pytest.mark.parametrize("capacity", [0, 2**14, 2**24], ids=["no cache", "small cache", "cache"])
+class TestCachedFeatures(FeatureContract):
+    @pytest.fixture
+    def make(self, capacity: int) -> Make:
+        cached = CachedFeatures(small_model(), TieredCache(MemoryCache(capacity), None), fingerprint="f")
+
+        def build(pooling: Any = "last_token", normalize: Any = "per_layer") -> InProcess:
+            return InProcess(cached, FeatureSpec(DEPTHS, pooling, normalize))
 
         return build

@@ -60,7 +60,8 @@ def memory(
     cast = step.compute_bytes * (model.layer_matrices + model.head_parameters) if casts else 0
     frozen = 0
     if step.method == "ebft" and not step.shared_features:
-        frozen = held.network.body_parameters + (model.n_parameters if step.has_kl else 0)
+        frozen = 0 if step.remote_features else held.network.body_parameters
+        frozen += model.n_parameters if step.has_kl else 0
     return Memory(
         weights_bytes=(own + copies * trained + cast) / shards,
         gradients_bytes=gradients,
@@ -153,7 +154,7 @@ class _Held:
         if self.step.method == "ebft":
             leaves = self.keys_values(self.model) + FLOAT32_BYTES * self.model.hidden_size
             per_token += leaves * (2 if self.step.has_kl else 1)
-            per_token += self.keys_values(self.network) + self.states
+            per_token += 0 if self.step.remote_features else self.keys_values(self.network) + self.states
         return self.prefix_tokens * per_token
 
     def graph(self) -> int:
@@ -177,7 +178,9 @@ class _Held:
         return kept + max(decoding, self.logits(self.blocks, copies=3))
 
     def features(self) -> int:
-        """A pass of completions, with their states at the requested depths."""
+        """A pass of completions, with their states at the requested depths; of a service, its reply and a copy."""
+        if self.step.remote_features:
+            return self.graph() + 2 * self.blocks * self.states
         G, network = self.step.completion_length, self.network
         n_tokens = min(self.blocks * G, max(self.limits.feature_tokens_at_once, G))
         running = self.running(network, n_tokens, score_copies=0 if self.limits.fused_attention else 2)

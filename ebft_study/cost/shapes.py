@@ -152,6 +152,8 @@ class StepShape:
     activation_checkpointing: bool = False
     differentiable_rollouts: bool = True
     """The completions are differentiated as they were sampled, not run again for that."""
+    remote_features: bool = False
+    """The feature network is in another process."""
     world_size: int = 1
     """Workers that share the batch."""
     sharded: bool = False
@@ -180,6 +182,7 @@ class StepShape:
             activation_checkpointing=training.activation_checkpointing,
             sharded=training.sharding == "fsdp",
             shared_features=config.lora.lora_rank > 0 and config.features.is_base,
+            remote_features=config.features.backend == "service",
             differentiable_rollouts=rollout.backend == "strided",
             weight_average=config.optimizer.ema_decay is not None,
         )

@@ -187,6 +187,8 @@ class Run:
         self.step += 1
         real_tokens = float((rows.document_ids >= 0).sum())
         self.tokens_seen += int(sum_over_workers([real_tokens], self.world_size, self.device)[0])
+        for name, (total, count) in self.parts.features.drain_usage().items():
+            self.tally.add(name, total, count)
         self.tally.add("step_seconds", time.perf_counter() - before, 0.0)
         self.tally_steps += 1
 
@@ -300,6 +302,7 @@ class Run:
             row["advantage_std"] = math.sqrt(max(total.mean("advantage_squared") - mean * mean, 0.0))
             row["policy_loss"] = total.sums["policy_loss"] / steps
         row |= off_policy.metrics(total)
+        row |= {name: total.sums[name] for name in SUMMED if total.sums[name] > 0}
         row["loss"] = total.sums["loss"] / steps
         row |= {name: total.sums[name] / steps / workers for name in PHASES if total.sums[name] > 0}
         tokens = self.tokens_seen - self.latest.get("tokens_seen", 0.0)
@@ -436,8 +439,18 @@ AVERAGED = (
     "importance_ratio",
     "importance_weight",
     "importance_clipped_fraction",
+    "feature_hit_rate_memory",
+    "feature_hit_rate_disk",
+    "sample_hit_rate",
+    "ground_truth_hit_rate",
+    "feature_queue_seconds",
+    "feature_batch_requests",
+    "feature_cache_bytes",
 )
-TALLIED = (*AVERAGED, *PHASES, "loss", "policy_loss", "advantage", "advantage_squared", "importance_ratio_squared")
+SUMMED = ("feature_tokens_embedded", "feature_tokens_saved")
+LOSSES = ("loss", "policy_loss")
+SQUARES = ("advantage", "advantage_squared", "importance_ratio_squared")
+TALLIED = (*AVERAGED, *SUMMED, *PHASES, *LOSSES, *SQUARES)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -8,6 +8,7 @@ import torch
 
 from ebft_study.config import RunConfig
 from ebft_study.features import FeatureBackend
+from ebft_study.features.keys import FeatureSpec
 from ebft_study.models import LoadedModel, load_feature_network, source_of
 from ebft_study.rollouts import RolloutBackend
 from ebft_study.rollouts.strided import StridedRollouts
@@ -41,4 +42,14 @@ class Services:
 
     def features(self, config: RunConfig, base: LoadedModel) -> FeatureBackend:
         """Where training and evaluation embed."""
-        return load_feature_network(config, base)
+        if config.features.backend != "service":
+            return load_feature_network(config, base)
+        from ebft_study.features import service
+
+        device = next(base.model.parameters()).device
+        spec = FeatureSpec(config.features.depths, config.features.pooling, config.features.normalize)
+        return service.ServiceFeatures(
+            service.NetworkOptions.of(config, device=device),
+            spec,
+            timeout_seconds=config.features.service_timeout_seconds,
+        )
