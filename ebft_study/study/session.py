@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import signal
 import time
 from collections.abc import Iterator
@@ -14,33 +13,17 @@ from typing import Any
 from rich.console import Console
 
 from ebft_study import results
-from ebft_study.study import checks, progress, trials
+from ebft_study.study import checks, cluster, progress, services, trials
 from ebft_study.study.history import History
 from ebft_study.study.monitor import Monitor
 from ebft_study.study.search import JOURNAL, ListedSearch, OptunaSearch, Search
 from ebft_study.study.spec import StudySpec
 from ebft_study.study.trials import Trial
 
-ENVIRONMENT = {
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # also how often a report is fetched
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process per trial, for machines that a cloud takes back
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths in a study mean the folder it was started from
-    "RAY_AIR_NEW_OUTPUT": "0",
-    "RAY_DEDUP_LOGS_SKIP_REGEX": ".",  # Ray's own lines; the monitor tells what happens to trials
-    "RAY_USAGE_STATS_ENABLED": "0",  # nothing is sent unless asked for
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",
-    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # one report without the objective would end the whole study
-    "TUNE_GLOBAL_CHECKPOINT_S": "3600",
-    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
-}
-_OBJECT_STORE_BYTES = 200_000_000  # settings and reports are all that travels
-
 
 def run_session(folder: Path, spec: StudySpec, past: History, console: Console) -> str:
     """Run what is left of a study; `past.states` is kept up to date. Returns why it ended early, '' if it did not."""
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    cluster.set_environment()
     from ebft_study.study.tuning import StopWish
 
     recorder = results.StudyRecorder(folder, study=spec.study)
@@ -91,25 +74,24 @@ def _tune(
     folder: Path, spec: StudySpec, past: History, search: Search, monitor: Monitor, wish: Any, at_once: int
 ) -> None:
     """Start Ray and let Tune run the search to its end, or until `wish` says stop."""
-    import ray
     import ray.tune
 
     from ebft_study.study import relay
     from ebft_study.study.bridge import run_trial, trial_resources
     from ebft_study.study.tuning import Observer, StudySearcher
 
+    runs = checks.check(spec, spec.study)
+    plan = services.plan_features(runs, spec.resources, at_once=at_once)
+    if plan.reason:
+        monitor.note("features", plan.reason)
+    shared = services.StudyServices(spec.resources, plan)
     # Ray frees the places of a stopped trial's workers only after asking the dashboard whether their controller lives.
-    ray.init(
-        address="local",
-        num_cpus=checks.cpu_count(),
-        resources={"slot": at_once},
+    with cluster.running(
         namespace=spec.study,
-        include_dashboard=spec.resources.workers_per_trial > 0,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        object_store_memory=_OBJECT_STORE_BYTES,
-    )
-    try:
+        places=at_once,
+        dashboard=spec.resources.workers_per_trial > 0,
+        travelling_bytes=plan.travelling_bytes,
+    ):
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
         post = relay.start()
 
@@ -119,7 +101,7 @@ def _tune(
         tuner = ray.tune.Tuner(
             ray.tune.with_resources(run_trial, trial_resources(spec.resources)),
             tune_config=ray.tune.TuneConfig(
-                search_alg=StudySearcher(search, monitor, lambda trial: _settings(folder, spec, trial)),
+                search_alg=StudySearcher(search, monitor, lambda trial: _settings(folder, spec, shared, trial)),
                 scheduler=_scheduler(spec, past),
                 num_samples=-1,
                 max_concurrent_trials=at_once,
@@ -137,9 +119,11 @@ def _tune(
                 checkpoint_config=ray.tune.CheckpointConfig(num_to_keep=2),
             ),
         )
-        tuner.fit()
-    finally:
-        ray.shutdown()
+        try:
+            tuner.fit()
+        finally:
+            for problem in shared.close():
+                monitor.note("cache", problem)
 
 
 def _trial_name(trial: Any) -> str:
@@ -157,9 +141,12 @@ def _scheduler(spec: StudySpec, past: History) -> Any:
     return Rungs(spec, longest=longest, history=past.curves)
 
 
-def _settings(folder: Path, spec: StudySpec, trial: Trial) -> dict[str, Any]:
-    """What a trial's processes are told: plain values only."""
+def _settings(folder: Path, spec: StudySpec, shared: services.StudyServices, trial: Trial) -> dict[str, Any]:
+    """What a trial's processes are told: plain values only. What it shares with others is started."""
     from ebft_study.training import recorded
+
+    run = shared.settle(trial.run)
+    shared.provide(run)
 
     return {
         "study": spec.study,
@@ -167,8 +154,8 @@ def _settings(folder: Path, spec: StudySpec, trial: Trial) -> dict[str, Any]:
         "trial_id": trial.trial_id,
         "label": trial.label,
         "is_baseline": trial.configuration.baseline is not None,
-        "total_steps": trial.run.total_steps,
-        "run": trial.run.model_dump(mode="json"),
+        "total_steps": run.total_steps,
+        "run": run.model_dump(mode="json"),
         "resources": spec.resources.model_dump(mode="json"),
         "loop": recorded.LOOP,
     }

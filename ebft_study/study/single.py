@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,10 @@ from rich.console import Console
 from ebft_study import results
 from ebft_study.config import RunConfig
 from ebft_study.errors import EbftError, ResultsError
-from ebft_study.study import attempts, record
+from ebft_study.study import attempts, cluster, record, services
 from ebft_study.study.monitor import Monitor
 from ebft_study.study.progress import Lines
-from ebft_study.study.spec import StudySpec, nested
+from ebft_study.study.spec import ResourcesSpec, StudySpec, nested
 from ebft_study.study.trials import Configuration, Trial
 
 TRIAL = "t0000"
@@ -36,7 +38,8 @@ def run_single(run: RunConfig, *, file: Path, folder: Path, go_on: bool, console
     monitor.planned(Trial(TRIAL, Configuration("only", {}), run.seed, run))
     monitor.started(TRIAL)
     try:
-        outcome = _train(run, folder, monitor)
+        with _services(run):
+            outcome = _train(run, folder, monitor)
     except EbftError as error:
         monitor.ended(TRIAL, {"status": "failed", "reason": str(error)})
         raise
@@ -45,6 +48,24 @@ def run_single(run: RunConfig, *, file: Path, folder: Path, go_on: bool, console
         raise
     monitor.ended(TRIAL, outcome)
     return str(outcome["status"])
+
+
+@contextlib.contextmanager
+def _services(run: RunConfig) -> Iterator[None]:
+    """The processes beside this one that the run asks for, if any."""
+    if not services.needs_ray(run):
+        yield
+        return
+    from ebft_study.training.setup import choose_device
+
+    cluster.set_environment()
+    resources = ResourcesSpec(gpus_per_worker=float(choose_device(run).type == "cuda"))
+    plan = services.plan_features([run], resources, at_once=1)
+    with cluster.running(namespace=run.name, places=1, dashboard=False, travelling_bytes=plan.travelling_bytes):
+        shared = services.StudyServices(resources, plan)
+        shared.provide(run)
+        yield
+        shared.close()
 
 
 def _train(run: RunConfig, folder: Path, monitor: Monitor) -> dict[str, Any]:

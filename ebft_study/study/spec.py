@@ -101,6 +101,7 @@ class ResourcesSpec(Section):
     workers_per_trial: int = Field(1, ge=0, description="0: in the trial's own process, which starts much sooner")
     cpus_per_worker: PositiveInt = 1
     gpus_per_worker: float = Field(0.0, ge=0.0)
+    feature_gpus: float = Field(0.0, ge=0.0, description="GPUs of a feature service, if trials are on GPUs")
     max_failures: int = Field(1, ge=0, description="how often a crashed trial is started again from its checkpoint")
 
     @property

@@ -1,0 +1,63 @@
+"""The Ray cluster of one session of a study, on this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+
+import psutil
+
+from ebft_study.study import checks
+
+ENVIRONMENT = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # also how often a report is fetched
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process per trial, for machines that a cloud takes back
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths in a study mean the folder it was started from
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_DEDUP_LOGS_SKIP_REGEX": ".",  # Ray's own lines; the monitor tells what happens to trials
+    "RAY_USAGE_STATS_ENABLED": "0",  # nothing is sent unless asked for
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # one report without the objective would end the whole study
+    "TUNE_GLOBAL_CHECKPOINT_S": "3600",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+}
+_OBJECT_STORE_BYTES = 200_000_000
+"""Settings and reports are all that travels without a service."""
+_LARGEST_PART = 0.25
+"""Of the machine's memory, for objects."""
+
+
+def set_environment() -> None:
+    """What Ray reads when it is imported; whatever the user has set stays."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+
+
+@contextlib.contextmanager
+def running(*, namespace: str, places: int, dashboard: bool, travelling_bytes: float = 0.0) -> Iterator[None]:
+    """A cluster of this machine's resources, gone afterwards with all its actors.
+
+    Args:
+        places: trials at a time, as the resource `slot`.
+        travelling_bytes: of features on their way at a time.
+    """
+    import ray
+
+    most = _LARGEST_PART * psutil.virtual_memory().total
+    ray.init(
+        address="local",
+        num_cpus=checks.cpu_count(),
+        resources={"slot": places},
+        namespace=namespace,
+        include_dashboard=dashboard,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        object_store_memory=int(min(_OBJECT_STORE_BYTES + travelling_bytes, max(most, _OBJECT_STORE_BYTES))),
+    )
+    try:
+        yield
+    finally:
+        ray.shutdown()

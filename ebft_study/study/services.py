@@ -1,0 +1,170 @@
+"""What trials of a study share: feature services and rollout engines. The driver owns them, and they end with it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ebft_study import config
+from ebft_study.config import RunConfig
+from ebft_study.cost import StepShape, step_cost
+from ebft_study.study.spec import ResourcesSpec
+
+PROCESS_BYTES = 500 * 2**20
+"""Memory of a service's process besides its network and cache (measured: `ebft-study bench features`)."""
+_CLOSE_SECONDS = 30.0
+_MOST_LOOKED_AT = 32  # configurations of a large study
+_GIB = 2**30
+
+
+@dataclass(frozen=True)
+class FeaturePlan:
+    """Where trials that leave it open (`features.backend: auto`) embed, and why."""
+
+    backend: str
+    reason: str
+    travelling_bytes: float = 0.0
+    """Of replies on their way at a time, if every trial used a service."""
+
+
+def plan_features(runs: Sequence[RunConfig], resources: ResourcesSpec, *, at_once: int) -> FeaturePlan:
+    """One service for all trials where that takes less memory than a network in each of those that run at a time.
+
+    Args:
+        runs: the configurations of the study, or a sample of them. at_once: trials side by side.
+    """
+    runs = [run for run in runs[:: max(1, len(runs) // _MOST_LOOKED_AT)] if may_need_a_service(run)]
+    travelling = at_once * max((_reply_bytes(run) for run in runs), default=0.0)
+    open_runs = [run for run in runs if run.features.backend == "auto"]
+    if not open_runs or at_once == 1:
+        return FeaturePlan("local", "", travelling)
+    if resources.gpus_per_worker and not resources.feature_gpus:
+        reason = "features: in each trial; a service would need a GPU (resources.feature_gpus)"
+        return FeaturePlan("local", reason, travelling)
+    networks = {_network_of(run, resources).service_name: _network_bytes(run, whole=True) for run in open_runs}
+    largest = max(_network_bytes(run) for run in open_runs)
+    apart = at_once * resources.processes * largest
+    together = sum(networks.values()) + len(networks) * PROCESS_BYTES
+    share = max(_feature_share(run) for run in open_runs)
+    compared = (
+        f"{at_once * resources.processes} networks of {largest / _GIB:.2f} GiB in trials, or {len(networks)} in "
+        f"services with {together / _GIB:.2f} GiB in all; {100 * share:.0f} % of a step's FLOPs are theirs"
+    )
+    if together < apart:
+        return FeaturePlan("service", f"features: a service for all trials saves memory ({compared})", travelling)
+    return FeaturePlan("local", f"features: in each trial, which takes less memory ({compared})", travelling)
+
+
+class StudyServices:
+    """Starts what a trial needs before it does, once for all that share it."""
+
+    def __init__(self, resources: ResourcesSpec, plan: FeaturePlan) -> None:
+        self._resources, self.plan = resources, plan
+        # An actor lives as long as its handle.
+        self._features: dict[str, Any] = {}
+        self._engines: dict[str, Any] = {}
+
+    def settle(self, run: RunConfig) -> RunConfig:
+        """The run with every open choice made."""
+        if run.features.backend != "auto":
+            return run
+        backend = "local" if _has_its_own(run) else self.plan.backend
+        chosen: dict[str, Any] = {"features": {"backend": backend}}
+        return config.build_run(config.merge(run.model_dump(), chosen), source=run.name)
+
+    def provide(self, run: RunConfig) -> None:
+        """Have the actors started that a settled run asks for by name; they may still be loading."""
+        if run.features.backend == "service":
+            from ebft_study.features.service import start_service
+
+            options = _network_of(run, self._resources)
+            if options.service_name not in self._features:
+                started = start_service(options, gpus=self._resources.feature_gpus)
+                self._features[options.service_name] = started
+        if run.method == "ebft" and run.rollout.backend == "vllm" and run.vllm.engine_scope == "study":
+            from ebft_study.models import source_of
+            from ebft_study.rollouts import vllm
+
+            engine = vllm.options_of(run, source=source_of(run.model), device=_device(self._resources))
+            name = vllm.shared_name(engine)
+            if name not in self._engines:
+                self._engines[name] = vllm.start_engine(engine, name)
+
+    def problems(self) -> list[str]:
+        """What went wrong with caches since the last call; results are not affected."""
+        import ray
+
+        found: list[str] = []
+        for service in self._features.values():
+            with contextlib.suppress(ray.exceptions.RayError):
+                found += ray.get(service.problems.remote(), timeout=_CLOSE_SECONDS)
+        return found
+
+    def close(self) -> list[str]:
+        """Have caches written to disk; returns what went wrong with them."""
+        import ray
+
+        for service in self._features.values():
+            with contextlib.suppress(ray.exceptions.RayError):
+                ray.get(service.close.remote(), timeout=_CLOSE_SECONDS)
+        return self.problems()
+
+
+def may_need_a_service(run: RunConfig) -> bool:
+    """Whether features may have to travel."""
+    return run.features.backend != "local" and not _has_its_own(run)
+
+
+def needs_ray(run: RunConfig) -> bool:
+    """Whether a single run has need of other processes."""
+    return run.features.backend == "service" or (run.method == "ebft" and run.rollout.backend == "vllm")
+
+
+def _has_its_own(run: RunConfig) -> bool:
+    """With adapters the generator's own weights are the feature network."""
+    return run.lora.lora_rank > 0 and run.features.is_base
+
+
+def _device(resources: ResourcesSpec) -> Any:
+    import torch
+
+    return torch.device("cuda" if resources.gpus_per_worker else "cpu")
+
+
+def _network_of(run: RunConfig, resources: ResourcesSpec) -> Any:
+    from ebft_study.features.service import NetworkOptions
+
+    return NetworkOptions.of(run, device=_device(resources), threads=resources.cpus_per_worker)
+
+
+def _network_bytes(run: RunConfig, *, whole: bool = False) -> float:
+    """Of the network's weights up to the deepest layer that is read; a service keeps the `whole` model."""
+    from ebft_study.training.memory import shapes
+
+    _, network = shapes(run)
+    width = 4 if run.training.precision == "float32" else 2
+    return float(width * (network.n_parameters if whole else network.cut(run.features.depths).body_parameters))
+
+
+def _reply_bytes(run: RunConfig) -> float:
+    from ebft_study.training.memory import shapes
+
+    _, network = shapes(run)
+    d = network.hidden_size * len(run.features.depths)
+    contexts = run.training.batch_size * max(run.data.sequence_length // run.rollout.stride, 1)
+    pooled = run.rollout.completion_length if run.features.pooling == "concat" else 1
+    # Request, reply and a copy of it; an evaluation asks for all lengths of its profile.
+    return 4.0 * 3 * contexts * (run.rollout.n_samples + 1) * d * pooled * len(run.evaluation.profile_lengths)
+
+
+def _feature_share(run: RunConfig) -> float:
+    """Part of a step's FLOPs that the feature network takes; 0 for SFT, which has it in evaluations only."""
+    from ebft_study.training.memory import shapes
+
+    if run.method != "ebft":
+        return 0.0
+    own, network = shapes(run)
+    cost = step_cost(own, network, StepShape.of(run))
+    return cost.features.flops / cost.total.flops
