@@ -48,5 +48,5 @@ def answer(reference: Any, *, who: str, seconds: float, setting: str = "") -> An
             raise error.cause from None
         raise
     except ray.exceptions.RayActorError as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = str(error).strip().splitlines()[0].strip(" .:")
         raise ServiceError(f"{who} is gone ({reason})") from None

@@ -208,15 +208,15 @@ def test_a_file_without_profiles_needs_none(tmp_path: Path) -> None:
 
 def test_a_trial_must_fit_on_the_machine(tmp_path: Path) -> None:
     spec = load_study(write(tmp_path, resources={"workers_per_trial": 2, "cpus_per_worker": 2}), "gpu")
-    checks.check_machine(spec, cpus=4, gpus=2)
+    checks.check_machine(spec, [], cpus=4, gpus=2)
     with pytest.raises(ConfigError, match=r"cpus_per_worker=2: a trial of 2 worker\(s\) needs 4 CPU cores; here are 2"):
-        checks.check_machine(spec, cpus=2, gpus=2)
+        checks.check_machine(spec, [], cpus=2, gpus=2)
     with pytest.raises(ConfigError, match="gpus_per_worker"):
-        checks.check_machine(spec, cpus=4, gpus=0)
+        checks.check_machine(spec, [], cpus=4, gpus=0)
     in_process = load_study(write(tmp_path, resources={"workers_per_trial": 0, "cpus_per_worker": 2}), "cpu")
-    checks.check_machine(in_process, cpus=2, gpus=0)
+    checks.check_machine(in_process, [], cpus=2, gpus=0)
     with pytest.raises(ConfigError, match="needs 2 CPU cores; here are 1"):
-        checks.check_machine(in_process, cpus=1, gpus=0)
+        checks.check_machine(in_process, [], cpus=1, gpus=0)
 
 
 def test_objectives_are_metrics_with_a_direction() -> None:

@@ -41,6 +41,8 @@ MOST_WAITING = 64
 """Requests in the queue; trials with further ones wait until there is room."""
 MOST_TOGETHER = 16
 """Requests in one pass, which bounds its memory."""
+FLUSH_SECONDS = 60.0
+"""What was embedded before the last such moment survives the service's death."""
 _WHO = "the feature service"
 _SETTING = "features.service_timeout_seconds"
 
@@ -148,6 +150,7 @@ class FeatureService:
 
     async def _serve(self, queue: asyncio.Queue[Any]) -> None:
         """Take all that waits, embed it together, reply; for ever."""
+        flushed = time.monotonic()
         while True:
             waiting = [await queue.get()]
             while len(waiting) < MOST_TOGETHER and not queue.empty():
@@ -165,6 +168,9 @@ class FeatureService:
             for (_, since, future), reply in zip(waiting, replies, strict=True):
                 own = dataclasses.replace(reply, queue_seconds=started - since, batch_requests=len(waiting))
                 _settle(future, reply=own)
+            if time.monotonic() - flushed > FLUSH_SECONDS:
+                await self._in_thread(self._cached.cache.flush)
+                flushed = time.monotonic()
 
     async def _in_thread(self, function: Any, *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)

@@ -14,7 +14,7 @@ import jinja2
 import matplotlib
 from markupsafe import Markup
 
-from ebft_study.report import content, facts, text
+from ebft_study.report import content, facts, services, text
 from ebft_study.report.claims import judge
 from ebft_study.report.figures import draw_all
 from ebft_study.report.pictures import Picture
@@ -47,7 +47,7 @@ def write(study_folder: Path) -> Path:
             asked=facts.asked(study),
             fixed=facts.fixed_settings(study),
             provenance=facts.provenance(study.results.spec),
-            cost=facts.cost(study),
+            cost=[*facts.cost(study), *services.used(study.results.metrics)],
             configurations=content.configuration_rows(study),
             precision=content.precision(study),
             trials=content.trial_rows(study),

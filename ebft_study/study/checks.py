@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from ebft_study import config
 from ebft_study.config import RunConfig
 from ebft_study.errors import ConfigError, rule_broken
 from ebft_study.results import METRICS
 from ebft_study.study import trials
-from ebft_study.study.spec import StudySpec
+from ebft_study.study.spec import ResourcesSpec, StudySpec
 from ebft_study.study.trials import Configuration
 
 OBJECTIVES = ("cfm_loss", "ce_loss", "ce_answer_loss", "perplexity", "reward")
@@ -27,6 +28,7 @@ def check(spec: StudySpec, source: str) -> list[RunConfig]:
     for configuration in _to_check(spec):
         run = trials.build(spec, configuration, seed=spec.seeds[0], source=source)
         _check_size(spec, run, source)
+        _check_services(spec, run, source)
         if configuration.baseline is None:
             _check_reports(spec, run, source)
         checked.append(run)
@@ -103,6 +105,27 @@ def _check_size(spec: StudySpec, run: RunConfig, source: str) -> None:
         )
 
 
+def _check_services(spec: StudySpec, run: RunConfig, source: str) -> None:
+    """What runs beside the trials must be installed, and have a place."""
+    resources = spec.resources
+    if run.rollout.backend == "vllm" and importlib.util.find_spec("vllm") is None:
+        raise rule_broken(
+            source=source,
+            key="rollout.backend",
+            given="vllm",
+            rule="vLLM is not installed here",
+            remedy="Install it (GPU: pip install 'ebft-study[vllm]'; CPU: make setup), or use backend: strided",
+        )
+    if run.features.backend == "service" and resources.gpus_per_worker and not resources.feature_gpus:
+        raise rule_broken(
+            source=source,
+            key="resources.feature_gpus",
+            given=0,
+            rule="trials are on GPUs, so their feature service needs one, or a part of one",
+            remedy="Use feature_gpus: 1 (or 0.5), or features.backend: local",
+        )
+
+
 def _check_reports(spec: StudySpec, run: RunConfig, source: str) -> None:
     """The objective must be something that this configuration measures."""
     metric = spec.objective.metric
@@ -119,24 +142,59 @@ def _is_raw_text(run: RunConfig) -> bool:
     return run.data.dataset in ("stdlib", "unstructured") or run.data.text_column is not None
 
 
-def check_machine(spec: StudySpec, *, cpus: int | None = None, gpus: int | None = None) -> None:
+def check_machine(
+    spec: StudySpec, runs: Sequence[RunConfig], *, cpus: int | None = None, gpus: int | None = None
+) -> None:
     """Refuse a study of which not even one trial fits on this machine, or on one with `cpus` and `gpus`."""
     resources = spec.resources
+    own, shared = gpus_needed(resources, runs)
     needs = {
-        "cpus_per_worker": (resources.cpus_per_worker, cpus, cpu_count, "CPU cores"),
-        "gpus_per_worker": (resources.gpus_per_worker, gpus, gpu_count, "GPUs"),
+        "cpus_per_worker": (resources.cpus_per_worker, resources.processes * resources.cpus_per_worker, "CPU cores"),
+        "gpus_per_worker": (resources.gpus_per_worker, own + shared, "GPUs"),
     }
-    for key, (per_worker, given, count, what) in needs.items():
-        needed = per_worker * resources.processes
+    counts = {"cpus_per_worker": (cpus, cpu_count), "gpus_per_worker": (gpus, gpu_count)}
+    for key, (per_worker, needed, what) in needs.items():
+        given, count = counts[key]
         there = count() if given is None and needed else given or 0
         if needed > there:
+            services = (
+                f" (of which {needed - per_worker * resources.processes:g} for services)" if "gpus" in key else ""
+            )
             raise rule_broken(
                 source=spec.study,
                 key=f"resources.{key}",
                 given=per_worker,
-                rule=f"a trial of {resources.processes} worker(s) needs {needed:g} {what}; here are {there}",
+                rule=f"a trial of {resources.processes} worker(s) needs {needed:g} {what}{services}; here are {there}",
                 remedy="Use another --profile, fewer workers_per_trial, or a larger machine",
             )
+
+
+def gpus_needed(resources: ResourcesSpec, runs: Sequence[RunConfig]) -> tuple[float, float]:
+    """GPUs that each trial takes, with an engine of its own, and GPUs of what all trials share."""
+    if not resources.gpus_per_worker:
+        return 0.0, 0.0
+    engines = [run for run in runs if run.method == "ebft" and run.rollout.backend == "vllm"]
+    apart = [run for run in engines if run.vllm.placement == "own"]
+    sizes = {scope: [r.vllm.tensor_parallel_size for r in apart if r.vllm.engine_scope == scope] for scope in _SCOPES}
+    models = {(run.model, run.vllm.tensor_parallel_size) for run in apart if run.vllm.engine_scope == "study"}
+    shared = sum(size for _, size in models) + resources.feature_gpus
+    return resources.processes * resources.gpus_per_worker + max(sizes["trial"], default=0), shared
+
+
+_SCOPES = ("trial", "study")
+
+
+def trials_at_once(spec: StudySpec, runs: Sequence[RunConfig]) -> int:
+    """As many as fit on the machine, and as the budget allows.
+
+    Engines and services take no CPU cores of their own: a trial waits while they work for it.
+    """
+    resources = spec.resources
+    fits = [cpu_count() // (resources.processes * resources.cpus_per_worker)]
+    own, shared = gpus_needed(resources, runs)
+    if own:
+        fits.append(int((gpu_count() - shared) / own))
+    return max(1, min([*fits, spec.budget.max_concurrent_trials or fits[0]]))
 
 
 def cpu_count() -> int:

@@ -58,12 +58,12 @@ def run(
     if (folder / record.NAME).exists():
         return _existing(folder, spec, console, go_on)
     configurations = checks.check(spec, str(file))
-    checks.check_machine(spec)
+    checks.check_machine(spec, configurations)
     with _locked(folder):
         console.print("preparing data and models")
         provenance = _prepare(configurations)
         record.write(folder, spec, profile=profile, file=file, provenance=provenance)
-        return _session(folder, spec, History({}, {}, {}), console)
+        return _session(folder, spec, configurations, History({}, {}, {}), console)
 
 
 def resume(folder: Path, *, console: Console, retry_failed: bool = False) -> Ended:
@@ -71,7 +71,7 @@ def resume(folder: Path, *, console: Console, retry_failed: bool = False) -> End
     folder = folder.resolve()
     spec = record.read(folder)
     configurations = checks.check(spec, str(folder / record.NAME))
-    checks.check_machine(spec)
+    checks.check_machine(spec, configurations)
     with _locked(folder):
         past = history.read(folder, spec.objective.metric)
         if retry_failed:
@@ -84,7 +84,7 @@ def resume(folder: Path, *, console: Console, retry_failed: bool = False) -> End
             console.print(f"note: the study was started with {change}", markup=False, highlight=False)
         console.print("preparing data and models")
         _prepare(configurations)
-        return _session(folder, spec, past, console)
+        return _session(folder, spec, configurations, past, console)
 
 
 def _existing(folder: Path, spec: StudySpec, console: Console, go_on: bool) -> Ended:
@@ -141,10 +141,10 @@ def _locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def _session(folder: Path, spec: StudySpec, past: History, console: Console) -> Ended:
+def _session(folder: Path, spec: StudySpec, runs: Sequence[RunConfig], past: History, console: Console) -> Ended:
     from ebft_study.study.session import run_session
 
-    reason = run_session(folder, spec, past, console)
+    reason = run_session(folder, spec, runs, past, console)
     return Ended(folder, past.states, reason, _write_report(folder, console))
 
 

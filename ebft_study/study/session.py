@@ -6,13 +6,14 @@ import contextlib
 import logging
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from ebft_study import results
+from ebft_study.config import RunConfig
 from ebft_study.study import checks, cluster, progress, services, trials
 from ebft_study.study.history import History
 from ebft_study.study.monitor import Monitor
@@ -21,22 +22,26 @@ from ebft_study.study.spec import StudySpec
 from ebft_study.study.trials import Trial
 
 
-def run_session(folder: Path, spec: StudySpec, past: History, console: Console) -> str:
-    """Run what is left of a study; `past.states` is kept up to date. Returns why it ended early, '' if it did not."""
+def run_session(folder: Path, spec: StudySpec, runs: Sequence[RunConfig], past: History, console: Console) -> str:
+    """Run what is left of a study; `past.states` is kept up to date. Returns why it ended early, '' if it did not.
+
+    Args:
+        runs: its configurations, or those that stand for all that a search may choose (`checks.check`).
+    """
     cluster.set_environment()
     from ebft_study.study.tuning import StopWish
 
     recorder = results.StudyRecorder(folder, study=spec.study)
     monitor = Monitor(recorder, past.states, spec.objective.metric)
     search = _search(folder, spec, past, monitor)
-    plan = progress.Plan(trials.number_of_trials(spec), _trials_at_once(spec))
+    plan = progress.Plan(trials.number_of_trials(spec), checks.trials_at_once(spec, runs))
     columns = tuple(dict.fromkeys(("ce_loss", "cfm_loss", spec.objective.metric)))
     wish = StopWish(spec.budget.max_hours)
     with _signals(wish.wish):
         monitor.display = progress.display(console, columns, past.states, title=spec.study, plan=plan)
         monitor.note("session", f"{spec.study}: {progress.summary(list(past.states.values()), plan)}")
         try:
-            _tune(folder, spec, past, search, monitor, wish, plan.at_once)
+            _tune(folder, spec, past, runs, search, monitor, wish, plan.at_once)
         except BaseException as error:
             wish.wish(f"the driver failed: {type(error).__name__}: {error}")
             raise
@@ -61,17 +66,15 @@ def _search(folder: Path, spec: StudySpec, past: History, monitor: Monitor) -> S
     return ListedSearch(waiting)
 
 
-def _trials_at_once(spec: StudySpec) -> int:
-    """As many as fit on the machine, and as the budget allows."""
-    resources = spec.resources
-    fits = [checks.cpu_count() // (resources.processes * resources.cpus_per_worker)]
-    if resources.gpus_per_worker:
-        fits.append(int(checks.gpu_count() / (resources.processes * resources.gpus_per_worker)))
-    return max(1, min([*fits, spec.budget.max_concurrent_trials or fits[0]]))
-
-
 def _tune(
-    folder: Path, spec: StudySpec, past: History, search: Search, monitor: Monitor, wish: Any, at_once: int
+    folder: Path,
+    spec: StudySpec,
+    past: History,
+    runs: Sequence[RunConfig],
+    search: Search,
+    monitor: Monitor,
+    wish: Any,
+    at_once: int,
 ) -> None:
     """Start Ray and let Tune run the search to its end, or until `wish` says stop."""
     import ray.tune
@@ -80,7 +83,6 @@ def _tune(
     from ebft_study.study.bridge import run_trial, trial_resources
     from ebft_study.study.tuning import Observer, StudySearcher
 
-    runs = checks.check(spec, spec.study)
     plan = services.plan_features(runs, spec.resources, at_once=at_once)
     if plan.reason:
         monitor.note("features", plan.reason)
@@ -102,7 +104,7 @@ def _tune(
             ray.tune.with_resources(run_trial, trial_resources(spec.resources)),
             tune_config=ray.tune.TuneConfig(
                 search_alg=StudySearcher(search, monitor, lambda trial: _settings(folder, spec, shared, trial)),
-                scheduler=_scheduler(spec, past),
+                scheduler=_scheduler(spec, runs, past),
                 num_samples=-1,
                 max_concurrent_trials=at_once,
                 reuse_actors=False,
@@ -130,14 +132,14 @@ def _trial_name(trial: Any) -> str:
     return str(trial.config["trial_id"])
 
 
-def _scheduler(spec: StudySpec, past: History) -> Any:
+def _scheduler(spec: StudySpec, runs: Sequence[RunConfig], past: History) -> Any:
     from ray.tune.schedulers import FIFOScheduler
 
     from ebft_study.study.schedulers import Rungs
 
     if spec.scheduler.kind == "none":
         return FIFOScheduler()
-    longest = max(run.total_steps for run in checks.check(spec, spec.study))
+    longest = max(run.total_steps for run in runs)
     return Rungs(spec, longest=longest, history=past.curves)
 
 

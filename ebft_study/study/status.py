@@ -9,9 +9,10 @@ import filelock
 from rich.console import Console
 
 from ebft_study import results
+from ebft_study.report import services
 from ebft_study.study import history, progress, record, trials
 
-_EVENTS = ("retry", "failed", "stopped", "refused", "resumed", "interrupted")
+_EVENTS = ("retry", "failed", "stopped", "refused", "resumed", "interrupted", "features", "cache")
 _MOST_EVENTS = 12
 
 
@@ -31,6 +32,8 @@ def show(folder: Path, console: Console) -> None:
             states, columns, title=title, plan=progress.Plan(trials.number_of_trials(spec)), most=len(states)
         )
     )
+    for name, value in services.used(results.read_table(folder, "metrics")):
+        console.print(f"{name}: {value}", markup=False, highlight=False, soft_wrap=True)
     _show_events(folder, console)
     if not alive and any(state.status in progress.OPEN for state in states):
         console.print(f"not running; resume with: ebft-study resume {folder}", markup=False, highlight=False)

@@ -24,7 +24,7 @@ CONTENT = f"""
 study: ordeal
 question: Does a study survive what happens to it?
 run: {{steps: {STEPS}, weight_decay: 0.05, checkpoint_every_steps: 1, log_every_steps: 1, keep_checkpoints: 2,
-      features: {backend: local}}}
+      features: {{backend: local}}}}
 baselines:
   behind: {{method: sft, learning_rate: 9.0}}
   refused: {{gamma: 0.25}}

@@ -1,0 +1,5 @@
+"""`python -m ebft_study` is the command line."""
+
+from ebft_study.cli import main
+
+main()
