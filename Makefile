@@ -34,7 +34,7 @@ check: $(STAMP) ## linter, formatter and type checker
 	$(BIN)/mypy ebft_study
 
 test: check ## linter, type checker and every test
-	OMP_NUM_THREADS=1 $(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 bench: $(STAMP) ## time of an EBFT step, against the published way; writes bench/bench.json and bench.png
 	OMP_NUM_THREADS=1 $(BIN)/ebft-study bench --threads 1 --batch-size 2 --repeats 3 --json bench/bench.json --plot bench/bench.png

@@ -127,3 +127,19 @@ def test_a_batch_without_anchors_has_the_gradient_of_cross_entropy_alone() -> No
     assert tally.sums["train_ce_loss"] / tally.counts["train_ce_loss"] == pytest.approx(2 * loss, rel=1e-5)
     assert "reward" not in tally.sums
     assert float(found["model.embed_tokens.weight"].abs().max()) > 0
+
+
+def test_long_completions_are_scored_again_with_the_same_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = gradients(gamma=0.1, kl_coefficient=0.05)
+    sampled: list[bool] = []
+
+    class Watched(StridedRollouts):
+        def sample(self, *args: Any, **kwargs: Any) -> Rollouts:
+            rollouts = super().sample(*args, **kwargs)
+            sampled.append(rollouts.log_probs.requires_grad)
+            return rollouts
+
+    gradients(rollouts=Watched())
+    monkeypatch.setattr("ebft_study.cost.shapes.LONGEST_GRAPH", 3)
+    assert_same(kept, gradients(gamma=0.1, kl_coefficient=0.05, rollouts=Watched()))
+    assert sampled == [True, False]

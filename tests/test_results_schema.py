@@ -54,10 +54,18 @@ def test_metrics_have_the_agreed_names() -> None:
     training = (
         "loss policy_loss train_ce_loss kl reward alignment diversity advantage_std zero_variance_fraction "
         "duplicate_rate policy_entropy train_cfm_loss fm_whitened grad_norm learning_rate tokens_per_second "
-        "step_seconds rollout_seconds feature_seconds scoring_seconds optimizer_seconds peak_memory_bytes "
-        "sequences_seen tokens_seen"
+        "step_seconds rollout_seconds feature_seconds scoring_seconds optimizer_seconds sync_seconds"
     )
-    assert list(METRICS) == f"{evaluation} {training}".split()
+    engine = (
+        "policy_lag parity_mean_difference parity_max_difference importance_ratio importance_ratio_min "
+        "importance_ratio_max importance_weight importance_clipped_fraction effective_sample_fraction"
+    )
+    service = (
+        "feature_hit_rate_memory feature_hit_rate_disk sample_hit_rate ground_truth_hit_rate feature_tokens_embedded "
+        "feature_tokens_saved feature_queue_seconds feature_batch_requests feature_cache_bytes"
+    )
+    progress = "peak_memory_bytes sequences_seen tokens_seen"
+    assert list(METRICS) == f"{evaluation} {training} {engine} {service} {progress}".split()
     assert metric("ce_loss").direction == "min"
     assert metric("reward").direction == "max"
     assert metric("learning_rate").direction is None

@@ -2,6 +2,8 @@
 
     ebft-study bench                             at the settings that targets are stated for
     python -m ebft_study.bench --device cuda     the same where ray, vllm, datasets, pandas, typer or rich are missing
+    ebft-study bench rollouts                    strided rollouts against a vLLM engine; needs ray and vllm
+    ebft-study bench features                    feature networks of a grid of trials against one service; needs ray
 
 Both sides of a comparison run in turn in one process, so that a noisy machine disturbs both alike; every number is a
 median with its spread. What they compute is compared first (`agreement`). Importing this package imports no torch.

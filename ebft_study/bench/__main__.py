@@ -10,26 +10,28 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from ebft_study import bench
+from ebft_study.bench.options import Parser, positive
+from ebft_study.bench.programs import PROGRAMS
+from ebft_study.bench.programs import main as run_program
 from ebft_study.bench.settings import MODELS, SECTIONS, Settings
-from ebft_study.errors import ConfigError, EbftError
+from ebft_study.errors import EbftError
 
 if TYPE_CHECKING:
     from ebft_study.bench.rows import Row
 
 EXAMPLE = "example: ebft-study bench --section step profile --sequence-length 512 --threads 2 --json bench.json"
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"bench: {message}. See --help")
+BESIDES = " ".join(
+    f"`ebft-study bench {name}`: {program.description} (--help says more)." for name, program in PROGRAMS.items()
+)
 
 
 def parser() -> argparse.ArgumentParser:
     """All options; those that are settings are named like their fields."""
-    made = _Parser(prog="ebft-study bench", description=(bench.__doc__ or "").splitlines()[0], epilog=EXAMPLE)
+    description = (bench.__doc__ or "").splitlines()[0]
+    made = Parser(prog="ebft-study bench", description=description, epilog=f"{EXAMPLE}. {BESIDES}")
     made.add_argument(
         "--section", nargs="+", choices=SECTIONS, default=SECTIONS, metavar="NAME", help=f"of {', '.join(SECTIONS)}"
     )
@@ -37,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--model", choices=tuple(MODELS), default=Settings.model, help="shape of the random model")
     made.add_argument(
         "--sequence-length",
-        type=_positive,
+        type=positive,
         nargs="+",
         dest="sequence_lengths",
         default=Settings.sequence_lengths,
@@ -57,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
     for name, text in numbers.items():
         default = getattr(Settings, name.replace("-", "_"))
         text += "" if default is None else f" ({default})"
-        made.add_argument(f"--{name}", type=_positive, default=default, metavar="N", help=text)
+        made.add_argument(f"--{name}", type=positive, default=default, metavar="N", help=text)
     made.add_argument(
         "--naive-attention",
         choices=("sdpa", "eager"),
@@ -70,13 +72,6 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not positive")
-    return value
-
-
 def settings_of(options: argparse.Namespace) -> Settings:
     """The settings among the options."""
     chosen: dict[str, Any] = {f.name: getattr(options, f.name) for f in fields(Settings) if f.name in options}
@@ -86,10 +81,16 @@ def settings_of(options: argparse.Namespace) -> Settings:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, write; returns the exit code: 1 if the two sides disagree or a section could not be run.
 
+    Args:
+        arguments: the process's own by default. The first one may name another of the `PROGRAMS`.
+
     Raises:
         EbftError: options or settings that cannot be measured.
     """
-    options = parser().parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    if given and given[0] in PROGRAMS:
+        return run_program(given[0], given[1:])
+    options = parser().parse_args(given)
     rows: list[Row] = []
 
     def report(section: str, own: list[Row]) -> None:

@@ -30,10 +30,11 @@ def _shape(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: in
 
 MODELS: dict[str, dict[str, Any]] = {
     "7m": _shape(256, 1024, 6, 4, 2, 4096),
+    "50m": _shape(512, 2048, 11, 8, 4, 16384),
     "1.5b": _shape(1536, 8960, 28, 12, 2, 151936),
     "7b": {**_shape(3584, 18944, 28, 28, 4, 152064), "tie_word_embeddings": False},
 }
-"""Qwen2 shapes: a small one, Qwen2.5-1.5B, Qwen2.5-7B."""
+"""Qwen2 shapes: two small ones, Qwen2.5-1.5B, Qwen2.5-7B."""
 
 
 def ladder() -> dict[str, dict[str, Any]]:

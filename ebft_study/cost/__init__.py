@@ -16,7 +16,7 @@ causal attention as a full square, blocks against the longest context of their c
 """
 
 from ebft_study.cost.memory import Memory, memory, saved_bytes_per_token
-from ebft_study.cost.shapes import Limits, ModelShape, Split, StepShape
+from ebft_study.cost.shapes import Limits, ModelShape, Split, StepShape, keeps_graph
 from ebft_study.cost.splitting import largest_split
 from ebft_study.cost.work import PhaseCost, StepCost, step_cost
 
@@ -28,6 +28,7 @@ __all__ = [
     "Split",
     "StepCost",
     "StepShape",
+    "keeps_graph",
     "largest_split",
     "memory",
     "saved_bytes_per_token",

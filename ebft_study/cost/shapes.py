@@ -9,6 +9,17 @@ from typing import Any, Literal
 from ebft_study.config import RunConfig
 
 FLOAT32_BYTES = 4
+LONGEST_GRAPH = 16
+"""Tokens of the longest completions that are differentiated as they were sampled.
+
+Backward through sampling goes through a small pass per token, and what a token's keys and values are copied to grows
+with their square; scoring again is one large pass. `ebft-study bench rollouts` measures both (docs/performance.md).
+"""
+
+
+def keeps_graph(completion_length: int) -> bool:
+    """Whether strided rollouts of G tokens keep the graph of sampling, or are scored again for their gradient."""
+    return completion_length <= LONGEST_GRAPH
 
 
 @dataclass(frozen=True)
@@ -183,7 +194,7 @@ class StepShape:
             sharded=training.sharding == "fsdp",
             shared_features=config.lora.lora_rank > 0 and config.features.is_base,
             remote_features=config.features.backend == "service",
-            differentiable_rollouts=rollout.backend == "strided",
+            differentiable_rollouts=rollout.backend == "strided" and keeps_graph(rollout.completion_length),
             weight_average=config.optimizer.ema_decay is not None,
         )
         return replace(shape, **changes)

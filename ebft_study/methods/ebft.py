@@ -2,8 +2,9 @@
 
     prefix, with gradients
       └── leaves, cut off from it; for some anchors at a time:
-            sample      decode G - 1 tokens of every block; the log-probabilities keep their graph
+            sample      decode G - 1 tokens of every block; the log-probabilities keep their graph, if G is short
             embed       frozen network -> phi, psi -> rewards -> advantages
+            score       only without that graph: run the blocks again, in one pass
             backward    into the weights and the leaves
     prefix, backward, once, with what the leaves collected
 
@@ -24,6 +25,7 @@ from ebft_study.algorithm.metrics import conditional_feature_matching, duplicate
 from ebft_study.algorithm.rewards import Rewards, feature_matching_rewards
 from ebft_study.block_model import Prefix, completion_log_probs, run_prefix
 from ebft_study.config import RunConfig
+from ebft_study.cost import keeps_graph
 from ebft_study.data import Batch
 from ebft_study.features import FeatureBackend, Features
 from ebft_study.methods import Tally, Totals, differentiate
@@ -65,7 +67,8 @@ class Ebft:
             loss = self._cross_entropy(model, leaves, batch, totals, tally)
         for part in self._parts(anchors):
             chosen = Anchors(*(tensor[:, part] for tensor in anchors))
-            with tally.seconds("rollout_seconds", device):
+            keep = keeps_graph(noise.shape[3])
+            with tally.seconds("rollout_seconds", device), torch.set_grad_enabled(keep and torch.is_grad_enabled()):
                 rollouts = self.rollouts.sample(
                     model, batch, chosen, noise=noise[:, part], temperature=self.temperature, prefix=leaves
                 )

@@ -12,7 +12,7 @@ from ebft_study.config import RunConfig
 from ebft_study.cost import StepShape, step_cost
 from ebft_study.study.spec import ResourcesSpec
 
-PROCESS_BYTES = 500 * 2**20
+PROCESS_BYTES = 700 * 2**20
 """Memory of a service's process besides its network and cache (measured: `ebft-study bench features`)."""
 _CLOSE_SECONDS = 30.0
 _MOST_LOOKED_AT = 32  # configurations of a large study

@@ -80,7 +80,7 @@ def ended(process: subprocess.Popen[str], seconds: float) -> str:
     return f"{process.communicate(timeout=seconds)[0]}\nexit code {process.returncode}"
 
 
-def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 120) -> None:
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 200) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, process.communicate()[0]
