@@ -29,6 +29,7 @@ from ebft_study.rollouts.vllm.weights import SHARED_MEMORY
 from ebft_study.training.loop import Outcome
 from ebft_study.training.services import Services
 from tests.contracts.rollouts import LONGEST, RolloutContract
+from tests.references import naive_model
 from tests.small_models import small_batch, small_model
 from tests.tiny_run import MemoryRecorder, run_tiny, tiny_config, write_data, write_model
 
@@ -201,6 +202,26 @@ def test_an_engine_too_small_for_one_sequence_is_refused_with_the_remedy(cluster
     with pytest.raises(ConfigError, match=r"kv_cache_gib"):
         rollouts.follow(trained_model(), 0)
     rollouts.close()
+
+
+def test_an_engine_of_two_processes_follows_too_and_leaves_none_of_them_when_killed(
+    cluster: None, tmp_path: Path
+) -> None:
+    rollouts = VllmRollouts(options(tmp_path, tensor_parallel_size=2), policy="p", engine_name="two")
+    batch = small_batch([[0] * 16])
+    anchors = find_anchors(batch.document_ids, completion_length=4, stride=4, first_context_length=4)
+    for version in (0, 1):
+        model = trained_model(version)
+        rollouts.follow(model, version)
+        sampled = rollouts.sample(model, batch, anchors, noise=torch.rand(1, 3, 2, 4), temperature=0.7)
+        with torch.no_grad():
+            expected = naive_model.completion_log_probs(model, batch.tokens[0, :4], sampled.completions[0, 0, 1], 0.7)
+        torch.testing.assert_close(sampled.log_probs[0, 0, 1], expected, atol=1e-4, rtol=0)
+    process = psutil.Process(ray.get(actors.find("two", seconds=5).process_id.remote()))
+    family = [process, *process.children(recursive=True)]
+    assert len(family) >= 3
+    os.kill(process.pid, signal.SIGKILL)
+    assert not psutil.wait_procs(family, timeout=20)[1]
 
 
 def test_a_killed_engine_is_noticed_at_once_and_leaves_nothing(folder: Path) -> None:
