@@ -204,9 +204,8 @@ def test_an_engine_too_small_for_one_sequence_is_refused_with_the_remedy(cluster
     rollouts.close()
 
 
-def test_an_engine_of_two_processes_follows_too_and_leaves_none_of_them_when_killed(
-    cluster: None, tmp_path: Path
-) -> None:
+def test_an_engine_of_two_processes_follows_too_and_ends_with_all_its_processes(cluster: None, tmp_path: Path) -> None:
+    before = set(SHARED_MEMORY.glob("psm_*"))
     rollouts = VllmRollouts(options(tmp_path, tensor_parallel_size=2), policy="p", engine_name="two")
     batch = small_batch([[0] * 16])
     anchors = find_anchors(batch.document_ids, completion_length=4, stride=4, first_context_length=4)
@@ -220,8 +219,10 @@ def test_an_engine_of_two_processes_follows_too_and_leaves_none_of_them_when_kil
     process = psutil.Process(ray.get(actors.find("two", seconds=5).process_id.remote()))
     family = [process, *process.children(recursive=True)]
     assert len(family) >= 3
-    os.kill(process.pid, signal.SIGKILL)
+    rollouts.close()
     assert not psutil.wait_procs(family, timeout=20)[1]
+    # The messages between vLLM's processes; the few megabytes of its collectives (`vllm_dist_*`) it never frees.
+    assert set(SHARED_MEMORY.glob("psm_*")) <= before
 
 
 def test_a_killed_engine_is_noticed_at_once_and_leaves_nothing(folder: Path) -> None:

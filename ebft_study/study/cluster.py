@@ -11,6 +11,8 @@ import psutil
 
 from ebft_study.study import checks
 
+CLUSTER_DIED = "Ray's node process died"
+
 ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # also how often a report is fetched
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process per trial, for machines that a cloud takes back
@@ -34,6 +36,21 @@ def set_environment() -> None:
     """What Ray reads when it is imported; whatever the user has set stays."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+
+
+def node_is_alive() -> bool:
+    """Whether the process is there that this machine's part of the cluster cannot do without.
+
+    Ray lets a driver wait for ever when it is not.
+    """
+    return any(_is_raylet(process) for process in psutil.Process().children(recursive=True))
+
+
+def _is_raylet(process: psutil.Process) -> bool:
+    try:
+        return bool(process.name() == "raylet" and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.Error:
+        return False
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from ebft_study import report
 from ebft_study.config import RunConfig
 from ebft_study.errors import EbftError, ResultsError
 from ebft_study.study import checks, history, record, search, trials
+from ebft_study.study.cluster import CLUSTER_DIED
 from ebft_study.study.history import History
 from ebft_study.study.progress import TrialState
 from ebft_study.study.spec import StudySpec
@@ -44,9 +45,11 @@ class Ended:
 
     @property
     def exit_code(self) -> int:
-        """130 after Ctrl-C, 1 when a trial failed, else 0."""
+        """130 after Ctrl-C, 1 when a trial failed or the cluster did, else 0."""
         if self.reason.startswith("Ctrl-C"):
             return INTERRUPTED
+        if self.reason.startswith(CLUSTER_DIED):
+            return 1
         return int(any(state.status == "failed" for state in self.states.values()))
 
 

@@ -36,7 +36,7 @@ def run_session(folder: Path, spec: StudySpec, runs: Sequence[RunConfig], past: 
     search = _search(folder, spec, past, monitor)
     plan = progress.Plan(trials.number_of_trials(spec), checks.trials_at_once(spec, runs))
     columns = tuple(dict.fromkeys(("ce_loss", "cfm_loss", spec.objective.metric)))
-    wish = StopWish(spec.budget.max_hours)
+    wish = StopWish(spec.budget.max_hours, cluster.node_is_alive)
     with _signals(wish.wish):
         monitor.display = progress.display(console, columns, past.states, title=spec.study, plan=plan)
         monitor.note("session", f"{spec.study}: {progress.summary(list(past.states.values()), plan)}")

@@ -14,11 +14,13 @@ from typing import Any
 from ray.tune import Callback, Stopper
 from ray.tune.search import Searcher
 
+from ebft_study.study.cluster import CLUSTER_DIED
 from ebft_study.study.monitor import Monitor
 from ebft_study.study.search import EARLY_STOP, Search
 from ebft_study.study.trials import Trial
 
 Settings = dict[str, Any]
+_ALIVE_SECONDS = 3.0
 
 
 class StudySearcher(Searcher):  # type: ignore[misc]
@@ -82,8 +84,10 @@ class Observer(Callback):  # type: ignore[misc]
 class StopWish(Stopper):  # type: ignore[misc]
     """Ends the whole study when asked to, or when its time is over."""
 
-    def __init__(self, max_hours: float | None) -> None:
+    def __init__(self, max_hours: float | None, alive: Callable[[], bool] = lambda: True) -> None:
+        """`alive`: whether there still is a cluster to run on; asked every few seconds."""
         self.reason = ""
+        self._alive, self._asked = alive, time.monotonic()
         self._deadline = time.monotonic() + max_hours * 3600 if max_hours else None
 
     def wish(self, reason: str) -> None:
@@ -95,6 +99,10 @@ class StopWish(Stopper):  # type: ignore[misc]
     def stop_all(self) -> bool:
         if self._deadline is not None and time.monotonic() >= self._deadline:
             self.wish("budget.max_hours is used up")
+        if time.monotonic() - self._asked > _ALIVE_SECONDS:
+            self._asked = time.monotonic()
+            if not self._alive():
+                self.wish(CLUSTER_DIED)
         return bool(self.reason)
 
     def __getstate__(self) -> dict[str, Any]:

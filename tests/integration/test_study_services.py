@@ -79,15 +79,16 @@ def kill(process: psutil.Process) -> None:
     os.kill(process.pid, signal.SIGKILL)
 
 
-def started(folder: Path) -> Study:
-    write_model(folder / "model", head_dim=32)
+def started(folder: Path, *options: str) -> Study:
+    if not (folder / "model").exists():
+        write_model(folder / "model", head_dim=32)
     settings = {**SETTINGS, "model": str(folder / "model"), "dataset": str(write_data(folder / "data.jsonl"))}
     content = {
         "study": "served", "question": "Do services survive?", "run": settings, "axes": {"alpha": [0.0, 1.0]},
         "resources": {"workers_per_trial": 0, "max_failures": 3},
     }  # fmt: skip
     (folder / "served.yaml").write_text(json.dumps(content))
-    command = [sys.executable, "-m", "ebft_study", "study", "served.yaml"]
+    command = [sys.executable, "-m", "ebft_study", "study", "served.yaml", *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "EBFT_STUDY_CACHE": str(folder / "cache")}
     out, err = subprocess.PIPE, subprocess.STDOUT
     return Study(folder, subprocess.Popen(command, cwd=folder, env=environment, text=True, stdout=out, stderr=err))
@@ -146,13 +147,22 @@ def test_nothing_is_left_when_a_study_has_ended(survived: Survived) -> None:
     assert not psutil.wait_procs(survived.processes, timeout=10)[1]
 
 
-def test_nothing_is_left_when_a_driver_is_killed(tmp_path: Path) -> None:
+def test_a_killed_driver_leaves_nothing_and_a_dead_node_does_not_keep_one_waiting(tmp_path: Path) -> None:
     study = started(tmp_path)
-    study.until(lambda: len(study.steps("t0000")) > 1)
+    study.until(lambda: len(study.steps("t0000")) > 5)
     family = psutil.Process(study.driver.pid).children(recursive=True)
     assert any("ray::Engine" in _title(process) for process in family)
     study.driver.kill()
+    study.driver.communicate()
     # Ray's own agents notice after half a minute; they hold no model and no device.
     ours = [process for process in family if not _title(process).startswith(RAY_AGENTS)]
     left = psutil.wait_procs(ours, timeout=20)[1]
     assert not left, [_title(process) for process in left]
+
+    resumed = started(tmp_path, "--resume")
+    resumed.until(lambda: bool(resumed.events("resumed")))
+    kill(resumed.processes("raylet/raylet")[0])
+    said = resumed.driver.communicate(timeout=60)[0]
+    assert "Ray's node process died; resume with: ebft-study resume" in said
+    assert resumed.driver.returncode == 1
+    assert set(resumed.trials()["status"]) == {"interrupted"}

@@ -12,6 +12,7 @@ that nobody asked for, and its calls run one after another, so trials that share
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import time
@@ -41,6 +42,7 @@ from ebft_study.rollouts.vllm.engine import (
 from ebft_study.rollouts.vllm.weights import SharedWeights, policy_weights
 
 _START_SECONDS = 600.0
+_STOP_SECONDS = 10.0
 _WHO = "the rollout engine"
 
 
@@ -112,16 +114,17 @@ class VllmRollouts:
         return Rollouts(completions.to(device), log_probs.to(device), self.version, spent)
 
     def close(self) -> None:
-        """Stop the trial's own engine, or make a shared one forget the policy."""
-        if self._weights is not None:
-            self._weights.unlink()
-        if self._engine is None or self.rank > 0:
+        """Stop the trial's own engine, or make a shared one forget the policy. One that is gone already is no error."""
+        engine, self._engine = self._engine, None
+        if engine is None or self.rank > 0:
             return
-        if self.shared:
-            self._engine.forget_weights.remote(self.policy)
-        else:
-            ray.kill(self._engine)
-        self._engine = None
+        with contextlib.suppress(Exception):  # whatever happened before is what people must learn of
+            if self.shared:
+                engine.forget_weights.remote(self.policy)
+            else:
+                ray.get(engine.stop.remote(), timeout=_STOP_SECONDS)
+        if not self.shared:
+            ray.kill(engine)
 
     def _request(self, batch: Batch, anchors: Anchors, noise: Tensor, temperature: float) -> SampleRequest:
         assert self.version is not None
@@ -152,14 +155,14 @@ class VllmRollouts:
         return reply
 
     def _start(self, weights: dict[str, Tensor]) -> SharedWeights:
-        """The engine, started if it is the trial's own, with a segment mapped."""
+        """The engine, started if it is the trial's own, with a segment mapped that has lost its name again."""
+        if self.shared:
+            self._engine = actors.find(self.engine_name, seconds=_START_SECONDS)
+        else:
+            self._engine = start_engine(self.options, self.engine_name)
+        actors.answer(self._engine.start.remote(self.options), who=_WHO, seconds=_START_SECONDS)
         segment = SharedWeights(weights)
         try:
-            if self.shared:
-                self._engine = actors.find(self.engine_name, seconds=_START_SECONDS)
-            else:
-                self._engine = start_engine(self.options, self.engine_name)
-            actors.answer(self._engine.start.remote(self.options), who=_WHO, seconds=_START_SECONDS)
             mapped = self._engine.map_weights.remote(self.policy, segment.path, segment.layout)
             actors.answer(mapped, who=_WHO, seconds=_START_SECONDS)
         finally:

@@ -100,6 +100,12 @@ class Engine:
         self._rest()
         return time.perf_counter() - before
 
+    def stop(self) -> None:
+        """End vLLM's own processes and free its shared memory; the engine samples no more."""
+        if self._llm is not None:
+            self._llm.llm_engine.engine_core.shutdown()
+            self._llm = None
+
     def process_id(self) -> int:
         return os.getpid()
 
