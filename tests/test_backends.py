@@ -14,9 +14,9 @@ from ebft_study.data import Batch
 from ebft_study.features import Features
 from ebft_study.features.cache import MemoryCache, TieredCache
 from ebft_study.features.cached import CachedFeatures
+from ebft_study.features.client import request_of
 from ebft_study.features.keys import FeatureSpec
 from ebft_study.features.local import LocalFeatures
-from ebft_study.features.service import request_of
 from ebft_study.rollouts import RolloutBackend
 from ebft_study.rollouts.strided import StridedRollouts
 from tests.contracts.features import DEPTHS, FeatureContract, Make

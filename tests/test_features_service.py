@@ -17,9 +17,10 @@ import torch
 from ebft_study import actors
 from ebft_study.config import build_run, nest
 from ebft_study.data import Batch
-from ebft_study.errors import ServiceError
+from ebft_study.errors import ModelError, ServiceError
+from ebft_study.features.client import ServiceFeatures
 from ebft_study.features.keys import FeatureSpec
-from ebft_study.features.service import NetworkOptions, ServiceFeatures, start_service
+from ebft_study.features.service import NetworkOptions, start_service
 from ebft_study.training.services import Services
 from tests.contracts.features import DEPTHS, FeatureContract, Make, anchors_in, random_completions
 from tests.small_models import small_batch, small_model
@@ -126,6 +127,15 @@ def test_without_a_service_the_error_names_it(cluster: None) -> None:
     absent = NetworkOptions("none", None, False, "float32", "cpu", "auto", 0, 0)
     with pytest.raises(ServiceError, match=r"features-.*not found after 0 seconds"):
         ServiceFeatures(absent, FeatureSpec(DEPTHS, "mean", "joint"), timeout_seconds=0.3)
+
+
+def test_what_the_service_cannot_load_is_told_to_those_who_ask(cluster: None, tmp_path: Path) -> None:
+    absent = NetworkOptions(str(tmp_path / "absent"), None, False, "float32", "cpu", "auto", 0, 0)
+    handle = start_service(absent)
+    for _ in range(2):
+        with pytest.raises(ModelError, match="no usable model in this folder"):
+            ServiceFeatures(absent, FeatureSpec(DEPTHS, "mean", "joint"), timeout_seconds=60)
+    ray.kill(handle)
 
 
 def test_a_killed_service_comes_back_while_callers_wait_and_knows_what_was_on_disk(options: NetworkOptions) -> None:

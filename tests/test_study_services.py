@@ -11,7 +11,7 @@ import pytest
 from ebft_study.config import RunConfig, build_run, nest
 from ebft_study.errors import ConfigError
 from ebft_study.study import checks
-from ebft_study.study.services import PROCESS_BYTES, StudyServices, needs_ray, plan_features
+from ebft_study.study.services import PROCESS_BYTES, StudyServices, check_cache, needs_ray, plan_features
 from ebft_study.study.spec import ResourcesSpec, StudySpec
 from tests.tiny_run import write_model
 
@@ -111,6 +111,19 @@ def test_gpus_of_engines_and_services_are_counted(
 ) -> None:
     resources = ResourcesSpec(workers_per_trial=2, gpus_per_worker=1, feature_gpus=0.5)
     assert checks.gpus_needed(resources, [run(small, **settings)]) == (own, shared)
+
+
+def test_a_cache_that_cannot_be_written_is_found_before_anything_starts(
+    small: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("EBFT_STUDY_CACHE", str(tmp_path / "file"))
+    served, local = (run(small, **{"features.backend": backend}) for backend in ("service", "local"))
+    plan = plan_features([served], ONE_CPU, at_once=2)
+    with pytest.raises(ConfigError, match=r"EBFT_STUDY_CACHE.*features.cache_disk_gib=0"):
+        check_cache([served], plan, ONE_CPU)
+    check_cache([local], plan, ONE_CPU)
+    check_cache([run(small, **{"features.backend": "service", "cache_disk_gib": 0})], plan, ONE_CPU)
 
 
 def spec(small: str, settings: dict[str, Any], **resources: Any) -> StudySpec:

@@ -32,7 +32,8 @@ from ebft_study.models import load_model
 from ebft_study.pretraining import train_tokenizer
 
 if TYPE_CHECKING:
-    from ebft_study.features.service import NetworkOptions, ServiceFeatures
+    from ebft_study.features.client import ServiceFeatures
+    from ebft_study.features.service import NetworkOptions
 
 EPOCHS = 2
 TOLERANCE = 1e-6
@@ -171,7 +172,8 @@ def service_side(grid: Grid, folder: Path) -> Side:
     """One network in an actor, asked by one thread per trial; Ray runs."""
     import ray
 
-    from ebft_study.features.service import NetworkOptions, ServiceFeatures, start_service
+    from ebft_study.features.client import ServiceFeatures
+    from ebft_study.features.service import NetworkOptions, start_service
 
     run = grid.settings.run()
     options: NetworkOptions = replace(

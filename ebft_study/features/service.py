@@ -16,22 +16,17 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 import torch
-from torch import Tensor
 
-from ebft_study import actors
-from ebft_study.algorithm.anchors import Anchors
 from ebft_study.block_model import Backend
 from ebft_study.config import RunConfig
-from ebft_study.data import Batch
 from ebft_study.errors import ServiceError
-from ebft_study.features import Features
 from ebft_study.features.cache import Cache, DiskCache, MemoryCache, TieredCache
 from ebft_study.features.cached import CachedFeatures, FeatureReply, FeatureRequest
 from ebft_study.features.keys import FeatureSpec
@@ -43,8 +38,8 @@ MOST_TOGETHER = 16
 """Requests in one pass, which bounds its memory."""
 FLUSH_SECONDS = 60.0
 """What was embedded before the last such moment survives the service's death."""
-_WHO = "the feature service"
-_SETTING = "features.service_timeout_seconds"
+WHO = "the feature service"
+TIMEOUT_SETTING = "features.service_timeout_seconds"
 
 
 @dataclass(frozen=True)
@@ -88,30 +83,23 @@ class FeatureService:
     """Lives in an actor of its own."""
 
     def __init__(self, options: NetworkOptions) -> None:
-        # Models import features.
-        from ebft_study.models import load_model
-
-        torch.set_num_threads(options.threads)
-        loaded = load_model(
-            options.name,
-            revision=options.revision,
-            random_weights=options.random_weights,
-            device=options.device,
-            dtype=getattr(torch, options.precision),
-            attention=options.attention,
-        )
+        # What cannot be loaded is told to those who ask; an exception here would only end the actor.
+        self._options = options
+        self._cached: CachedFeatures | None = None
         self._problems: list[str] = []
-        self._cached = CachedFeatures(
-            loaded.model, self._cache(options), fingerprint=loaded.fingerprint, backend=options.attention
-        )
         self._queue: asyncio.Queue[tuple[FeatureRequest, float, asyncio.Future[FeatureReply]]] | None = None
         # Torch and the cache are used from this one thread.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="features")
         self._worker: asyncio.Task[None] | None = None
 
     async def describe(self, spec: FeatureSpec) -> tuple[str, list[int]]:
-        """The network's fingerprint, and the layers that the depths of `spec` stand for."""
-        return self._cached.fingerprint, await self._in_thread(self._cached.indices, spec)
+        """The network's fingerprint, and the layers that the depths of `spec` stand for.
+
+        Raises:
+            EbftError: a network that cannot be loaded, or a cache folder that cannot be written.
+        """
+        described: tuple[str, list[int]] = await self._in_thread(self._describe, spec)
+        return described
 
     async def embed(self, request: FeatureRequest, timeout_seconds: float) -> FeatureReply:
         """Features of one request, in a pass that others may share.
@@ -129,7 +117,9 @@ class FeatureService:
         except TimeoutError:
             # A cancelled future's request is skipped when its turn comes.
             future.cancel()
-            raise ServiceError(f"{_WHO} had no answer within {timeout_seconds:.0f} seconds ({_SETTING})") from None
+            raise ServiceError(
+                f"{WHO} had no answer within {timeout_seconds:.0f} seconds ({TIMEOUT_SETTING})"
+            ) from None
 
     async def problems(self) -> list[str]:
         """What went wrong with the cache, in sentences; each is told once."""
@@ -141,7 +131,7 @@ class FeatureService:
 
     async def close(self) -> None:
         """Write to disk what is only in memory."""
-        await self._in_thread(self._cached.cache.flush)
+        await self._in_thread(self._flush)
 
     def _start(self) -> None:
         if self._worker is None:
@@ -160,7 +150,7 @@ class FeatureService:
                 continue
             started = time.monotonic()
             try:
-                replies = await self._in_thread(self._cached.embed, [request for request, _, _ in waiting])
+                replies = await self._in_thread(self._embed, [request for request, _, _ in waiting])
             except Exception as error:
                 for _, _, future in waiting:
                     _settle(future, error=error)
@@ -169,17 +159,58 @@ class FeatureService:
                 own = dataclasses.replace(reply, queue_seconds=started - since, batch_requests=len(waiting))
                 _settle(future, reply=own)
             if time.monotonic() - flushed > FLUSH_SECONDS:
-                await self._in_thread(self._cached.cache.flush)
+                await self._in_thread(self._flush)
                 flushed = time.monotonic()
 
     async def _in_thread(self, function: Any, *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
 
-    def _cache(self, options: NetworkOptions) -> TieredCache:
-        disk: Cache | None = None
-        if options.disk_bytes:
-            disk = DiskCache(cache_folder() / "features", options.disk_bytes, on_problem=self._problems.append)
-        return TieredCache(MemoryCache(options.memory_bytes), disk)
+    # --- in the thread -----------------------------------------------------------------------------------------
+
+    def _describe(self, spec: FeatureSpec) -> tuple[str, list[int]]:
+        cached = self._ready()
+        return cached.fingerprint, cached.indices(spec)
+
+    def _embed(self, requests: list[FeatureRequest]) -> list[FeatureReply]:
+        return self._ready().embed(requests)
+
+    def _flush(self) -> None:
+        if self._cached is not None:
+            self._cached.cache.flush()
+
+    def _ready(self) -> CachedFeatures:
+        """Network and cache, loaded by the first who asks."""
+        if self._cached is None:
+            # Models import features.
+            from ebft_study.models import load_model
+
+            options = self._options
+            torch.set_num_threads(options.threads)
+            cache = open_cache(options, self._problems.append)
+            loaded = load_model(
+                options.name,
+                revision=options.revision,
+                random_weights=options.random_weights,
+                device=options.device,
+                dtype=getattr(torch, options.precision),
+                attention=options.attention,
+            )
+            self._cached = CachedFeatures(
+                loaded.model, cache, fingerprint=loaded.fingerprint, backend=options.attention
+            )
+        return self._cached
+
+
+def open_cache(options: NetworkOptions, on_problem: Callable[[str], None]) -> TieredCache:
+    """The two tiers of a service.
+
+    Raises:
+        ConfigError: a folder that cannot be written.
+    """
+    disk: Cache | None = None
+    if options.disk_bytes:
+        disk = DiskCache(cache_folder() / "features", options.disk_bytes, on_problem=on_problem)
+    return TieredCache(MemoryCache(options.memory_bytes), disk)
 
 
 def _settle(future: asyncio.Future[FeatureReply], *, reply: Any = None, error: Exception | None = None) -> None:
@@ -209,75 +240,3 @@ def start_service(options: NetworkOptions, *, gpus: float = 0.0) -> Any:
         )
         .remote(options)
     )
-
-
-def request_of(
-    spec: FeatureSpec, batch: Batch, anchors: Anchors, completions: Tensor, lengths: Sequence[int] | None
-) -> FeatureRequest:
-    """The arguments of `FeatureBackend.embed` as plain arrays."""
-    return FeatureRequest(
-        spec,
-        tokens=batch.tokens.cpu().numpy(),
-        document_ids=batch.document_ids.cpu().numpy(),
-        positions=anchors.positions.cpu().numpy(),
-        valid=anchors.valid.cpu().numpy(),
-        completions=completions.cpu().numpy(),
-        lengths=tuple(lengths or [completions.shape[-1]]),
-    )
-
-
-class ServiceFeatures:
-    """A trial's end of the service; a `FeatureBackend`."""
-
-    def __init__(self, options: NetworkOptions, spec: FeatureSpec, *, timeout_seconds: float) -> None:
-        """
-        Raises:
-            ServiceError: no such service, or none that answers in time.
-        """
-        self.spec, self.timeout_seconds = spec, timeout_seconds
-        self._service = actors.find(options.service_name, seconds=timeout_seconds)
-        self.fingerprint, self.indices = self._answer(self._service.describe.remote(spec))
-        self.pooling, self.normalize = spec.pooling, spec.normalize
-        self._usage: dict[str, tuple[float, float]] = {}
-
-    def embed(
-        self, batch: Batch, anchors: Anchors, completions: Tensor, *, lengths: Sequence[int] | None = None
-    ) -> list[Features]:
-        """See `FeatureBackend.embed`.
-
-        Raises:
-            ServiceError: the service is gone for good, or silent for too long.
-        """
-        request = request_of(self.spec, batch, anchors, completions, lengths)
-        reply: FeatureReply = self._answer(self._service.embed.remote(request, self.timeout_seconds))
-        self._count(reply)
-        device = completions.device
-        pairs = zip(reply.phi, reply.psi, strict=True)
-        return [Features(torch.tensor(phi, device=device), torch.tensor(psi, device=device)) for phi, psi in pairs]
-
-    def drain_usage(self) -> dict[str, tuple[float, float]]:
-        """See `FeatureBackend.drain_usage`."""
-        drained, self._usage = self._usage, {}
-        return drained
-
-    def _answer(self, reference: Any) -> Any:
-        # The service keeps the limit itself; what comes on top is for starting it again.
-        return actors.answer(reference, who=_WHO, seconds=2 * self.timeout_seconds, setting=_SETTING)
-
-    def _count(self, reply: FeatureReply) -> None:
-        usage = reply.usage
-        asked = float(usage.samples + usage.truths)
-        counted = {
-            "feature_hit_rate_memory": (usage.found_in_memory, asked),
-            "feature_hit_rate_disk": (usage.found_on_disk, asked),
-            "sample_hit_rate": (usage.samples_found, usage.samples),
-            "ground_truth_hit_rate": (usage.truths_found, usage.truths),
-            "feature_queue_seconds": (reply.queue_seconds, 1.0),
-            "feature_batch_requests": (reply.batch_requests, 1.0),
-            "feature_tokens_embedded": (usage.tokens_embedded, 0.0),
-            "feature_tokens_saved": (usage.tokens_saved, 0.0),
-            "feature_cache_bytes": (reply.cache_bytes, 1.0),
-        }
-        for name, (total, count) in counted.items():
-            before = self._usage.get(name, (0.0, 0.0))
-            self._usage[name] = (before[0] + total, before[1] + count)

@@ -57,6 +57,20 @@ def plan_features(runs: Sequence[RunConfig], resources: ResourcesSpec, *, at_onc
     return FeaturePlan("local", f"features: in each trial, which takes less memory ({compared})", travelling)
 
 
+def check_cache(runs: Sequence[RunConfig], plan: FeaturePlan, resources: ResourcesSpec) -> None:
+    """Find out before anything starts whether services can keep features.
+
+    Raises:
+        ConfigError: the cache's folder cannot be written.
+    """
+    backends = {run.features.backend: run for run in runs if may_need_a_service(run)}
+    asked = backends.get("service") or (backends.get("auto") if plan.backend == "service" else None)
+    if asked is not None:
+        from ebft_study.features.service import open_cache
+
+        open_cache(_network_of(asked, resources), lambda _problem: None).close()
+
+
 class StudyServices:
     """Starts what a trial needs before it does, once for all that share it."""
 

@@ -86,6 +86,7 @@ def _tune(
     plan = services.plan_features(runs, spec.resources, at_once=at_once)
     if plan.reason:
         monitor.note("features", plan.reason)
+    services.check_cache(runs, plan, spec.resources)
     shared = services.StudyServices(spec.resources, plan)
     # Ray frees the places of a stopped trial's workers only after asking the dashboard whether their controller lives.
     with cluster.running(

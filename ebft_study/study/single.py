@@ -61,6 +61,7 @@ def _services(run: RunConfig) -> Iterator[None]:
     cluster.set_environment()
     resources = ResourcesSpec(gpus_per_worker=float(choose_device(run).type == "cuda"))
     plan = services.plan_features([run], resources, at_once=1)
+    services.check_cache([run], plan, resources)
     with cluster.running(namespace=run.name, places=1, dashboard=False, travelling_bytes=plan.travelling_bytes):
         shared = services.StudyServices(resources, plan)
         shared.provide(run)

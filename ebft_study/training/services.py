@@ -44,12 +44,13 @@ class Services:
         """Where training and evaluation embed."""
         if config.features.backend != "service":
             return load_feature_network(config, base)
-        from ebft_study.features import service
+        from ebft_study.features.client import ServiceFeatures
+        from ebft_study.features.service import NetworkOptions
 
         device = next(base.model.parameters()).device
         spec = FeatureSpec(config.features.depths, config.features.pooling, config.features.normalize)
-        return service.ServiceFeatures(
-            service.NetworkOptions.of(config, device=device),
+        return ServiceFeatures(
+            NetworkOptions.of(config, device=device),
             spec,
             timeout_seconds=config.features.service_timeout_seconds,
         )
