@@ -28,6 +28,25 @@ def find(name: str, *, seconds: float) -> Any:
             time.sleep(_POLL_SECONDS)
 
 
+def wait_for(handle: Any, *, who: str, seconds: float) -> None:
+    """Until an actor with a method `process_id` answers: one that was killed is started again in the meantime.
+
+    Raises:
+        ServiceError: it does not within `seconds`, or is gone for good.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            ray.get(handle.process_id.remote(), timeout=seconds)
+            return
+        except ray.exceptions.ActorUnavailableError:
+            if time.monotonic() > deadline:
+                raise ServiceError(f"{who} did not come back within {seconds:.0f} seconds") from None
+            time.sleep(_POLL_SECONDS)
+        except (ray.exceptions.GetTimeoutError, ray.exceptions.RayActorError) as error:
+            raise ServiceError(f"{who} is gone ({type(error).__name__})") from None
+
+
 def answer(reference: Any, *, who: str, seconds: float, setting: str = "") -> Any:
     """What an actor's call returns.
 

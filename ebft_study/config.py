@@ -63,15 +63,15 @@ class RolloutConfig(Section):
     anchor_region: Literal["all", "answer"] = "all"
     backend: Literal["strided", "vllm"] = Field("strided", description="strided: in process; vllm: an engine beside it")
     sync_every_steps: PositiveInt = Field(1, description="vllm: updates between two transfers of the weights")
-    max_policy_lag: int = Field(0, ge=0, description="updates by which the weights that sample may be behind")
+    max_policy_lag: int = Field(0, ge=0, description="vllm: updates by which the weights that sample may be behind")
     importance_ratio_clip: float = Field(
         2.0, ge=1.0, description="vllm: largest weight of a completion, pi_trainer / pi_engine"
     )
-    max_parity_difference: float | None = Field(
+    parity_threshold: float | None = Field(
         None,
         gt=0.0,
-        description="vllm: largest difference of log-probabilities, engine against trainer, after a transfer; "
-        "default: 0.001, or 1 in bfloat16",
+        description="vllm: largest mean difference of log-probabilities, engine against trainer, after a transfer; "
+        "default: 0.0001, or 0.3 in bfloat16",
     )
 
     @property
@@ -121,6 +121,9 @@ class VllmConfig(Section):
     )
     tensor_parallel_size: PositiveInt = Field(
         1, description="GPUs (processes, on a CPU) that share the engine's weights"
+    )
+    longest_request_tokens: PositiveInt | None = Field(
+        None, description="prompt and completion; default: of the trial's sequences, or of all that share the engine"
     )
     gpu_memory_utilization: float = Field(0.3, gt=0.0, le=1.0, description="fraction of its GPU that the engine takes")
     kv_cache_gib: float = Field(1.0, gt=0.0, description="on a CPU: keys and values that the engine keeps")
@@ -254,6 +257,11 @@ class RunConfig(Section):
     tracking: TrackingConfig = TrackingConfig()
 
     @property
+    def uses_engine(self) -> bool:
+        """Whether its rollouts come from an inference engine."""
+        return self.method == "ebft" and self.rollout.backend == "vllm"
+
+    @property
     def total_steps(self) -> int:
         """Optimizer updates of the whole run; `step` counts up to this."""
         return self.training.warm_start_steps + self.training.steps
@@ -301,11 +309,11 @@ def broken_rules(config: RunConfig) -> list[tuple[str, Any, str, str]]:
         f"Use max_policy_lag >= {rollout.sync_every_steps - 1}, or sync_every_steps <= {rollout.max_policy_lag + 1}",
     )
     need(
-        rollout.backend == "vllm" or rollout.sync_every_steps == 1,
-        "rollout.sync_every_steps",
-        rollout.sync_every_steps,
+        rollout.backend == "vllm" or rollout.max_policy_lag == 0,
+        "rollout.max_policy_lag",
+        rollout.max_policy_lag,
         f"backend={rollout.backend} samples from the trained weights themselves",
-        "Use sync_every_steps=1, or backend=vllm",
+        "Use max_policy_lag=0, or backend=vllm",
     )
     need(
         rollout.backend == "strided" or 0.01 <= rollout.temperature <= 2.0,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -106,12 +107,24 @@ def cast_weights(model: ModuleT, dtype: torch.dtype) -> ModuleT:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Sixteen hex digits of a hash over names, shapes and bytes of all weights."""
-    digest = hashlib.sha256()
+    """Sixteen hex digits of a hash over names, shapes and bytes of all weights, and the configuration.
+
+    The same weights compute something else with another number of heads, norm or rotary base.
+    """
+    digest = hashlib.sha256(json.dumps(_architecture(model), sort_keys=True, default=str).encode())
     for name, tensor in model.state_dict().items():
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
+
+
+def _architecture(model: nn.Module) -> dict[str, Any]:
+    """What the configuration says of the computation: neither types, nor places, nor versions."""
+    config = getattr(model, "config", None)
+    if config is None:
+        return {}
+    left_out = {"transformers_version", "dtype", "torch_dtype", "use_cache"}
+    return {key: value for key, value in config.to_dict().items() if key not in left_out and not key.startswith("_")}
 
 
 def load_generator(config: RunConfig, *, device: torch.device | str = "cpu") -> LoadedModel:

@@ -109,6 +109,27 @@ def test_requests_that_wait_are_embedded_together_and_each_gets_its_own(options:
         torch.testing.assert_close(found[i].psi, alone.psi, atol=1e-6, rtol=0)
 
 
+def test_a_request_that_fails_spoils_no_other_in_its_pass(options: NetworkOptions) -> None:
+    batches = [new_batch(500 + i) for i in range(8)]
+    backends = [features(options) for _ in batches]
+    outcomes: dict[int, Any] = {}
+
+    def ask(i: int) -> None:
+        anchors = anchors_in(batches[i], 4)
+        completions = random_completions(anchors, 2, 4, seed=i)
+        try:
+            outcomes[i] = backends[i].embed(batches[i], anchors, completions + (10**6 if i == 3 else 0))
+        except Exception as error:
+            outcomes[i] = error
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(len(batches))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [i for i, outcome in outcomes.items() if isinstance(outcome, Exception)] == [3]
+
+
 def test_a_run_with_the_service_computes_what_one_without_computes(cluster: None, tmp_path: Path) -> None:
     local = tiny_config(tmp_path, steps=4)
     remote = tiny_config(tmp_path, steps=4, **{"features.backend": "service"})
@@ -152,9 +173,12 @@ def test_a_killed_service_comes_back_while_callers_wait_and_knows_what_was_on_di
     after = backend.embed(batch, anchors, completions)[0]
     assert time.monotonic() - started < 60
     assert ray.get(handle.process_id.remote()) != first
-    assert torch.equal(before.phi, after.phi)
+    assert torch.equal(before.psi, after.psi)
+    torch.testing.assert_close(before.phi, after.phi, atol=1e-6, rtol=0)
     usage = backend.drain_usage()
-    assert usage["feature_hit_rate_disk"][0] == usage["feature_hit_rate_disk"][1]
+    # Six of ground truth; samples are kept in memory only.
+    assert usage["feature_hit_rate_disk"] == (6.0, 18.0)
+    assert usage["ground_truth_hit_rate"] == (6.0, 6.0)
 
 
 def test_a_service_that_is_too_slow_is_an_error_with_the_setting(options: NetworkOptions) -> None:

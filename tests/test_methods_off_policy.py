@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 
 from ebft_study.algorithm.losses import importance_weights
+from ebft_study.config import RunConfig, build_run, nest
 from ebft_study.errors import ParityError, ServiceError
 from ebft_study.methods import Tally
-from ebft_study.methods.off_policy import OffPolicy, metrics
+from ebft_study.methods.off_policy import OffPolicy, check_parity, metrics
 from ebft_study.rollouts import Rollouts
 
 
@@ -52,27 +54,39 @@ def log_probs(seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize(("version", "now"), [(2, 4), (5, 4)])
 def test_rollouts_older_than_allowed_or_from_the_future_are_refused(version: int, now: int) -> None:
     with pytest.raises(ServiceError, match="max_policy_lag=1"):
-        OffPolicy(1, 2.0, 1e-3).weights(log_probs(), rollouts(log_probs(), version), VALID, now, Tally())
+        OffPolicy(1, 2.0).weights(log_probs(), rollouts(log_probs(), version), VALID, now, Tally())
 
 
-@pytest.mark.parametrize("wrong", [0.1, math.nan])
-def test_disagreement_about_the_same_weights_is_an_error_with_the_numbers(wrong: float) -> None:
-    theirs = log_probs()
-    theirs[0, 1, 2, 1] += wrong
-    with pytest.raises(ParityError, match=r"up to (0\.1|nan) .*16 tokens.*version 3.*allowed is 0\.001"):
-        OffPolicy(0, 2.0, 1e-3).weights(log_probs(), rollouts(theirs, 3), VALID, 3, Tally())
+@pytest.mark.parametrize(("total", "said"), [(0.032, "0.002"), (math.nan, "nan")])
+def test_disagreement_is_an_error_with_the_numbers(total: float, said: str) -> None:
+    with pytest.raises(ParityError, match=rf"by {said} on average over 16 tokens.*version 3; allowed is 0\.001"):
+        check_parity(run(parity_threshold=1e-3), total, 16, version=3)
 
 
-def test_disagreement_at_anchors_that_do_not_count_and_about_older_weights_is_none() -> None:
-    padded, older = log_probs(), log_probs(1)
-    padded[0, 2] += 1.0
-    OffPolicy(0, 2.0, 1e-3).weights(log_probs(), rollouts(padded, 3), VALID, 3, Tally())
-    OffPolicy(1, 2.0, 1e-3).weights(log_probs(), rollouts(older, 2), VALID, 3, Tally())
+def test_small_differences_and_none_at_all_are_no_error() -> None:
+    check_parity(run(), 16 * 5e-5, 16, version=3)
+    check_parity(run(precision="bfloat16"), 16 * 0.1, 16, version=3)
+    check_parity(run(), 0.0, 0, version=3)
+
+
+def run(**changes: Any) -> RunConfig:
+    return build_run(nest({"rollout.backend": "vllm"} | changes, source="test"), source="test")
+
+
+def test_only_anchors_that_count_and_only_the_newest_weights_are_compared() -> None:
+    theirs, older, tally = log_probs(), log_probs(1), Tally()
+    theirs[0, 1, 2, 1] += 0.25
+    theirs[0, 2] += 1.0
+    OffPolicy(0, 2.0).weights(log_probs(), rollouts(theirs, 3), VALID, 3, tally)
+    OffPolicy(1, 2.0).weights(log_probs(), rollouts(older, 2), VALID, 3, tally)
+    assert tally.sums["parity_mean_difference"] == pytest.approx(0.25)
+    assert tally.counts["parity_mean_difference"] == 16
+    assert tally.peaks["parity_max_difference"] == pytest.approx(0.25)
 
 
 def test_records_are_those_of_their_definitions() -> None:
     ours, theirs, tally = log_probs(0), log_probs(1), Tally()
-    OffPolicy(1, 2.0, 1e-3).weights(ours, rollouts(theirs, 2), VALID, 3, tally)
+    OffPolicy(1, 2.0).weights(ours, rollouts(theirs, 2), VALID, 3, tally)
     ratios = [math.exp(float(ours[0, b, j].sum() - theirs[0, b, j].sum())) for b in range(2) for j in range(4)]
     row = metrics(tally)
     assert row["importance_ratio_min"] == pytest.approx(min(ratios))
@@ -86,5 +100,5 @@ def test_records_are_those_of_their_definitions() -> None:
 
 def test_without_any_valid_anchor_nothing_is_recorded_as_a_number() -> None:
     tally = Tally()
-    OffPolicy(0, 2.0, 1e-3).weights(log_probs(), rollouts(log_probs(1), 0), torch.zeros_like(VALID), 0, tally)
+    OffPolicy(0, 2.0).weights(log_probs(), rollouts(log_probs(1), 0), torch.zeros_like(VALID), 0, tally)
     assert metrics(tally) == {}

@@ -146,7 +146,7 @@ def test_weights_are_read_when_version_or_policy_changes_and_only_then(monkeypat
 def test_an_engine_on_the_trainers_gpu_sleeps_while_that_trains(monkeypatch: pytest.MonkeyPatch) -> None:
     llm = RecordedLlm()
     engine = started(monkeypatch, llm, colocated=True)
-    assert llm.calls == ["sleep 2"]
+    assert llm.calls == ["generate", "sleep 2"]
     once = ["wake weights", "read_weights", "wake kv_cache", "empty cache", "generate", "sleep 2"]
     for _ in range(2):
         llm.calls.clear()

@@ -31,7 +31,7 @@ def key(config: RunConfig, base: Any, features: Any, text: TextDataset, data: di
     """Hash of everything that the base model's numbers depend on.
 
     Args:
-        base: the loaded base model (`models.LoadedModel`). features: the feature network (`LocalFeatures`).
+        base: the loaded base model (`models.LoadedModel`). features: the run's `FeatureBackend`.
     """
     inputs = {
         "version": ebft_study.__version__,

@@ -218,9 +218,9 @@ class TieredCache:
         hits = Hits(memory=len(found), disk=len(below), missed=len(missing) - len(below))
         return found | below, hits
 
-    def put(self, rows: Mapping[bytes, np.ndarray]) -> None:
-        """See `Cache.put`."""
-        for tier in self._tiers():
+    def put(self, rows: Mapping[bytes, np.ndarray], *, on_disk: bool = True) -> None:
+        """See `Cache.put`; `on_disk`: they are worth a place there, too."""
+        for tier in self._tiers() if on_disk else [self._memory]:
             tier.put(rows)
 
     @property

@@ -43,6 +43,8 @@ class FeatureRequest:
 class Usage:
     """What one request found and cost. Features are counted once each, however often they are asked for."""
 
+    asked: int = 0
+    """Samples and ground truth; what is both counts once here."""
     samples: int = 0
     truths: int = 0
     samples_found: int = 0
@@ -121,10 +123,16 @@ class CachedFeatures:
         for one in asked:
             rows |= self._find(one)
         computed = self._compute(_parts(asked, rows))
-        self.cache.put(computed)
+        self._keep(asked, computed)
         rows |= computed
         used = self.cache.used_bytes
         return [_reply(one, rows, self._sizes(one.request), used) for one in asked]
+
+    def _keep(self, asked: list[_Asked], computed: Mapping[bytes, np.ndarray]) -> None:
+        """Ground truth comes again in every epoch and trial; samples, of which there are n times as many, seldom do."""
+        truths = {key for one in asked for own in one.keys for keys in own for key in keys.every_truth()}
+        self.cache.put({key: row for key, row in computed.items() if key in truths})
+        self.cache.put({key: row for key, row in computed.items() if key not in truths}, on_disk=False)
 
     def _keys(self, request: FeatureRequest) -> list[list[Keys]]:
         root = request.spec.root(
@@ -132,6 +140,7 @@ class CachedFeatures:
             fingerprint=self.fingerprint,
             dtype=self.dtype,
             device=self.device.type,
+            torch_version=torch.__version__,
         )
         anchors = Anchors(torch.tensor(request.positions), torch.tensor(request.valid))
         contexts = contexts_of(torch.tensor(request.document_ids), anchors)
@@ -149,7 +158,7 @@ class CachedFeatures:
         samples = {key for own in one.keys for keys in own for key in keys.every_sample()}
         truths = {key for own in one.keys for keys in own for key in keys.every_truth()}
         found, hits = self.cache.get_with_tiers([*truths, *(samples - truths)])
-        one.usage.samples, one.usage.truths = len(samples), len(truths)
+        one.usage.asked, one.usage.samples, one.usage.truths = len(samples | truths), len(samples), len(truths)
         one.usage.samples_found, one.usage.truths_found = len(samples & found.keys()), len(truths & found.keys())
         one.usage.found_in_memory, one.usage.found_on_disk = hits.memory, hits.disk
         return found
@@ -160,7 +169,10 @@ class CachedFeatures:
             return {}
         request = parts[0].request
         batch, anchors, completions = _together(parts, self.device)
-        embedded = self._local(request.spec).embed(batch, anchors, completions, lengths=request.lengths)
+        local = self._local(request.spec)
+        embedded = local.embed(batch, anchors, completions, lengths=request.lengths)
+        # No batch comes here twice.
+        local.forget()
         computed: dict[bytes, np.ndarray] = {}
         for index, features in enumerate(embedded):
             phi, psi = features.phi.float().cpu().numpy(), features.psi.float().cpu().numpy()

@@ -72,7 +72,7 @@ class ServiceFeatures:
 
     def _count(self, reply: FeatureReply) -> None:
         usage = reply.usage
-        asked = float(usage.samples + usage.truths)
+        asked = float(usage.asked)
         counted = {
             "feature_hit_rate_memory": (usage.found_in_memory, asked),
             "feature_hit_rate_disk": (usage.found_on_disk, asked),

@@ -23,13 +23,14 @@ class FeatureSpec:
     pooling: Pooling
     normalize: Normalization
 
-    def root(self, *, indices: Sequence[int], fingerprint: str, dtype: str, device: str) -> bytes:
+    def root(self, *, indices: Sequence[int], fingerprint: str, dtype: str, device: str, torch_version: str) -> bytes:
         """What the keys of one network's features begin with; `indices` are the layers that the depths stand for.
 
-        Types and devices round differently, so they share nothing.
+        Types, devices and versions of torch round differently, so they share nothing.
         """
         parts = {
             "version": _VERSION,
+            "torch": torch_version,
             "fingerprint": fingerprint,
             "layers": list(indices),
             "pooling": self.pooling,

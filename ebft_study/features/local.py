@@ -79,6 +79,10 @@ class LocalFeatures:
         phi = [gather_rows(torch.cat(distinct, dim=1), inverse) for distinct in zip(*parts, strict=True)]
         return [Features(*pair) for pair in zip(phi, psi, strict=True)]
 
+    def forget(self) -> None:
+        """Free the sequences that were run last."""
+        self._last = None
+
     def drain_usage(self) -> dict[str, tuple[float, float]]:
         """Nothing is measured that the phases of a step do not show."""
         return {}

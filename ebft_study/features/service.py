@@ -11,6 +11,7 @@ written to disk is still known. It ends with the driver, which owns it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -79,6 +80,15 @@ class NetworkOptions:
         return f"features-{hashlib.blake2b(json.dumps(identity).encode(), digest_size=6).hexdigest()}"
 
 
+@dataclass(frozen=True)
+class _Waiting:
+    """A request in the queue, since when, and where its reply goes."""
+
+    request: FeatureRequest
+    since: float
+    future: asyncio.Future[FeatureReply]
+
+
 class FeatureService:
     """Lives in an actor of its own."""
 
@@ -87,7 +97,7 @@ class FeatureService:
         self._options = options
         self._cached: CachedFeatures | None = None
         self._problems: list[str] = []
-        self._queue: asyncio.Queue[tuple[FeatureRequest, float, asyncio.Future[FeatureReply]]] | None = None
+        self._queue: asyncio.Queue[_Waiting] | None = None
         # Torch and the cache are used from this one thread.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="features")
         self._worker: asyncio.Task[None] | None = None
@@ -112,7 +122,7 @@ class FeatureService:
         future: asyncio.Future[FeatureReply] = asyncio.get_running_loop().create_future()
         try:
             async with asyncio.timeout(timeout_seconds):
-                await self._queue.put((request, time.monotonic(), future))
+                await self._queue.put(_Waiting(request, time.monotonic(), future))
                 return await future
         except TimeoutError:
             # A cancelled future's request is skipped when its turn comes.
@@ -138,29 +148,40 @@ class FeatureService:
             self._queue = asyncio.Queue(maxsize=MOST_WAITING)
             self._worker = asyncio.get_running_loop().create_task(self._serve(self._queue))
 
-    async def _serve(self, queue: asyncio.Queue[Any]) -> None:
+    async def _serve(self, queue: asyncio.Queue[_Waiting]) -> None:
         """Take all that waits, embed it together, reply; for ever."""
         flushed = time.monotonic()
         while True:
             waiting = [await queue.get()]
             while len(waiting) < MOST_TOGETHER and not queue.empty():
                 waiting.append(queue.get_nowait())
-            waiting = [entry for entry in waiting if not entry[2].done()]
-            if not waiting:
-                continue
-            started = time.monotonic()
-            try:
-                replies = await self._in_thread(self._embed, [request for request, _, _ in waiting])
-            except Exception as error:
-                for _, _, future in waiting:
-                    _settle(future, error=error)
-                continue
-            for (_, since, future), reply in zip(waiting, replies, strict=True):
-                own = dataclasses.replace(reply, queue_seconds=started - since, batch_requests=len(waiting))
-                _settle(future, reply=own)
+            waiting = [entry for entry in waiting if not entry.future.done()]
+            if not await self._reply(waiting) and len(waiting) > 1:
+                # One of them may be at fault, or all together too large.
+                for entry in waiting:
+                    await self._reply([entry])
             if time.monotonic() - flushed > FLUSH_SECONDS:
-                await self._in_thread(self._flush)
                 flushed = time.monotonic()
+                with contextlib.suppress(Exception):  # a cache that fails costs time only
+                    await self._in_thread(self._flush)
+
+    async def _reply(self, waiting: list[_Waiting]) -> bool:
+        """Embed some requests in one pass; False if that failed. A single one learns why."""
+        if not waiting:
+            return True
+        started = time.monotonic()
+        try:
+            replies = await self._in_thread(self._embed, [entry.request for entry in waiting])
+        except Exception as error:
+            if len(waiting) == 1 and not waiting[0].future.done():
+                waiting[0].future.set_exception(error)
+            return False
+        for entry, reply in zip(waiting, replies, strict=True):
+            if not entry.future.done():
+                waited = started - entry.since
+                own = dataclasses.replace(reply, queue_seconds=waited, batch_requests=len(waiting))
+                entry.future.set_result(own)
+        return True
 
     async def _in_thread(self, function: Any, *arguments: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._thread, function, *arguments)
@@ -211,15 +232,6 @@ def open_cache(options: NetworkOptions, on_problem: Callable[[str], None]) -> Ti
     if options.disk_bytes:
         disk = DiskCache(cache_folder() / "features", options.disk_bytes, on_problem=on_problem)
     return TieredCache(MemoryCache(options.memory_bytes), disk)
-
-
-def _settle(future: asyncio.Future[FeatureReply], *, reply: Any = None, error: Exception | None = None) -> None:
-    if future.done():
-        return
-    if error is not None:
-        future.set_exception(error)
-    else:
-        future.set_result(reply)
 
 
 def start_service(options: NetworkOptions, *, gpus: float = 0.0) -> Any:

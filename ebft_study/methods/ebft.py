@@ -122,6 +122,7 @@ class Ebft:
         log_probs = rollouts.log_probs
         if not log_probs.requires_grad:
             log_probs = self._score(model, leaves, anchors, rollouts.completions)
+        weights = torch.ones_like(advantages)
         if rollouts.policy_version is not None:
             weights = self.correction.weights(log_probs, rollouts, anchors.valid, totals.policy_version, tally)
             advantages = advantages * weights
@@ -134,6 +135,7 @@ class Ebft:
             with torch.no_grad():
                 base_log_probs = self._score(self.base, base, anchors, rollouts.completions)
             penalty = kl_penalty(log_probs, base_log_probs, anchors.valid, estimator=self.loss.kl_estimator)
+            penalty = penalty * weights[..., None]
             loss = loss + self.loss.kl_coefficient * penalty.sum() / (n_pairs * log_probs.shape[3])
             tally.add("kl", penalty.detach().double().sum(), float(anchors.valid.sum()) * log_probs[0, 0].numel())
         return differentiate(loss)

@@ -87,7 +87,12 @@ METRICS: dict[str, Metric] = _by_name(
     Metric("feature_seconds", "s", "part of step_seconds spent in the feature network and on rewards", "min"),
     Metric("scoring_seconds", "s", "part of step_seconds spent on log-probabilities and the backward pass", "min"),
     Metric("optimizer_seconds", "s", "part of step_seconds spent on the update", "min"),
-    Metric("sync_seconds", "s", "part of step_seconds spent on handing new weights to the rollout engine", "min"),
+    Metric(
+        "sync_seconds",
+        "s",
+        "time to hand new weights to the rollout engine, its reading of them included",
+        "min",
+    ),
     # With rollouts from an engine.
     Metric("policy_lag", "updates", "updates by which the sampling weights were behind, mean over contexts", "min"),
     Metric("parity_mean_difference", "nats/token", "mean |log-probability of the engine - of the trainer|", "min"),

@@ -7,6 +7,7 @@ import importlib.util
 import itertools
 import os
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from ebft_study import config
 from ebft_study.config import RunConfig
@@ -108,7 +109,7 @@ def _check_size(spec: StudySpec, run: RunConfig, source: str) -> None:
 def _check_services(spec: StudySpec, run: RunConfig, source: str) -> None:
     """What runs beside the trials must be installed, and have a place."""
     resources = spec.resources
-    if run.rollout.backend == "vllm" and importlib.util.find_spec("vllm") is None:
+    if run.uses_engine and importlib.util.find_spec("vllm") is None:
         raise rule_broken(
             source=source,
             key="rollout.backend",
@@ -173,12 +174,18 @@ def gpus_needed(resources: ResourcesSpec, runs: Sequence[RunConfig]) -> tuple[fl
     """GPUs that each trial takes, with an engine of its own, and GPUs of what all trials share."""
     if not resources.gpus_per_worker:
         return 0.0, 0.0
-    engines = [run for run in runs if run.method == "ebft" and run.rollout.backend == "vllm"]
+    engines = [run for run in runs if run.uses_engine]
     apart = [run for run in engines if run.vllm.placement == "own"]
     sizes = {scope: [r.vllm.tensor_parallel_size for r in apart if r.vllm.engine_scope == scope] for scope in _SCOPES}
-    models = {(run.model, run.vllm.tensor_parallel_size) for run in apart if run.vllm.engine_scope == "study"}
-    shared = sum(size for _, size in models) + resources.feature_gpus
+    together = [run for run in apart if run.vllm.engine_scope == "study"]
+    shared = sum({_engine_of(run): run.vllm.tensor_parallel_size for run in together}.values()) + resources.feature_gpus
     return resources.processes * resources.gpus_per_worker + max(sizes["trial"], default=0), shared
+
+
+def _engine_of(run: RunConfig) -> tuple[Any, ...]:
+    """What must be equal for two trials to share an engine; its longest request is that of all of them."""
+    vllm = run.vllm.model_dump(exclude={"engine_timeout_seconds", "longest_request_tokens"})
+    return (run.model, run.model_revision, run.training.precision, *vllm.values())
 
 
 _SCOPES = ("trial", "study")

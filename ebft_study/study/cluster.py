@@ -27,7 +27,7 @@ ENVIRONMENT = {
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
 _OBJECT_STORE_BYTES = 200_000_000
-"""Settings and reports are all that travels without a service."""
+"""Settings, reports, prompts and samples; features come on top."""
 _LARGEST_PART = 0.25
 """Of the machine's memory, for objects."""
 

@@ -32,6 +32,9 @@ class FeaturePlan:
 def plan_features(runs: Sequence[RunConfig], resources: ResourcesSpec, *, at_once: int) -> FeaturePlan:
     """One service for all trials where that takes less memory than a network in each of those that run at a time.
 
+    A service works as fast as a worker does. Where features are a share f of a step's FLOPs, it can serve 1 / f workers
+    without making them wait; with more than that, features stay in the trials.
+
     Args:
         runs: the configurations of the study, or a sample of them. at_once: trials side by side.
     """
@@ -46,12 +49,16 @@ def plan_features(runs: Sequence[RunConfig], resources: ResourcesSpec, *, at_onc
     networks = {_network_of(run, resources).service_name: _network_bytes(run, whole=True) for run in open_runs}
     largest = max(_network_bytes(run) for run in open_runs)
     apart = at_once * resources.processes * largest
-    together = sum(networks.values()) + len(networks) * PROCESS_BYTES
+    together = sum(networks.values()) + len(networks) * (PROCESS_BYTES + _cache_bytes(open_runs))
     share = max(_feature_share(run) for run in open_runs)
+    busy = share * at_once * resources.processes / len(networks)
     compared = (
         f"{at_once * resources.processes} networks of {largest / _GIB:.2f} GiB in trials, or {len(networks)} in "
         f"services with {together / _GIB:.2f} GiB in all; {100 * share:.0f} % of a step's FLOPs are theirs"
     )
+    if together < apart and busy > 1:
+        reason = f"features: in each trial; a service would have {busy:.1f} times the work that it can do ({compared})"
+        return FeaturePlan("local", reason, travelling)
     if together < apart:
         return FeaturePlan("service", f"features: a service for all trials saves memory ({compared})", travelling)
     return FeaturePlan("local", f"features: in each trial, which takes less memory ({compared})", travelling)
@@ -74,18 +81,21 @@ def check_cache(runs: Sequence[RunConfig], plan: FeaturePlan, resources: Resourc
 class StudyServices:
     """Starts what a trial needs before it does, once for all that share it."""
 
-    def __init__(self, resources: ResourcesSpec, plan: FeaturePlan) -> None:
+    def __init__(self, resources: ResourcesSpec, plan: FeaturePlan, runs: Sequence[RunConfig] = ()) -> None:
+        """`runs`: those that may share an engine."""
         self._resources, self.plan = resources, plan
+        self._longest = max(map(_longest_request, runs), default=None)
         # An actor lives as long as its handle.
         self._features: dict[str, Any] = {}
         self._engines: dict[str, Any] = {}
 
     def settle(self, run: RunConfig) -> RunConfig:
         """The run with every open choice made."""
-        if run.features.backend != "auto":
-            return run
-        backend = "local" if _has_its_own(run) else self.plan.backend
-        chosen: dict[str, Any] = {"features": {"backend": backend}}
+        chosen: dict[str, Any] = {}
+        if run.features.backend == "auto":
+            chosen["features"] = {"backend": "local" if _has_its_own(run) else self.plan.backend}
+        if run.vllm.engine_scope == "study" and run.vllm.longest_request_tokens is None:
+            chosen["vllm"] = {"longest_request_tokens": self._longest}
         return config.build_run(config.merge(run.model_dump(), chosen), source=run.name)
 
     def provide(self, run: RunConfig) -> None:
@@ -97,14 +107,19 @@ class StudyServices:
             if options.service_name not in self._features:
                 started = start_service(options, gpus=self._resources.feature_gpus)
                 self._features[options.service_name] = started
-        if run.method == "ebft" and run.rollout.backend == "vllm" and run.vllm.engine_scope == "study":
+        if run.uses_engine and run.vllm.engine_scope == "study":
             from ebft_study.models import source_of
             from ebft_study.rollouts import vllm
 
-            engine = vllm.options_of(run, source=source_of(run.model), device=_device(self._resources))
+            engine = vllm.options_of(run, source=source_of(run.model), device=_device(run, self._resources))
             name = vllm.shared_name(engine)
             if name not in self._engines:
-                self._engines[name] = vllm.start_engine(engine, name)
+                self._engines[name] = vllm.start_engine(engine, name, restarts=True)
+
+    def released(self, owner: str) -> None:
+        """An attempt has ended, in whatever way: engines need not keep its weights."""
+        for engine in self._engines.values():
+            engine.forget_weights.remote(owner)
 
     def problems(self) -> list[str]:
         """What went wrong with caches since the last call; results are not affected."""
@@ -133,7 +148,7 @@ def may_need_a_service(run: RunConfig) -> bool:
 
 def needs_ray(run: RunConfig) -> bool:
     """Whether a single run has need of other processes."""
-    return run.features.backend == "service" or (run.method == "ebft" and run.rollout.backend == "vllm")
+    return run.features.backend == "service" or run.uses_engine
 
 
 def _has_its_own(run: RunConfig) -> bool:
@@ -141,16 +156,25 @@ def _has_its_own(run: RunConfig) -> bool:
     return run.lora.lora_rank > 0 and run.features.is_base
 
 
-def _device(resources: ResourcesSpec) -> Any:
+def _longest_request(run: RunConfig) -> int:
+    return run.data.sequence_length + run.rollout.completion_length
+
+
+def _device(run: RunConfig, resources: ResourcesSpec) -> Any:
+    """Where the workers of a trial compute."""
     import torch
 
-    return torch.device("cuda" if resources.gpus_per_worker else "cpu")
+    return torch.device("cuda" if resources.gpus_per_worker and run.training.device != "cpu" else "cpu")
 
 
 def _network_of(run: RunConfig, resources: ResourcesSpec) -> Any:
     from ebft_study.features.service import NetworkOptions
 
-    return NetworkOptions.of(run, device=_device(resources), threads=resources.cpus_per_worker)
+    return NetworkOptions.of(run, device=_device(run, resources), threads=resources.cpus_per_worker)
+
+
+def _cache_bytes(runs: Sequence[RunConfig]) -> float:
+    return max(run.features.cache_memory_gib for run in runs) * _GIB
 
 
 def _network_bytes(run: RunConfig, *, whole: bool = False) -> float:

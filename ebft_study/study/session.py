@@ -87,7 +87,7 @@ def _tune(
     if plan.reason:
         monitor.note("features", plan.reason)
     services.check_cache(runs, plan, spec.resources)
-    shared = services.StudyServices(spec.resources, plan)
+    shared = services.StudyServices(spec.resources, plan, runs)
     # Ray frees the places of a stopped trial's workers only after asking the dashboard whether their controller lives.
     with cluster.running(
         namespace=spec.study,
@@ -99,7 +99,9 @@ def _tune(
         post = relay.start()
 
         def released(trial_id: str, attempt: int) -> None:
-            post.close.remote(f"{trial_id}-{attempt}")
+            owner = f"{trial_id}-{attempt}"
+            post.close.remote(owner)
+            shared.released(owner)
 
         tuner = ray.tune.Tuner(
             ray.tune.with_resources(run_trial, trial_resources(spec.resources)),

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from ebft_study import results
 from ebft_study.config import RunConfig
-from ebft_study.errors import EbftError, ResultsError
+from ebft_study.errors import ConfigError, EbftError, ResultsError
 from ebft_study.study import attempts, cluster, record, services
 from ebft_study.study.monitor import Monitor
 from ebft_study.study.progress import Lines
@@ -38,7 +38,7 @@ def run_single(run: RunConfig, *, file: Path, folder: Path, go_on: bool, console
     monitor.planned(Trial(TRIAL, Configuration("only", {}), run.seed, run))
     monitor.started(TRIAL)
     try:
-        with _services(run):
+        with _services(run, monitor):
             outcome = _train(run, folder, monitor)
     except EbftError as error:
         monitor.ended(TRIAL, {"status": "failed", "reason": str(error)})
@@ -51,7 +51,7 @@ def run_single(run: RunConfig, *, file: Path, folder: Path, go_on: bool, console
 
 
 @contextlib.contextmanager
-def _services(run: RunConfig) -> Iterator[None]:
+def _services(run: RunConfig, monitor: Monitor) -> Iterator[None]:
     """The processes beside this one that the run asks for, if any."""
     if not services.needs_ray(run):
         yield
@@ -59,14 +59,33 @@ def _services(run: RunConfig) -> Iterator[None]:
     from ebft_study.training.setup import choose_device
 
     cluster.set_environment()
-    resources = ResourcesSpec(gpus_per_worker=float(choose_device(run).type == "cuda"))
+    _check_gpus(run, choose_device(run).type)
+    resources = ResourcesSpec()
     plan = services.plan_features([run], resources, at_once=1)
     services.check_cache([run], plan, resources)
     with cluster.running(namespace=run.name, places=1, dashboard=False, travelling_bytes=plan.travelling_bytes):
         shared = services.StudyServices(resources, plan)
         shared.provide(run)
-        yield
-        shared.close()
+        try:
+            yield
+        finally:
+            for problem in shared.close():
+                monitor.note("cache", problem)
+
+
+def _check_gpus(run: RunConfig, device: str) -> None:
+    """A run that is on a GPU without Ray's knowing leaves none that Ray could give to others."""
+    if device == "cpu":
+        return
+    if run.features.backend == "service":
+        raise ConfigError(
+            "features.backend='service': a single run on a GPU has none to spare for it. Use backend=local"
+        )
+    if run.uses_engine and run.vllm.placement == "own":
+        raise ConfigError(
+            "vllm.placement='own': a single run knows of no GPU but its own. Use placement=colocated, or a study "
+            "of one trial (ebft-study study)"
+        )
 
 
 def _train(run: RunConfig, folder: Path, monitor: Monitor) -> dict[str, Any]:

@@ -6,8 +6,8 @@
     every log_every_steps a row of metrics, every eval_every_steps validation, every checkpoint_every_steps a checkpoint
     at the end: held-out evaluation
 
-Everything random is a function of (seed, step, row): a resumed run continues bit for bit, and the number of workers
-changes nothing but rounding.
+Everything random is a function of (seed, step, row): a resumed run continues bit for bit (with a feature service, to
+rounding), and the number of workers changes nothing but rounding.
 """
 
 from __future__ import annotations
@@ -176,12 +176,13 @@ class Run:
         self._hand_over_weights()
         rows, anchors, noise, totals = self.batch()
         every = torch.arange(len(rows.indices))
-        loss = 0.0
+        loss, compared = 0.0, self._compared()
         with gathered(self.model):
             for part in every.split(self.parts.fit.split.micro_batch_size):
                 loss += self._backward(rows, anchors, noise, totals, part)
             with self.tally.seconds("optimizer_seconds", self.device):
                 sum_gradients(self.model, self.world_size)
+        self._check_parity(compared)
         with self.tally.seconds("optimizer_seconds", self.device):
             self._apply_gradients(loss)
         self.step += 1
@@ -232,9 +233,20 @@ class Run:
 
     def _hand_over_weights(self) -> None:
         """Let an engine sample by the present weights; what `batch` counts over all workers makes them wait for it."""
-        if self.config.rollout.backend != "strided" and not self.warming_up:
+        if self.config.uses_engine and not self.warming_up:
             with gathered(self.model):
                 self.parts.rollouts.follow(self.model, self.step)
+
+    def _compared(self) -> tuple[float, float]:
+        """Sum and count of differences between engine and trainer, since the last row of metrics."""
+        return self.tally.sums.get(off_policy.DIFFERENCE, 0.0), self.tally.counts.get(off_policy.DIFFERENCE, 0.0)
+
+    def _check_parity(self, before: tuple[float, float]) -> None:
+        """Judge what this step has added, before the weights change."""
+        if self.config.uses_engine and not self.warming_up:
+            mine = [now - then for now, then in zip(self._compared(), before, strict=True)]
+            total, count = sum_over_workers(mine, self.world_size, self.device)
+            off_policy.check_parity(self.config, total, count, version=self.step)
 
     def batch(self) -> tuple[Batch, Anchors, Tensor, Totals]:
         """This worker's rows of the step, with anchors, noise, and what all workers' losses divide by."""
@@ -417,7 +429,7 @@ class Run:
         # The optimizer's states are those of the phase that the checkpoint was written in; a new phase starts its own.
         state.restore(saved["tensors"], self.model, self.optimizer, self.average)
         tally = saved["tally"]
-        self.tally, self.tally_steps = Tally(tally["sums"], tally["counts"], tally["peaks"]), tally["steps"]
+        self.tally, self.tally_steps = Tally(tally["sums"], tally["counts"], tally.get("peaks", {})), tally["steps"]
         self._record_event("resumed", f"from the checkpoint of step {self.step}", step=self.step)
 
 

@@ -24,7 +24,7 @@ class Services:
 
     def rollouts(self, config: RunConfig, device: torch.device) -> RolloutBackend:
         """Where training samples; evaluation has its own, whose noise is the same for all models."""
-        if config.rollout.backend == "strided" or config.method != "ebft":
+        if not config.uses_engine:
             return StridedRollouts()
         from ebft_study.rollouts import vllm
 

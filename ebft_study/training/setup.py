@@ -54,7 +54,7 @@ def choose_device(config: RunConfig) -> torch.device:
         raise ConfigError(
             "training.attention='flex': FlexAttention needs a GPU. Use attention=auto or attention=chunked"
         )
-    if config.rollout.backend == "vllm" and config.vllm.placement == "colocated" and device.type == "cpu":
+    if config.uses_engine and config.vllm.placement == "colocated" and device.type == "cpu":
         raise ConfigError("vllm.placement='colocated': there is no GPU to share. Use placement=own")
     return device
 

@@ -80,10 +80,11 @@ class VllmRollouts:
         if self.version is not None and version % self.every and version > self.version:
             return
         if self.rank == 0:
+            if self._weights is None:
+                self._start_engine()
             before = time.perf_counter()
             weights = policy_weights(model)
-            if self._weights is None:
-                self._weights = self._start(weights)
+            self._weights = self._weights or self._share(weights)
             self._weights.write(weights)
             self._sync_seconds = time.perf_counter() - before
         self.version = version
@@ -107,6 +108,7 @@ class VllmRollouts:
         request = self._request(batch, anchors, noise, temperature)
         if request.prompts:
             reply = self._ask(request)
+            assert reply.version == self.version
             self._sync_seconds += reply.load_seconds
             completions[valid] = torch.tensor(reply.tokens)
             log_probs[valid] = torch.tensor(reply.log_probs)
@@ -154,13 +156,16 @@ class VllmRollouts:
         )
         return reply
 
-    def _start(self, weights: dict[str, Tensor]) -> SharedWeights:
-        """The engine, started if it is the trial's own, with a segment mapped that has lost its name again."""
+    def _start_engine(self) -> None:
         if self.shared:
             self._engine = actors.find(self.engine_name, seconds=_START_SECONDS)
+            actors.wait_for(self._engine, who=_WHO, seconds=_START_SECONDS)
         else:
             self._engine = start_engine(self.options, self.engine_name)
         actors.answer(self._engine.start.remote(self.options), who=_WHO, seconds=_START_SECONDS)
+
+    def _share(self, weights: dict[str, Tensor]) -> SharedWeights:
+        """A segment that the engine has mapped, and that has lost its name again."""
         segment = SharedWeights(weights)
         try:
             mapped = self._engine.map_weights.remote(self.policy, segment.path, segment.layout)
@@ -177,8 +182,8 @@ def _seed(noise: np.ndarray) -> int:
 
 def options_of(config: RunConfig, *, source: str, device: torch.device) -> EngineOptions:
     """The engine that a run needs; `source` is the folder or hub id of its model."""
-    longest = config.data.sequence_length + config.rollout.completion_length
     vllm = config.vllm
+    longest = vllm.longest_request_tokens or longest_request(config)
     colocated = vllm.placement == "colocated"
     return EngineOptions(
         model=source,
@@ -193,8 +198,17 @@ def options_of(config: RunConfig, *, source: str, device: torch.device) -> Engin
     )
 
 
-def start_engine(options: EngineOptions, name: str) -> Any:
-    """A new engine on this machine; it ends with the process that calls this, or with `ray.kill`."""
+def longest_request(config: RunConfig) -> int:
+    """Tokens of prompt and completion."""
+    return config.data.sequence_length + config.rollout.completion_length
+
+
+def start_engine(options: EngineOptions, name: str, *, restarts: bool = False) -> Any:
+    """A new engine on this machine; it lives as long as the handle and the process that calls this.
+
+    Args:
+        restarts: a killed one is replaced by one that whoever asks next has to start and to give weights.
+    """
     on_gpu = options.device == "cuda"
     own_gpus = options.tensor_parallel_size if on_gpu and options.colocated_with is None else 0
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -204,7 +218,7 @@ def start_engine(options: EngineOptions, name: str) -> Any:
             name=name,
             num_cpus=0,
             num_gpus=own_gpus,
-            max_restarts=0,
+            max_restarts=-1 if restarts else 0,
             # A trial's own placement group has no room for it.
             scheduling_strategy=here,
             runtime_env={"env_vars": ENVIRONMENT | ({} if on_gpu else CPU_ENVIRONMENT)},
@@ -214,5 +228,5 @@ def start_engine(options: EngineOptions, name: str) -> Any:
 
 
 def shared_name(options: EngineOptions) -> str:
-    """What the engine of a study is called, one for each model that its trials train."""
+    """What the engine of a study is called, one for each set of options that its trials have."""
     return f"engine-{hashlib.blake2b(repr(options).encode(), digest_size=6).hexdigest()}"

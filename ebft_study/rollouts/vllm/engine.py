@@ -97,6 +97,7 @@ class Engine:
             os.environ["CUDA_VISIBLE_DEVICES"] = options.colocated_with
         self._colocated = options.colocated_with is not None
         self._llm = _build(options)
+        self._try_out(options)
         self._rest()
         return time.perf_counter() - before
 
@@ -115,10 +116,13 @@ class Engine:
 
     def forget_weights(self, policy: str) -> None:
         """A policy is not sampled from any more."""
-        self._llm.collective_rpc("forget_weights", args=(policy,))
+        if self._llm is not None:
+            self._llm.collective_rpc("forget_weights", args=(policy,))
 
     def sample(self, request: SampleRequest) -> SampleReply:
         """Sample by the asked version, reading its weights first if the engine has others."""
+        if self._llm is None:
+            raise ServiceError("the rollout engine was replaced by a new one, which has no weights yet")
         load_seconds = self._load(request.policy, request.version)
         outputs = self._generate(request)
         self._rest()
@@ -128,6 +132,14 @@ class Engine:
         if tokens.shape != expected or log_probs.shape != expected:
             raise ServiceError(f"vLLM returned {tokens.shape} tokens and {log_probs.shape} log-probs, not {expected}")
         return SampleReply(tokens, log_probs, request.version, load_seconds)
+
+    def _try_out(self, options: EngineOptions) -> None:
+        """A token by the weights that are there: some models load, but have no kernels."""
+        try:
+            self._generate(SampleRequest("", 0, [[0]], [0], n_samples=1, completion_length=1, temperature=1.0))
+        except (ValueError, RuntimeError) as error:
+            self._llm = None
+            raise ConfigError(_explain(options, error)) from error
 
     def _rest(self) -> None:
         """Beside a trainer: give it the memory. Weights come back from its segment."""
@@ -207,14 +219,19 @@ def _build(options: EngineOptions) -> Any:
             worker_extension_cls=_READER,
             **memory,
         )
-    except (ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(_explain(options, error)) from error
 
 
 def _explain(options: EngineOptions, error: Exception) -> str:
     reason = " ".join(str(error).split())[:300]
-    if options.device == "cpu":
-        remedy = f"vllm.kv_cache_gib={options.kv_cache_bytes / 2**30:.3g}, or a shorter sequence_length"
+    if "memory" not in reason.lower():
+        remedy = "Use a model that vLLM runs here, or backend=strided"
+    elif options.device == "cpu":
+        remedy = f"Raise vllm.kv_cache_gib={options.kv_cache_bytes / 2**30:.3g}, or use a shorter sequence_length"
     else:
-        remedy = f"vllm.gpu_memory_utilization={options.gpu_memory_utilization:g} or vllm.tensor_parallel_size"
-    return f"rollout.backend='vllm': the engine does not start with {options.model!r} ({reason}). Check {remedy}"
+        remedy = (
+            f"Raise vllm.gpu_memory_utilization={options.gpu_memory_utilization:g}, or use more GPUs "
+            f"(vllm.tensor_parallel_size={options.tensor_parallel_size})"
+        )
+    return f"rollout.backend='vllm': the engine does not start with {options.model!r} ({reason}). {remedy}"

@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 import vllm._custom_ops as operators
+import vllm.model_executor.layers.utils as layers
 
 from ebft_study.rollouts.vllm.weights import Layout, views
 
-# On a CPU, oneDNN's products keep packed copies of the weights, which loading new ones does not reach (a tied head
-# would go on with the old ones, silently). Plain products read the weights themselves.
+# On a CPU, vLLM's products (oneDNN's and, in bfloat16, its own) keep packed copies of the weights, which loading new
+# ones does not reach; a tied head would go on with the old ones, silently. Plain products read the weights themselves.
 operators._supports_onednn = False
+layers.check_cpu_sgl_kernel = lambda *_: False
 
 
 class WeightReader:

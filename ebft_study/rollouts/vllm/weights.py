@@ -7,6 +7,7 @@ whatever way afterwards, nothing is left behind.
 from __future__ import annotations
 
 import math
+import mmap
 import os
 import tempfile
 from collections.abc import Iterator
@@ -55,7 +56,9 @@ class Layout:
 
 def views(path: str, layout: Layout) -> dict[str, Tensor]:
     """The tensors of a segment, mapped: what one process writes the others read."""
-    flat = torch.from_file(path, shared=True, size=layout.n_bytes, dtype=torch.uint8)
+    # Unlike torch.from_file, this never makes a file that is not there any more.
+    with open(path, "r+b") as file:
+        flat = torch.frombuffer(mmap.mmap(file.fileno(), layout.n_bytes), dtype=torch.uint8)
     return {
         name: flat[offset : offset + size].view(dtype).view(shape)
         for name, shape, dtype, offset, size in layout.places()
