@@ -224,7 +224,8 @@ def _build(options: EngineOptions) -> Any:
 
 
 def _explain(options: EngineOptions, error: Exception) -> str:
-    reason = " ".join(str(error).split())[:300]
+    # What follows the first sentence is advice about vLLM's own options.
+    reason = " ".join(str(error).split()).split(". ")[0][:300]
     if "memory" not in reason.lower():
         remedy = "Use a model that vLLM runs here, or backend=strided"
     elif options.device == "cpu":
