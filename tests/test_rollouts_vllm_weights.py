@@ -47,6 +47,15 @@ def test_what_is_written_is_read_bit_for_bit(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_weights_travel_in_the_type_of_the_engine(tmp_path: Path) -> None:
+    weights = mixed_weights()
+    shared = SharedWeights(weights, dtype=torch.bfloat16, folder=tmp_path)
+    shared.write(weights)
+    mapped = views(shared.path, shared.layout)
+    assert all(torch.equal(mapped[name], tensor.bfloat16()) for name, tensor in weights.items())
+    assert shared.layout.n_bytes < Layout.of(weights).n_bytes
+
+
 def test_tensors_never_overlap() -> None:
     places = [(offset, offset + size) for *_, offset, size in Layout.of(mixed_weights()).places()]
     assert all(first[1] <= second[0] for first, second in itertools.pairwise(places))

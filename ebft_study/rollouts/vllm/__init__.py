@@ -166,7 +166,8 @@ class VllmRollouts:
 
     def _share(self, weights: dict[str, Tensor]) -> SharedWeights:
         """A segment that the engine has mapped, and that has lost its name again."""
-        segment = SharedWeights(weights)
+        # The engine rounds them to its own type anyway.
+        segment = SharedWeights(weights, dtype=getattr(torch, self.options.dtype))
         try:
             mapped = self._engine.map_weights.remote(self.policy, segment.path, segment.layout)
             actors.answer(mapped, who=_WHO, seconds=_START_SECONDS)

@@ -23,9 +23,9 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_NO_USAGE_STATS": "1",  # nothing is sent unless asked for
     "VLLM_DO_NOT_TRACK": "1",
-    "TORCH_COMPILE_DISABLE": "1",  # compiling takes longer than many a trial
 }
 CPU_ENVIRONMENT = {
+    "TORCH_COMPILE_DISABLE": "1",  # compiling takes longer than many a trial
     "OMP_NUM_THREADS": "1",  # threads that wait spinning starve the trainer
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # all engines of a machine would bind to the same cores
 }

@@ -33,11 +33,13 @@ class Layout:
     dtypes: tuple[str, ...]
 
     @staticmethod
-    def of(weights: dict[str, Tensor]) -> Layout:
+    def of(weights: dict[str, Tensor], dtype: torch.dtype | None = None) -> Layout:
+        """`dtype`: of all tensors in the segment, whatever they are in the model."""
+        dtypes = [dtype or tensor.dtype for tensor in weights.values()]
         return Layout(
             tuple(weights),
             tuple(tuple(tensor.shape) for tensor in weights.values()),
-            tuple(str(tensor.dtype).removeprefix("torch.") for tensor in weights.values()),
+            tuple(str(own).removeprefix("torch.") for own in dtypes),
         )
 
     def places(self) -> Iterator[tuple[str, tuple[int, ...], torch.dtype, int, int]]:
@@ -68,13 +70,15 @@ def views(path: str, layout: Layout) -> dict[str, Tensor]:
 class SharedWeights:
     """The trainer's end of a segment."""
 
-    def __init__(self, weights: dict[str, Tensor], *, folder: Path = SHARED_MEMORY) -> None:
-        """Make room for tensors of these names, shapes and types; `write` fills it.
+    def __init__(
+        self, weights: dict[str, Tensor], *, dtype: torch.dtype | None = None, folder: Path = SHARED_MEMORY
+    ) -> None:
+        """Make room for tensors of these names, shapes and types, or of type `dtype`; `write` fills it.
 
         Raises:
             ConfigError: not enough shared memory.
         """
-        self.layout = Layout.of(weights)
+        self.layout = Layout.of(weights, dtype)
         descriptor, self.path = tempfile.mkstemp(prefix="ebft-weights-", dir=folder)
         try:
             # Without its room reserved, a full tmpfs would end the process at some later write.
