@@ -45,6 +45,7 @@ def test_small_networks_stay_in_their_trials(small: str) -> None:
     plan = plan_features([run(small)], ONE_CPU, at_once=4)
     assert plan.backend == "local"
     assert "less memory" in plan.reason
+    assert plan.travelling_bytes == 0.0
 
 
 def test_large_networks_are_shared_and_the_plan_says_what_that_saves(large: str) -> None:
@@ -59,7 +60,7 @@ def test_large_networks_are_shared_and_the_plan_says_what_that_saves(large: str)
 def test_a_service_that_trials_would_wait_for_is_not_worth_its_memory(large: str) -> None:
     plan = plan_features([run(large)], ONE_CPU, at_once=16)
     assert plan.backend == "local"
-    assert "times the work that it can do" in plan.reason
+    assert "times its share of work" in plan.reason
 
 
 def test_one_trial_at_a_time_shares_with_nobody(large: str) -> None:

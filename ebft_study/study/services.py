@@ -26,7 +26,7 @@ class FeaturePlan:
     backend: str
     reason: str
     travelling_bytes: float = 0.0
-    """Of replies on their way at a time, if every trial used a service."""
+    """Of requests and replies on their way at a time."""
 
 
 def plan_features(runs: Sequence[RunConfig], resources: ResourcesSpec, *, at_once: int) -> FeaturePlan:
@@ -39,29 +39,32 @@ def plan_features(runs: Sequence[RunConfig], resources: ResourcesSpec, *, at_onc
         runs: the configurations of the study, or a sample of them. at_once: trials side by side.
     """
     runs = [run for run in runs[:: max(1, len(runs) // _MOST_LOOKED_AT)] if may_need_a_service(run)]
-    travelling = at_once * max((_reply_bytes(run) for run in runs), default=0.0)
-    open_runs = [run for run in runs if run.features.backend == "auto"]
-    if not open_runs or at_once == 1:
-        return FeaturePlan("local", "", travelling)
+    backend, reason = _choose([run for run in runs if run.features.backend == "auto"], resources, at_once)
+    served = [run for run in runs if "service" in (backend, run.features.backend)]
+    return FeaturePlan(backend, reason, at_once * max(map(_reply_bytes, served), default=0.0))
+
+
+def _choose(runs: Sequence[RunConfig], resources: ResourcesSpec, at_once: int) -> tuple[str, str]:
+    """Backend of runs that leave it open, and why; no reason where there is nothing to choose."""
+    if not runs or at_once == 1:
+        return "local", ""
     if resources.gpus_per_worker and not resources.feature_gpus:
-        reason = "features: in each trial; a service would need a GPU (resources.feature_gpus)"
-        return FeaturePlan("local", reason, travelling)
-    networks = {_network_of(run, resources).service_name: _network_bytes(run, whole=True) for run in open_runs}
-    largest = max(_network_bytes(run) for run in open_runs)
-    apart = at_once * resources.processes * largest
-    together = sum(networks.values()) + len(networks) * (PROCESS_BYTES + _cache_bytes(open_runs))
-    share = max(_feature_share(run) for run in open_runs)
-    busy = share * at_once * resources.processes / len(networks)
+        return "local", "features: in each trial; a service would need a GPU (resources.feature_gpus)"
+    workers = at_once * resources.processes
+    networks = {_network_of(run, resources).service_name: _network_bytes(run, whole=True) for run in runs}
+    largest = max(map(_network_bytes, runs))
+    together = sum(networks.values()) + len(networks) * (PROCESS_BYTES + _cache_bytes(runs))
+    share = max(map(_feature_share, runs))
+    busy = share * workers / len(networks)
     compared = (
-        f"{at_once * resources.processes} networks of {largest / _GIB:.2f} GiB in trials, or {len(networks)} in "
+        f"{workers} networks of {largest / _GIB:.2f} GiB in trials, or {len(networks)} in "
         f"services with {together / _GIB:.2f} GiB in all; {100 * share:.0f} % of a step's FLOPs are theirs"
     )
-    if together < apart and busy > 1:
-        reason = f"features: in each trial; a service would have {busy:.1f} times the work that it can do ({compared})"
-        return FeaturePlan("local", reason, travelling)
-    if together < apart:
-        return FeaturePlan("service", f"features: a service for all trials saves memory ({compared})", travelling)
-    return FeaturePlan("local", f"features: in each trial, which takes less memory ({compared})", travelling)
+    if together >= workers * largest:
+        return "local", f"features: in each trial, which takes less memory ({compared})"
+    if busy > 1:
+        return "local", f"features: in each trial; a service would have {busy:.1f} times its share of work ({compared})"
+    return "service", f"features: a service for all trials saves memory ({compared})"
 
 
 def check_cache(runs: Sequence[RunConfig], plan: FeaturePlan, resources: ResourcesSpec) -> None:
