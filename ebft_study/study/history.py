@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ebft_study import results
+from ebft_study.study.early_stopping import Evaluation
 from ebft_study.study.progress import OPEN, TrialState
 from ebft_study.study.search import Ending, ending
 
@@ -19,11 +20,12 @@ Curve = list[tuple[float, float]]
 
 @dataclass(frozen=True)
 class History:
-    """Per trial: its state, how it ended (if it did), and its (step, objective) before its last step."""
+    """Per trial: its state, how it ended (if it did), its (step, objective) before its last step, its evaluations."""
 
     states: dict[str, TrialState]
     endings: dict[str, Ending]
     curves: dict[str, Curve]
+    evaluations: dict[str, list[Evaluation]] = field(default_factory=dict)
 
 
 def read(study_folder: Path, objective: str) -> History:
@@ -33,6 +35,7 @@ def read(study_folder: Path, objective: str) -> History:
     states: dict[str, TrialState] = {}
     endings: dict[str, Ending] = {}
     curves: dict[str, Curve] = {}
+    evaluations: dict[str, list[Evaluation]] = {}
     for row in rows.to_dict("records"):
         measured = by_trial.get(row["trial_id"])
         state = _state(row, measured)
@@ -42,7 +45,8 @@ def read(study_folder: Path, objective: str) -> History:
             endings[state.trial_id] = ending(state.status, state.note, value, state.step)
         if measured is not None and _text(row["named_baseline"]) == "":
             curves[state.trial_id] = _curve(measured, objective, state.total_steps)
-    return History(states, endings, curves)
+            evaluations[state.trial_id] = _evaluations(measured)
+    return History(states, endings, curves, evaluations)
 
 
 def _state(row: dict[Any, Any], measured: pd.DataFrame | None) -> TrialState:
@@ -69,6 +73,14 @@ def _curve(measured: pd.DataFrame, objective: str, total_steps: int) -> Curve:
     """Reports that the scheduler looked at: a trial's last one is not among them."""
     seen = measured[(measured["step"] < total_steps) & measured[objective].notna()]
     return [(float(step), float(value)) for step, value in zip(seen["step"], seen[objective], strict=True)]
+
+
+def _evaluations(measured: pd.DataFrame) -> list[Evaluation]:
+    """Rows with an evaluation, each with the latest training metrics before it, as reports have them."""
+    numbers = measured.drop(columns=["study", "trial_id", "attempt", "step", "written_at"]).ffill()
+    evaluated = measured["ce_loss"].notna()
+    rows = zip(measured.loc[evaluated, "step"], numbers[evaluated].to_dict("records"), strict=True)
+    return [Evaluation(int(step), {str(k): float(v) for k, v in row.items() if math.isfinite(v)}) for step, row in rows]
 
 
 def _text(value: Any) -> str:

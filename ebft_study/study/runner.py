@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import shlex
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,8 @@ def resume(folder: Path, *, console: Console, retry_failed: bool = False) -> End
         past = history.read(folder, spec.objective.metric)
         if retry_failed:
             failed = [trial_id for trial_id, state in past.states.items() if state.status == "failed"]
-            past = History(past.states, {i: e for i, e in past.endings.items() if i not in failed}, past.curves)
+            endings = {i: e for i, e in past.endings.items() if i not in failed}
+            past = replace(past, endings=endings)
         if _is_over(folder, spec, past):
             existing = folder / "report.html"
             return Ended(folder, past.states, report=existing if existing.exists() else _write_report(folder, console))

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from ebft_study import results
 from ebft_study.config import RunConfig
-from ebft_study.study import checks, cluster, progress, services, trials
+from ebft_study.study import checks, cluster, early_stopping, progress, services, trials
 from ebft_study.study.history import History
 from ebft_study.study.monitor import Monitor
 from ebft_study.study.search import JOURNAL, ListedSearch, OptunaSearch, Search
@@ -36,7 +36,8 @@ def run_session(folder: Path, spec: StudySpec, runs: Sequence[RunConfig], past: 
     search = _search(folder, spec, past, monitor)
     plan = progress.Plan(trials.number_of_trials(spec), checks.trials_at_once(spec, runs))
     columns = tuple(dict.fromkeys(("ce_loss", "cfm_loss", spec.objective.metric)))
-    wish = StopWish(spec.budget.max_hours, cluster.node_is_alive)
+    watch = early_stopping.Watch(spec.stopping, spec.objective, past.evaluations)
+    wish = StopWish(spec.budget.max_hours, cluster.node_is_alive, watch)
     with _signals(wish.wish):
         monitor.display = progress.display(console, columns, past.states, title=spec.study, plan=plan)
         monitor.note("session", f"{spec.study}: {progress.summary(list(past.states.values()), plan)}")
@@ -119,7 +120,7 @@ def _tune(
                 storage_path=str(folder / "tune"),
                 verbose=0,
                 stop=wish,
-                callbacks=[Observer(search, monitor, released)],
+                callbacks=[Observer(search, monitor, released, wish.watch.reasons)],
                 failure_config=ray.tune.FailureConfig(max_failures=spec.resources.max_failures),
                 checkpoint_config=ray.tune.CheckpointConfig(num_to_keep=2),
             ),

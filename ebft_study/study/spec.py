@@ -10,7 +10,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, field_serializer, field_
 from ebft_study.config import RunConfig, Section
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
-NEVER_IN_A_PROFILE = ("study", "question", "axes", "seeds", "search", "objective", "method")
+NEVER_IN_A_PROFILE = ("study", "question", "axes", "seeds", "search", "stopping", "objective", "method")
 
 
 class Axis(Section):
@@ -83,6 +83,43 @@ class SchedulerSpec(Section):
     reduction_factor: int = Field(3, ge=2, description="about one of this many trials goes on at each rung")
 
 
+class DivergenceRule(Section):
+    """Cross-entropy above the base model's."""
+
+    margin: float = Field(0.05, ge=0.0, description="nats/token above the base model")
+    evaluations: PositiveInt = Field(3, description="in a row")
+
+
+class CollapseRule(Section):
+    """Samples that are all alike."""
+
+    duplicate_rate: float = Field(0.9, gt=0.0, le=1.0, description="samples that repeat another of their context")
+    entropy: float = Field(0.05, ge=0.0, description="of the policy, nats/token")
+    evaluations: PositiveInt = Field(2, description="in a row")
+
+
+class StagnationRule(Section):
+    """No progress in the objective."""
+
+    improvement: float = Field(0.0, ge=0.0, description="what counts as progress, in units of the objective")
+    evaluations: PositiveInt = Field(5, description="without it")
+
+
+class RewardHackingRule(Section):
+    """Reward and held-out feature-matching loss rise together."""
+
+    evaluations: PositiveInt = Field(3, description="rises in a row")
+
+
+class StoppingSpec(Section):
+    """Rules that look at one trial alone (`early_stopping`); none applies unless it is named. Baselines are spared."""
+
+    divergence: DivergenceRule | None = None
+    collapse: CollapseRule | None = None
+    stagnation: StagnationRule | None = None
+    reward_hacking: RewardHackingRule | None = None
+
+
 class ObjectiveSpec(Section):
     """The validation metric that search and early stopping look at."""
 
@@ -139,6 +176,7 @@ class StudySpec(Section):
     baselines: dict[str, dict[str, Any]] = Field(default_factory=dict)
     search: SearchSpec = SearchSpec()
     scheduler: SchedulerSpec = SchedulerSpec()
+    stopping: StoppingSpec = StoppingSpec()
     objective: ObjectiveSpec = ObjectiveSpec()
     budget: BudgetSpec = BudgetSpec()
     resources: ResourcesSpec = ResourcesSpec()

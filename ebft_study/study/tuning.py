@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from ray.tune import Callback, Stopper
 from ray.tune.search import Searcher
 
 from ebft_study.study.cluster import CLUSTER_DIED
+from ebft_study.study.early_stopping import Watch
 from ebft_study.study.monitor import Monitor
 from ebft_study.study.search import EARLY_STOP, Search
 from ebft_study.study.trials import Trial
@@ -51,9 +52,20 @@ class StudySearcher(Searcher):  # type: ignore[misc]
 class Observer(Callback):  # type: ignore[misc]
     """Passes what happens to trials on to monitor and search."""
 
-    def __init__(self, search: Search, monitor: Monitor, released: Callable[[str, int], None]) -> None:
-        """`released`: called with a trial and its attempt once it has ended."""
+    def __init__(
+        self,
+        search: Search,
+        monitor: Monitor,
+        released: Callable[[str, int], None],
+        reasons: Mapping[str, str] | None = None,
+    ) -> None:
+        """
+        Args:
+            released: called with a trial and its attempt once it has ended.
+            reasons: why trials were stopped that no scheduler stopped.
+        """
         self._search, self._monitor, self._released = search, monitor, released
+        self._reasons = {} if reasons is None else reasons
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
@@ -66,7 +78,8 @@ class Observer(Callback):  # type: ignore[misc]
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         last = trial.last_result or {}
-        reason = f"{EARLY_STOP}: behind other trials at step {last.get('step', 0):g}"
+        why = self._reasons.get(_id(trial), f"behind other trials at step {last.get('step', 0):g}")
+        reason = f"{EARLY_STOP}: {why}"
         stopped_early = {"status": "stopped", "reason": reason}
         self._end(trial, last.get("outcome", stopped_early))
 
@@ -84,9 +97,15 @@ class Observer(Callback):  # type: ignore[misc]
 class StopWish(Stopper):  # type: ignore[misc]
     """Ends the whole study when asked to, or when its time is over."""
 
-    def __init__(self, max_hours: float | None, alive: Callable[[], bool] = lambda: True) -> None:
-        """`alive`: whether there still is a cluster to run on; asked every few seconds."""
-        self.reason = ""
+    def __init__(
+        self, max_hours: float | None, alive: Callable[[], bool] = lambda: True, watch: Watch | None = None
+    ) -> None:
+        """
+        Args:
+            alive: whether there still is a cluster to run on; asked every few seconds.
+            watch: says which single trials should stop.
+        """
+        self.reason, self.watch = "", watch
         self._alive, self._asked = alive, time.monotonic()
         self._deadline = time.monotonic() + max_hours * 3600 if max_hours else None
 
@@ -94,7 +113,10 @@ class StopWish(Stopper):  # type: ignore[misc]
         self.reason = self.reason or reason
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        return False
+        if self.watch is None or "outcome" in result or result["config"]["is_baseline"]:
+            return False
+        settings = result["config"]
+        return self.watch.look(settings["trial_id"], result, total_steps=settings["total_steps"])
 
     def stop_all(self) -> bool:
         if self._deadline is not None and time.monotonic() >= self._deadline:

@@ -361,6 +361,7 @@ class Run:
         row = evaluation.summary(measured, self.config.rollout.completion_length)
         row["evaluation_seconds"] = time.perf_counter() - before
         self._keep(row)
+        self.latest["evaluated_step"] = float(self.step)
         return row
 
     def _keep(self, row: dict[str, float]) -> None:
@@ -382,6 +383,7 @@ class Run:
         row = evaluation.summary(measured[0], self.config.rollout.completion_length)
         row["evaluation_seconds"] = time.perf_counter() - before
         self._keep(row)
+        self.latest["evaluated_step"] = 0.0
         if self.recorder:
             self.recorder.metrics(0, row)
             self.recorder.evaluations(0, evaluation.rows_of(measured[1], "heldout"))
