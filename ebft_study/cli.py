@@ -54,6 +54,30 @@ def study(
 
 
 @app.command()
+def plan(
+    file: Annotated[Path, typer.Argument(help="A study file, see search_spaces/.")],
+    overrides: Overrides = None,
+    profile: Annotated[str | None, typer.Option(help="Which of the file's profiles: cpu, gpu, ...")] = None,
+    memory_gib: Annotated[
+        float | None, typer.Option(help="What one worker may use.", show_default="80 on a GPU, else this machine's")
+    ] = None,
+    storage: Storage = STUDIES,
+) -> None:
+    """Say what a study would take: trials, memory, work, hours. Starts nothing.
+
+    [dim]ebft-study plan search_spaces/alpha_gamma.yaml --profile cpu[/dim]
+    """
+    from ebft_study.study import plan as planning
+    from ebft_study.study import space
+
+    spec = space.load_study(file, profile, overrides or [])
+    memory = memory_gib or planning.usual_memory_gib(spec)
+    planned = planning.plan(spec, storage=storage, memory_gib=memory)
+    planning.show(planned, spec, Console())
+    raise typer.Exit(0 if planned.fits else 1)
+
+
+@app.command()
 def resume(
     name: StudyName,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Also run trials again that failed.")] = False,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import math
+import socket
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -47,7 +48,8 @@ class Monitor:
         state = self._states[trial_id]
         state.status, state.started_at, state.ended_at = "running", time.time(), None
         first = {"started_at": _moment(state.started_at)} if state.attempt == 0 else {}
-        self._record(trial_id, **first)
+        # Trials run on the driver's machine.
+        self._record(trial_id, host=socket.gethostname(), **first)
         self._changed(state, "starts")
 
     def reported(self, trial_id: str, metrics: Mapping[str, Any]) -> None:

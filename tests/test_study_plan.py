@@ -1,0 +1,135 @@
+"""What `plan` says of a study, against counting by hand and against what earlier trials took."""
+
+from __future__ import annotations
+
+import datetime
+import math
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from ebft_study import config
+from ebft_study.cli import app
+from ebft_study.cost import StepShape, step_cost
+from ebft_study.results import StudyRecorder, TrialRecorder
+from ebft_study.study import plan as planning
+from ebft_study.study.spec import StudySpec
+from ebft_study.training.memory import shapes
+from tests.tiny_run import tiny_config
+
+STARTED = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    settings = tiny_config(tmp_path_factory.mktemp("run"), steps=20, warm_start_steps=4, eval_every_steps=5)
+    return settings.model_dump(mode="json", exclude={"name", "seed"})
+
+
+def spec(run: dict[str, Any], **changes: Any) -> StudySpec:
+    given = {"axes": {"reward.alpha": [0.0, 1.0], "rollout.n_samples": [2, 4]}, "seeds": [0, 1, 2]} | changes
+    free = {"reward": {**run["reward"]}, "rollout": {**run["rollout"]}}
+    for path in given["axes"]:
+        section, _, leaf = path.partition(".")
+        free[section].pop(leaf, None)
+    return StudySpec(study="s", question="How long?", run={**run, **free}, **given)
+
+
+def planned(run: dict[str, Any], storage: Path, *, memory_gib: float = 4.0, **changes: Any) -> planning.StudyPlan:
+    return planning.plan(spec(run, **changes), storage=storage, memory_gib=memory_gib)
+
+
+def test_trials_of_one_cost_are_counted_together(run: dict[str, Any], tmp_path: Path) -> None:
+    found = planned(run, tmp_path, baselines={"sft": {"method": "sft"}})
+    # alpha costs nothing; n_samples and the method do.
+    assert sorted(kind.trials for kind in found.kinds) == [3, 6, 6]
+    assert found.n_trials == 15
+    assert {kind.steps for kind in found.kinds} == {24}
+    assert {kind.tokens for kind in found.kinds} == {24.0 * 4 * 24}
+    # At steps 5, 10, 15, 20, at the end of the warm start and of the run, and twice on the held-out split.
+    assert {kind.evaluations for kind in found.kinds} == {8}
+    assert found.hours is None
+
+
+def test_work_is_that_of_the_cost_model_with_the_warm_start(run: dict[str, Any]) -> None:
+    settings = config.build_run(run, source="test")
+    model, network = shapes(settings)
+    own, warm = (
+        step_cost(model, network, StepShape.of(settings, method=method)).total.flops for method in ("ebft", "sft")
+    )
+    assert planning.flops(settings) == pytest.approx(20 * own + 4 * warm)
+    assert own > 2 * warm
+
+
+def finish(storage: Path, run: dict[str, Any], *, step_seconds: float, train: float, total: float, host: str) -> None:
+    """A finished trial on record."""
+    folder = storage / "earlier"
+    folder.mkdir(parents=True)
+    (folder / "study.yaml").write_text("study: earlier\nquestion: '?'\n")
+    settings = config.build_run(run, source="test")
+    recorder = TrialRecorder(folder, study="earlier", trial_id="t0", attempt=1)
+    for step in (5, 10):
+        recorder.metrics(step, {"step_seconds": step_seconds})
+    StudyRecorder(folder, study="earlier").trial(
+        {
+            "trial_id": "t0", "attempt": 1, "status": "finished", "hyperparameters": config.flatten(settings),
+            "train_seconds": train, "total_seconds": total, "started_at": STARTED, "host": host,
+        }
+    )  # fmt: skip
+
+
+def test_hours_follow_from_what_finished_trials_took(run: dict[str, Any], tmp_path: Path) -> None:
+    # 24 steps of half a second, 8 evaluations of a quarter of one, and 3 s to start.
+    finish(tmp_path, run, step_seconds=0.5, train=14.0, total=17.0, host=socket.gethostname())
+    found = planned(run, tmp_path, axes={"reward.alpha": [0.0, 1.0]}, budget={"max_concurrent_trials": 1})
+    assert found.measured is not None
+    assert found.measured.evaluation_seconds == pytest.approx(0.25)
+    (kind,) = found.kinds
+    assert found.seconds(kind) == pytest.approx(17.0)
+    assert found.hours == pytest.approx(6 * 17.0 / 3600)
+    # The cost model scales to other settings.
+    other = planned(run, tmp_path, budget={"max_concurrent_trials": 1})
+    rate = planning.flops(config.build_run(run, source="test")) / 12.0
+    for kind in other.kinds:
+        assert other.seconds(kind) == pytest.approx(3 + 8 * 0.25 + kind.flops / rate)
+
+
+def test_trials_of_other_machines_measure_nothing_here(run: dict[str, Any], tmp_path: Path) -> None:
+    finish(tmp_path, run, step_seconds=0.5, train=14.0, total=17.0, host="another")
+    assert planned(run, tmp_path).measured is None
+
+
+def test_what_does_not_fit_is_said_with_the_reason(run: dict[str, Any], tmp_path: Path) -> None:
+    found = planned(run, tmp_path, memory_gib=1e-5)
+    assert not found.fits
+    assert all(math.isnan(kind.memory_gib) for kind in found.kinds)
+    lines = planning.summary(found, spec(run))
+    assert "12 trials" in lines[0]
+    assert "GiB" in lines[1]
+    assert planned(run, tmp_path).fits
+
+
+def test_trials_that_a_search_has_yet_to_choose_count_as_the_dearest(run: dict[str, Any], tmp_path: Path) -> None:
+    axes = {"rollout.n_samples": {"distribution": "integer", "low": 2, "high": 6}}
+    found = planned(run, tmp_path, axes=axes, search={"algorithm": "optuna", "num_configurations": 5})
+    (kind,) = found.kinds
+    assert (kind.trials, kind.label) == (15, "chosen by the search (at most)")
+    six = config.build_run(config.merge(run, {"rollout": {"n_samples": 6}}), source="test")
+    assert kind.flops == pytest.approx(planning.flops(six))
+
+
+def test_the_command_starts_nothing_and_says_whether_all_fits(run: dict[str, Any], tmp_path: Path) -> None:
+    import yaml
+
+    file = tmp_path / "s.yaml"
+    content = {"study": "s", "question": "?", "run": run, "seeds": [0, 1]}
+    file.write_text(yaml.safe_dump(content))
+    given = ["plan", str(file), "--storage", str(tmp_path / "studies")]
+    said = CliRunner().invoke(app, given)
+    assert said.exit_code == 0, said.output
+    assert "2 trials" in said.output
+    assert CliRunner().invoke(app, [*given, "--memory-gib", "0.00001"]).exit_code == 1
+    assert not (tmp_path / "studies").exists()
