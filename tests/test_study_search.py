@@ -211,3 +211,49 @@ def test_several_trials_can_be_out_at_once(tmp_path: Path) -> None:
     states = [frozen.state for frozen in asked(tmp_path / "j")]
     assert states == [TrialState.COMPLETE, TrialState.RUNNING]
     assert not search.is_over(spec(), tmp_path / "j")
+
+
+def uniform_axis(sampler: str, number: int) -> StudySpec:
+    return spec(
+        axes={"gamma": {"distribution": "uniform", "low": 0.0, "high": 1.0}},
+        seeds=[0],
+        baselines={},
+        search={"algorithm": "optuna", "num_configurations": number, "sampler": sampler, "search_seed": 3},
+    )
+
+
+def gammas(done: list[Trial]) -> list[float]:
+    return [trial.run.loss.gamma for trial in done]
+
+
+def test_qmc_puts_one_configuration_in_each_of_sixteen_equal_parts_also_when_it_is_resumed(tmp_path: Path) -> None:
+    study, endings, done = uniform_axis("qmc", 17), dict[str, Ending](), list[Trial]()
+    while len(done) < 17:
+        # A new driver after every fifth configuration.
+        source = OptunaSearch(study, tmp_path / "j", endings)
+        for _ in range(min(5, 17 - len(done))):
+            trial = source.next()
+            assert trial is not None
+            done.append(trial)
+            endings[trial.trial_id] = Ending("finished", 1.0, 3)
+            source.ended(trial.trial_id, endings[trial.trial_id])
+    # Optuna learns from the first one what there is to spread over.
+    assert sorted(int(gamma * 16) for gamma in gammas(done[1:])) == list(range(16))
+
+
+@pytest.mark.parametrize(("sampler", "number"), [("tpe", 60), ("gp", 24)])
+def test_a_model_of_the_objective_finds_its_minimum_closer_than_chance(
+    tmp_path: Path, sampler: str, number: int
+) -> None:
+    def distance(gamma: float) -> float:
+        return (gamma - 0.3) ** 2
+
+    def rated(trial: Trial) -> Ending:
+        return Ending("finished", distance(trial.run.loss.gamma), 3)
+
+    late = {
+        name: gammas(run_all(OptunaSearch(uniform_axis(name, number), tmp_path / name, {}), rated))[number // 2 :]
+        for name in (sampler, "random")
+    }
+    means = {name: sum(map(distance, found)) / len(found) for name, found in late.items()}
+    assert means[sampler] < 0.5 * means["random"]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -18,11 +19,12 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from ebft_study.errors import ConfigError
 from ebft_study.study import trials
-from ebft_study.study.spec import Axis, StudySpec
+from ebft_study.study.spec import Axis, SearchSpec, StudySpec
 from ebft_study.study.trials import Trial
 
 if TYPE_CHECKING:
     import optuna
+    from optuna.samplers import BaseSampler
 
 JOURNAL = "optuna.journal"
 
@@ -189,18 +191,34 @@ def _load_study(spec: StudySpec, journal: Path) -> optuna.Study:
 
 
 def _open_study(spec: StudySpec, journal: Path) -> optuna.Study:
-    import optuna
-
     mend_journal(journal)
     study = _load_study(spec, journal)
     # A resumed search with the same seed would draw again what it drew before.
     asked = len(study.get_trials(deepcopy=False))
     seed = spec.search.search_seed if not asked else random.Random(f"{spec.search.search_seed}-{asked}").getrandbits(32)
-    if spec.search.sampler == "random":
-        study.sampler = optuna.samplers.RandomSampler(seed=seed)
-    else:  # the constant liar keeps trials that run side by side apart
-        study.sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)
+    study.sampler = _sampler(spec.search, seed)
     return study
+
+
+def _sampler(search: SearchSpec, seed: int) -> BaseSampler:
+    from optuna import samplers
+    from optuna.exceptions import ExperimentalWarning
+
+    if search.sampler == "random":
+        return samplers.RandomSampler(seed=seed)
+    if search.sampler == "gp":
+        return samplers.GPSampler(seed=seed)
+    if search.sampler == "qmc":
+        with warnings.catch_warnings():
+            # Optuna calls it experimental since version 3.
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            # The journal says how far the sequence has got, under the seed that it was begun with. Choices have no
+            # order to spread over, so they are drawn at random.
+            return samplers.QMCSampler(
+                seed=search.search_seed, scramble=True, warn_independent_sampling=False, warn_asynchronous_seeding=False
+            )
+    # The constant liar keeps trials that run side by side apart.
+    return samplers.TPESampler(seed=seed, constant_liar=True)
 
 
 def mend_journal(journal: Path) -> None:

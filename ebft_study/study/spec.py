@@ -56,14 +56,16 @@ class SearchSpec(Section):
 
     algorithm: Literal["grid", "random", "optuna"] = "grid"
     num_configurations: PositiveInt | None = Field(None, description="random and optuna: how many to try")
-    sampler: Literal["tpe", "random"] = Field("tpe", description="optuna: how to suggest")
+    sampler: Literal["tpe", "gp", "qmc", "random"] = Field(
+        "tpe", description="optuna: how to suggest; gp: Gaussian process; qmc: evenly spread, whatever the results"
+    )
     search_seed: int = Field(0, ge=0, description="random and optuna: seed of the choice of configurations")
 
     @field_validator("sampler", mode="before")
     @classmethod
     def _no_grid_sampler(cls, value: Any) -> Any:
         if value in ("grid", "brute_force"):
-            raise ValueError("an Optuna search cannot be a grid. Use algorithm: grid, or sampler: tpe | random")
+            raise ValueError("an Optuna search cannot be a grid. Use algorithm: grid, or another sampler")
         return value
 
     @model_validator(mode="after")
