@@ -190,12 +190,11 @@ def _frozen_copy(config: RunConfig, base: LoadedModel) -> nn.Module:
 
 
 def _other_network(config: RunConfig, base: LoadedModel) -> LoadedModel:
-    features = config.features
-    same = features.feature_network == "base"
+    name, revision = config.feature_model
     other = load_model(
-        config.model if same else features.feature_network,
-        revision=config.model_revision if same else None,
-        random_weights=features.random_weights,
+        name,
+        revision=revision,
+        random_weights=config.features.random_weights,
         device=next(base.model.parameters()).device,
         dtype=getattr(torch, config.training.precision),
         attention=config.training.attention,

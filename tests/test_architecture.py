@@ -14,7 +14,7 @@ from ebft_study.config import all_keys, short_names
 
 ROOT = Path(ebft_study.__file__).parent
 LAYERS = [
-    {"algorithm", "errors", "paths", "config", "cost", "results", "report", "progress"},
+    {"algorithm", "errors", "paths", "config", "rules", "cost", "results", "report", "progress"},
     {"data", "ngram", "block_model", "lora", "actors"},
     {"rollouts", "features", "pretraining", "models", "evaluation"},
     {"methods"},
@@ -27,7 +27,7 @@ EXCEPTIONS = {"evaluation": {"methods"}}
 """Evaluation shares the cross-entropy of the sft method."""
 RAY_ALLOWED = {
     *("study", "training/worker.py", "actors.py", "rollouts/vllm", "features/service.py"),
-    *("bench/cluster.py", "bench/services.py"),
+    "bench/services.py",
 }
 
 

@@ -24,7 +24,7 @@ from ebft_study.errors import ConfigError, ServiceError
 from ebft_study.features.local import LocalFeatures
 from ebft_study.paths import cache_folder
 from ebft_study.rollouts import Rollouts
-from ebft_study.rollouts.strided import StridedRollouts
+from tests.rollout_backends import WithoutGraph
 
 TINY = Settings(model="tiny-1m", sequence_lengths=(24,), n_samples=2, completion_length=4, stride=4, repeats=2)
 GRID = services.Grid(replace(TINY, batch_size=2, threads=1), trials=3, steps=2, shared_completions=0.5)
@@ -72,7 +72,7 @@ def test_without_all_comparisons_there_is_no_sentence() -> None:
 # --- rollouts --------------------------------------------------------------------------------------------------
 
 
-class Pretended(StridedRollouts):
+class Pretended(WithoutGraph):
     """Strided rollouts that behave like an engine: no gradients, and seconds spent on weights."""
 
     def __init__(self, error: float = 0.0) -> None:
@@ -81,7 +81,6 @@ class Pretended(StridedRollouts):
     def follow(self, model: nn.Module, version: int) -> None:
         self.versions.append(version)
 
-    @torch.no_grad()
     def sample(self, *arguments: Any, **keywords: Any) -> Rollouts:
         drawn = super().sample(*arguments, **keywords)
         return replace(drawn, log_probs=drawn.log_probs + self.error, policy_version=1, sync_seconds=0.25)

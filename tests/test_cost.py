@@ -47,8 +47,8 @@ from ebft_study.features.local import LocalFeatures
 from ebft_study.methods import Tally, Totals
 from ebft_study.methods.ebft import Ebft
 from ebft_study.methods.sft import Sft
-from ebft_study.rollouts import Rollouts
 from ebft_study.rollouts.strided import StridedRollouts
+from tests.rollout_backends import WithoutGraph
 
 SIZES = {
     "vocab_size": 256,
@@ -142,14 +142,6 @@ class Case:
             batch.document_ids, completion_length=self.G, stride=self.stride, first_context_length=self.stride
         )
         return batch, anchors
-
-
-class WithoutGraph(StridedRollouts):
-    """A backend whose log-probabilities cannot be differentiated, as those of another engine."""
-
-    @torch.no_grad()
-    def sample(self, *args: Any, **kwargs: Any) -> Rollouts:
-        return super().sample(*args, **kwargs)
 
 
 class Watched:

@@ -17,6 +17,7 @@ from ebft_study.methods.ebft import Ebft
 from ebft_study.methods.sft import ce_mask
 from ebft_study.rollouts import Rollouts
 from ebft_study.rollouts.strided import StridedRollouts
+from tests.rollout_backends import WithoutGraph
 from tests.small_models import ARCHITECTURES, small_batch, small_model
 
 LAYOUTS = {
@@ -25,14 +26,6 @@ LAYOUTS = {
     "short": [[0] * 12 + [1] * 12, [0] * 19 + [-1] * 5, [0] * 2 + [-1] * 22],
     "packed": [[0] * 9 + [1] * 15, [0] * 24, [0] * 8 + [1] * 8 + [2] * 8],
 }
-
-
-class WithoutGraph(StridedRollouts):
-    """A backend whose log-probabilities carry no gradient, as those of another engine."""
-
-    def sample(self, *args: Any, **kwargs: Any) -> Rollouts:
-        with torch.no_grad():
-            return super().sample(*args, **kwargs)
 
 
 def gradients(

@@ -17,11 +17,11 @@ from ebft_study.errors import ServiceError
 from ebft_study.features import FeatureBackend
 from ebft_study.models import LoadedModel, load_feature_network
 from ebft_study.rollouts import RolloutBackend, Rollouts
-from ebft_study.rollouts.strided import StridedRollouts
+from tests.rollout_backends import WithoutGraph
 from tests.tiny_run import MemoryRecorder, run_tiny, tiny_config
 
 
-class Engine(StridedRollouts):
+class Engine(WithoutGraph):
     """Samples as the trainer does, knows its weights' version, and may err in what it reports."""
 
     def __init__(self, error: float, late: int) -> None:
@@ -33,8 +33,7 @@ class Engine(StridedRollouts):
         self.followed.append(version)
 
     def sample(self, *arguments: Any, **keywords: Any) -> Rollouts:
-        with torch.no_grad():
-            drawn = super().sample(*arguments, **keywords)
+        drawn = super().sample(*arguments, **keywords)
         return replace(drawn, log_probs=drawn.log_probs + self.error, policy_version=self.version, sync_seconds=0.5)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import logging
 import os
 import tempfile
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ from pathlib import Path
 
 from ebft_study.errors import ConfigError
 
-OBJECT_STORE_BYTES = 600 * 10**6
+TRAVELLING_BYTES = 400e6
 """Replies of all trials at a time, and room to spare."""
 REMEDIES = {
     "ray": "Run make setup",
@@ -34,21 +33,11 @@ def require(program: str, *modules: str) -> None:
 @contextlib.contextmanager
 def local_ray() -> Iterator[None]:
     """Inside, Ray runs on this machine; actors that were started end with it."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    import ray
+    from ebft_study.study import cluster
 
-    ray.init(
-        address="local",
-        num_cpus=os.cpu_count(),
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        object_store_memory=OBJECT_STORE_BYTES,
-    )
-    try:
+    cluster.set_environment()
+    with cluster.running(namespace="bench", places=1, dashboard=False, travelling_bytes=TRAVELLING_BYTES):
         yield
-    finally:
-        ray.shutdown()
 
 
 @contextlib.contextmanager

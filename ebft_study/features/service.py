@@ -60,10 +60,10 @@ class NetworkOptions:
     @staticmethod
     def of(config: RunConfig, *, device: torch.device, threads: int = 1) -> NetworkOptions:
         """The network of a run's features, whatever its depths, pooling and normalisation."""
-        features, same = config.features, config.features.feature_network == "base"
+        features, (name, revision) = config.features, config.feature_model
         return NetworkOptions(
-            name=config.model if same else features.feature_network,
-            revision=config.model_revision if same else None,
+            name=name,
+            revision=revision,
             random_weights=features.random_weights,
             precision=config.training.precision,
             device=device.type,

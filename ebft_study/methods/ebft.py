@@ -65,9 +65,9 @@ class Ebft:
             prefix = run_prefix(model, batch.tokens, batch.document_ids)
             leaves, base = prefix.leaves(), self._base_prefix(batch)
             loss = self._cross_entropy(model, leaves, batch, totals, tally)
+        keep = keeps_graph(noise.shape[3])
         for part in self._parts(anchors):
             chosen = Anchors(*(tensor[:, part] for tensor in anchors))
-            keep = keeps_graph(noise.shape[3])
             with tally.seconds("rollout_seconds", device), torch.set_grad_enabled(keep and torch.is_grad_enabled()):
                 rollouts = self.rollouts.sample(
                     model, batch, chosen, noise=noise[:, part], temperature=self.temperature, prefix=leaves

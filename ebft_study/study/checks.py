@@ -174,21 +174,17 @@ def gpus_needed(resources: ResourcesSpec, runs: Sequence[RunConfig]) -> tuple[fl
     """GPUs that each trial takes, with an engine of its own, and GPUs of what all trials share."""
     if not resources.gpus_per_worker:
         return 0.0, 0.0
-    engines = [run for run in runs if run.uses_engine]
-    apart = [run for run in engines if run.vllm.placement == "own"]
-    sizes = {scope: [r.vllm.tensor_parallel_size for r in apart if r.vllm.engine_scope == scope] for scope in _SCOPES}
-    together = [run for run in apart if run.vllm.engine_scope == "study"]
-    shared = sum({_engine_of(run): run.vllm.tensor_parallel_size for run in together}.values()) + resources.feature_gpus
-    return resources.processes * resources.gpus_per_worker + max(sizes["trial"], default=0), shared
+    apart = [run for run in runs if run.uses_engine and run.vllm.placement == "own"]
+    of_trials = [run.vllm.tensor_parallel_size for run in apart if run.vllm.engine_scope == "trial"]
+    of_study = {_engine_of(run): run.vllm.tensor_parallel_size for run in apart if run.vllm.engine_scope == "study"}
+    own = resources.processes * resources.gpus_per_worker + max(of_trials, default=0)
+    return own, sum(of_study.values()) + resources.feature_gpus
 
 
 def _engine_of(run: RunConfig) -> tuple[Any, ...]:
     """What must be equal for two trials to share an engine; its longest request is that of all of them."""
     vllm = run.vllm.model_dump(exclude={"engine_timeout_seconds", "longest_request_tokens"})
     return (run.model, run.model_revision, run.training.precision, *vllm.values())
-
-
-_SCOPES = ("trial", "study")
 
 
 def trials_at_once(spec: StudySpec, runs: Sequence[RunConfig]) -> int:

@@ -63,10 +63,14 @@ def _state(row: dict[Any, Any], measured: pd.DataFrame | None) -> TrialState:
         state.started_at = row["started_at"].timestamp()
     if measured is not None:
         state.step = int(measured["step"].max())
-        numbers = measured.drop(columns=["study", "trial_id", "attempt", "step", "written_at"])
-        last = numbers.ffill().iloc[-1]
+        last = _latest(measured).iloc[-1]
         state.metrics = {str(name): float(value) for name, value in last.items() if math.isfinite(value)}
     return state
+
+
+def _latest(measured: pd.DataFrame) -> pd.DataFrame:
+    """At every row, the latest value of each metric so far."""
+    return measured.drop(columns=["study", "trial_id", "attempt", "step", "written_at"]).ffill()
 
 
 def _curve(measured: pd.DataFrame, objective: str, total_steps: int) -> Curve:
@@ -77,9 +81,8 @@ def _curve(measured: pd.DataFrame, objective: str, total_steps: int) -> Curve:
 
 def _evaluations(measured: pd.DataFrame) -> list[Evaluation]:
     """Rows with an evaluation, each with the latest training metrics before it, as reports have them."""
-    numbers = measured.drop(columns=["study", "trial_id", "attempt", "step", "written_at"]).ffill()
     evaluated = measured["ce_loss"].notna()
-    rows = zip(measured.loc[evaluated, "step"], numbers[evaluated].to_dict("records"), strict=True)
+    rows = zip(measured.loc[evaluated, "step"], _latest(measured)[evaluated].to_dict("records"), strict=True)
     return [Evaluation(int(step), {str(k): float(v) for k, v in row.items() if math.isfinite(v)}) for step, row in rows]
 
 

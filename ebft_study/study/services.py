@@ -7,10 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from ebft_study import config
 from ebft_study.config import RunConfig
 from ebft_study.cost import StepShape, step_cost
 from ebft_study.study.spec import ResourcesSpec
+from ebft_study.training.memory import shapes
 
 PROCESS_BYTES = 700 * 2**20
 """Memory of a service's process besides its network and cache (measured: `ebft-study bench features`)."""
@@ -87,7 +90,7 @@ class StudyServices:
     def __init__(self, resources: ResourcesSpec, plan: FeaturePlan, runs: Sequence[RunConfig] = ()) -> None:
         """`runs`: those that may share an engine."""
         self._resources, self.plan = resources, plan
-        self._longest = max(map(_longest_request, runs), default=None)
+        self._longest = max((run.longest_request for run in runs), default=None)
         # An actor lives as long as its handle.
         self._features: dict[str, Any] = {}
         self._engines: dict[str, Any] = {}
@@ -114,7 +117,8 @@ class StudyServices:
             from ebft_study.models import source_of
             from ebft_study.rollouts import vllm
 
-            engine = vllm.options_of(run, source=source_of(run.model), device=_device(run, self._resources))
+            device = torch.device(self._resources.device_of(run))
+            engine = vllm.options_of(run, source=source_of(run.model), device=device)
             name = vllm.shared_name(engine)
             if name not in self._engines:
                 self._engines[name] = vllm.start_engine(engine, name, restarts=True)
@@ -159,21 +163,10 @@ def _has_its_own(run: RunConfig) -> bool:
     return run.lora.lora_rank > 0 and run.features.is_base
 
 
-def _longest_request(run: RunConfig) -> int:
-    return run.data.sequence_length + run.rollout.completion_length
-
-
-def _device(run: RunConfig, resources: ResourcesSpec) -> Any:
-    """Where the workers of a trial compute."""
-    import torch
-
-    return torch.device("cuda" if resources.gpus_per_worker and run.training.device != "cpu" else "cpu")
-
-
 def _network_of(run: RunConfig, resources: ResourcesSpec) -> Any:
     from ebft_study.features.service import NetworkOptions
 
-    return NetworkOptions.of(run, device=_device(run, resources), threads=resources.cpus_per_worker)
+    return NetworkOptions.of(run, device=torch.device(resources.device_of(run)), threads=resources.cpus_per_worker)
 
 
 def _cache_bytes(runs: Sequence[RunConfig]) -> float:
@@ -182,16 +175,12 @@ def _cache_bytes(runs: Sequence[RunConfig]) -> float:
 
 def _network_bytes(run: RunConfig, *, whole: bool = False) -> float:
     """Of the network's weights up to the deepest layer that is read; a service keeps the `whole` model."""
-    from ebft_study.training.memory import shapes
-
     _, network = shapes(run)
     width = 4 if run.training.precision == "float32" else 2
     return float(width * (network.n_parameters if whole else network.cut(run.features.depths).body_parameters))
 
 
 def _reply_bytes(run: RunConfig) -> float:
-    from ebft_study.training.memory import shapes
-
     _, network = shapes(run)
     d = network.hidden_size * len(run.features.depths)
     contexts = run.training.batch_size * max(run.data.sequence_length // run.rollout.stride, 1)
@@ -202,8 +191,6 @@ def _reply_bytes(run: RunConfig) -> float:
 
 def _feature_share(run: RunConfig) -> float:
     """Part of a step's FLOPs that the feature network takes; 0 for SFT, which has it in evaluations only."""
-    from ebft_study.training.memory import shapes
-
     if run.method != "ebft":
         return 0.0
     own, network = shapes(run)

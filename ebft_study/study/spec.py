@@ -143,6 +143,10 @@ class ResourcesSpec(Section):
     feature_gpus: float = Field(0.0, ge=0.0, description="GPUs of a feature service, if trials are on GPUs")
     max_failures: int = Field(1, ge=0, description="how often a crashed trial is started again from its checkpoint")
 
+    def device_of(self, run: RunConfig) -> Literal["cpu", "cuda"]:
+        """What the workers of a trial compute on."""
+        return "cuda" if self.gpus_per_worker and run.training.device != "cpu" else "cpu"
+
     @property
     def processes(self) -> int:
         """Processes that train, side by side."""

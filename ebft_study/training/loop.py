@@ -41,6 +41,7 @@ from ebft_study.rollouts import anchors_of
 from ebft_study.training import checkpoint, state
 from ebft_study.training.averaging import WeightAverage
 from ebft_study.training.distributed import sum_gradients, sum_measured, sum_over_workers, sum_tally
+from ebft_study.training.metrics import TALLIED, row_of
 from ebft_study.training.samples import sample_rows
 from ebft_study.training.services import Services
 from ebft_study.training.setup import build_optimizer, build_parts, learning_rate_at, scale_out
@@ -145,6 +146,11 @@ class Run:
         return self.step < self.config.training.warm_start_steps
 
     @property
+    def samples_from_engine(self) -> bool:
+        """Whether this step's rollouts do; a warm start has none."""
+        return self.config.uses_engine and not self.warming_up
+
+    @property
     def method(self) -> Any:
         return self.parts.warm_start if self.warming_up else self.parts.method
 
@@ -233,7 +239,7 @@ class Run:
 
     def _hand_over_weights(self) -> None:
         """Let an engine sample by the present weights; what `batch` counts over all workers makes them wait for it."""
-        if self.config.uses_engine and not self.warming_up:
+        if self.samples_from_engine:
             with gathered(self.model):
                 self.parts.rollouts.follow(self.model, self.step)
 
@@ -243,7 +249,7 @@ class Run:
 
     def _check_parity(self, before: tuple[float, float]) -> None:
         """Judge what this step has added, before the weights change."""
-        if self.config.uses_engine and not self.warming_up:
+        if self.samples_from_engine:
             mine = [now - then for now, then in zip(self._compared(), before, strict=True)]
             total, count = sum_over_workers(mine, self.world_size, self.device)
             off_policy.check_parity(self.config, total, count, version=self.step)
@@ -306,17 +312,9 @@ class Run:
 
     def _drain_tally(self) -> dict[str, float]:
         """Means over the steps since the last row, over all workers."""
-        total = sum_tally(self.tally, TALLIED, self.world_size, self.device, peaks=off_policy.PEAKS)
-        steps, workers = self.tally_steps, self.world_size
-        row = {name: total.mean(name) for name in AVERAGED if total.counts.get(name)}
-        if total.counts.get("advantage"):
-            mean = total.mean("advantage")
-            row["advantage_std"] = math.sqrt(max(total.mean("advantage_squared") - mean * mean, 0.0))
-            row["policy_loss"] = total.sums["policy_loss"] / steps
-        row |= off_policy.metrics(total)
-        row |= {name: total.sums[name] for name in SUMMED if total.sums[name] > 0}
-        row["loss"] = total.sums["loss"] / steps
-        row |= {name: total.sums[name] / steps / workers for name in PHASES if total.sums[name] > 0}
+        workers = self.world_size
+        total = sum_tally(self.tally, TALLIED, workers, self.device, peaks=off_policy.PEAKS)
+        row = row_of(total, steps=self.tally_steps, workers=workers)
         tokens = self.tokens_seen - self.latest.get("tokens_seen", 0.0)
         row |= {
             "learning_rate": self.latest.get("learning_rate", float("nan")),
@@ -433,38 +431,6 @@ class Run:
         tally = saved["tally"]
         self.tally, self.tally_steps = Tally(tally["sums"], tally["counts"], tally.get("peaks", {})), tally["steps"]
         self._record_event("resumed", f"from the checkpoint of step {self.step}", step=self.step)
-
-
-PHASES = ("sync_seconds", "rollout_seconds", "feature_seconds", "scoring_seconds", "optimizer_seconds", "step_seconds")
-AVERAGED = (
-    "train_ce_loss",
-    "kl",
-    "reward",
-    "alignment",
-    "diversity",
-    "zero_variance_fraction",
-    "duplicate_rate",
-    "policy_entropy",
-    "train_cfm_loss",
-    "fm_whitened",
-    "grad_norm",
-    "policy_lag",
-    "parity_mean_difference",
-    "importance_ratio",
-    "importance_weight",
-    "importance_clipped_fraction",
-    "feature_hit_rate_memory",
-    "feature_hit_rate_disk",
-    "sample_hit_rate",
-    "ground_truth_hit_rate",
-    "feature_queue_seconds",
-    "feature_batch_requests",
-    "feature_cache_bytes",
-)
-SUMMED = ("feature_tokens_embedded", "feature_tokens_saved")
-LOSSES = ("loss", "policy_loss")
-SQUARES = ("advantage", "advantage_squared", "importance_ratio_squared")
-TALLIED = (*AVERAGED, *SUMMED, *PHASES, *LOSSES, *SQUARES)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -44,17 +44,24 @@ def choose_split(config: RunConfig, device: torch.device, *, world_size: int) ->
         ConfigError: not even the smallest split fits, with the bytes it needs and what to change.
         ModelError: there is no such model.
     """
-    shape, network = shapes(config)
-    step = StepShape.of(config, world_size=world_size)
-    limits = Limits.on(device.type)
-    given = (config.training.micro_batch_size, config.training.anchors_at_once)
     for budget in budgets(config, device):
         try:
-            split = largest_split(shape, network, step, budget_bytes=budget, limits=limits, given=given)
-            return Fit(split, memory(shape, network, step, split, limits=limits).peak_bytes, budget)
+            return fit(config, device.type, world_size=world_size, budget_bytes=budget)
         except ConfigError as error:
             refusal = error
     raise refusal
+
+
+def fit(config: RunConfig, device: str, *, world_size: int, budget_bytes: float) -> Fit:
+    """The fewest passes that fit into a budget, on `cpu` or `cuda`; no such device is needed.
+
+    Raises: see `choose_split`.
+    """
+    shape, network = shapes(config)
+    step, limits = StepShape.of(config, world_size=world_size), Limits.on(device)
+    given = (config.training.micro_batch_size, config.training.anchors_at_once)
+    split = largest_split(shape, network, step, budget_bytes=budget_bytes, limits=limits, given=given)
+    return Fit(split, memory(shape, network, step, split, limits=limits).peak_bytes, budget_bytes)
 
 
 def budgets(config: RunConfig, device: torch.device) -> list[float]:

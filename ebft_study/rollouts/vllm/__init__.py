@@ -184,7 +184,7 @@ def _seed(noise: np.ndarray) -> int:
 def options_of(config: RunConfig, *, source: str, device: torch.device) -> EngineOptions:
     """The engine that a run needs; `source` is the folder or hub id of its model."""
     vllm = config.vllm
-    longest = vllm.longest_request_tokens or longest_request(config)
+    longest = vllm.longest_request_tokens or config.longest_request
     colocated = vllm.placement == "colocated"
     return EngineOptions(
         model=source,
@@ -197,11 +197,6 @@ def options_of(config: RunConfig, *, source: str, device: torch.device) -> Engin
         kv_cache_bytes=int(vllm.kv_cache_gib * 2**30),
         colocated_with=os.environ.get("CUDA_VISIBLE_DEVICES", "0") if colocated else None,
     )
-
-
-def longest_request(config: RunConfig) -> int:
-    """Tokens of prompt and completion."""
-    return config.data.sequence_length + config.rollout.completion_length
 
 
 def start_engine(options: EngineOptions, name: str, *, restarts: bool = False) -> Any:
