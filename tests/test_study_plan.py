@@ -102,6 +102,12 @@ def test_trials_of_other_machines_measure_nothing_here(run: dict[str, Any], tmp_
     assert planned(run, tmp_path).measured is None
 
 
+def test_trials_of_a_model_that_is_gone_measure_nothing(run: dict[str, Any], tmp_path: Path) -> None:
+    gone = {**run, "model": str(tmp_path / "gone")}
+    finish(tmp_path, gone, step_seconds=0.5, train=14.0, total=17.0, host=socket.gethostname())
+    assert planned(run, tmp_path).measured is None
+
+
 def test_what_does_not_fit_is_said_with_the_reason(run: dict[str, Any], tmp_path: Path) -> None:
     found = planned(run, tmp_path, memory_gib=1e-5)
     assert not found.fits

@@ -6,6 +6,7 @@ that finished in earlier studies of the same storage folder.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import socket
 from collections.abc import Iterable, Sequence
@@ -21,11 +22,12 @@ from rich.table import Table
 
 from ebft_study import config, results
 from ebft_study.config import RunConfig
-from ebft_study.cost import Limits, ModelShape, StepShape, largest_split, memory, step_cost
+from ebft_study.cost import StepShape, step_cost
 from ebft_study.errors import ConfigError, EbftError
 from ebft_study.report import text
 from ebft_study.study import checks, trials
 from ebft_study.study.spec import StudySpec
+from ebft_study.training.memory import fit, shapes
 
 _GIB = 2**30
 _MOST_MEASURED = 50  # trials, the newest ones
@@ -46,8 +48,8 @@ class Kind:
     """Ground-truth tokens that one trial trains on."""
     memory_gib: float
     """Per worker, at the peak; NaN where not even the smallest split fits."""
-    split: str
-    """How a step is cut, or why it cannot be."""
+    problem: str
+    """Why it does not fit."""
 
 
 @dataclass(frozen=True)
@@ -133,39 +135,27 @@ def _cost_key(run: RunConfig) -> tuple[Any, ...]:
 
 
 def _kind(spec: StudySpec, label: str, run: RunConfig, count: int, memory_gib: float) -> Kind:
-    step = StepShape.of(run, world_size=spec.resources.processes)
-    on = "cuda" if spec.resources.gpus_per_worker and run.training.device != "cpu" else "cpu"
-    limits, (model, network) = Limits.on(on), _shapes(run)
     budget = (run.training.memory_budget_gib or memory_gib) * _GIB
-    given = (run.training.micro_batch_size, run.training.anchors_at_once)
     try:
-        split = largest_split(model, network, step, budget_bytes=budget, limits=limits, given=given)
-        peak = memory(model, network, step, split, limits=limits).peak_bytes / _GIB
-        cut = f"micro_batch_size={split.micro_batch_size}, anchors_at_once={split.anchors_at_once}"
+        fitting = fit(run, spec.resources.device_of(run), world_size=spec.resources.processes, budget_bytes=budget)
+        peak, problem = fitting.peak_bytes / _GIB, ""
     except ConfigError as error:
-        peak, cut = float("nan"), str(error)
-    training = run.training
+        peak, problem = math.nan, str(error)
     return Kind(
         label=label,
         trials=count,
         steps=run.total_steps,
         evaluations=evaluations(run),
         flops=flops(run),
-        tokens=float(run.total_steps * training.batch_size * run.data.sequence_length),
+        tokens=float(run.total_steps * run.training.batch_size * run.data.sequence_length),
         memory_gib=peak,
-        split=cut,
+        problem=problem,
     )
-
-
-def _shapes(run: RunConfig) -> tuple[ModelShape, ModelShape]:
-    from ebft_study.training.memory import shapes
-
-    return shapes(run)
 
 
 def flops(run: RunConfig) -> float:
     """Of all updates of a run, its warm start included."""
-    step, (model, network) = StepShape.of(run), _shapes(run)
+    step, (model, network) = StepShape.of(run), shapes(run)
     own = step_cost(model, network, step).total.flops
     warm = step_cost(model, network, replace(step, method="sft")).total.flops
     return run.training.steps * own + run.training.warm_start_steps * warm
@@ -197,25 +187,28 @@ def _finished(folder: Path) -> Iterable[dict[str, float]]:
     steps = results.read_table(folder, "metrics").groupby("trial_id")["step_seconds"].mean()
     here = table[(table["status"] == "finished") & (table["host"].isna() | (table["host"] == socket.gethostname()))]
     for row in here.to_dict("records"):
-        run, seconds = _run_of(row), float(steps.get(row["trial_id"], math.nan))
-        if run is None or not seconds > 0 or not row["train_seconds"] > 0:
+        seconds = float(steps.get(row["trial_id"], math.nan))
+        if not seconds > 0 or not row["train_seconds"] > 0:
             continue
-        between = max(row["train_seconds"] - run.total_steps * seconds, 0.0)
-        yield {
-            "rate": flops(run) / (run.total_steps * seconds),
-            "evaluation": between / evaluations(run),
-            "startup": max(row["total_seconds"] - row["train_seconds"], 0.0),
-        }
+        # Settings of another version, or a model that is not there any more, measure nothing.
+        with contextlib.suppress(EbftError):
+            yield _measurement(_run_of(row), row, seconds)
 
 
-def _run_of(row: dict[Any, Any]) -> RunConfig | None:
-    """The settings of a trial, from its row; None where this version does not know them."""
+def _measurement(run: RunConfig, row: dict[Any, Any], step_seconds: float) -> dict[str, float]:
+    between = max(row["train_seconds"] - run.total_steps * step_seconds, 0.0)
+    return {
+        "rate": flops(run) / (run.total_steps * step_seconds),
+        "evaluation": between / evaluations(run),
+        "startup": max(row["total_seconds"] - row["train_seconds"], 0.0),
+    }
+
+
+def _run_of(row: dict[Any, Any]) -> RunConfig:
+    """The settings of a trial, from its row; raises `ConfigError` where this version does not know them."""
     settings = {name: _plain(row[name]) for name in config.short_names() if name in row}
-    try:
-        given = {name: value for name, value in settings.items() if value is not None}
-        return config.build_run(config.nest(given, source="trials"), source="trials")
-    except EbftError:
-        return None
+    given = {name: value for name, value in settings.items() if value is not None}
+    return config.build_run(config.nest(given, source="trials"), source="trials")
 
 
 def _plain(value: Any) -> Any:
@@ -250,7 +243,7 @@ def summary(planned: StudyPlan, spec: StudySpec) -> list[str]:
     workers = f"{resources.processes} worker{'s' * (resources.processes > 1)} of {resources.cpus_per_worker} CPU"
     gpus = f" and {resources.gpus_per_worker:g} GPU" if resources.gpus_per_worker else ""
     lines = [f"{planned.n_trials} trials, {planned.at_once} at a time, {workers}{gpus} each"]
-    lines += [f"{kind.label}: {kind.split}" for kind in planned.kinds if not math.isfinite(kind.memory_gib)]
+    lines += [f"{kind.label}: {kind.problem}" for kind in planned.kinds if not math.isfinite(kind.memory_gib)]
     if planned.hours is None or planned.measured is None:
         return [*lines, "no time predicted: no trial has finished here yet to measure this machine by"]
     gpu_hours = planned.hours * planned.at_once * resources.processes * resources.gpus_per_worker
