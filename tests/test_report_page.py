@@ -144,6 +144,18 @@ def test_a_study_that_has_only_begun(tmp_path: Path) -> None:
     assert "0 of 1 trials finished (1 pending)" in Page(write_report(tmp_path)).text
 
 
+def test_rules_for_single_trials_and_trials_without_workers_are_told(tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "s", effects=SMALL)
+    spec = yaml.safe_load((folder / "study.yaml").read_text())
+    spec["resources"]["workers_per_trial"] = 0
+    spec["scheduler"] = {"kind": "none"}
+    spec["stopping"] = {"divergence": {"margin": 0.05, "evaluations": 3}, "collapse": None}
+    (folder / "study.yaml").write_text(yaml.safe_dump(spec))
+    text = Page(write_report(folder)).text
+    assert "Early stopping divergence (margin 0.05, evaluations 3)" in text
+    assert "CPU hours (2 CPU per trial)" in text
+
+
 def test_one_seed_and_no_sft_are_named_as_limits(tmp_path: Path) -> None:
     text = report(tmp_path / "s", effects={(1.0, 0.0): (-0.02, -0.03)}, seeds=(0,))
     assert "One seed only" in text

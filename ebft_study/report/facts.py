@@ -40,10 +40,17 @@ def _procedure(spec: Mapping[str, Any]) -> Facts:
         sampler = f" ({search.get('sampler')})" if search.get("algorithm") == "optuna" else ""
         rows.append(("Search", f"{search.get('algorithm')}{sampler}{drawn}"))
     if scheduler:
-        rows.append(("Early stopping", str(scheduler.get("kind"))))
+        rows.append(("Early stopping", _stopping(scheduler, _mapping(spec.get("stopping")))))
     if objective:
         rows.append(("Objective", f"{objective.get('mode')} {objective.get('metric')}"))
     return rows
+
+
+def _stopping(scheduler: Mapping[str, Any], rules: Mapping[str, Any]) -> str:
+    """The scheduler, and the rules for single trials."""
+    named = [str(scheduler.get("kind"))] if scheduler.get("kind") != "none" else []
+    named += [f"{name.replace('_', ' ')} ({_fact(rule)})" for name, rule in rules.items() if rule]
+    return text.listed(named) or "none"
 
 
 def _values(configurations: Sequence[Configuration], name: str) -> str:
@@ -114,7 +121,7 @@ def cost(study: Study) -> Facts:
     wall = (known["finished_at"].max() - known["started_at"].min()).total_seconds() if len(known) else None
     used = float(trials["total_seconds"].sum()) if trials["total_seconds"].notna().any() else None
     resources = _mapping(study.results.spec.get("resources"))
-    workers = int(resources.get("workers_per_trial", 1))
+    workers = max(1, int(resources.get("workers_per_trial", 1)))  # 0: in the trial's own process
     cpus, gpus = (workers * float(resources.get(key, default)) for key, default in _RESOURCES)
     rows = [
         ("Wall-clock, first start to last end", text.duration(wall)),

@@ -12,6 +12,7 @@ import torch
 from ebft_study import config
 from ebft_study.config import RunConfig
 from ebft_study.cost import StepShape, step_cost
+from ebft_study.report import text
 from ebft_study.study.spec import ResourcesSpec
 from ebft_study.training.memory import shapes
 
@@ -52,7 +53,7 @@ def _choose(runs: Sequence[RunConfig], resources: ResourcesSpec, at_once: int) -
     if not runs or at_once == 1:
         return "local", ""
     if resources.gpus_per_worker and not resources.feature_gpus:
-        return "local", "features: in each trial; a service would need a GPU (resources.feature_gpus)"
+        return "local", "feature networks are in the trials; a service would need a GPU (resources.feature_gpus)"
     workers = at_once * resources.processes
     networks = {_network_of(run, resources).service_name: _network_bytes(run, whole=True) for run in runs}
     largest = max(map(_network_bytes, runs))
@@ -60,14 +61,17 @@ def _choose(runs: Sequence[RunConfig], resources: ResourcesSpec, at_once: int) -
     share = max(map(_feature_share, runs))
     busy = share * workers / len(networks)
     compared = (
-        f"{workers} networks of {largest / _GIB:.2f} GiB in trials, or {len(networks)} in "
-        f"services with {together / _GIB:.2f} GiB in all; {100 * share:.0f} % of a step's FLOPs are theirs"
+        f"{workers} networks of {text.size(largest)} in trials, or {len(networks)} in "
+        f"services with {text.size(together)} in all; {100 * share:.0f} % of a step's FLOPs are theirs"
     )
     if together >= workers * largest:
-        return "local", f"features: in each trial, which takes less memory ({compared})"
+        return "local", f"feature networks are in the trials, which takes less memory ({compared})"
     if busy > 1:
-        return "local", f"features: in each trial; a service would have {busy:.1f} times its share of work ({compared})"
-    return "service", f"features: a service for all trials saves memory ({compared})"
+        return (
+            "local",
+            f"feature networks are in the trials; a service would have {busy:.1f} times its share of work ({compared})",
+        )
+    return "service", f"one feature service for all trials saves memory ({compared})"
 
 
 def check_cache(runs: Sequence[RunConfig], plan: FeaturePlan, resources: ResourcesSpec) -> None:
