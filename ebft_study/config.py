@@ -234,6 +234,7 @@ class TrackingConfig(Section):
 
     wandb: Literal["off", "offline", "online"] = "off"
     wandb_project: str = "ebft-study"
+    wandb_entity: str | None = Field(None, description="user or team; default: that of the login")
 
 
 class RunConfig(Section):

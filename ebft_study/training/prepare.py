@@ -16,6 +16,7 @@ from ebft_study.models import base_dtype
 from ebft_study.paths import cache_folder
 from ebft_study.training.loop import Run
 from ebft_study.training.setup import Parts
+from ebft_study.training.tracking import check_login
 
 NETWORK = {"feature_network", "random_weights", "depths", "pooling", "normalize"}
 """Settings that decide what features are; the others say where they are computed."""
@@ -31,6 +32,8 @@ def prepare(configs: Iterable[RunConfig]) -> dict[str, Any]:
     Raises:
         EbftError: the first thing that a user must mend.
     """
+    configs = list(configs)
+    check_login(configs)
     data: dict[str, Any] = {}
     models: dict[str, Any] = {}
     for config in _distinct(configs):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ebft_study.config import RunConfig, flatten
+from ebft_study.errors import ConfigError
 
 if TYPE_CHECKING:
     from ebft_study.training.loop import Recorder
+
+_ANSWER_SECONDS = 30.0
 
 
 class WandbRecorder:
@@ -20,19 +23,18 @@ class WandbRecorder:
     """
 
     def __init__(self, inner: Recorder, config: RunConfig, *, study: str, trial_id: str, label: str, folder: Path):
-        import wandb
-
         self.inner = inner
-        self.run = wandb.init(
+        self.run = _start(
+            inner,
+            mode=config.tracking.wandb,
+            entity=config.tracking.wandb_entity,
             project=config.tracking.wandb_project,
             group=study,
             name=label,
             id=f"{study}-{trial_id}",
             resume="allow",
-            mode="offline" if config.tracking.wandb == "offline" else "online",
             dir=str(folder),
             config=flatten(config),
-            settings=wandb.Settings(silent=True, disable_git=True, save_code=False),
         )
         # Steps repeat after a resume; with its own axis W&B accepts them in any order.
         self.run.define_metric("*", step_metric="step")
@@ -58,6 +60,34 @@ class WandbRecorder:
     def close(self) -> None:
         """Flush and end the W&B run."""
         self.run.finish()
+
+
+def _start(inner: Recorder, *, mode: str, **settings: Any) -> Any:
+    """A W&B run; offline where the server does not answer, so that its absence costs no trial."""
+    import wandb
+
+    quiet = wandb.Settings(silent=True, disable_git=True, save_code=False, init_timeout=_ANSWER_SECONDS)
+    try:
+        return wandb.init(mode=mode, settings=quiet, **settings)
+    except wandb.errors.CommError as error:
+        # The half-begun run belongs to W&B's process beside this one; only a new one may use its id again.
+        wandb.teardown()
+        inner.event("tracking", f"W&B did not answer ({' '.join(str(error).split())}); this attempt is logged offline")
+        return wandb.init(mode="offline", settings=quiet, **settings)
+
+
+def check_login(configs: Iterable[RunConfig]) -> None:
+    """Refuse runs that would have to ask for a W&B key in the middle of a study."""
+    if all(config.tracking.wandb != "online" for config in configs):
+        return
+    import wandb
+
+    wandb.setup(wandb.Settings(silent=True))  # saying who is logged in would ask the server
+    if not wandb.login(prompt=False, verify=False):
+        raise ConfigError(
+            "tracking.wandb='online': there are no W&B credentials here. Run 'wandb login' or set WANDB_API_KEY, or use "
+            "wandb=offline and send the runs later with 'wandb sync'"
+        )
 
 
 def tracked(recorder: Recorder, config: RunConfig, *, study: str, trial_id: str, label: str, folder: Path) -> Recorder:
