@@ -163,9 +163,8 @@ class Ordeal:
         self._remember()
         os.kill(victim.pid, signal.SIGKILL)
         self.killed[kind] += 1
-        say(
-            f"{sum(self.killed.values()):3d} killed a {kind} at {len(self.seen_rows)} rows, {len(self.seen_ended)} ended"
-        )
+        number, rows, over = sum(self.killed.values()), len(self.seen_rows), len(self.seen_ended)
+        say(f"{number:3d} killed a {kind} at {rows} rows, {over} trials ended")
         if kind == "driver":
             assert self.study.driver is not None
             self.study.driver.wait()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ebft_study.config import RunConfig, flatten
 from ebft_study.errors import ConfigError
@@ -26,7 +26,7 @@ class WandbRecorder:
         self.inner = inner
         self.run = _start(
             inner,
-            mode=config.tracking.wandb,
+            mode="online" if config.tracking.wandb == "online" else "offline",
             entity=config.tracking.wandb_entity,
             project=config.tracking.wandb_project,
             group=study,
@@ -62,7 +62,7 @@ class WandbRecorder:
         self.run.finish()
 
 
-def _start(inner: Recorder, *, mode: str, **settings: Any) -> Any:
+def _start(inner: Recorder, *, mode: Literal["online", "offline"], **settings: Any) -> Any:
     """A W&B run; offline where the server does not answer, so that its absence costs no trial."""
     import wandb
 
@@ -85,8 +85,8 @@ def check_login(configs: Iterable[RunConfig]) -> None:
     wandb.setup(wandb.Settings(silent=True))  # saying who is logged in would ask the server
     if not wandb.login(prompt=False, verify=False):
         raise ConfigError(
-            "tracking.wandb='online': there are no W&B credentials here. Run 'wandb login' or set WANDB_API_KEY, or use "
-            "wandb=offline and send the runs later with 'wandb sync'"
+            "tracking.wandb='online': there are no W&B credentials here. Run 'wandb login' or set WANDB_API_KEY, or "
+            "use wandb=offline and send the runs later with 'wandb sync'"
         )
 
 
