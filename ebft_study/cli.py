@@ -40,6 +40,9 @@ def study(
     profile: Annotated[str | None, typer.Option(help="Which of the file's profiles: cpu, gpu, ...")] = None,
     name: Annotated[str | None, typer.Option(help="Run it under another name.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Start it, or continue it where it stopped.")] = False,
+    extend: Annotated[
+        bool, typer.Option("--extend", help="The file has grown (values, seeds, baselines, steps): run what is new.")
+    ] = False,
     storage: Storage = STUDIES,
 ) -> None:
     """Run a study: one trial per configuration and seed.
@@ -50,6 +53,8 @@ def study(
 
     spec = space.load_study(file, profile, overrides or [], name=name)
     console = Console()
+    if extend:
+        _finish(runner.extend(spec, file=file, profile=profile, storage=storage, console=console), console)
     _finish(runner.run(spec, file=file, profile=profile, storage=storage, console=console, go_on=resume), console)
 
 

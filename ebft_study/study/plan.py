@@ -119,7 +119,7 @@ def usual_memory_gib(spec: StudySpec) -> float:
 
 def _runs(spec: StudySpec) -> list[tuple[str, RunConfig, int]]:
     """Label, settings and number of all trials; those that a search has yet to choose count as the dearest corner."""
-    known = [(trial.configuration.label, trial.run, 1) for trial in trials.trials_of(spec, trials.enumerated(spec))]
+    known = [(trial.configuration.label, trial.run, 1) for trial in trials.listed(spec)]
     to_choose = trials.number_of_trials(spec) - len(known)
     if not to_choose:
         return known

@@ -25,11 +25,13 @@ PACKAGES = ("ebft-study", "torch", "ray", "transformers", "optuna", "tokenizers"
 
 
 def write(folder: Path, spec: StudySpec, *, profile: str | None, file: Path, provenance: Mapping[str, Any]) -> None:
-    """Put study.yaml in place, complete or not at all."""
+    """Put study.yaml in place, complete or not at all; a study that has one keeps the moment of its creation."""
+    moment = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    before = config.read_yaml(folder / NAME) if (folder / NAME).exists() else {}
     content = {
         **space.dump(spec),
         "profile": profile,
-        "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "created_at": before.get("created_at", moment),
         "file": {"name": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()},
         "versions": versions(),
         "git_revision": git_revision(),

@@ -19,7 +19,7 @@ from rich.console import Console
 from ebft_study import report
 from ebft_study.config import RunConfig
 from ebft_study.errors import EbftError, ResultsError
-from ebft_study.study import checks, history, record, search, trials
+from ebft_study.study import checks, growth, history, record, search, trials
 from ebft_study.study.cluster import CLUSTER_DIED
 from ebft_study.study.history import History
 from ebft_study.study.progress import TrialState
@@ -76,7 +76,7 @@ def resume(folder: Path, *, console: Console, retry_failed: bool = False) -> End
     configurations = checks.check(spec, str(folder / record.NAME))
     checks.check_machine(spec, configurations)
     with _locked(folder):
-        past = history.read(folder, spec.objective.metric)
+        past = growth.reopened(spec, history.read(folder, spec.objective.metric))
         if retry_failed:
             failed = [trial_id for trial_id, state in past.states.items() if state.status == "failed"]
             endings = {i: e for i, e in past.endings.items() if i not in failed}
@@ -88,6 +88,20 @@ def resume(folder: Path, *, console: Console, retry_failed: bool = False) -> End
             console.print(f"note: the study was started with {change}", markup=False, highlight=False)
         console.print("preparing data and models")
         _prepare(configurations)
+        return _session(folder, spec, configurations, past, console)
+
+
+def extend(spec: StudySpec, *, file: Path, profile: str | None, storage: Path, console: Console) -> Ended:
+    """Give an existing study the further trials or steps that its file now asks for, and run them."""
+    folder = (storage / spec.study).resolve()
+    configurations = checks.check(spec, str(file))
+    spec = growth.extended(record.read(folder), spec, configurations, str(file))
+    checks.check_machine(spec, configurations)
+    with _locked(folder):
+        console.print("preparing data and models")
+        provenance = _prepare(configurations)
+        record.write(folder, spec, profile=profile, file=file, provenance=provenance)
+        past = growth.reopened(spec, history.read(folder, spec.objective.metric))
         return _session(folder, spec, configurations, past, console)
 
 
@@ -108,7 +122,7 @@ def _existing(folder: Path, spec: StudySpec, console: Console, go_on: bool) -> E
 
 
 def _is_over(folder: Path, spec: StudySpec, past: History) -> bool:
-    known = trials.trials_of(spec, trials.enumerated(spec))
+    known = trials.listed(spec)
     if any(trial.trial_id not in past.endings for trial in known):
         return False
     return spec.search.algorithm != "optuna" or search.is_over(spec, folder / search.JOURNAL)

@@ -61,7 +61,7 @@ def _search(folder: Path, spec: StudySpec, past: History, monitor: Monitor) -> S
             monitor.note("refused", f"{label}: {problem}")
 
         return OptunaSearch(spec, folder / JOURNAL, past.endings, refused)
-    waiting = [t for t in trials.trials_of(spec, trials.enumerated(spec)) if t.trial_id not in past.endings]
+    waiting = [t for t in trials.listed(spec) if t.trial_id not in past.endings]
     for trial in waiting:
         monitor.planned(trial)
     return ListedSearch(waiting)

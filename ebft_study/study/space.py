@@ -27,6 +27,8 @@ def load_study(
     """The study in `path` with a profile applied and `key=value` overrides of fixed run settings; checked."""
     source = str(path)
     spec = _normal(config.parse(StudySpec, config.read_yaml(path), source=source), source)
+    if spec.grown_from:
+        raise ConfigError(f"{source}: grown_from: is written by --extend. Remove it from the study file")
     _check_axes_keys(spec, source)
     spec = _with_profile(spec, profile, source)
     spec = _with_overrides(spec, overrides)
@@ -44,7 +46,7 @@ def from_record(content: Mapping[str, Any], *, source: str) -> StudySpec:
 
 def dump(spec: StudySpec) -> dict[str, Any]:
     """The spec as plain values, as it is written to study.yaml."""
-    return spec.model_dump(mode="json", exclude={"profiles"})
+    return spec.model_dump(mode="json", exclude={"profiles"} | (set() if spec.grown_from else {"grown_from"}))
 
 
 def _normal(spec: StudySpec, source: str) -> StudySpec:

@@ -171,6 +171,34 @@ class Profile(Section):
         return given
 
 
+class Extent(Section):
+    """How large a study was before it was extended."""
+
+    axes: dict[str, Any]
+    seeds: tuple[int, ...]
+    baselines: tuple[str, ...]
+    num_configurations: PositiveInt | None = None
+
+    @classmethod
+    def of(cls, spec: StudySpec) -> Extent:
+        """That of a study as it is now."""
+        return cls(
+            axes=spec.model_dump(mode="json")["axes"],
+            seeds=spec.seeds,
+            baselines=tuple(spec.baselines),
+            num_configurations=spec.search.num_configurations,
+        )
+
+    def applied(self, spec: StudySpec) -> StudySpec:
+        """The study, which has grown since, as it was."""
+        known = spec.model_dump(mode="json", exclude={"profiles", "grown_from"})
+        search = {**known["search"], "num_configurations": self.num_configurations}
+        baselines = {name: known["baselines"][name] for name in self.baselines}
+        return StudySpec.model_validate(
+            {**known, "axes": self.axes, "seeds": self.seeds, "baselines": baselines, "search": search}
+        )
+
+
 class StudySpec(Section):
     """One study. After `load_study`, `run` and `baselines` are nested by section and `profiles` is empty."""
 
@@ -187,6 +215,7 @@ class StudySpec(Section):
     budget: BudgetSpec = BudgetSpec()
     resources: ResourcesSpec = ResourcesSpec()
     profiles: dict[str, Profile] = Field(default_factory=dict)
+    grown_from: tuple[Extent, ...] = Field((), description="what it was before each --extend; not for study files")
 
     @field_validator("axes", mode="before")
     @classmethod

@@ -7,6 +7,7 @@ ordered seed by seed, baselines first, so that a study that ends early holds who
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import random
 from collections.abc import Mapping
@@ -58,6 +59,22 @@ def trials_of(spec: StudySpec, configurations: list[Configuration]) -> list[Tria
     """Trials of `configurations` over all seeds, numbered in the order in which they run."""
     pairs = itertools.product(spec.seeds, configurations)
     return [trial(spec, configuration, seed, number) for number, (seed, configuration) in enumerate(pairs)]
+
+
+def listed(spec: StudySpec) -> list[Trial]:
+    """All trials that are known from the start. Those of a study that has grown keep the numbers they began with."""
+    if not spec.grown_from:
+        return trials_of(spec, enumerated(spec))
+    seen: dict[tuple[str, int], Trial] = {}
+    for stage in (*(extent.applied(spec) for extent in spec.grown_from), spec):
+        for seed, configuration in itertools.product(stage.seeds, enumerated(stage)):
+            key = (_identity(configuration), seed)
+            seen[key] = seen.get(key) or trial(spec, configuration, seed, len(seen))
+    return list(seen.values())
+
+
+def _identity(configuration: Configuration) -> str:
+    return configuration.baseline or json.dumps(configuration.settings, sort_keys=True, default=str)
 
 
 def number_of_trials(spec: StudySpec) -> int:

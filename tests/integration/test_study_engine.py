@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -215,3 +216,22 @@ def test_failures_show_in_the_exit_code_and_nothing_else_is_said_of_them(ordeal:
     for said in ordeal.said.values():
         assert "Traceback" not in said
         assert "raylet" not in said
+
+
+def test_a_finished_study_is_given_more_steps_and_trials(interrupted: Ordeal, tmp_path: Path) -> None:
+    before = interrupted.study.trials()
+    study = Study(tmp_path, workers=0)
+    shutil.copytree(interrupted.study.folder, study.folder)
+    more = CONTENT.replace(f"steps: {STEPS}", f"steps: {STEPS + 2}").replace("baselines:", "baselines:\n  late: {}")
+    (tmp_path / "study.yaml").write_text(f"{more}resources: {{workers_per_trial: 0}}\n")
+    said = study.run("study", "study.yaml", "--extend")
+    after = study.trials()
+    late = "t0005"
+    assert after["status"].to_dict() == {**EXPECTED, late: "finished"}, said
+    # What was stopped or failed stays as it was; what was finished goes on from its last checkpoint.
+    unchanged = after["attempt"] == before["attempt"].reindex(after.index)
+    assert set(after.index[unchanged]) == {REFUSED, EARLY}
+    for trial_id in (BEHIND, GOOD, CRASHES, late):
+        assert study.steps(trial_id) == list(range(STEPS + 3))
+    again = study.metrics().query("trial_id == @GOOD").groupby("attempt")["step"].min()
+    assert again.iloc[-1] == STEPS + 1
