@@ -327,11 +327,13 @@ def _shared_leaves() -> frozenset[str]:
 
 def flatten(config: RunConfig) -> dict[str, Any]:
     """All settings as short name -> value: the hyperparameter columns of the results."""
-    flat: dict[str, Any] = {}
-    for name, value in config:
-        own = {f"{name}.{leaf}": inner for leaf, inner in value} if isinstance(value, Section) else {name: value}
-        flat |= {short_name(path): inner for path, inner in own.items()}
-    return flat
+    return {name: getattr(getattr(config, section) if section else config, leaf) for name, section, leaf in _places()}
+
+
+@functools.cache
+def _places() -> tuple[tuple[str, str, str], ...]:
+    """(short name, section or '', name there) of every setting."""
+    return tuple((short_name(path), path.rpartition(".")[0], path.rpartition(".")[2]) for path in all_keys())
 
 
 # --- reading ---------------------------------------------------------------------------------------------------
