@@ -328,11 +328,13 @@ def _shared_leaves() -> frozenset[str]:
 
 def flatten(config: RunConfig) -> dict[str, Any]:
     """All settings as short name -> value: the hyperparameter columns of the results."""
-    flat: dict[str, Any] = {}
-    for name, value in config:
-        own = {f"{name}.{leaf}": inner for leaf, inner in value} if isinstance(value, Section) else {name: value}
-        flat |= {short_name(path): inner for path, inner in own.items()}
-    return flat
+    return {name: getattr(getattr(config, section) if section else config, leaf) for name, section, leaf in _places()}
+
+
+@functools.cache
+def _places() -> tuple[tuple[str, str, str], ...]:
+    """(short name, section or '', name there) of every setting."""
+    return tuple((short_name(path), path.rpartition(".")[0], path.rpartition(".")[2]) for path in all_keys())
 
 
 # --- reading ---------------------------------------------------------------------------------------------------
@@ -379,7 +381,7 @@ def parse_override(item: str) -> tuple[str, Any]:
     if not separator or not key:
         raise ConfigError(f"command line: {item!r} is not an override. Write key=value, for example alpha=0.5")
     try:
-        return key.strip(), _number(yaml.safe_load(value))
+        return key.strip(), as_number(yaml.safe_load(value))
     except yaml.YAMLError:
         raise ConfigError(f"command line: {item!r}: the value is not valid YAML. Quote it") from None
 
@@ -391,11 +393,11 @@ def nest(settings: dict[str, Any], *, source: str) -> dict[str, Any]:
     for key, value in settings.items():
         if key in sections and isinstance(value, dict):
             for leaf, leaf_value in value.items():
-                set_path(nested, f"{key}.{leaf}", _number(leaf_value))
+                set_path(nested, f"{key}.{leaf}", as_number(leaf_value))
         elif key in sections:
             raise ConfigError(f"{source}: {key}={value!r}: is a section. Write its settings indented below it")
         else:
-            set_path(nested, resolve_key(str(key), source=source), _number(value))
+            set_path(nested, resolve_key(str(key), source=source), as_number(value))
     return nested
 
 
@@ -446,7 +448,7 @@ def _nearest(name: str, candidates: list[str]) -> str:
     return f" Did you mean {close[0]!r}?" if close else f" Known keys: {', '.join(sorted(set(candidates)))}"
 
 
-def _number(value: Any) -> Any:
+def as_number(value: Any) -> Any:
     """YAML 1.1 reads `1e-4` as a string; people mean the number."""
     if isinstance(value, str):
         try:
@@ -455,5 +457,5 @@ def _number(value: Any) -> Any:
             return value
         return number if math.isfinite(number) else value
     if isinstance(value, list):
-        return [_number(item) for item in value]
+        return [as_number(item) for item in value]
     return value

@@ -55,6 +55,23 @@ def test_known_trials_keep_their_numbers_and_new_ones_follow(change: dict[str, A
     assert trials.number_of_trials(grown) == len(after)
 
 
+def test_named_choices_and_conditions_grow_as_well() -> None:
+    small, large = {"n_samples": 2, "steps": 10}, {"n_samples": 8, "steps": 5}
+    choices = {"size": {"choices": {"small": small}}, "alpha": [0.0, 1.0], "gamma": [0.0]}
+    more = {**choices, "size": {"choices": {"large": large, "small": small}}}
+    assert (
+        numbers(spec(axes=choices, run={})).items()
+        <= numbers(extend(spec(axes=choices, run={}), spec(axes=more, run={}))).items()
+    )
+    other = {**choices, "size": {"choices": {"small": large}}}
+    with pytest.raises(ConfigError, match=r"axes.size='small' was run"):
+        extend(spec(axes=choices, run={}), spec(axes=other, run={}))
+    sometimes = {"gamma": [0.0, 0.1], "alpha": {"values": [0.0, 1.0], "when": {"gamma": [0.0]}}}
+    always = {"gamma": [0.0, 0.1], "alpha": [0.0, 1.0]}
+    with pytest.raises(ConfigError, match="was run"):
+        extend(spec(axes=sometimes), spec(axes=always))
+
+
 def test_a_study_grows_again_and_again_and_its_record_says_how() -> None:
     once = extend(spec(), spec(seeds=[0, 1, 2]))
     twice = extend(once, spec(seeds=[0, 1, 2], axes={"alpha": [0.0, 1.0], "gamma": [0.0, 0.1, 0.3]}))

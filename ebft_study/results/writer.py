@@ -2,23 +2,26 @@
 
 A file appears complete or not at all, so killing a writer at any moment loses at most the row being written.
 Names hold trial, attempt, a sequence number and a token of the writer: no two writers ever meet in one file.
-The one exception to immutability is `trials`, whose single file per trial is replaced when the trial's state changes.
+The one exception to immutability is `trials`, whose single file per trial is replaced when the trial's state changes;
+trials that have not started share files (`waiting`).
 """
 
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import os
 import re
 import secrets
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ebft_study.errors import ResultsError
 from ebft_study.results import schema
+from ebft_study.results.waiting import Waiting
 
 if TYPE_CHECKING:
     import pyarrow
@@ -97,6 +100,7 @@ class StudyRecorder:
         self._trials = Path(study_folder) / "results" / "trials"
         self._files = _FileSequence(study_folder, _ONLY_IN_DRIVER, os.getpid())
         self._rows: dict[str, dict[str, Any]] = {}
+        self._waiting = Waiting(self._trials, lambda rows, path: put_in_place(build_table("trials", rows), path))
 
     def trial(self, row: Mapping[str, Any]) -> None:
         """Lay `row` over what is recorded of its trial and put the trial's one file in place.
@@ -110,6 +114,19 @@ class StudyRecorder:
         merged = {**self._recorded(trial_id), **changes, "study": self._study, "updated_at": now()}
         put_in_place(build_table("trials", [merged]), self._file(trial_id))
         self._rows[trial_id] = merged
+        self._waiting.remove(trial_id)
+
+    def trials(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """The same for many trials; those that have not started share files."""
+        waiting = []
+        for row in rows:
+            trial_id = _checked_name(str(row.get("trial_id", "")))
+            if self._file(trial_id).exists():
+                self.trial(row)
+                continue
+            always = {"study": self._study, "updated_at": now()}
+            waiting.append({**self._waiting.get(trial_id), **self._checked(row), **always})
+        self._waiting.put(waiting)
 
     def event(
         self, kind: str, message: str, *, trial_id: str | None = None, attempt: int | None = None, **details: Any
@@ -121,8 +138,7 @@ class StudyRecorder:
     def _checked(self, row: Mapping[str, Any]) -> dict[str, Any]:
         state = {key: value for key, value in row.items() if key != "hyperparameters"}
         settings = dict(row.get("hyperparameters", {}))
-        names = {column.name for column in schema.hyperparameters()}
-        known = {column.name for column in schema.columns("trials")} - names
+        names, known = _trial_columns()
         for key in state:
             if key not in known:
                 raise schema.unknown("trials column", key, known, "Settings go under 'hyperparameters'")
@@ -136,7 +152,7 @@ class StudyRecorder:
     def _recorded(self, trial_id: str) -> dict[str, Any]:
         """What an earlier driver recorded of the trial, when this one continues its study."""
         if trial_id in self._rows or not self._file(trial_id).exists():
-            return self._rows.get(trial_id, {})
+            return self._rows.get(trial_id) or self._waiting.get(trial_id)
         from ebft_study.results import reader
 
         rows: list[dict[str, Any]] = reader.read_file(self._file(trial_id), "trials").to_pylist()
@@ -145,6 +161,13 @@ class StudyRecorder:
 
     def _file(self, trial_id: str) -> Path:
         return self._trials / f"{trial_id}.parquet"
+
+
+@functools.cache
+def _trial_columns() -> tuple[frozenset[str], frozenset[str]]:
+    """Names of settings, and of everything else that `trials` holds."""
+    settings = frozenset(column.name for column in schema.hyperparameters())
+    return settings, frozenset(column.name for column in schema.columns("trials")) - settings
 
 
 def now() -> datetime.datetime:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
-import itertools
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -13,7 +12,7 @@ from ebft_study import config
 from ebft_study.config import RunConfig
 from ebft_study.errors import ConfigError, rule_broken
 from ebft_study.results import METRICS
-from ebft_study.study import trials
+from ebft_study.study import enumeration, trials
 from ebft_study.study.spec import ResourcesSpec, StudySpec
 from ebft_study.study.trials import Configuration
 
@@ -40,30 +39,32 @@ def _to_check(spec: StudySpec) -> Iterator[Configuration]:
     """Everything a grid or random search runs; for Optuna, baselines and the corners of the space."""
     yield from trials.enumerated(spec)
     if spec.search.algorithm == "optuna":
-        corners = itertools.product(*(axis.extremes() for axis in spec.axes.values()))
-        for values in itertools.islice(corners, _MOST_CORNERS):
-            yield trials.on_axes(dict(zip(spec.axes, values, strict=True)))
+        for assignment in enumeration.corners(spec, _MOST_CORNERS):
+            yield trials.on_axes(spec, assignment)
 
 
 def _check_search(spec: StudySpec, source: str) -> None:
     search, number = spec.search, spec.search.num_configurations or 0
     for path, axis in spec.axes.items():
-        if search.algorithm == "grid" and not axis.is_choice:
+        if search.algorithm == "grid" and axis.finite is None:
             raise rule_broken(
                 source=source,
                 key=f"axes.{config.short_name(path)}",
                 given=axis.distribution,
-                rule="a grid needs a list of values, not a distribution",
-                remedy="List the values, or use search.algorithm: random or optuna",
+                rule="a grid needs a list of values or steps, not a continuous range",
+                remedy="List the values, give the range a step, or use search.algorithm: random or optuna",
             )
     if search.algorithm != "grid" and not spec.axes:
         raise ConfigError(f"{source}: axes: a {search.algorithm} search has nothing to choose. Name at least one axis")
-    if search.algorithm == "random" and number > trials.number_of_choices(spec.axes):
+    if enumeration.is_empty(spec):
+        raise ConfigError(f"{source}: exclude: leaves no configuration to run. Exclude less")
+    there = enumeration.number_of_choices(spec) if search.algorithm == "random" else number
+    if number > there:
         raise rule_broken(
             source=source,
             key="search.num_configurations",
             given=number,
-            rule=f"the axes hold only {trials.number_of_choices(spec.axes):.0f} different configurations",
+            rule=f"the axes hold only {there:.0f} different configurations",
             remedy="Use algorithm: grid to run them all, or fewer",
         )
 

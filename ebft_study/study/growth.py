@@ -14,6 +14,7 @@ from ebft_study import config
 from ebft_study.config import RunConfig
 from ebft_study.errors import ConfigError, rule_broken
 from ebft_study.study import record, trials
+from ebft_study.study.axis import Axis
 from ebft_study.study.history import History
 from ebft_study.study.spec import Extent, StudySpec
 
@@ -93,12 +94,15 @@ def _check_extent(old: StudySpec, new: StudySpec, source: str) -> None:
         raise ConfigError(f"{source}: --extend: {lost[0]} was run and is not in the file. Put it back")
 
 
-def _gone(old: Any, new: Any) -> list[Any]:
-    """Values of an axis that another one lacks; a distribution must be the same."""
-    if old.is_choice and new.is_choice:
-        same = old.model_copy(update={"values": new.values}) == new
-        return [value for value in old.values if value not in new.values] if same else list(old.values)
-    return [] if old == new else [old.distribution]
+def _gone(old: Axis, new: Axis) -> list[Any]:
+    """Values of an axis that its new form lacks; a range must be the same."""
+    if not (old.is_choice and new.is_choice):
+        return [] if old == new else [old.distribution]
+    if old.when != new.when:
+        return list(old.finite or ())
+    if old.choices is None:
+        return [value for value in old.values or () if value not in (new.values or ())]
+    return [name for name, settings in old.choices.items() if (new.choices or {}).get(name) != settings]
 
 
 def _check_steps(old: StudySpec, new: StudySpec, runs: Sequence[RunConfig], source: str) -> None:

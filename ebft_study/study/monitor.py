@@ -6,7 +6,7 @@ import datetime
 import math
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ebft_study import config
@@ -29,15 +29,21 @@ class Monitor:
 
     def planned(self, trial: Trial) -> None:
         """A trial is known and waits for its turn."""
+        self._recorder.trial(self._plan(trial))
+
+    def all_planned(self, trials: Iterable[Trial]) -> None:
+        """The same for all that a search knows from the start."""
+        self._recorder.trials(self._plan(trial) for trial in trials)
+
+    def _plan(self, trial: Trial) -> dict[str, Any]:
         state = self._states.setdefault(trial.trial_id, TrialState(trial.trial_id, trial.label))
         state.status, state.total_steps, state.note = "pending", trial.run.total_steps, ""
         state.started_at = state.ended_at = None
-        self._record(
+        return self._row(
             trial.trial_id,
             label=trial.label,
             configuration=trial.configuration.label,
             named_baseline=trial.configuration.baseline,
-            attempt=state.attempt,
             stop_reason=None,
             error=None,
             hyperparameters=config.flatten(trial.run),
@@ -83,12 +89,14 @@ class Monitor:
 
     def interrupted(self, reason: str) -> None:
         """The driver ends before these trials; `resume` continues them."""
-        for state in self._states.values():
-            if state.status in OPEN:
-                running = state.status == "running"
-                state.status, state.note = "interrupted", reason
-                state.ended_at = time.time() if running else state.ended_at
-                self._record(state.trial_id, stop_reason=reason, **(self._numbers(state, {}) if running else {}))
+        open_states = [state for state in self._states.values() if state.status in OPEN]
+        self._recorder.trials([self._interrupted(state, reason) for state in open_states])
+
+    def _interrupted(self, state: TrialState, reason: str) -> dict[str, Any]:
+        running = state.status == "running"
+        state.status, state.note = "interrupted", reason
+        state.ended_at = time.time() if running else state.ended_at
+        return self._row(state.trial_id, stop_reason=reason, **(self._numbers(state, {}) if running else {}))
 
     def note(self, kind: str, message: str) -> None:
         """Something that concerns the study as a whole."""
@@ -115,8 +123,11 @@ class Monitor:
         return columns
 
     def _record(self, trial_id: str, **columns: Any) -> None:
+        self._recorder.trial(self._row(trial_id, **columns))
+
+    def _row(self, trial_id: str, **columns: Any) -> dict[str, Any]:
         state = self._states[trial_id]
-        self._recorder.trial({"trial_id": trial_id, "status": state.status, "attempt": state.attempt, **columns})
+        return {"trial_id": trial_id, "status": state.status, "attempt": state.attempt, **columns}
 
     def _changed(self, state: TrialState, what: str) -> None:
         if self.display:

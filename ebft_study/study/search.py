@@ -18,16 +18,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from ebft_study.errors import ConfigError
-from ebft_study.study import trials
-from ebft_study.study.spec import Axis, SearchSpec, StudySpec
+from ebft_study.study import enumeration, trials
+from ebft_study.study.axis import Axis
+from ebft_study.study.enumeration import Assignment
+from ebft_study.study.spec import SearchSpec, StudySpec
 from ebft_study.study.trials import Trial
 
 if TYPE_CHECKING:
     import optuna
     from optuna.samplers import BaseSampler
+    from optuna.trial import FrozenTrial
 
 JOURNAL = "optuna.journal"
-
+_MOST_EXCLUDED = 10  # suggestions in a row
 
 EARLY_STOP = "early stop"
 """How the `stop_reason` begins of a trial that the scheduler stopped; others stopped by themselves."""
@@ -103,17 +106,56 @@ class OptunaSearch:
         baselines = trials.trials_of(spec, trials.baselines(spec))
         self._first = len(baselines)
         self._waiting = deque(trial for trial in baselines if trial.trial_id not in endings)
+        self._excluded: set[int] = set()
         for frozen in self._study.get_trials(deepcopy=False):
-            if set(frozen.params) != set(spec.axes):  # the driver was killed while asking
-                self._tell(frozen.number, [Ending("failed")])
-            elif not frozen.state.is_finished():
-                self._open(frozen.number, frozen.params)
+            self._take_over(frozen)
+
+    def _take_over(self, frozen: FrozenTrial) -> None:
+        """A configuration that an earlier session asked for."""
+        assignment = _assignment(self._spec, frozen.params)
+        if assignment is None:  # the driver was killed while asking
+            self._tell(frozen.number, [Ending("failed")])
+        elif enumeration.is_excluded(self._spec, assignment):
+            self._exclude(frozen.number)
+        elif not frozen.state.is_finished():
+            self._open(frozen.number, assignment)
 
     def next(self) -> Trial | None:
         while not self._waiting and not self._all_asked():
-            asked = self._study.ask(_distributions(self._spec))
-            self._open(asked.number, asked.params)
+            number, assignment = self._ask()
+            self._open(number, assignment)
         return self._waiting.popleft() if self._waiting else None
+
+    def _ask(self) -> tuple[int, Assignment]:
+        """What Optuna suggests; after some excluded suggestions in a row, a draw by chance in its name."""
+        for _ in range(_MOST_EXCLUDED):
+            asked = self._study.ask()
+            assignment = _suggested(self._spec, asked)
+            if not enumeration.is_excluded(self._spec, assignment):
+                return asked.number, assignment
+            self._exclude(asked.number)
+        return self._draw()
+
+    def _draw(self) -> tuple[int, Assignment]:
+        """Some samplers suggest the same for ever when nothing comes of it."""
+        number, usual = len(self._study.get_trials(deepcopy=False)), self._study.sampler
+        drawn = enumeration.another(self._spec, random.Random(f"{self._spec.search.search_seed}-{number}"))
+        if drawn is None:
+            raise ConfigError(f"{self._spec.study}: exclude: leaves nothing that a search can find. Exclude less")
+        try:
+            self._study.sampler = _fixed({key: _key(value) for key, value in drawn.items()}, usual)
+            asked = self._study.ask()
+            return asked.number, _suggested(self._spec, asked)
+        finally:
+            self._study.sampler = usual
+
+    def _exclude(self, number: int) -> None:
+        """Not run, and none of those to try. Optuna keeps away from trials that were pruned without a value."""
+        from optuna.trial import TrialState
+
+        self._excluded.add(number)
+        if not self._study.get_trials(deepcopy=False)[number].state.is_finished():
+            self._study.tell(number, state=TrialState.PRUNED)
 
     def ended(self, trial_id: str, ending: Ending) -> None:
         self._endings[trial_id] = ending
@@ -125,15 +167,16 @@ class OptunaSearch:
         return not self._waiting and self._all_asked()
 
     def _all_asked(self) -> bool:
-        return len(self._study.get_trials(deepcopy=False)) >= (self._spec.search.num_configurations or 0)
+        asked = len(self._study.get_trials(deepcopy=False)) - len(self._excluded)
+        return asked >= (self._spec.search.num_configurations or 0)
 
     def _ids(self, number: int) -> list[str]:
         seeds = len(self._spec.seeds)
         return [f"t{self._first + number * seeds + index:04d}" for index in range(seeds)]
 
-    def _open(self, number: int, params: Mapping[str, Any]) -> None:
+    def _open(self, number: int, assignment: Assignment) -> None:
         """Queue the trials of a configuration, except those that have ended already."""
-        configuration = trials.on_axes({path: _value(self._spec.axes[path], params[path]) for path in self._spec.axes})
+        configuration = trials.on_axes(self._spec, assignment)
         try:
             for seed, trial_id in zip(self._spec.seeds, self._ids(number), strict=True):
                 self._of_trial[trial_id] = number
@@ -173,7 +216,9 @@ def is_over(spec: StudySpec, journal: Path) -> bool:
     if not journal.exists():
         return False
     asked = _load_study(spec, journal).get_trials(deepcopy=False)
-    return len(asked) >= (spec.search.num_configurations or 0) and all(frozen.state.is_finished() for frozen in asked)
+    assignments = [_assignment(spec, frozen.params) for frozen in asked]
+    run = sum(assignment is None or not enumeration.is_excluded(spec, assignment) for assignment in assignments)
+    return run >= (spec.search.num_configurations or 0) and all(frozen.state.is_finished() for frozen in asked)
 
 
 def _load_study(spec: StudySpec, journal: Path) -> optuna.Study:
@@ -207,7 +252,7 @@ def _sampler(search: SearchSpec, seed: int) -> BaseSampler:
     if search.sampler == "random":
         return samplers.RandomSampler(seed=seed)
     if search.sampler == "gp":
-        return samplers.GPSampler(seed=seed)
+        return samplers.GPSampler(seed=seed, warn_independent_sampling=False)
     if search.sampler == "qmc":
         with warnings.catch_warnings():
             # Optuna calls it experimental since version 3.
@@ -221,6 +266,16 @@ def _sampler(search: SearchSpec, seed: int) -> BaseSampler:
     return samplers.TPESampler(seed=seed, constant_liar=True)
 
 
+def _fixed(params: dict[str, Any], sampler: BaseSampler) -> BaseSampler:
+    """A sampler that suggests exactly this."""
+    from optuna.exceptions import ExperimentalWarning
+    from optuna.samplers import PartialFixedSampler
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        return PartialFixedSampler(params, sampler)
+
+
 def mend_journal(journal: Path) -> None:
     """Undo what a killed writer leaves behind: half a last line, and its lock. Only for the study's one driver."""
     Path(f"{journal}.lock").unlink(missing_ok=True)
@@ -231,19 +286,33 @@ def mend_journal(journal: Path) -> None:
         file.truncate(content.rfind(b"\n") + 1)
 
 
-def _distributions(spec: StudySpec) -> dict[str, Any]:
-    return {path: _distribution(axis) for path, axis in spec.axes.items()}
+def _suggested(spec: StudySpec, asked: optuna.Trial) -> Assignment:
+    """Axis by axis, in the order of the study file: whether one exists depends on those before it."""
+    assignment: Assignment = {}
+    for key, axis in spec.axes.items():
+        if enumeration.exists(axis, assignment):
+            assignment[key] = _value(axis, _suggest(key, axis, asked))
+    return assignment
 
 
-def _distribution(axis: Axis) -> Any:
-    from optuna import distributions
-
+def _suggest(key: str, axis: Axis, asked: optuna.Trial) -> Any:
     if axis.is_choice:
-        return distributions.CategoricalDistribution([_key(value) for value in axis.values or ()])
+        return asked.suggest_categorical(key, [_key(value) for value in axis.finite or ()])
     low, high = float(axis.low or 0.0), float(axis.high or 0.0)
-    if axis.distribution == "integer":
-        return distributions.IntDistribution(int(low), int(high))
-    return distributions.FloatDistribution(low, high, log=axis.distribution == "log_uniform")
+    if axis.is_integer:
+        return asked.suggest_int(key, int(low), int(high), step=int(axis.step or 1), log=axis.is_log)
+    return asked.suggest_float(key, low, high, step=axis.step, log=axis.is_log)
+
+
+def _assignment(spec: StudySpec, params: Mapping[str, Any]) -> Assignment | None:
+    """What a trial on record was asked for; None if it lacks an axis, or has one that does not exist in it."""
+    assignment: Assignment = {}
+    for key, axis in spec.axes.items():
+        if enumeration.exists(axis, assignment):
+            if key not in params:
+                return None
+            assignment[key] = _value(axis, params[key])
+    return assignment if set(assignment) == set(params) else None
 
 
 def _key(value: Any) -> Any:
@@ -253,7 +322,5 @@ def _key(value: Any) -> Any:
 
 def _value(axis: Axis, stored: Any) -> Any:
     if axis.is_choice:
-        return next(value for value in axis.values or () if _key(value) == stored)
-    if axis.distribution == "integer":
-        return int(stored)
-    return trials.rounded(stored, float(axis.low or 0.0), float(axis.high or 0.0))
+        return next(value for value in axis.finite or () if _key(value) == stored)
+    return int(stored) if axis.is_integer else axis.readable(stored)

@@ -62,8 +62,7 @@ def _search(folder: Path, spec: StudySpec, past: History, monitor: Monitor) -> S
 
         return OptunaSearch(spec, folder / JOURNAL, past.endings, refused)
     waiting = [t for t in trials.listed(spec) if t.trial_id not in past.endings]
-    for trial in waiting:
-        monitor.planned(trial)
+    monitor.all_planned(waiting)
     return ListedSearch(waiting)
 
 

@@ -12,13 +12,10 @@ from typing import Any
 
 from ebft_study import config
 from ebft_study.errors import ConfigError, rule_broken
-from ebft_study.study import checks
-from ebft_study.study.spec import Axis, Profile, StudySpec, paths
+from ebft_study.study import checks, normal
+from ebft_study.study.spec import Profile, StudySpec, paths
 
 __all__ = ["StudySpec", "dump", "from_record", "load_study"]
-
-# Identity of a run rather than a setting to study; seeds have their own key.
-NEVER_AN_AXIS = {"name": "Each trial is named by its identifier", "seed": "List the seeds under 'seeds'"}
 
 
 def load_study(
@@ -29,8 +26,10 @@ def load_study(
     spec = _normal(config.parse(StudySpec, config.read_yaml(path), source=source), source)
     if spec.grown_from:
         raise ConfigError(f"{source}: grown_from: is written by --extend. Remove it from the study file")
-    _check_axes_keys(spec, source)
+    _check_keys(spec, source)
     spec = _with_profile(spec, profile, source)
+    _check_keys(spec, source)
+    normal.check(spec.axes, spec.linked, source)
     spec = _with_overrides(spec, overrides)
     if name is not None:
         spec = config.parse(StudySpec, {**dump(spec), "study": name}, source="command line")
@@ -51,16 +50,13 @@ def dump(spec: StudySpec) -> dict[str, Any]:
 
 def _normal(spec: StudySpec, source: str) -> StudySpec:
     """Run settings nested by section, axes under their dotted paths, numbers as numbers."""
-    axes: dict[str, Axis] = {}
-    for key, axis in spec.axes.items():
-        path = config.resolve_key(key, source=f"{source}: axes")
-        if path in axes:
-            raise rule_broken(source=source, key="axes", given=key, rule="is listed twice", remedy="Keep one")
-        axes[path] = axis.model_copy(update={"values": _numbers(path, axis.values)})
+    axes = normal.axes(spec.axes, source)
     return spec.model_copy(
         update={
             "run": config.nest(spec.run, source=f"{source}: run"),
             "axes": axes,
+            "linked": normal.linked(spec.linked, source),
+            "exclude": normal.exclusions(spec.exclude, axes, source),
             "baselines": {
                 name: config.nest(settings, source=f"{source}: baselines.{name}")
                 for name, settings in spec.baselines.items()
@@ -69,26 +65,19 @@ def _normal(spec: StudySpec, source: str) -> StudySpec:
     )
 
 
-def _numbers(path: str, values: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
-    if values is None:
-        return None
-    return tuple(paths(config.nest({path: value}, source=path)).get(path, value) for value in values)
-
-
-def _check_axes_keys(spec: StudySpec, source: str) -> None:
+def _check_keys(spec: StudySpec, source: str) -> None:
     fixed = paths(spec.run)
-    for path in spec.axes:
-        if path in NEVER_AN_AXIS:
-            raise ConfigError(f"{source}: axes.{path}: cannot be an axis. {NEVER_AN_AXIS[path]}")
+    taken = dict.fromkeys(normal.always_set(spec.axes), "varied under axes")
+    for path, where in {**dict.fromkeys(spec.linked, "follows others under linked"), **taken}.items():
         if path in fixed:
             raise rule_broken(
                 source=source,
                 key=f"run.{config.short_name(path)}",
                 given=fixed[path],
-                rule="is fixed here and varied under axes",
+                rule=f"is fixed here and {where}",
                 remedy="Keep one of the two",
             )
-    for path, remedy in NEVER_AN_AXIS.items():
+    for path, remedy in normal.NEVER_AN_AXIS.items():
         for where, settings in {"run": spec.run, **spec.baselines}.items():
             if path in settings:
                 raise ConfigError(f"{source}: {where}: {path}={settings[path]!r}: is set by the study. {remedy}")
@@ -103,8 +92,29 @@ def _with_profile(spec: StudySpec, profile: str | None, source: str) -> StudySpe
         known = ", ".join(spec.profiles) or "none"
         raise ConfigError(f"{source}: profile={profile!r}: the file has no such profile. Known profiles: {known}")
     chosen = _nested_profile(spec, profile, source)
-    merged = config.merge(dump(spec), chosen.model_dump())
+    sizes = {key: value for key, value in chosen.model_dump().items() if key != "choices"}
+    merged = config.merge(dump(spec), sizes)
+    for axis, choices in chosen.choices.items():
+        merged["axes"][axis] = config.merge(merged["axes"][axis], {"choices": choices})
     return _normal(config.parse(StudySpec, merged, source=f"{source}: profiles.{profile}"), source)
+
+
+def _profile_choices(spec: StudySpec, chosen: Profile, where: str) -> dict[str, dict[str, dict[str, Any]]]:
+    """What the choices of axes stand for in a profile; which choices there are is part of what is studied."""
+    found = {}
+    for axis, choices in chosen.choices.items():
+        there = spec.axes[axis].choices if axis in spec.axes else None
+        if there is None:
+            known = ", ".join(name for name, a in spec.axes.items() if a.choices is not None) or "none"
+            raise ConfigError(f"{where}: choices.{axis}: is no axis of choices. The study's are: {known}")
+        for choice in choices:
+            if choice not in there:
+                raise ConfigError(f"{where}: choices.{axis}.{choice}: is no choice of it. It has: {', '.join(there)}")
+        found[axis] = {
+            choice: normal.choice_settings(settings, f"{where}: choices.{axis}.{choice}")
+            for choice, settings in choices.items()
+        }
+    return found
 
 
 def _nested_profile(spec: StudySpec, name: str, source: str) -> Profile:
@@ -120,7 +130,8 @@ def _nested_profile(spec: StudySpec, name: str, source: str) -> Profile:
     for settings in (run, *baselines.values()):
         for path in paths(settings):
             _refuse_studied(spec, path, where, "a profile changes model, sizes and resources")
-    return chosen.model_copy(update={"run": run, "baselines": baselines})
+    choices = _profile_choices(spec, chosen, where)
+    return chosen.model_copy(update={"run": run, "baselines": baselines, "choices": choices})
 
 
 def _with_overrides(spec: StudySpec, overrides: Sequence[str]) -> StudySpec:
@@ -137,9 +148,11 @@ def _with_overrides(spec: StudySpec, overrides: Sequence[str]) -> StudySpec:
 
 def _refuse_studied(spec: StudySpec, path: str, source: str, rule: str) -> None:
     """Profiles and overrides leave alone what the study is about."""
-    if path in spec.axes:
+    if any(path in normal.settings_of(name, axis) for name, axis in spec.axes.items()):
         what = "an axis of the study"
-    elif path in ("method", *NEVER_AN_AXIS):
+    elif path in spec.linked:
+        what = "linked to others"
+    elif path in ("method", *normal.NEVER_AN_AXIS):
         what = "part of what is studied"
     else:
         return

@@ -8,47 +8,22 @@ from typing import Any, Literal
 from pydantic import Field, PositiveFloat, PositiveInt, field_serializer, field_validator, model_validator
 
 from ebft_study.config import RunConfig, Section
+from ebft_study.study.axis import Axis, as_axis
+from ebft_study.study.links import Link
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
-NEVER_IN_A_PROFILE = ("study", "question", "axes", "seeds", "search", "stopping", "objective", "method")
-
-
-class Axis(Section):
-    """The values that one setting takes: a list of choices, or a distribution to draw from."""
-
-    distribution: Literal["choice", "uniform", "log_uniform", "integer"]
-    values: tuple[Any, ...] | None = None
-    low: float | None = None
-    high: float | None = None
-
-    @model_validator(mode="after")
-    def _complete(self) -> Axis:
-        if self.distribution == "choice":
-            if not self.values:
-                raise ValueError("lists no values. List at least one")
-            if any(value in self.values[:index] for index, value in enumerate(self.values)):
-                raise ValueError(f"lists a value twice: {list(self.values)}. List each value once")
-            return self
-        if self.values is not None or self.low is None or self.high is None:
-            raise ValueError(f"a {self.distribution} distribution has low and high. Give both, and no values")
-        if not self.low < self.high:
-            raise ValueError(f"low must lie below high, but got low={self.low:g}, high={self.high:g}. Swap them")
-        if self.distribution == "log_uniform" and self.low <= 0:
-            raise ValueError(f"log_uniform needs low > 0, but got {self.low:g}. Use uniform or a positive low")
-        if self.distribution == "integer" and not (self.low.is_integer() and self.high.is_integer()):
-            raise ValueError("an integer distribution has whole numbers as low and high. Use uniform for fractions")
-        return self
-
-    @property
-    def is_choice(self) -> bool:
-        return self.distribution == "choice"
-
-    def extremes(self) -> tuple[Any, ...]:
-        """All choices, or both ends of a distribution: where rules between settings break first."""
-        if self.is_choice:
-            return self.values or ()
-        ends = (self.low, self.high)
-        return tuple(int(end) for end in ends if end is not None) if self.distribution == "integer" else ends
+NEVER_IN_A_PROFILE = (
+    "study",
+    "question",
+    "axes",
+    "linked",
+    "exclude",
+    "seeds",
+    "search",
+    "stopping",
+    "objective",
+    "method",
+)
 
 
 class SearchSpec(Section):
@@ -157,6 +132,9 @@ class Profile(Section):
     """What differs on one kind of machine."""
 
     run: dict[str, Any] = Field(default_factory=dict)
+    choices: dict[str, dict[str, dict[str, Any]]] = Field(
+        default_factory=dict, description="axis -> choice -> what it stands for here"
+    )
     baselines: dict[str, dict[str, Any]] = Field(default_factory=dict, description="further settings of baselines")
     scheduler: dict[str, Any] = Field(default_factory=dict)
     budget: dict[str, Any] = Field(default_factory=dict)
@@ -206,6 +184,8 @@ class StudySpec(Section):
     question: str = Field(min_length=1)
     run: dict[str, Any] = Field(default_factory=dict)
     axes: dict[str, Axis] = Field(default_factory=dict)
+    linked: dict[str, Link] = Field(default_factory=dict, description="setting -> how it follows from others")
+    exclude: tuple[dict[str, tuple[Any, ...]], ...] = Field((), description="what is not run: all of one must match")
     seeds: tuple[int, ...] = Field((0,), min_length=1)
     baselines: dict[str, dict[str, Any]] = Field(default_factory=dict)
     search: SearchSpec = SearchSpec()
@@ -222,14 +202,25 @@ class StudySpec(Section):
     def _lists_are_choices(cls, axes: Any) -> Any:
         if not isinstance(axes, Mapping):
             return axes
-        return {key: _as_axis(str(key), given) for key, given in axes.items()}
+        return {str(key): as_axis(str(key), given) for key, given in axes.items()}
+
+    @field_validator("exclude", mode="before")
+    @classmethod
+    def _one_value_is_a_list(cls, exclude: Any) -> Any:
+        if not isinstance(exclude, list | tuple) or not all(isinstance(given, Mapping) and given for given in exclude):
+            raise ValueError("is a list of mappings. Write - {axis: value, other_axis: [first, second]}")
+        return [
+            {str(key): value if isinstance(value, list | tuple) else (value,) for key, value in given.items()}
+            for given in exclude
+        ]
 
     @field_serializer("axes")
     def _choices_are_lists(self, axes: dict[str, Axis]) -> dict[str, Any]:
-        return {
-            key: list(axis.values or ()) if axis.is_choice else axis.model_dump(exclude_none=True)
-            for key, axis in axes.items()
-        }
+        return {key: axis.plain() for key, axis in axes.items()}
+
+    @field_serializer("linked")
+    def _one_form(self, linked: dict[str, Link]) -> dict[str, Any]:
+        return {key: link.model_dump(mode="json", exclude_none=True) for key, link in linked.items()}
 
     @field_validator("seeds")
     @classmethod
@@ -247,16 +238,6 @@ class StudySpec(Section):
             if not name.replace("-", "").replace("_", "").isalnum():
                 raise ValueError(f"{name!r} is not a name. Use letters, digits, '-' and '_'")
         return baselines
-
-
-def _as_axis(key: str, given: Any) -> dict[str, Any]:
-    if isinstance(given, list | tuple):
-        return {"distribution": "choice", "values": given}
-    if isinstance(given, Mapping):
-        if given.get("distribution") == "grid" or "grid" in given or "grid_search" in given:
-            raise ValueError(f"{key}: a grid is a plain list. Write {key}: [first, second], with algorithm: grid")
-        return dict(given)
-    raise ValueError(f"{key}={given!r}: is one value. Fix it under 'run', or list several")
 
 
 def paths(settings: Mapping[str, Any]) -> dict[str, Any]:

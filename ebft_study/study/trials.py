@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
-import random
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ebft_study import config
 from ebft_study.config import RunConfig
-from ebft_study.study.spec import Axis, StudySpec, paths
+from ebft_study.study import enumeration, links
+from ebft_study.study.spec import StudySpec, paths
 
 Settings = dict[str, Any]  # dotted path -> value
-_DIGITS = 6  # of drawn values: enough to search, short enough to read
 
 
 @dataclass(frozen=True)
@@ -51,8 +48,13 @@ def baselines(spec: StudySpec) -> list[Configuration]:
 
 def enumerated(spec: StudySpec) -> list[Configuration]:
     """All configurations of a grid or random search, baselines first; of an Optuna search only the baselines."""
-    chosen: dict[str, Any] = {"grid": _grid, "random": _random, "optuna": lambda _: []}
-    return [*baselines(spec), *map(on_axes, chosen[spec.search.algorithm](spec))]
+    if spec.search.algorithm == "optuna" or (not spec.axes and spec.baselines):
+        return baselines(spec)
+    if spec.search.algorithm == "random":
+        chosen = enumeration.draws(spec, spec.search.num_configurations or 0)
+    else:
+        chosen = enumeration.grid(spec)
+    return [*baselines(spec), *(on_axes(spec, assignment) for assignment in chosen)]
 
 
 def trials_of(spec: StudySpec, configurations: list[Configuration]) -> list[Trial]:
@@ -98,13 +100,14 @@ def build(
         config.set_path(change, path, value)
         settings = config.merge(settings, change)
     where = f"{source or spec.study}: {configuration.label}"
+    settings = links.follow(spec.linked, settings, given=configuration.settings, source=where)
     return config.build_run(settings, source=where)
 
 
-def on_axes(settings: Settings) -> Configuration:
-    """A configuration labelled by its settings: `alpha=0.5 gamma=0.1`."""
-    parts = (f"{config.short_name(path)}={spell(value)}" for path, value in settings.items())
-    return Configuration(" ".join(parts) or "only", dict(settings))
+def on_axes(spec: StudySpec, assignment: Settings) -> Configuration:
+    """A configuration labelled by the values of its axes: `alpha=0.5 size=small`."""
+    parts = (f"{config.short_name(key)}={spell(value)}" for key, value in assignment.items())
+    return Configuration(" ".join(parts) or "only", enumeration.settings(spec, assignment))
 
 
 def spell(value: Any) -> str:
@@ -114,51 +117,3 @@ def spell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     return "null" if value is None else str(value)
-
-
-def _grid(spec: StudySpec) -> list[Settings]:
-    """Every combination, the last axis varying fastest."""
-    if not spec.axes:
-        return [] if spec.baselines else [{}]
-    combinations = itertools.product(*(axis.values or () for axis in spec.axes.values()))
-    return [dict(zip(spec.axes, values, strict=True)) for values in combinations]
-
-
-def _random(spec: StudySpec) -> list[Settings]:
-    """`num_configurations` different draws; the first k of them do not depend on how many follow."""
-    generator = random.Random(spec.search.search_seed)
-    drawn: list[Settings] = []
-    while len(drawn) < (spec.search.num_configurations or 0):
-        settings = {path: _draw(axis, generator) for path, axis in spec.axes.items()}
-        if settings not in drawn:
-            drawn.append(settings)
-    return drawn
-
-
-def _draw(axis: Axis, generator: random.Random) -> Any:
-    if axis.is_choice:
-        return generator.choice(axis.values or ())
-    low, high = float(axis.low or 0.0), float(axis.high or 0.0)
-    if axis.distribution == "integer":
-        return generator.randint(int(low), int(high))
-    if axis.distribution == "uniform":
-        return rounded(generator.uniform(low, high), low, high)
-    return rounded(math.exp(generator.uniform(math.log(low), math.log(high))), low, high)
-
-
-def rounded(value: float, low: float, high: float) -> float:
-    """`value` to a readable number of digits, still within its range."""
-    return min(max(float(f"{value:.{_DIGITS}g}"), low), high)
-
-
-def number_of_choices(axes: Mapping[str, Axis]) -> float:
-    """How many different configurations the axes hold; infinite with a continuous distribution."""
-    return math.prod(_size(axis) for axis in axes.values())
-
-
-def _size(axis: Axis) -> float:
-    if axis.is_choice:
-        return len(axis.values or ())
-    if axis.distribution == "integer":
-        return (axis.high or 0) - (axis.low or 0) + 1
-    return math.inf
