@@ -101,7 +101,7 @@ def _with_profile(spec: StudySpec, profile: str | None, source: str) -> StudySpe
         known = ", ".join(spec.profiles) or "none"
         raise ConfigError(f"{source}: profile={profile!r}: the file has no such profile. Known profiles: {known}")
     chosen = _nested_profile(spec, profile, source)
-    merged = config.merge(dump(spec), chosen.model_dump())
+    merged = config.merge({**dump(spec), "scheduler": spec.scheduler.given()}, chosen.model_dump())
     return _normal(config.parse(StudySpec, merged, source=f"{source}: profiles.{profile}"), source)
 
 
