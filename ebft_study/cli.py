@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ebft_study.errors import EbftError
+from ebft_study.errors import ConfigError, EbftError
 
 if TYPE_CHECKING:
     from ebft_study.study.runner import Ended
@@ -40,12 +40,25 @@ def study(
     profile: Annotated[str | None, typer.Option(help="Which of the file's profiles: cpu, gpu, ...")] = None,
     name: Annotated[str | None, typer.Option(help="Run it under another name.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Start it, or continue it where it stopped.")] = False,
+    what_if: Annotated[
+        bool, typer.Option("--what-if", help="Say what early stopping would have done to the finished study.")
+    ] = False,
     storage: Storage = STUDIES,
 ) -> None:
     """Run a study: one trial per configuration and seed.
 
     [dim]ebft-study study search_spaces/alpha_gamma.yaml --profile cpu steps=40[/dim]
+
+    [dim]ebft-study study search_spaces/alpha_gamma.yaml --what-if scheduler.kind=asha[/dim]
     """
+    if what_if:
+        from ebft_study.study import what_if_command
+
+        if resume:
+            raise ConfigError("command line: --resume: a what-if runs nothing. Drop it, or --what-if")
+        asked = what_if_command.what_if(file, profile=profile, overrides=overrides or [], name=name, storage=storage)
+        what_if_command.show(*asked, Console())
+        return
     from ebft_study.study import runner, space
 
     spec = space.load_study(file, profile, overrides or [], name=name)

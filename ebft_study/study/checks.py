@@ -24,7 +24,7 @@ _MOST_CORNERS = 256
 def check(spec: StudySpec, source: str) -> list[RunConfig]:
     """Refuse a study that cannot run as a whole; returns the run of each configuration checked, at the first seed."""
     _check_search(spec, source)
-    _check_objective(spec, source)
+    check_objective(spec, source)
     checked = []
     for configuration in _to_check(spec):
         run = trials.build(spec, configuration, seed=spec.seeds[0], source=source)
@@ -68,7 +68,8 @@ def _check_search(spec: StudySpec, source: str) -> None:
         )
 
 
-def _check_objective(spec: StudySpec, source: str) -> None:
+def check_objective(spec: StudySpec, source: str) -> None:
+    """The objective must be a metric that trials report, and its mode the better side of it."""
     metric, mode = spec.objective.metric, spec.objective.mode
     if metric not in OBJECTIVES:
         close = difflib.get_close_matches(metric, OBJECTIVES, n=1, cutoff=0.5)

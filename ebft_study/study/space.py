@@ -25,15 +25,19 @@ def load_study(
     path: Path, profile: str | None = None, overrides: Sequence[str] = (), *, name: str | None = None
 ) -> StudySpec:
     """The study in `path` with a profile applied and `key=value` overrides of fixed run settings; checked."""
+    spec = with_overrides(read_study(path, profile), overrides)
+    if name is not None:
+        spec = config.parse(StudySpec, {**dump(spec), "study": name}, source="command line")
+    checks.check(spec, str(path))
+    return spec
+
+
+def read_study(path: Path, profile: str | None = None) -> StudySpec:
+    """The study in `path` with a profile applied, before it is checked as a whole."""
     source = str(path)
     spec = _normal(config.parse(StudySpec, config.read_yaml(path), source=source), source)
     _check_axes_keys(spec, source)
-    spec = _with_profile(spec, profile, source)
-    spec = _with_overrides(spec, overrides)
-    if name is not None:
-        spec = config.parse(StudySpec, {**dump(spec), "study": name}, source="command line")
-    checks.check(spec, source)
-    return spec
+    return _with_profile(spec, profile, source)
 
 
 def from_record(content: Mapping[str, Any], *, source: str) -> StudySpec:
@@ -121,7 +125,8 @@ def _nested_profile(spec: StudySpec, name: str, source: str) -> Profile:
     return chosen.model_copy(update={"run": run, "baselines": baselines})
 
 
-def _with_overrides(spec: StudySpec, overrides: Sequence[str]) -> StudySpec:
+def with_overrides(spec: StudySpec, overrides: Sequence[str]) -> StudySpec:
+    """The study with `key=value` laid over its fixed run settings."""
     run = spec.run
     for item in overrides:
         key, value = config.parse_override(item)
