@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ebft_study.errors import EbftError
+from ebft_study.errors import ConfigError, EbftError
 
 if TYPE_CHECKING:
     from ebft_study.study.runner import Ended
@@ -43,16 +43,31 @@ def study(
     extend: Annotated[
         bool, typer.Option("--extend", help="The file has grown (values, seeds, baselines, steps): run what is new.")
     ] = False,
+    what_if: Annotated[
+        bool, typer.Option("--what-if", help="Say what early stopping would have done to the finished study.")
+    ] = False,
     storage: Storage = STUDIES,
 ) -> None:
     """Run a study: one trial per configuration and seed.
 
     [dim]ebft-study study search_spaces/alpha_gamma.yaml --profile cpu steps=40[/dim]
+
+    [dim]ebft-study study search_spaces/alpha_gamma.yaml --what-if scheduler.kind=asha[/dim]
     """
+    if what_if:
+        from ebft_study.study import what_if_command
+
+        if resume or extend:
+            raise ConfigError("command line: --what-if: runs nothing. Drop it, or --resume and --extend")
+        asked = what_if_command.what_if(file, profile=profile, overrides=overrides or [], name=name, storage=storage)
+        what_if_command.show(*asked, Console())
+        return
     from ebft_study.study import runner, space
 
     spec = space.load_study(file, profile, overrides or [], name=name)
     console = Console()
+    if extend and resume:
+        raise ConfigError("command line: --extend: changes a study and continues it. Drop --resume")
     if extend:
         _finish(runner.extend(spec, file=file, profile=profile, storage=storage, console=console), console)
     _finish(runner.run(spec, file=file, profile=profile, storage=storage, console=console, go_on=resume), console)

@@ -148,11 +148,11 @@ def test_rules_for_single_trials_and_trials_without_workers_are_told(tmp_path: P
     folder = write_study(tmp_path / "s", effects=SMALL)
     spec = yaml.safe_load((folder / "study.yaml").read_text())
     spec["resources"]["workers_per_trial"] = 0
-    spec["scheduler"] = {"kind": "none"}
+    spec["scheduler"] = {"kind": "median", "grace_period_steps": 20, "min_samples_required": 3}
     spec["stopping"] = {"divergence": {"margin": 0.05, "evaluations": 3}, "collapse": None}
     (folder / "study.yaml").write_text(yaml.safe_dump(spec, sort_keys=False))
     text = Page(write_report(folder)).text
-    assert "Early stopping divergence (margin 0.05, evaluations 3)" in text
+    assert "Early stopping median (grace_period_steps 20, min_samples_required 3) and divergence (margin" in text
     assert "CPU hours (2 CPU per trial)" in text
 
 

@@ -229,3 +229,11 @@ def test_status_of_a_running_study(existing: Path) -> None:
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert "1 of 2 trials finished, 1 running" in shown
     assert "not running" not in shown
+
+
+def test_status_says_what_early_stops_saved(existing: Path) -> None:
+    early = {"trial_id": "t0001", "status": "stopped", "steps_saved": 3, "seconds_saved": 90.0}
+    results.StudyRecorder(existing, study="s").trial(early)
+    console = quiet()
+    status.show(existing, console)
+    assert "early stopping saved 3 of 8 steps (about 1 min 30 s of trials)" in console.file.getvalue()  # type: ignore[attr-defined]

@@ -262,3 +262,35 @@ def test_trials_that_a_search_has_yet_to_choose_count() -> None:
 @pytest.mark.parametrize(("seconds", "spelt"), [(None, ""), (7.2, "7 s"), (240, "4 min"), (9000, "2.5 h")])
 def test_durations_are_readable(seconds: float | None, spelt: str) -> None:
     assert progress.duration(seconds) == spelt
+
+
+def test_an_early_stop_says_what_it_saved_at_the_trials_own_pace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = Session(tmp_path)
+    clock = [1000.0]
+    monkeypatch.setattr("ebft_study.study.monitor.time.time", lambda: clock[0])
+    for trial in session.trials:
+        session.monitor.planned(trial)
+        session.monitor.started(trial.trial_id)
+
+    def report(trial_id: str, step: int, at: float) -> None:
+        clock[0] = at
+        session.monitor.reported(trial_id, {"step": step, "cfm_loss": 2.0, "attempt": 1})
+
+    report("t0001", 0, 1030.0)  # a start of 30 s, which no stop saves
+    report("t0001", 4, 1038.0)
+    session.monitor.ended("t0001", {"status": "stopped", "reason": f"{EARLY_STOP}: behind"})
+    report("t0002", 6, 1060.0)  # resumed, and stopped at its first report: 60 s for 6 steps is all that is known
+    session.monitor.ended("t0002", {"status": "stopped", "reason": f"{EARLY_STOP}: behind"})
+    report("t0003", 0, 1060.0)
+    report("t0003", 8, 1068.0)
+    session.monitor.retried("t0003", "the worker died")
+    report("t0003", 4, 1100.0)  # the pace is that of the attempt that was stopped
+    report("t0003", 8, 1112.0)
+    session.monitor.ended("t0003", {"status": "stopped", "reason": f"{EARLY_STOP}: behind"})
+    session.monitor.ended("t0000", {"status": "stopped", "reason": "loss became nan at step 3"})
+    table = results.read_table(tmp_path, "trials").set_index("trial_id")
+    assert table.loc[["t0001", "t0002", "t0003"], "steps_saved"].tolist() == [6, 4, 2]
+    assert table.loc[["t0001", "t0002", "t0003"], "seconds_saved"].tolist() == [12.0, 40.0, 6.0]
+    assert pd.isna(table.loc["t0000", "steps_saved"])

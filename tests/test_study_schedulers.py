@@ -1,118 +1,178 @@
-"""Early stopping, without a cluster: decisions do not depend on how often the study was resumed."""
+"""Early stopping, without a cluster: each scheduler against its definition, written the slow and obvious way."""
 
 from __future__ import annotations
 
+import itertools
 import math
-from types import SimpleNamespace
+from collections import Counter
 from typing import Any
 
+import numpy as np
 import pytest
-from ray.tune.schedulers import TrialScheduler
 
-from ebft_study.study import space
-from ebft_study.study.schedulers import Rungs
-from ebft_study.study.spec import StudySpec
+from ebft_study.study.schedulers import bracket_of, bracket_shares, rungs
+from tests.contracts.schedulers import (
+    STEPS,
+    Curves,
+    SchedulerContract,
+    ends,
+    random_curves,
+    reports,
+    scheduler_of,
+    tell,
+    tune_trial,
+)
 
-STEPS, EVERY = 16, 2
-
-
-def spec(mode: str = "min") -> StudySpec:
-    content = {
-        "study": "s",
-        "question": "q",
-        "scheduler": {"kind": "asha", "grace_period_steps": 4, "reduction_factor": 2},
-        "objective": {"metric": "cfm_loss", "mode": mode},
-    }
-    return space.from_record(content, source="test")
-
-
-def tune_trial(name: str, *, session: int = 0, is_baseline: bool = False) -> Any:
-    """A trial as Tune hands it over: an identifier of Tune's own, which changes from session to session."""
-    settings = {"trial_id": name, "is_baseline": is_baseline, "total_steps": STEPS}
-    return SimpleNamespace(trial_id=f"tune-{session}-{name}", config=settings)
+ASHA = {"kind": "asha", "grace_period_steps": 4, "reduction_factor": 2}
+BRACKETS = {**ASHA, "brackets": 2}
+HYPERBAND = {**ASHA, "kind": "hyperband"}
+MEDIAN = {"kind": "median", "grace_period_steps": 4, "min_samples_required": 3}
 
 
-def run(rungs: Rungs, trial: Any, value: float, first: int = 0, last: int = STEPS) -> list[tuple[float, float]]:
-    """Report `value` every other step until the trial is stopped; returns the curve of what was reported."""
-    rungs.on_trial_add(None, trial)
-    curve = []
-    for step in range(first, last + 1, EVERY):
-        curve.append((float(step), value))
-        if rungs.on_trial_result(None, trial, {"step": step, "cfm_loss": value}) == TrialScheduler.STOP:
-            break
-    return curve
+class TestAsha(SchedulerContract):
+    @pytest.fixture
+    def section(self) -> dict[str, Any]:
+        return ASHA
+
+
+class TestAshaWithBrackets(SchedulerContract):
+    @pytest.fixture
+    def section(self) -> dict[str, Any]:
+        return BRACKETS
+
+
+class TestHyperband(SchedulerContract):
+    @pytest.fixture
+    def section(self) -> dict[str, Any]:
+        return HYPERBAND
+
+
+class TestMedian(SchedulerContract):
+    @pytest.fixture
+    def section(self) -> dict[str, Any]:
+        return MEDIAN
+
+
+# --- definitions -----------------------------------------------------------------------------------------------
+
+
+def halved(curves: Curves, seed: int, *, grace: int, factor: int) -> dict[str, int]:
+    """Where trials end by successive halving: at a rung, sort who was there before, and see who is good enough."""
+    at_rung: dict[int, list[float]] = {step: [] for step in range(grace, STEPS) if log_is_whole(step / grace, factor)}
+    passed: dict[str, int] = {}
+
+    def stops(trial_id: str, step: int, value: float) -> bool:
+        due = [rung for rung in at_rung if passed.get(trial_id, 0) < rung <= step]
+        if not due or step >= STEPS:
+            return False
+        passed[trial_id] = max(due)
+        before = sorted(at_rung[max(due)])
+        at_rung[max(due)].append(value)
+        if not before:
+            return False
+        # The loss that a part 1/factor of them is below, between two of them where it falls between.
+        low, rest = divmod((len(before) - 1) / factor, 1)
+        nearest, next_one = before[int(low)], before[min(int(low) + 1, len(before) - 1)]
+        return value > nearest + rest * (next_one - nearest) + 1e-12
+
+    return followed(curves, seed, stops)
+
+
+def log_is_whole(ratio: float, base: int) -> bool:
+    return any(ratio == base**k for k in range(10))
+
+
+def by_median(curves: Curves, seed: int, *, grace: int, samples: int) -> dict[str, int]:
+    """Where trials end by the median rule."""
+    seen: dict[str, dict[int, float]] = {}
+
+    def stops(trial_id: str, step: int, value: float) -> bool:
+        if step >= STEPS:
+            return False
+        seen.setdefault(trial_id, {})[step] = value
+        others = [points for name, points in seen.items() if name != trial_id and max(points) >= step]
+        means = [np.mean([v for s, v in points.items() if grace <= s <= step]) for points in others if step >= grace]
+        return len(means) >= samples and min(seen[trial_id].values()) > np.median(means)
+
+    return followed(curves, seed, stops)
+
+
+def followed(curves: Curves, seed: int, stops: Any) -> dict[str, int]:
+    last: dict[str, int] = {}
+    source: Any = reports(curves, seed)
+    report = next(source)
+    while True:
+        last[report[0]] = report[1]
+        try:
+            report = source.send(stops(*report))
+        except StopIteration:
+            return last
+
+
+@pytest.mark.parametrize(("seed", "grace", "factor"), [(s, *c) for s in range(6) for c in ((4, 2), (2, 3), (3, 4))])
+def test_asha_is_successive_halving_by_sorting(seed: int, grace: int, factor: int) -> None:
+    curves = random_curves(seed)
+    section = {"kind": "asha", "grace_period_steps": grace, "reduction_factor": factor}
+    assert ends(scheduler_of(section), curves, seed) == halved(curves, seed, grace=grace, factor=factor)
+
+
+@pytest.mark.parametrize(("seed", "grace", "samples"), [(s, *c) for s in range(6) for c in ((4, 3), (2, 1), (9, 5))])
+def test_the_median_rule_is_its_definition(seed: int, grace: int, samples: int) -> None:
+    curves = random_curves(seed)
+    section = {"kind": "median", "grace_period_steps": grace, "min_samples_required": samples}
+    assert ends(scheduler_of(section), curves, seed) == by_median(curves, seed, grace=grace, samples=samples)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("section", [BRACKETS, HYPERBAND], ids=["asha", "hyperband"])
+def test_brackets_are_halved_apart_from_each_other(section: dict[str, Any], seed: int) -> None:
+    """Bracket b is ASHA with its grace period multiplied b times; Hyperband's last one stops nobody."""
+    curves = random_curves(seed, trials=40)
+    brackets = 2 if section is BRACKETS else len(rungs(4, 2, STEPS)) + 1
+    shares = bracket_shares(len(rungs(4, 2, STEPS)), brackets, 2)
+    found = serial_ends(section, curves)
+    for bracket in range(brackets):
+        own = {name: values for name, values in curves.items() if bracket_of(name, shares) == bracket}
+        grace = 4 * 2**bracket
+        alone = serial_ends({**ASHA, "grace_period_steps": grace}, own) if grace < STEPS else dict.fromkeys(own, STEPS)
+        assert own
+        assert {name: found[name] for name in own} == alone
+
+
+def serial_ends(section: dict[str, Any], curves: Curves) -> dict[str, int]:
+    """Where trials end that run one after the other."""
+    scheduler, last = scheduler_of(section), dict[str, int]()
+    for name, values in curves.items():
+        for point, value in enumerate(values):
+            last[name] = 2 * point
+            if tell(scheduler, tune_trial(name), 2 * point, value):
+                break
+    return last
+
+
+def test_shares_are_hyperbands() -> None:
+    """The table of Li et al. 2018 for R = 81, eta = 3: n = 81, 34, 15, 8, 5 with 4, 3, 2, 1, 0 rungs below the end."""
+    assert rungs(1, 3, 81) == [1, 3, 9, 27]
+    assert [round(143 * share) for share in bracket_shares(4, 5, 3)] == [81, 34, 15, 8, 5]
+
+
+@pytest.mark.parametrize("first", [0, 5, 120])
+def test_trials_in_a_row_are_spread_over_brackets_by_their_shares(first: int) -> None:
+    shares = bracket_shares(3, 4, 3)
+    for count in (10, 30, 200):
+        found = Counter(bracket_of(f"t{first + number:04d}", shares) for number in range(count))
+        for bracket, share in enumerate(shares):
+            assert math.isclose(found[bracket], share * count, abs_tol=2.0)
+
+
+def test_spreading_over_brackets_does_not_follow_the_axes() -> None:
+    """Every bracket meets every value of axes of 2, 3, 4 and 5 values."""
+    shares = bracket_shares(2, 3, 3)
+    for period in (2, 3, 4, 5):
+        met = {(bracket_of(f"t{number:04d}", shares), number % period) for number in range(120)}
+        assert met == set(itertools.product(range(3), range(period)))
 
 
 def test_worse_trials_are_stopped_at_a_rung() -> None:
-    rungs = Rungs(spec(), longest=STEPS, history={})
-    assert run(rungs, tune_trial("a"), 1.0)[-1][0] == STEPS
-    assert run(rungs, tune_trial("b"), 2.0)[-1][0] == 4
-    assert run(rungs, tune_trial("c"), 0.5)[-1][0] == STEPS
-
-
-def test_the_better_side_depends_on_the_mode() -> None:
-    rungs = Rungs(spec("max"), longest=STEPS, history={})
-    assert run(rungs, tune_trial("a"), 1.0)[-1][0] == STEPS
-    assert run(rungs, tune_trial("b"), 2.0)[-1][0] == STEPS
-    assert run(rungs, tune_trial("c"), 0.5)[-1][0] == 4
-
-
-@pytest.mark.parametrize("resumed_before", range(1, 8))
-def test_decisions_are_the_same_with_and_without_a_resume(resumed_before: int) -> None:
-    values = [3.0, 1.0, 2.0, 2.5, 0.5, 4.0, 0.75, 1.5]
-    whole = Rungs(spec(), longest=STEPS, history={})
-    expected = [run(whole, tune_trial(f"t{i}"), value)[-1][0] for i, value in enumerate(values)]
-
-    first, curves, ends = Rungs(spec(), longest=STEPS, history={}), {}, []
-    for i, value in enumerate(values[:resumed_before]):
-        curve = run(first, tune_trial(f"t{i}"), value)
-        curves[f"t{i}"] = [point for point in curve if point[0] < STEPS]
-        ends.append(curve[-1][0])
-    second = Rungs(spec(), longest=STEPS, history=curves)
-    for i, value in enumerate(values[resumed_before:], start=resumed_before):
-        ends.append(run(second, tune_trial(f"t{i}", session=1), value)[-1][0])
-    assert ends == expected
-
-
-def test_a_resumed_trial_is_not_counted_twice() -> None:
-    """One good trial half way, resumed: a second that is a little worse must still find only one above it."""
-    history = {"a": [(step, 1.0) for step in range(0, 9, EVERY)]}
-    rungs = Rungs(spec(), longest=STEPS, history=history)
-    assert run(rungs, tune_trial("a", session=1), 1.0, first=8)[-1][0] == STEPS
-    recorded = [dict(values) for _, values in rungs._brackets[0]._rungs]
-    assert all(set(values) <= {"a"} for values in recorded)
-
-
-def test_baselines_are_never_stopped_and_set_no_standard() -> None:
-    rungs = Rungs(spec(), longest=STEPS, history={})
-    assert run(rungs, tune_trial("base", is_baseline=True), 0.1)[-1][0] == STEPS
-    assert run(rungs, tune_trial("a"), 1.0)[-1][0] == STEPS
-    assert run(rungs, tune_trial("bad", is_baseline=True), 9.0)[-1][0] == STEPS
-
-
-def test_a_trial_that_did_its_last_step_may_finish() -> None:
-    rungs = Rungs(spec(), longest=STEPS, history={})
-    run(rungs, tune_trial("a"), 1.0)
-    late = tune_trial("b")
-    rungs.on_trial_add(None, late)
-    assert rungs.on_trial_result(None, late, {"step": STEPS, "cfm_loss": 5.0}) == TrialScheduler.CONTINUE
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_reports_without_a_finite_objective_are_passed_over(value: float) -> None:
-    rungs = Rungs(spec(), longest=STEPS, history={"old": [(4.0, value)]})
-    assert run(rungs, tune_trial("a"), value)[-1][0] == STEPS
-    assert run(rungs, tune_trial("b"), 1.0)[-1][0] == STEPS
-    trial = tune_trial("c")
-    rungs.on_trial_add(None, trial)
-    assert rungs.on_trial_result(None, trial, {"step": 4}) == TrialScheduler.CONTINUE
-    assert rungs.on_trial_result(None, trial, {"outcome/status": "failed"}) == TrialScheduler.CONTINUE
-
-
-def test_a_trial_that_crashed_may_be_added_again() -> None:
-    rungs = Rungs(spec(), longest=STEPS, history={})
-    trial = tune_trial("a")
-    run(rungs, trial, 1.0, last=6)
-    rungs.on_trial_error(None, trial)
-    assert run(rungs, trial, 1.0, first=4)[-1][0] == STEPS
-    rungs.on_trial_complete(None, trial, {"step": STEPS, "cfm_loss": 1.0})
+    flat = {f"t{i:04d}": [value] * 17 for i, value in enumerate((1.0, 2.0, 0.5))}
+    assert list(serial_ends(ASHA, flat).values()) == [STEPS, 4, STEPS]

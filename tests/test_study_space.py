@@ -152,6 +152,23 @@ def test_numbers_that_yaml_reads_as_text_are_numbers(tmp_path: Path) -> None:
         ),
         ({"scheduler": {"kind": "asha", "grace_period_steps": 20}}, ["grace_period_steps=20", "only 20 steps"]),
         ({"scheduler": {"kind": "asha", "reduction_factor": 1}}, ["scheduler.reduction_factor=1"]),
+        (
+            {"scheduler": {"kind": "median", "reduction_factor": 3}},
+            ["reduction_factor=3: is a setting of asha and hyperband, and kind is median"],
+        ),
+        ({"scheduler": {"kind": "hyperband", "brackets": 2}}, ["brackets=2: is a setting of asha"]),
+        (
+            {"scheduler": {"kind": "asha", "min_samples_required": 2}},
+            ["=2: is a setting of median"],
+        ),
+        (
+            {"scheduler": {"kind": "asha", "grace_period_steps": 3, "brackets": 3}},
+            ["scheduler.brackets=3", "step 27", "only 20 steps"],
+        ),
+        (
+            {"scheduler": {"kind": "median", "grace_period_steps": 3, "min_samples_required": 8}},
+            ["min_samples_required=8", "8 trials on its axes", "at most 7"],
+        ),
         ({"resources": {"workers_per_trial": 3}}, ["training.batch_size=8", "3 workers"]),
         ({"resources": {"workers": 3}}, ["unknown key 'resources.workers'", "'workers_per_trial'"]),
         ({"budget": {"max_hours": 0}}, ["budget.max_hours=0"]),
@@ -223,3 +240,26 @@ def test_objectives_are_metrics_with_a_direction() -> None:
     from ebft_study.results import METRICS
 
     assert all(METRICS[name].direction for name in checks.OBJECTIVES)
+
+
+def test_a_profile_is_laid_over_what_the_file_says_of_its_scheduler_not_over_defaults(tmp_path: Path) -> None:
+    given = {"grace_period_steps": 5}
+    path = write(tmp_path, scheduler=given, profiles={"cpu": {"scheduler": {"kind": "median"}}})
+    found = space.load_study(path, "cpu").scheduler
+    assert (found.kind, found.grace_period_steps, found.min_samples_required) == ("median", 5, 3)
+    unused = {"kind": "asha", **given, "reduction_factor": 2}
+    path = write(tmp_path, scheduler=unused, profiles={"cpu": {"scheduler": {"kind": "median"}}})
+    with pytest.raises(ConfigError, match=r"profiles.cpu: scheduler: .*reduction_factor=2"):
+        space.load_study(path, "cpu")
+
+
+@pytest.mark.parametrize("kind", ["none", "asha", "hyperband", "median"])
+def test_study_yaml_records_what_the_scheduler_looks_at(tmp_path: Path, kind: str) -> None:
+    spec = space.load_study(write(tmp_path, scheduler={"kind": kind, **({} if kind == "none" else GRACE)}), "cpu")
+    recorded = space.dump(spec)["scheduler"]
+    assert {"asha": 4, "hyperband": 3, "median": 3, "none": 1}[kind] == len(recorded)
+    again = space.from_record(space.dump(spec), source="again")
+    assert space.dump(again) == space.dump(spec)
+
+
+GRACE = {"grace_period_steps": 5}

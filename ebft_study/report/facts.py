@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from ebft_study.report import text
+from ebft_study.report import savings, text
 from ebft_study.report.tables import Configuration, Study
 
 # Settings worth naming even where they do not vary; the rest is in study.yaml and in the trials table.
@@ -48,7 +48,8 @@ def _procedure(spec: Mapping[str, Any]) -> Facts:
 
 def _stopping(scheduler: Mapping[str, Any], rules: Mapping[str, Any]) -> str:
     """The scheduler, and the rules for single trials."""
-    named = [str(scheduler.get("kind"))] if scheduler.get("kind") != "none" else []
+    settings = {name: value for name, value in scheduler.items() if name != "kind"}
+    named = [f"{scheduler.get('kind')} ({_fact(settings)})"] if scheduler.get("kind") != "none" else []
     named += [f"{name.replace('_', ' ')} ({_fact(rule)})" for name, rule in rules.items() if rule]
     return text.listed(named) or "none"
 
@@ -130,8 +131,10 @@ def cost(study: Study) -> Facts:
     ]
     if gpus:
         rows.append((f"GPU hours ({gpus:g} GPU per trial)", text.number((used or 0.0) * gpus / 3600, 2)))
+    saved = savings.saved(trials, resources)
     return [
         *rows,
+        *([("Early stopping saved", saved)] if saved else []),
         ("Overhead per trial, start to first step (median)", text.duration(_statistic(trials, "startup_seconds"))),
         ("Training per trial (median)", text.duration(_statistic(trials, "train_seconds"))),
         ("Peak memory of a training process", text.size(_statistic(trials, "peak_memory_bytes", "max"))),

@@ -169,6 +169,8 @@ _TRIAL_STATE = (
     Column("train_seconds", "float64", "in the training loop, evaluations included"),
     Column("total_seconds", "float64", "wall-clock of the trial, start-up included"),
     Column("steps_done", "int64", "optimizer updates done"),
+    Column("steps_saved", "int64", "optimizer updates that an early stop spared; null without one"),
+    Column("seconds_saved", "float64", "what these would have taken at the trial's own pace, evaluations included"),
     Column("sequences_seen", "int64", "training sequences consumed"),
     Column("tokens_seen", "int64", "ground-truth training tokens consumed"),
     Column("peak_memory_bytes", "int64", "largest memory of the training process"),

@@ -23,7 +23,7 @@ _MOST_CORNERS = 256
 def check(spec: StudySpec, source: str) -> list[RunConfig]:
     """Refuse a study that cannot run as a whole; returns the run of each configuration checked, at the first seed."""
     _check_search(spec, source)
-    _check_objective(spec, source)
+    check_objective(spec, source)
     checked = []
     for configuration in _to_check(spec):
         run = trials.build(spec, configuration, seed=spec.seeds[0], source=source)
@@ -69,7 +69,8 @@ def _check_search(spec: StudySpec, source: str) -> None:
         )
 
 
-def _check_objective(spec: StudySpec, source: str) -> None:
+def check_objective(spec: StudySpec, source: str) -> None:
+    """The objective must be a metric that trials report, and its mode the better side of it."""
     metric, mode = spec.objective.metric, spec.objective.mode
     if metric not in OBJECTIVES:
         close = difflib.get_close_matches(metric, OBJECTIVES, n=1, cutoff=0.5)
@@ -97,13 +98,39 @@ def _check_size(spec: StudySpec, run: RunConfig, source: str) -> None:
             rule=f"each of {workers} workers takes an equal part of the batch",
             remedy="Use a multiple of resources.workers_per_trial",
         )
-    if spec.scheduler.kind != "none" and spec.scheduler.grace_period_steps >= run.total_steps:
+    check_scheduler(spec, run, source)
+
+
+def check_scheduler(spec: StudySpec, run: RunConfig, source: str) -> None:
+    """A scheduler must be able to stop a trial of `run`'s length."""
+    scheduler, steps = spec.scheduler, run.total_steps
+    if scheduler.kind == "none":
+        return
+    if scheduler.grace_period_steps >= steps:
         raise rule_broken(
             source=source,
             key="scheduler.grace_period_steps",
-            given=spec.scheduler.grace_period_steps,
-            rule=f"a trial has only {run.total_steps} steps, so none could be stopped early",
+            given=scheduler.grace_period_steps,
+            rule=f"a trial has only {steps} steps, so none could be stopped early",
             remedy="Use a shorter grace period, or kind: none",
+        )
+    first_rung = scheduler.grace_period_steps * scheduler.reduction_factor ** (scheduler.brackets - 1)
+    if scheduler.kind == "asha" and first_rung >= steps:
+        raise rule_broken(
+            source=source,
+            key="scheduler.brackets",
+            given=scheduler.brackets,
+            rule=f"the first rung of the last bracket is at step {first_rung}, and a trial has only {steps} steps",
+            remedy="Use fewer brackets, or a shorter grace period",
+        )
+    compared = trials.number_of_trials(spec) - len(spec.seeds) * len(spec.baselines)
+    if scheduler.kind == "median" and scheduler.min_samples_required >= compared:
+        raise rule_broken(
+            source=source,
+            key="scheduler.min_samples_required",
+            given=scheduler.min_samples_required,
+            rule=f"the study has {compared} trials on its axes, so none would ever be stopped",
+            remedy=f"Use at most {max(compared - 1, 1)}, or kind: none",
         )
 
 

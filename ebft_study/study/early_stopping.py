@@ -135,8 +135,12 @@ class Watch:
         history.append(Evaluation(step, dict(metrics)))
         reason = reason_to_stop(history, self._rules, self._objective)
         if reason:
-            self.reasons[trial_id] = f"{reason}; {total_steps - step} of {total_steps} steps saved"
+            self.reasons[trial_id] = f"{reason}; {steps_saved(step, total_steps)}"
         return bool(reason)
+
+
+def steps_saved(step: float, total_steps: int) -> str:
+    return f"{total_steps - step:g} of {total_steps} steps saved"
 
 
 def _last(history: Sequence[Evaluation], count: int) -> Sequence[Evaluation]:

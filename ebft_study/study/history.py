@@ -44,8 +44,8 @@ def read(study_folder: Path, objective: str) -> History:
             value = state.metrics.get(objective, math.nan)
             endings[state.trial_id] = ending(state.status, state.note, value, state.step)
         if measured is not None and _text(row["named_baseline"]) == "":
-            curves[state.trial_id] = _curve(measured, objective, state.total_steps)
             evaluations[state.trial_id] = _evaluations(measured)
+            curves[state.trial_id] = _curve(evaluations[state.trial_id], objective, state.total_steps)
     return History(states, endings, curves, evaluations)
 
 
@@ -73,10 +73,10 @@ def _latest(measured: pd.DataFrame) -> pd.DataFrame:
     return measured.drop(columns=["study", "trial_id", "attempt", "step", "written_at"]).ffill()
 
 
-def _curve(measured: pd.DataFrame, objective: str, total_steps: int) -> Curve:
-    """Reports that the scheduler looked at: a trial's last one is not among them."""
-    seen = measured[(measured["step"] < total_steps) & measured[objective].notna()]
-    return [(float(step), float(value)) for step, value in zip(seen["step"], seen[objective], strict=True)]
+def _curve(evaluations: list[Evaluation], objective: str, total_steps: int) -> Curve:
+    """What the scheduler looked at: a trial's last evaluation is not among it."""
+    seen = [(float(e.step), e.get(objective)) for e in evaluations if e.step < total_steps]
+    return [(step, value) for step, value in seen if math.isfinite(value)]
 
 
 def _evaluations(measured: pd.DataFrame) -> list[Evaluation]:

@@ -25,6 +25,7 @@ class Monitor:
         """`states` starts with the trials that earlier sessions ended, and is shared with the display."""
         self._recorder, self._states, self._objective = recorder, states, objective
         self._best_cfm: dict[str, float] = {}
+        self._first_report: dict[str, tuple[int, float]] = {}
         self.display: Display | None = None
 
     def planned(self, trial: Trial) -> None:
@@ -63,6 +64,7 @@ class Monitor:
         state = self._states[trial_id]
         state.attempt = max(state.attempt, int(metrics.get("attempt", 0)))
         state.step = int(metrics["step"])
+        self._first_report.setdefault(trial_id, (state.step, time.time()))
         state.metrics = {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
         cfm = state.metrics.get("cfm_loss", math.nan)
         if math.isfinite(cfm):
@@ -72,6 +74,7 @@ class Monitor:
     def retried(self, trial_id: str, problem: str) -> None:
         """The trial crashed, and will be started again."""
         state = self._states[trial_id]
+        self._first_report.pop(trial_id, None)
         self._recorder.event("retry", problem, trial_id=trial_id, attempt=state.attempt)
         self._changed(state, f"crashed and is started again ({problem})")
 
@@ -81,7 +84,8 @@ class Monitor:
         status, reason = outcome["status"], outcome.get("reason", "")
         state.status, state.ended_at, state.note = status, time.time(), reason
         reasons = {"stopped": {"stop_reason": reason}, "failed": {"error": reason}}.get(status, {})
-        self._record(trial_id, **reasons, **self._numbers(state, outcome))
+        saved = self._saved(state) if status == "stopped" and reason.startswith(EARLY_STOP) else {}
+        self._record(trial_id, **reasons, **saved, **self._numbers(state, outcome))
         if status == "failed" or reason.startswith(EARLY_STOP):  # other stops the loop puts on record itself
             self._recorder.event(status, reason, trial_id=trial_id, attempt=state.attempt)
         self._changed(state, f"{status}{f' ({reason})' if reason else ''}")
@@ -121,6 +125,13 @@ class Monitor:
             # From the free place to the first optimizer step: processes, imports, model, data, base evaluation.
             columns["startup_seconds"] = outcome["started_at"] - state.started_at + startup
         return columns
+
+    def _saved(self, state: TrialState) -> dict[str, Any]:
+        """Steps that an early stop spared, and their time at the pace since the trial's first report."""
+        left, now = state.total_steps - state.step, state.ended_at or time.time()
+        step, then = self._first_report.get(state.trial_id, (state.step, now))
+        done, seconds = (state.step - step, now - then) if state.step > step else (state.step, state.seconds)
+        return {"steps_saved": left, "seconds_saved": left * seconds / done if done and seconds else None}
 
     def _record(self, trial_id: str, **columns: Any) -> None:
         self._recorder.trial(self._row(trial_id, **columns))

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import signal
 import time
+from collections import ChainMap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -103,11 +104,12 @@ def _tune(
             post.close.remote(owner)
             shared.released(owner)
 
+        scheduler = _scheduler(spec, runs, past)
         tuner = ray.tune.Tuner(
             ray.tune.with_resources(run_trial, trial_resources(spec.resources)),
             tune_config=ray.tune.TuneConfig(
                 search_alg=StudySearcher(search, monitor, lambda trial: _settings(folder, spec, shared, trial)),
-                scheduler=_scheduler(spec, runs, past),
+                scheduler=scheduler,
                 num_samples=-1,
                 max_concurrent_trials=at_once,
                 reuse_actors=False,
@@ -119,7 +121,7 @@ def _tune(
                 storage_path=str(folder / "tune"),
                 verbose=0,
                 stop=wish,
-                callbacks=[Observer(search, monitor, released, wish.watch.reasons)],
+                callbacks=[Observer(search, monitor, released, _reasons(wish.watch, scheduler))],
                 failure_config=ray.tune.FailureConfig(max_failures=spec.resources.max_failures),
                 checkpoint_config=ray.tune.CheckpointConfig(num_to_keep=2),
             ),
@@ -138,12 +140,17 @@ def _trial_name(trial: Any) -> str:
 def _scheduler(spec: StudySpec, runs: Sequence[RunConfig], past: History) -> Any:
     from ray.tune.schedulers import FIFOScheduler
 
-    from ebft_study.study.schedulers import Rungs
+    from ebft_study.study.schedulers import StudyScheduler
 
     if spec.scheduler.kind == "none":
         return FIFOScheduler()
     longest = max(run.total_steps for run in runs)
-    return Rungs(spec, longest=longest, history=past.curves)
+    return StudyScheduler(spec, longest=longest, history=past.curves)
+
+
+def _reasons(watch: early_stopping.Watch, scheduler: Any) -> ChainMap[str, str]:
+    """Why trials were stopped; a rule for single trials is asked before the scheduler."""
+    return ChainMap(watch.reasons, getattr(scheduler, "reasons", {}))
 
 
 def _settings(folder: Path, spec: StudySpec, shared: services.StudyServices, trial: Trial) -> dict[str, Any]:

@@ -22,6 +22,15 @@ def load_study(
     path: Path, profile: str | None = None, overrides: Sequence[str] = (), *, name: str | None = None
 ) -> StudySpec:
     """The study in `path` with a profile applied and `key=value` overrides of fixed run settings; checked."""
+    spec = with_overrides(read_study(path, profile), overrides)
+    if name is not None:
+        spec = config.parse(StudySpec, {**dump(spec), "study": name}, source="command line")
+    checks.check(spec, str(path))
+    return spec
+
+
+def read_study(path: Path, profile: str | None = None) -> StudySpec:
+    """The study in `path` with a profile applied, before it is checked as a whole."""
     source = str(path)
     spec = _normal(config.parse(StudySpec, config.read_yaml(path), source=source), source)
     if spec.grown_from:
@@ -30,10 +39,6 @@ def load_study(
     spec = _with_profile(spec, profile, source)
     _check_keys(spec, source)
     normal.check(spec.axes, spec.linked, source)
-    spec = _with_overrides(spec, overrides)
-    if name is not None:
-        spec = config.parse(StudySpec, {**dump(spec), "study": name}, source="command line")
-    checks.check(spec, source)
     return spec
 
 
@@ -93,7 +98,7 @@ def _with_profile(spec: StudySpec, profile: str | None, source: str) -> StudySpe
         raise ConfigError(f"{source}: profile={profile!r}: the file has no such profile. Known profiles: {known}")
     chosen = _nested_profile(spec, profile, source)
     sizes = {key: value for key, value in chosen.model_dump().items() if key != "choices"}
-    merged = config.merge(dump(spec), sizes)
+    merged = config.merge({**dump(spec), "scheduler": spec.scheduler.given()}, sizes)
     for axis, choices in chosen.choices.items():
         merged["axes"][axis] = config.merge(merged["axes"][axis], {"choices": choices})
     return _normal(config.parse(StudySpec, merged, source=f"{source}: profiles.{profile}"), source)
@@ -134,7 +139,8 @@ def _nested_profile(spec: StudySpec, name: str, source: str) -> Profile:
     return chosen.model_copy(update={"run": run, "baselines": baselines, "choices": choices})
 
 
-def _with_overrides(spec: StudySpec, overrides: Sequence[str]) -> StudySpec:
+def with_overrides(spec: StudySpec, overrides: Sequence[str]) -> StudySpec:
+    """The study with `key=value` laid over its fixed run settings."""
     run = spec.run
     for item in overrides:
         key, value = config.parse_override(item)

@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, field_serializer, field_validator, model_validator
+from pydantic import (
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    field_serializer,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from ebft_study.config import RunConfig, Section
 from ebft_study.study.axis import Axis, as_axis
@@ -52,12 +61,40 @@ class SearchSpec(Section):
         return self
 
 
-class SchedulerSpec(Section):
-    """Early stopping of trials that fall behind; baselines always run to the end."""
+USED_BY = {
+    "grace_period_steps": ("asha", "hyperband", "median"),
+    "reduction_factor": ("asha", "hyperband"),
+    "brackets": ("asha",),
+    "min_samples_required": ("median",),
+}
+"""Which schedulers look at which of their settings."""
 
-    kind: Literal["none", "asha"] = "none"
+
+class SchedulerSpec(Section):
+    """Early stopping of trials that fall behind; baselines always run to the end. docs/schedulers.md compares them."""
+
+    kind: Literal["none", "asha", "hyperband", "median"] = "none"
     grace_period_steps: PositiveInt = Field(50, description="no trial is stopped before this step")
     reduction_factor: int = Field(3, ge=2, description="about one of this many trials goes on at each rung")
+    brackets: PositiveInt = Field(1, description="asha: groups of trials, each with its first rung one later")
+    min_samples_required: PositiveInt = Field(3, description="median: other trials needed before one is stopped")
+
+    @model_validator(mode="after")
+    def _only_what_is_used(self) -> SchedulerSpec:
+        """`kind: none` switches off what the section says; any other kind refuses what it would not look at."""
+        for name, kinds in USED_BY.items():
+            if self.kind != "none" and name in self.model_fields_set and self.kind not in kinds:
+                given, users = getattr(self, name), " and ".join(kinds)
+                raise ValueError(f"{name}={given}: is a setting of {users}, and kind is {self.kind}. Drop it")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _what_is_used(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {k: v for k, v in handler(self).items() if self.kind in USED_BY.get(k, (self.kind,))}
+
+    def given(self) -> dict[str, Any]:
+        """What was set, without defaults: what a profile or an override is laid over."""
+        return {name: getattr(self, name) for name in self.model_fields_set}
 
 
 class DivergenceRule(Section):

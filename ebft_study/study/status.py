@@ -9,7 +9,7 @@ import filelock
 from rich.console import Console
 
 from ebft_study import results
-from ebft_study.report import services
+from ebft_study.report import savings, services
 from ebft_study.study import history, progress, record, trials
 
 _EVENTS = ("retry", "failed", "stopped", "refused", "resumed", "interrupted", "features", "cache")
@@ -32,6 +32,9 @@ def show(folder: Path, console: Console) -> None:
             states, columns, title=title, plan=progress.Plan(trials.number_of_trials(spec)), most=len(states)
         )
     )
+    saved = savings.saved(results.read_table(folder, "trials"), spec.resources.model_dump())
+    if saved:
+        console.print(f"early stopping saved {saved}", markup=False, highlight=False, soft_wrap=True)
     for name, value in services.used(results.read_table(folder, "metrics")):
         console.print(f"{name}: {value}", markup=False, highlight=False, soft_wrap=True)
     _show_events(folder, console)

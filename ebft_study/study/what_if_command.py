@@ -1,0 +1,214 @@
+"""`study FILE --what-if`: the file's early stopping over the trials that a study has on record."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from ebft_study import config
+from ebft_study.config import Section
+from ebft_study.errors import ConfigError, ResultsError, rule_broken
+from ebft_study.report import text
+from ebft_study.study import checks, record, space, trials
+from ebft_study.study.spec import USED_BY, SchedulerSpec, StoppingSpec, StudySpec
+from ebft_study.study.what_if import (
+    RecordedTrial,
+    Replay,
+    means_by_configuration,
+    places_on_record,
+    recorded_trials,
+    replay,
+)
+
+SECTIONS = ("scheduler", "stopping", "objective", "budget")
+"""What a what-if may change: how trials are stopped, not what they were."""
+
+
+@dataclass(frozen=True)
+class WhatIf:
+    """The study as it ran, and under each kind of early stopping that was asked for."""
+
+    places: int
+    as_it_ran: Replay
+    replays: dict[str, Replay]
+
+
+def what_if(
+    file: Path, *, profile: str | None, overrides: Sequence[str], name: str | None, storage: Path
+) -> tuple[StudySpec, WhatIf]:
+    """Replay the study that `file` describes; it lies in `storage`, under `name` if it ran under another one."""
+    folder = storage / (name or str(config.read_yaml(file).get("study")))
+    if not (folder / record.NAME).is_file():
+        remedy = f"Run it first, or name the study with --name (and --storage, now {storage})"
+        raise ResultsError(f"{folder}: is no study, and a what-if replays a finished one. {remedy}")
+    spec = study_with(folder, file, profile, overrides)
+    ran = recorded_trials(folder, spec)
+    places = spec.budget.max_concurrent_trials or places_on_record(folder)
+    nothing = spec.model_copy(update={"scheduler": SchedulerSpec(), "stopping": StoppingSpec()})
+    replays = {label: replay(ran, asked, places=places) for label, asked in alternatives(spec, ran).items()}
+    return spec, WhatIf(places, replay(ran, nothing, places=places), replays)
+
+
+def study_with(folder: Path, file: Path, profile: str | None, overrides: Sequence[str]) -> StudySpec:
+    """The study on record, under the scheduler, rules, objective and budget of `file` and of the overrides."""
+    recorded = record.read(folder)
+    if recorded.search.algorithm == "optuna":
+        raise ResultsError(f"{folder}: Optuna chose its trials by their results, which stops would have changed. "
+                           "A what-if needs a grid or a random search")  # fmt: skip
+    asked = space.read_study(file, profile or record.content(folder).get("profile"))
+    asked = _with_overrides(asked, [item for item in overrides if _section(item)])
+    _refuse_changes(recorded, [item for item in overrides if not _section(item)])
+    spec = recorded.model_copy(update={name: getattr(asked, name) for name in SECTIONS})
+    checks.check_objective(spec, str(file))
+    for configuration in trials.enumerated(spec):
+        checks.check_scheduler(spec, trials.build(spec, configuration, seed=spec.seeds[0]), str(file))
+    return spec
+
+
+def _section(item: str) -> str:
+    """The section of a study file that an override is about; '' for the settings of a run."""
+    name = item.partition("=")[0].partition(".")[0].strip()
+    return name if name in SECTIONS else ""
+
+
+def _with_overrides(spec: StudySpec, overrides: Sequence[str]) -> StudySpec:
+    """The study with `section.key=value` laid over it; another kind of scheduler keeps what it has a use for."""
+    changes: dict[str, Any] = {}
+    for item in overrides:
+        changes = config.merge(changes, _nested(item))
+    kind = changes.get("scheduler", {}).get("kind", spec.scheduler.kind)
+    kept = {k: v for k, v in spec.scheduler.given().items() if kind in USED_BY.get(k, (kind,))}
+    before = {**space.dump(spec), "scheduler": kept, "stopping": spec.stopping.model_dump(exclude_none=True)}
+    return config.parse(StudySpec, config.merge(before, changes), source="command line")
+
+
+def _nested(item: str) -> dict[str, Any]:
+    """`stopping.divergence.margin=0.1` -> {stopping: {divergence: {margin: 0.1}}}."""
+    key, value = config.parse_override(item)
+    section, *path = key.split(".")
+    if not path:
+        raise ConfigError(f"command line: {item!r}: {section} is a section. Write {section}.key=value")
+    for part in reversed(path):
+        value = {part: value}
+    return {section: value}
+
+
+def _refuse_changes(recorded: StudySpec, overrides: Sequence[str]) -> None:
+    """Settings of the run may be given again, as they were when the study was started."""
+    changed, first = space.with_overrides(recorded, overrides), trials.enumerated(recorded)[0]
+    before, after = (
+        config.flatten(trials.build(spec, first, seed=recorded.seeds[0], source="command line"))
+        for spec in (recorded, changed)
+    )
+    for name, value in before.items():
+        if after[name] != value:
+            raise rule_broken(
+                source="command line",
+                key=name,
+                given=after[name],
+                rule=f"a what-if replays trials that ran with {value!r}",
+                remedy=f"Drop it, or override {', '.join(f'{section}.*' for section in SECTIONS)}",
+            )
+
+
+# --- what to compare -------------------------------------------------------------------------------------------
+
+
+def alternatives(spec: StudySpec, ran: Sequence[RecordedTrial]) -> dict[str, StudySpec]:
+    """What the study asks for; where that is nothing, every scheduler and every rule at its defaults."""
+    if _describe(spec):
+        return {_describe(spec): spec}
+    longest = max(trial.total_steps for trial in ran)
+    grace = min(int(SchedulerSpec.model_fields["grace_period_steps"].default), max(1, longest // 4))
+    found = []
+    for kind in ("asha", "hyperband", "median"):
+        scheduler = SchedulerSpec.model_validate({"kind": kind, "grace_period_steps": grace})
+        found.append(spec.model_copy(update={"scheduler": scheduler}))
+    for rule in StoppingSpec.model_fields:
+        found.append(spec.model_copy(update={"stopping": StoppingSpec.model_validate({rule: {}})}))
+    return {_describe(one): one for one in found}
+
+
+def _describe(spec: StudySpec) -> str:
+    """`asha (grace_period_steps 5, reduction_factor 3, brackets 1) and divergence (...)`; '' for neither."""
+    kind = spec.scheduler.kind
+    named = [] if kind == "none" else [_with_settings(kind, spec.scheduler)]
+    named += [_with_settings(name.replace("_", " "), rule) for name, rule in spec.stopping if rule]
+    return text.listed(named)
+
+
+def _with_settings(name: str, section: Section) -> str:
+    settings = {key: value for key, value in section.model_dump().items() if key != "kind"}
+    return f"{name} ({', '.join(f'{key} {trials.spell(value)}' for key, value in settings.items())})"
+
+
+# --- for people ------------------------------------------------------------------------------------------------
+
+
+def show(spec: StudySpec, found: WhatIf, console: Console) -> None:
+    """One line on the study as it ran, a line for each alternative, and for a single one every stop."""
+    console.print(_as_it_ran(spec, found), markup=False, highlight=False, soft_wrap=True)
+    table = _table("early stopping", "stopped", "steps saved", "trial time saved", "study takes", "chosen", "regret")
+    for label, one in found.replays.items():
+        table.add_row(label, *_row(one))
+    console.print(table)
+    if len(found.replays) == 1:
+        _show_stops(next(iter(found.replays.values())), console)
+
+
+def _as_it_ran(spec: StudySpec, found: WhatIf) -> str:
+    ran = found.as_it_ran
+    baselines = sum(trial.is_baseline for trial in ran.trials)
+    finished, mean = _final(ran, ran.winner)
+    size = f"{len(ran.trials) - baselines} trials on its axes, {baselines} of baselines, {found.places} at a time"
+    cost = f"{text.count(_steps(ran))} steps, {text.duration(ran.seconds)}"
+    seeds = f"{finished} finished seed{'s' * (finished != 1)}"
+    best = f"{ran.winner} ({mean:.4g}, mean of {seeds})"
+    return f"{spec.study}: {size}, {cost}. Best by {spec.objective.metric}: {best}"
+
+
+def _row(one: Replay) -> tuple[str, ...]:
+    """The cells of a replay."""
+    on_axes, steps = sum(not trial.is_baseline for trial in one.trials), _steps(one)
+    saved = f"{text.count(one.steps_saved)} of {text.count(steps)} ({100 * one.steps_saved / max(steps, 1):.0f} %)"
+    if not one.chosen:
+        chosen, regret = "nothing was left", text.NOTHING
+    else:
+        chosen = "the same" if one.chosen == one.winner else f"{one.chosen} ({_final(one, one.chosen)[1]:.4g})"
+        regret = "0" if one.chosen == one.winner else f"{one.regret:.2g}"
+    times = text.duration(one.seconds_saved), text.duration(one.seconds)
+    return f"{len(one.stops)} of {on_axes}", saved, *times, chosen, regret
+
+
+def _final(one: Replay, configuration: str) -> tuple[int, float]:
+    """Number of finished seeds and mean of the objective, by what is on record."""
+    return means_by_configuration(one.trials, one.objective.metric)[configuration]
+
+
+def _steps(one: Replay) -> int:
+    return sum(trial.steps_done for trial in one.trials)
+
+
+def _show_stops(one: Replay, console: Console) -> None:
+    if not one.stops:
+        console.print("no trial would have been stopped")
+        return
+    table = _table("trial", "settings", "stopped at", "after", "why", left=("trial", "settings", "why"))
+    for stop in one.stops:
+        trial = stop.trial
+        what, when = f"{trial.configuration} seed={trial.seed}", text.duration(stop.at_seconds)
+        table.add_row(trial.trial_id, what, f"{stop.step}/{trial.total_steps}", when, stop.reason)
+    console.print(table)
+
+
+def _table(*headers: str, left: Sequence[str] = ("early stopping", "chosen")) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for header in headers:
+        table.add_column(header, justify="left" if header in left else "right", no_wrap=header not in left)
+    return table

@@ -1,0 +1,197 @@
+"""What every scheduler must hold. Subclass and give a `section` fixture: what a study file says under `scheduler`."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray.tune.schedulers import TrialScheduler
+
+from ebft_study.study import space
+from ebft_study.study.schedulers import StudyScheduler
+from ebft_study.study.spec import StudySpec
+
+STEPS, EVERY = 32, 2
+Curves = Mapping[str, list[float]]
+"""Trial -> objective at steps 0, 2, 4, ..."""
+
+
+def spec_of(section: Mapping[str, Any], mode: str = "min") -> StudySpec:
+    objective = {"metric": "cfm_loss", "mode": mode}
+    return space.from_record({"study": "s", "question": "q", "scheduler": section, "objective": objective}, source="t")
+
+
+def scheduler_of(section: Mapping[str, Any], mode: str = "min", history: Any = None) -> StudyScheduler:
+    return StudyScheduler(spec_of(section, mode), longest=STEPS, history=history or {})
+
+
+def tune_trial(name: str, *, session: int = 0, is_baseline: bool = False) -> Any:
+    """A trial as Tune hands it over: an identifier of Tune's own, which changes from session to session."""
+    settings = {"trial_id": name, "is_baseline": is_baseline, "total_steps": STEPS}
+    return SimpleNamespace(trial_id=f"tune-{session}-{name}", config=settings)
+
+
+def tell(scheduler: StudyScheduler, trial: Any, step: float, value: float) -> bool:
+    """Whether the scheduler stops `trial`, which reports what it evaluated at `step`."""
+    report = {"step": float(step), "evaluated_step": float(step), "cfm_loss": value}
+    return scheduler.on_trial_result(None, trial, report) == TrialScheduler.STOP
+
+
+def random_curves(seed: int, *, trials: int = 24, points: int = STEPS // EVERY + 1) -> dict[str, list[float]]:
+    """Losses that fall at different speeds, noisy enough to cross."""
+    draw = random.Random(seed)
+    return {
+        f"t{number:04d}": [
+            2.0 + level + math.exp(-rate * point / points) + draw.gauss(0, 0.05) for point in range(points)
+        ]
+        for number, (level, rate) in enumerate((draw.random(), 3 * draw.random()) for _ in range(trials))
+    }
+
+
+def reports(curves: Curves, seed: int, places: int = 4) -> Iterator[tuple[str, int, float]]:
+    """(trial, step, value), as `places` trials at a time report them in random order; send True to stop the trial."""
+    draw, waiting = random.Random(seed), list(curves)
+    running: dict[str, int] = {}
+    while waiting or running:
+        while waiting and len(running) < places:
+            running[waiting.pop(0)] = 0
+        trial_id = draw.choice(sorted(running))
+        point = running[trial_id]
+        stopped = yield trial_id, point * EVERY, curves[trial_id][point]
+        running[trial_id] = point + 1
+        if stopped or point + 1 == len(curves[trial_id]):
+            del running[trial_id]
+
+
+def ends(scheduler: StudyScheduler, curves: Curves, seed: int) -> dict[str, int]:
+    """The last step that each trial reports."""
+    trials, last = {name: tune_trial(name) for name in curves}, dict[str, int]()
+    source = reports(curves, seed)
+    report = next(source)
+    while True:
+        trial_id, step, value = report
+        last[trial_id] = step
+        try:
+            report = source.send(tell(scheduler, trials[trial_id], step, value))  # type: ignore[attr-defined]
+        except StopIteration:
+            return last
+
+
+def ends_with_a_resume(section: Mapping[str, Any], curves: Curves, seed: int, after: int) -> dict[str, int]:
+    """The same, when the driver dies after a number of reports and trials go on from a checkpoint two reports back."""
+    scheduler, last = scheduler_of(section), dict[str, int]()
+    seen: dict[str, list[tuple[float, float]]] = {}
+    source, count = reports(curves, seed), 0
+    report = next(source)
+    while True:
+        trial_id, step, value = report
+        if count == after:
+            scheduler = scheduler_of(section, history=seen)
+        trial = tune_trial(trial_id, session=int(count >= after))
+        if count >= after and 0 < step < STEPS:
+            again = [point for point in seen[trial_id][-2:] if point[0] < step]
+            assert not any(tell(scheduler, trial, *point) for point in again)
+        count, last[trial_id] = count + 1, step
+        if step < STEPS:
+            seen.setdefault(trial_id, []).append((float(step), value))
+        try:
+            report = source.send(tell(scheduler, trial, step, value))  # type: ignore[attr-defined]
+        except StopIteration:
+            return last
+
+
+class SchedulerContract:
+    """Some trials are stopped, and never one that must not be; a resume changes nothing."""
+
+    @pytest.fixture
+    def section(self) -> dict[str, Any]:
+        raise AssertionError("give the scheduler section of a study file")
+
+    @pytest.mark.parametrize("seed", range(5))
+    def test_trials_are_stopped_and_not_all(self, section: dict[str, Any], seed: int) -> None:
+        last = ends(scheduler_of(section), random_curves(seed), seed)
+        stopped = [step for step in last.values() if step < STEPS]
+        assert 0 < len(stopped) < len(last)
+        assert min(stopped) >= section["grace_period_steps"]
+
+    @pytest.mark.parametrize("seed", range(20))
+    def test_the_best_curve_survives(self, section: dict[str, Any], seed: int) -> None:
+        curves = random_curves(seed)
+        best = random.Random(seed).choice(sorted(curves))
+        curves[best] = [min(values) - 0.01 for values in zip(*curves.values(), strict=True)]
+        assert ends(scheduler_of(section), curves, seed)[best] == STEPS
+
+    @pytest.mark.parametrize("seed", range(5))
+    def test_maximum_mirrors_minimum(self, section: dict[str, Any], seed: int) -> None:
+        curves = random_curves(seed)
+        mirrored = {name: [-value for value in values] for name, values in curves.items()}
+        assert ends(scheduler_of(section), curves, seed) == ends(scheduler_of(section, "max"), mirrored, seed)
+
+    @pytest.mark.parametrize("after", [0, 1, 7, 40, 90, 150, 200])
+    def test_a_resume_changes_no_decision(self, section: dict[str, Any], after: int) -> None:
+        curves = random_curves(after)
+        expected = ends(scheduler_of(section), curves, seed=3)
+        assert ends_with_a_resume(section, curves, 3, after) == expected
+
+    def test_baselines_are_never_stopped_and_set_no_standard(self, section: dict[str, Any]) -> None:
+        curves = random_curves(1)
+        expected, scheduler = ends(scheduler_of(section), curves, 1), scheduler_of(section)
+        good = [tune_trial(f"t{number:04d}", is_baseline=True) for number in range(100, 104)]
+        bad = tune_trial("t0104", is_baseline=True)
+        for step in range(0, STEPS + 1, EVERY):
+            assert not any(tell(scheduler, trial, step, 0.1) for trial in good)
+        assert ends(scheduler, curves, 1) == expected
+        assert not any(tell(scheduler, bad, step, 99.0) for step in range(0, STEPS + 1, EVERY))
+
+    def test_a_trial_that_did_its_last_step_may_finish(self, section: dict[str, Any]) -> None:
+        scheduler = scheduler_of(section)
+        ends(scheduler, random_curves(2), 2)
+        assert not tell(scheduler, tune_trial("t0100"), STEPS, 99.0)
+
+    @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+    def test_what_is_not_finite_is_passed_over(self, section: dict[str, Any], value: float) -> None:
+        curves = random_curves(3)
+        expected = ends(scheduler_of(section), curves, 3)
+        for history in ({}, {"t0101": [(float(step), value) for step in range(0, STEPS, EVERY)]}):
+            scheduler = scheduler_of(section, history=history)
+            assert not any(tell(scheduler, tune_trial("t0100"), step, value) for step in range(0, STEPS, EVERY))
+            assert ends(scheduler, curves, 3) == expected
+
+    def test_reports_that_say_nothing_new_are_passed_over(self, section: dict[str, Any]) -> None:
+        """A checkpoint between two evaluations, the end of a trial, a trial that crashed and does steps again."""
+        curves = random_curves(4)
+        expected, scheduler = ends(scheduler_of(section), curves, 4), scheduler_of(section)
+        assert scheduler.on_trial_result(None, tune_trial("t0100"), {"outcome/status": "failed"}) == "CONTINUE"
+        old = {"step": 9.0, "evaluated_step": 8.0, "cfm_loss": 0.1}
+        assert scheduler.on_trial_result(None, tune_trial("t0100"), old) == "CONTINUE"
+        assert ends(scheduler, curves, 4) == expected
+        for name, values in curves.items():
+            trial = tune_trial(name)
+            scheduler.on_trial_error(None, trial)
+            scheduler.on_trial_add(None, trial)
+            assert not any(tell(scheduler, trial, step, values[step // 2]) for step in range(0, expected[name], EVERY))
+
+    def test_a_trial_that_a_rule_stopped_is_compared_with_as_after_a_resume(self, section: dict[str, Any]) -> None:
+        """Tune does not show schedulers the report at which a stopper ended a trial; the tables have it."""
+        curves = random_curves(5)
+        shown, step = [f"t{number:04d}" for number in range(200, 216)], section["grace_period_steps"]
+        live = scheduler_of(section)
+        for name in shown:
+            report = {"step": float(step), "evaluated_step": float(step), "cfm_loss": 0.5}
+            live.on_trial_complete(None, tune_trial(name), report)
+        resumed = scheduler_of(section, history={name: [(float(step), 0.5)] for name in shown})
+        found = ends(live, curves, 5)
+        assert found == ends(resumed, curves, 5) != ends(scheduler_of(section), curves, 5)
+
+    def test_every_stop_has_its_reason(self, section: dict[str, Any]) -> None:
+        scheduler = scheduler_of(section)
+        last = ends(scheduler, random_curves(6), 6)
+        assert set(scheduler.reasons) == {name for name, step in last.items() if step < STEPS}
+        for name, reason in scheduler.reasons.items():
+            assert "cfm_loss" in reason
+            assert f"step {last[name]}" in reason
+            assert reason.endswith(f"; {STEPS - last[name]} of {STEPS} steps saved")

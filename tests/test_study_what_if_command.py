@@ -1,0 +1,192 @@
+"""`study FILE --what-if` on a study whose answer is known by hand."""
+
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from ebft_study import config, results
+from ebft_study.cli import app
+from ebft_study.errors import EbftError
+from ebft_study.study import record, space, trials
+from ebft_study.study.what_if import places_on_record, recorded_trials
+from ebft_study.study.what_if_command import alternatives, study_with
+
+STARTED = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
+LEVELS = {"alpha=0": 2.0, "alpha=0.5": 1.0, "alpha=1": 3.0, "sft": 0.5}
+CONTENT: dict[str, Any] = {
+    "study": "grid",
+    "question": "What would have been saved?",
+    "run": {"steps": 40},
+    "axes": {"alpha": [0.0, 0.5, 1.0]},
+    "seeds": [0, 1],
+    "baselines": {"sft": {"method": "sft"}},
+    "profiles": {"cpu": {}, "gpu": {"scheduler": {"kind": "asha", "grace_period_steps": 10, "reduction_factor": 2}}},
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Eight trials of 40 steps, one after the other: 5 s to start, 1 s a step, 5 s to end."""
+    monkeypatch.setattr("os.fsync", lambda _: None)
+    clock = [STARTED]
+    monkeypatch.setattr("ebft_study.results.writer.now", lambda: clock[0])
+    file = tmp_path / "grid.yaml"
+    file.write_text(yaml.safe_dump(CONTENT, sort_keys=False))
+    spec, folder = space.load_study(file, "cpu"), tmp_path / "studies" / "grid"
+    folder.mkdir(parents=True)
+    record.write(folder, spec, profile="cpu", file=file, provenance={})
+    recorder = results.StudyRecorder(folder, study="grid")
+    for number, trial in enumerate(trials.trials_of(spec, trials.enumerated(spec))):
+        start = STARTED + datetime.timedelta(seconds=50 * number)
+        rows = results.TrialRecorder(folder, study="grid", trial_id=trial.trial_id, attempt=1)
+        for step in range(0, 41, 10):
+            clock[0] = start + datetime.timedelta(seconds=5 + step)
+            level = LEVELS[trial.configuration.label]
+            rows.metrics(step, {"cfm_loss": level, "ce_loss": level})
+        recorder.trial(
+            {
+                "trial_id": trial.trial_id, "status": "finished", "attempt": 1, "label": trial.label,
+                "configuration": trial.configuration.label, "named_baseline": trial.configuration.baseline,
+                "hyperparameters": config.flatten(trial.run), "started_at": start, "startup_seconds": 5.0,
+                "finished_at": start + datetime.timedelta(seconds=50), "total_seconds": 50.0, "steps_done": 40,
+            }
+        )  # fmt: skip
+    return folder
+
+
+def asked(folder: Path, *arguments: str, file: str = "grid.yaml") -> str:
+    """What the command says, in a wide terminal; raises what it refuses."""
+    command = ["study", str(folder.parents[1] / file), "--what-if", "--storage", str(folder.parent), *arguments]
+    ran = CliRunner().invoke(app, command, env={"COLUMNS": "300"})
+    if ran.exception and not isinstance(ran.exception, SystemExit):
+        raise ran.exception
+    assert ran.exit_code == 0
+    return " ".join(ran.output.split())
+
+
+def test_the_file_s_scheduler_over_the_record(folder: Path) -> None:
+    """Serial ASHA at 10, 20: alpha=1 is behind at step 10 with either seed, alpha=0 with the second at step 20."""
+    said = asked(folder, "--profile", "gpu")
+    assert "grid: 6 trials on its axes, 2 of baselines, 1 at a time, 320 steps, 6 min 40 s" in said
+    assert "Best by cfm_loss: alpha=0.5 (1, mean of 2 finished seeds)" in said
+    assert "3 of 6 80 of 320 (25 %) 1 min 35 s 5 min 5 s the same 0" in said
+    assert "t0003 alpha=1 seed=0 10/40 2 min 45 s cfm_loss 3 at step 10" in said
+    assert "t0005 alpha=0 seed=1 20/40 4 min 0 s cfm_loss 2 at step 20" in said
+    assert "t0007 alpha=1 seed=1 10/40" in said
+
+
+def test_overrides_say_the_same(folder: Path) -> None:
+    options = ["scheduler.kind=asha", "scheduler.grace_period_steps=10", "scheduler.reduction_factor=2"]
+    assert asked(folder, *options) == asked(folder, "--profile", "gpu")
+    assert asked(folder, *options, "steps=40", "learning_rate=1e-4") == asked(folder, "--profile", "gpu")
+
+
+def test_two_places_take_less_time(folder: Path) -> None:
+    said = asked(folder, "budget.max_concurrent_trials=2")
+    assert "2 at a time, 320 steps, 3 min 20 s" in said
+
+
+def test_overrides_of_the_kind_keep_what_the_new_kind_uses(folder: Path) -> None:
+    said = asked(folder, "--profile", "gpu", "scheduler.kind=median", "scheduler.min_samples_required=1")
+    assert "median (grace_period_steps 10, min_samples_required 1)" in said
+
+
+def test_without_a_scheduler_all_are_compared(folder: Path) -> None:
+    said = asked(folder)
+    for kind in ("asha (grace_period_steps 10", "hyperband (", "median (", "divergence (", "reward hacking ("):
+        assert kind in said
+    assert "stopped at" not in said
+    spec = study_with(folder, folder.parents[1] / "grid.yaml", None, ["stopping.stagnation={}"])
+    assert list(alternatives(spec, recorded_trials(folder, spec))) == ["stagnation (improvement 0, evaluations 5)"]
+
+
+def test_the_winner_may_be_lost_and_its_regret_is_by_all_that_is_on_record(folder: Path) -> None:
+    """By a rule that stops whatever makes no progress everything goes; baselines are no choice."""
+    said = asked(folder, "stopping.stagnation.evaluations=1", "stopping.stagnation.improvement=0.1")
+    assert "6 of 6 180 of 320 (56 %) 3 min 30 s 3 min 10 s nothing was left" in said
+    for trial_id in ("t0002", "t0006"):  # now alpha=0.5 rises and alpha=0 does not
+        rows = results.TrialRecorder(folder, study="grid", trial_id=trial_id, attempt=2)
+        rows.metrics(0, {"cfm_loss": 4.0, "ce_loss": 1.0})
+        rows.metrics(10, {"cfm_loss": 4.0, "ce_loss": 1.0})
+    options = ("scheduler.kind=asha", "scheduler.grace_period_steps=10", "scheduler.reduction_factor=2")
+    said = asked(folder, *options)
+    assert "alpha=0 (2) 1" in said
+
+
+def test_times_and_places_are_those_on_record(folder: Path) -> None:
+    spec = record.read(folder)
+    ran = recorded_trials(folder, spec)
+    assert [one.elapsed for one in ran if not one.is_baseline] == [(5.0, 15.0, 25.0, 35.0, 45.0)] * 6
+    assert {one.seconds for one in ran} == {50.0}
+    assert places_on_record(folder) == 1
+    recorder = results.StudyRecorder(folder, study="grid")
+    for trial_id in ("t0001", "t0002"):
+        recorder.trial({"trial_id": trial_id, "started_at": STARTED})
+    assert places_on_record(folder) == 3
+
+
+def test_time_between_attempts_is_nobodys(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    late = STARTED + datetime.timedelta(days=3)
+    rows = results.TrialRecorder(folder, study="grid", trial_id="t0001", attempt=2)
+    for step in (30, 40):
+        moment = late + datetime.timedelta(seconds=step)
+        monkeypatch.setattr("ebft_study.results.writer.now", lambda moment=moment: moment)
+        rows.metrics(step, {"cfm_loss": 2.0, "ce_loss": 2.0})
+    ran = {one.trial_id: one for one in recorded_trials(folder, record.read(folder))}
+    assert ran["t0001"].elapsed == (5.0, 15.0, 25.0, 25.0, 35.0)
+
+
+@pytest.mark.parametrize(
+    ("row", "parts"),
+    [
+        ({"status": "running"}, ["t0003 is running", "no end yet"]),
+        ({"status": "stopped", "stop_reason": "early stop: behind", "steps_done": 10}, ["stopped early at step 10"]),
+    ],
+)
+def test_half_a_curve_is_refused(folder: Path, row: dict[str, Any], parts: list[str]) -> None:
+    results.StudyRecorder(folder, study="grid").trial({"trial_id": "t0003", **row})
+    with pytest.raises(EbftError) as caught:
+        asked(folder)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_trials_that_failed_or_ended_by_themselves_are_replayed_as_they_were(folder: Path) -> None:
+    for trial_id, status in (("t0002", "failed"), ("t0006", "stopped")):
+        results.StudyRecorder(folder, study="grid").trial({"trial_id": trial_id, "status": status})
+    assert "Best by cfm_loss: alpha=0 (2, mean of 2 finished seeds)" in asked(folder)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["steps=50"], ["steps=50", "trials that ran with 40", "scheduler.*"]),
+        (["alpha=0.5"], ["reward.alpha", "an axis of the study"]),
+        (["scheduler.knd=asha"], ["command line", "unknown key 'scheduler.knd'", "'kind'"]),
+        (["scheduler.kind=median", "scheduler.brackets=2"], ["brackets=2", "kind is median"]),
+        (["scheduler.kind=asha"], ["grace_period_steps=50", "only 40 steps"]),
+        (["scheduler=asha"], ["'scheduler=asha'", "is a section"]),
+        (["objective.metric=cfm"], ["objective.metric='cfm'", "cfm_loss"]),
+        (["--name", "other"], ["other", "is no study", "--name"]),
+        (["--resume"], ["--resume", "runs nothing"]),
+    ],
+)
+def test_what_cannot_be_asked_is_refused(folder: Path, arguments: list[str], parts: list[str]) -> None:
+    with pytest.raises(EbftError) as caught:
+        asked(folder, *arguments)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_a_search_that_learns_from_results_is_refused(folder: Path) -> None:
+    content = {**yaml.safe_load((folder / "study.yaml").read_text())}
+    content["search"] = {"algorithm": "optuna", "num_configurations": 3}
+    (folder / "study.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(EbftError, match="Optuna chose its trials by their results"):
+        asked(folder)
