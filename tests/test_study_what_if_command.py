@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -30,34 +31,45 @@ CONTENT: dict[str, Any] = {
 }
 
 
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Eight trials of 40 steps, one after the other: 5 s to start, 1 s a step, 5 s to end."""
-    monkeypatch.setattr("os.fsync", lambda _: None)
-    clock = [STARTED]
-    monkeypatch.setattr("ebft_study.results.writer.now", lambda: clock[0])
-    file = tmp_path / "grid.yaml"
+    place, clock = tmp_path_factory.mktemp("finished"), [STARTED]
+    file, folder = place / "grid.yaml", place / "studies" / "grid"
     file.write_text(yaml.safe_dump(CONTENT, sort_keys=False))
-    spec, folder = space.load_study(file, "cpu"), tmp_path / "studies" / "grid"
+    spec = space.load_study(file, "cpu")
     folder.mkdir(parents=True)
     record.write(folder, spec, profile="cpu", file=file, provenance={})
     recorder = results.StudyRecorder(folder, study="grid")
-    for number, trial in enumerate(trials.trials_of(spec, trials.enumerated(spec))):
-        start = STARTED + datetime.timedelta(seconds=50 * number)
-        rows = results.TrialRecorder(folder, study="grid", trial_id=trial.trial_id, attempt=1)
-        for step in range(0, 41, 10):
-            clock[0] = start + datetime.timedelta(seconds=5 + step)
-            level = LEVELS[trial.configuration.label]
-            rows.metrics(step, {"cfm_loss": level, "ce_loss": level})
-        recorder.trial(
-            {
-                "trial_id": trial.trial_id, "status": "finished", "attempt": 1, "label": trial.label,
-                "configuration": trial.configuration.label, "named_baseline": trial.configuration.baseline,
-                "hyperparameters": config.flatten(trial.run), "started_at": start, "startup_seconds": 5.0,
-                "finished_at": start + datetime.timedelta(seconds=50), "total_seconds": 50.0, "steps_done": 40,
-            }
-        )  # fmt: skip
-    return folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.fsync", lambda _: None)
+        patch.setattr("ebft_study.results.writer.now", lambda: clock[0])
+        for number, trial in enumerate(trials.trials_of(spec, trials.enumerated(spec))):
+            start = STARTED + datetime.timedelta(seconds=50 * number)
+            rows = results.TrialRecorder(folder, study="grid", trial_id=trial.trial_id, attempt=1)
+            for step in range(0, 41, 10):
+                clock[0] = start + datetime.timedelta(seconds=5 + step)
+                level = LEVELS[trial.configuration.label]
+                rows.metrics(step, {"cfm_loss": level, "ce_loss": level})
+            recorder.trial(row_of(trial, start))
+        results.compact(folder)
+    return place
+
+
+def row_of(trial: trials.Trial, start: datetime.datetime) -> dict[str, Any]:
+    return {
+        "trial_id": trial.trial_id, "status": "finished", "attempt": 1, "label": trial.label,
+        "configuration": trial.configuration.label, "named_baseline": trial.configuration.baseline,
+        "hyperparameters": config.flatten(trial.run), "started_at": start, "startup_seconds": 5.0,
+        "finished_at": start + datetime.timedelta(seconds=50), "total_seconds": 50.0, "steps_done": 40,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def folder(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the study, to change."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    return tmp_path / "studies" / "grid"
 
 
 def asked(folder: Path, *arguments: str, file: str = "grid.yaml") -> str:
@@ -115,8 +127,20 @@ def test_the_winner_may_be_lost_and_its_regret_is_by_all_that_is_on_record(folde
         rows.metrics(0, {"cfm_loss": 4.0, "ce_loss": 1.0})
         rows.metrics(10, {"cfm_loss": 4.0, "ce_loss": 1.0})
     options = ("scheduler.kind=asha", "scheduler.grace_period_steps=10", "scheduler.reduction_factor=2")
-    said = asked(folder, *options)
-    assert "alpha=0 (2) 1" in said
+    assert "alpha=0 (2) 1" in asked(folder, *options)
+
+
+def test_a_choice_by_fewer_seeds_is_called_one(folder: Path) -> None:
+    """The winner's second seed begins badly, and so does everything else: its first seed is all that is left."""
+    rows = results.TrialRecorder(folder, study="grid", trial_id="t0006", attempt=2)
+    rows.metrics(10, {"cfm_loss": 4.0, "ce_loss": 1.0})
+    rules = ("stopping.divergence.evaluations=1", "stopping.stagnation.evaluations=1")
+    for trial_id in ("t0001", "t0003", "t0005", "t0007"):
+        rows = results.TrialRecorder(folder, study="grid", trial_id=trial_id, attempt=2)
+        rows.metrics(10, {"cfm_loss": 4.0, "ce_loss": 9.0})
+    said = asked(folder, *rules)
+    assert "5 of 6" in said
+    assert "the same, by 1 of 2 seeds 0" in said
 
 
 def test_times_and_places_are_those_on_record(folder: Path) -> None:

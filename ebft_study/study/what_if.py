@@ -95,9 +95,18 @@ class Replay:
 
     @cached_property
     def chosen(self) -> str:
-        """The best configuration among what was left."""
+        """The best configuration by what was left; '' where nothing was."""
+        return best_configuration(self._left, self.objective)
+
+    @property
+    def seeds_left(self) -> int:
+        """Finished seeds that the choice was made by."""
+        return means_by_configuration(self._left, self.objective.metric)[self.chosen][0]
+
+    @property
+    def _left(self) -> list[RecordedTrial]:
         stopped = {stop.trial.trial_id for stop in self.stops}
-        return best_configuration([t for t in self.trials if t.trial_id not in stopped], self.objective)
+        return [trial for trial in self.trials if trial.trial_id not in stopped]
 
     @property
     def regret(self) -> float:

@@ -177,13 +177,18 @@ def _row(one: Replay) -> tuple[str, ...]:
     """The cells of a replay."""
     on_axes, steps = sum(not trial.is_baseline for trial in one.trials), _steps(one)
     saved = f"{text.count(one.steps_saved)} of {text.count(steps)} ({100 * one.steps_saved / max(steps, 1):.0f} %)"
-    if not one.chosen:
-        chosen, regret = "nothing was left", text.NOTHING
-    else:
-        chosen = "the same" if one.chosen == one.winner else f"{one.chosen} ({_final(one, one.chosen)[1]:.4g})"
-        regret = "0" if one.chosen == one.winner else f"{one.regret:.2g}"
+    chosen, regret = ("nothing was left", text.NOTHING) if not one.chosen else _choice(one)
     times = text.duration(one.seconds_saved), text.duration(one.seconds)
     return f"{len(one.stops)} of {on_axes}", saved, *times, chosen, regret
+
+
+def _choice(one: Replay) -> tuple[str, str]:
+    """What would have been chosen, and its regret."""
+    seeds, mean = _final(one, one.chosen)
+    by = f", by {one.seeds_left} of {seeds} seeds" if one.seeds_left < seeds else ""
+    if one.chosen == one.winner:
+        return f"the same{by}", "0"
+    return f"{one.chosen} ({mean:.4g}){by}", f"{one.regret:.2g}"
 
 
 def _final(one: Replay, configuration: str) -> tuple[int, float]:
@@ -203,7 +208,7 @@ def _show_stops(one: Replay, console: Console) -> None:
     for stop in one.stops:
         trial = stop.trial
         what, when = f"{trial.configuration} seed={trial.seed}", text.duration(stop.at_seconds)
-        table.add_row(trial.trial_id, what, f"{stop.step}/{trial.total_steps}", when, stop.reason)
+        table.add_row(trial.trial_id, what, f"{stop.step}/{trial.total_steps}", when, stop.reason.rpartition(";")[0])
     console.print(table)
 
 

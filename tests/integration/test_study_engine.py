@@ -31,8 +31,9 @@ baselines:
   refused: {{gamma: 0.25}}
   crashes: {{gamma: 0.5}}
 axes: {{learning_rate: [0.0, 1.0]}}
-scheduler: {{kind: asha, grace_period_steps: 2, reduction_factor: 2}}
 """
+ASHA = "{kind: asha, grace_period_steps: 2, reduction_factor: 2}"
+MEDIAN = "{kind: median, grace_period_steps: 2, min_samples_required: 1}"
 BEHIND, REFUSED, CRASHES, GOOD, EARLY = (f"t{number:04d}" for number in range(5))
 EXPECTED = {BEHIND: "finished", REFUSED: "failed", CRASHES: "finished", GOOD: "finished", EARLY: "stopped"}
 
@@ -40,8 +41,9 @@ EXPECTED = {BEHIND: "finished", REFUSED: "failed", CRASHES: "finished", GOOD: "f
 class Study:
     """A study folder and the processes that drive it."""
 
-    def __init__(self, folder: Path, *, workers: int) -> None:
-        (folder / "study.yaml").write_text(f"{CONTENT}resources: {{workers_per_trial: {workers}}}\n")
+    def __init__(self, folder: Path, *, workers: int, scheduler: str) -> None:
+        sections = f"resources: {{workers_per_trial: {workers}}}\nscheduler: {scheduler}\n"
+        (folder / "study.yaml").write_text(CONTENT + sections)
         self.cwd, self.folder = folder, folder / "studies" / "ordeal"
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
@@ -100,8 +102,8 @@ class Ordeal:
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory: pytest.TempPathFactory) -> Ordeal:
-    """Trials in worker groups; the driver is killed in the middle, and the study resumed."""
-    study, said = Study(tmp_path_factory.mktemp("killed"), workers=1), {}
+    """Trials in worker groups, compared by ASHA; the driver is killed in the middle, and the study resumed."""
+    study, said = Study(tmp_path_factory.mktemp("killed"), workers=1, scheduler=ASHA), {}
     driver = study.start("study", "study.yaml")
     wait_until(lambda: bool(study.events("session")), driver)
     said["second"] = study.run("resume", "ordeal")
@@ -118,8 +120,8 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Ordeal:
 
 @pytest.fixture(scope="module")
 def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Ordeal:
-    """Trials in their own processes; Ctrl-C in the middle, and the study started again with --resume."""
-    study, said = Study(tmp_path_factory.mktemp("interrupted"), workers=0), {}
+    """Trials in their own processes, stopped by the median rule; Ctrl-C in the middle, then `study --resume`."""
+    study, said = Study(tmp_path_factory.mktemp("interrupted"), workers=0, scheduler=MEDIAN), {}
     driver = study.start("study", "study.yaml")
     study.wait_for_the_middle(driver)
     driver.send_signal(signal.SIGINT)
@@ -170,8 +172,11 @@ def test_what_the_user_must_mend_is_not_tried_again(ordeal: Ordeal) -> None:
 
 def test_early_stops_spare_baselines_and_free_their_place(ordeal: Ordeal) -> None:
     table = ordeal.study.trials()
-    assert table.loc[EARLY, "stop_reason"].startswith("early stop")
+    assert table.loc[EARLY, "stop_reason"].startswith("early stop: ")
+    assert "cfm_loss" in table.loc[EARLY, "stop_reason"]
     assert max(ordeal.study.steps(EARLY)) < STEPS
+    assert table.loc[EARLY, "steps_saved"] == STEPS - table.loc[EARLY, "steps_done"]
+    assert table.loc[EARLY, "seconds_saved"] > 0
     assert table.loc[BEHIND, "final_cfm_loss"] > table.loc[EARLY, "final_cfm_loss"]
 
 
