@@ -24,6 +24,7 @@ def check(spec: StudySpec, source: str) -> list[RunConfig]:
     """Refuse a study that cannot run as a whole; returns the run of each configuration checked, at the first seed."""
     _check_search(spec, source)
     check_objective(spec, source)
+    check_compared(spec, source)
     checked = []
     for configuration in _to_check(spec):
         run = trials.build(spec, configuration, seed=spec.seeds[0], source=source)
@@ -123,12 +124,18 @@ def check_scheduler(spec: StudySpec, run: RunConfig, source: str) -> None:
             rule=f"the first rung of the last bracket is at step {first_rung}, and a trial has only {steps} steps",
             remedy="Use fewer brackets, or a shorter grace period",
         )
+
+
+def check_compared(spec: StudySpec, source: str) -> None:
+    """A trial must have enough others to be compared with."""
+    if spec.scheduler.kind != "median":
+        return
     compared = trials.number_of_trials(spec) - len(spec.seeds) * len(spec.baselines)
-    if scheduler.kind == "median" and scheduler.min_samples_required >= compared:
+    if spec.scheduler.min_samples_required >= compared:
         raise rule_broken(
             source=source,
             key="scheduler.min_samples_required",
-            given=scheduler.min_samples_required,
+            given=spec.scheduler.min_samples_required,
             rule=f"the study has {compared} trials on its axes, so none would ever be stopped",
             remedy=f"Use at most {max(compared - 1, 1)}, or kind: none",
         )

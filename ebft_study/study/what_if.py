@@ -192,6 +192,7 @@ def means_by_configuration(trials: Iterable[RecordedTrial], metric: str) -> dict
 def recorded_trials(folder: Path, spec: StudySpec) -> list[RecordedTrial]:
     """The trials of a study in the order in which they ran; refuses one that does not hold whole curves."""
     rows = results.read_table(folder, "trials").to_dict("records")
+    rows.sort(key=lambda row: int(row["trial_id"][1:]))
     for row in rows:
         _refuse_half(folder, row)
     past = history.read(folder, spec.objective.metric).evaluations  # baselines, which nobody stops, have none here

@@ -66,6 +66,7 @@ def study_with(folder: Path, file: Path, profile: str | None, overrides: Sequenc
     _refuse_changes(recorded, [item for item in overrides if not _section(item)])
     spec = recorded.model_copy(update={name: getattr(asked, name) for name in SECTIONS})
     checks.check_objective(spec, str(file))
+    checks.check_compared(spec, str(file))
     for configuration in trials.enumerated(spec):
         checks.check_scheduler(spec, trials.build(spec, configuration, seed=spec.seeds[0]), str(file))
     return spec
