@@ -93,6 +93,13 @@ def test_the_file_s_scheduler_over_the_record(folder: Path) -> None:
     assert "t0007 alpha=1 seed=1 10/40" in said
 
 
+def test_on_gpus_their_hours_are_told(folder: Path) -> None:
+    content = yaml.safe_load((folder / "study.yaml").read_text())
+    content["resources"] |= {"workers_per_trial": 2, "gpus_per_worker": 4}
+    (folder / "study.yaml").write_text(yaml.safe_dump(content))
+    assert "1 min 35 s (0.211 GPU hours)" in asked(folder, "--profile", "gpu")
+
+
 def test_overrides_say_the_same(folder: Path) -> None:
     options = ["scheduler.kind=asha", "scheduler.grace_period_steps=10", "scheduler.reduction_factor=2"]
     assert asked(folder, *options) == asked(folder, "--profile", "gpu")

@@ -16,7 +16,7 @@ from ebft_study.config import Section
 from ebft_study.errors import ConfigError, ResultsError, rule_broken
 from ebft_study.report import text
 from ebft_study.study import checks, record, space, trials
-from ebft_study.study.spec import USED_BY, SchedulerSpec, StoppingSpec, StudySpec
+from ebft_study.study.spec import USED_BY, ResourcesSpec, SchedulerSpec, StoppingSpec, StudySpec
 from ebft_study.study.what_if import (
     RecordedTrial,
     Replay,
@@ -157,7 +157,7 @@ def show(spec: StudySpec, found: WhatIf, console: Console) -> None:
     console.print(_as_it_ran(spec, found), markup=False, highlight=False, soft_wrap=True)
     table = _table("early stopping", "stopped", "steps saved", "trial time saved", "study takes", "chosen", "regret")
     for label, one in found.replays.items():
-        table.add_row(label, *_row(one))
+        table.add_row(label, *_row(one, spec.resources))
     console.print(table)
     if len(found.replays) == 1:
         _show_stops(next(iter(found.replays.values())), console)
@@ -174,12 +174,14 @@ def _as_it_ran(spec: StudySpec, found: WhatIf) -> str:
     return f"{spec.study}: {size}, {cost}. Best by {spec.objective.metric}: {best}"
 
 
-def _row(one: Replay) -> tuple[str, ...]:
+def _row(one: Replay, resources: ResourcesSpec) -> tuple[str, ...]:
     """The cells of a replay."""
     on_axes, steps = sum(not trial.is_baseline for trial in one.trials), _steps(one)
     saved = f"{text.count(one.steps_saved)} of {text.count(steps)} ({100 * one.steps_saved / max(steps, 1):.0f} %)"
     chosen, regret = ("nothing was left", text.NOTHING) if not one.chosen else _choice(one)
-    times = text.duration(one.seconds_saved), text.duration(one.seconds)
+    gpu_hours = one.seconds_saved / 3600 * resources.processes * resources.gpus_per_worker
+    spared = f" ({gpu_hours:.3g} GPU hours)" if gpu_hours else ""
+    times = text.duration(one.seconds_saved) + spared, text.duration(one.seconds)
     return f"{len(one.stops)} of {on_axes}", saved, *times, chosen, regret
 
 
