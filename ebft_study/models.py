@@ -19,7 +19,7 @@ from ebft_study.config import FeaturesConfig, RunConfig
 from ebft_study.errors import ModelError
 from ebft_study.features.local import LocalFeatures
 from ebft_study.lora import BaseModel, add_adapters
-from ebft_study.pretraining import LADDER, ensure_tiny_model
+from ebft_study.pretraining import LADDER, architecture, ensure_tiny_model
 
 transformers_logging.disable_progress_bar()
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -83,13 +83,15 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def read_config(name: str, *, revision: str | None = None) -> Any:
-    """The Hugging Face configuration of what `load_model` would load; no weights are read.
+    """The Hugging Face configuration of what `load_model` would load; no weights are read, and nothing is trained.
 
     Raises:
         ModelError: nothing usable at `name`.
     """
+    if name in LADDER:
+        return architecture(LADDER[name])
     try:
-        return AutoConfig.from_pretrained(source_of(name), revision=revision)
+        return AutoConfig.from_pretrained(name, revision=revision)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(_explain(name, error)) from error
 

@@ -31,6 +31,7 @@ from ebft_study.paths import cache_folder
 from ebft_study.progress import Progress
 
 END_OF_TEXT = "<|endoftext|>"
+END_OF_TEXT_ID = 0  # special tokens come first in a vocabulary
 RECIPE_VERSION = 1
 
 
@@ -100,7 +101,7 @@ def pretrain(recipe: Recipe, corpus: TextDataset, folder: Path) -> dict[str, Any
     needed = recipe.steps * recipe.batch_size * (recipe.sequence_length + 1)
     train = token_stream(corpus, "train", tokenizer, limit=needed)
     validation = token_stream(corpus, "validation", tokenizer, limit=200_000)
-    model = _train(recipe, tokenizer, train)
+    model = _train(recipe, train)
     trigram = TrigramModel(train, recipe.vocabulary_size).cross_entropy(validation)
     record = {
         "recipe": asdict(recipe),
@@ -154,10 +155,10 @@ def token_stream(corpus: TextDataset, split: str, tokenizer: PreTrainedTokenizer
     return stream[:limit]
 
 
-def _train(recipe: Recipe, tokenizer: PreTrainedTokenizerFast, stream: np.ndarray) -> Qwen2ForCausalLM:
+def _train(recipe: Recipe, stream: np.ndarray) -> Qwen2ForCausalLM:
     with torch.random.fork_rng():
         torch.manual_seed(recipe.seed)
-        model = Qwen2ForCausalLM._from_config(_model_config(recipe, tokenizer), attn_implementation="sdpa")
+        model = Qwen2ForCausalLM._from_config(architecture(recipe), attn_implementation="sdpa")
     optimizers = _optimizers(model, recipe)
     rows = torch.from_numpy(stream[: len(stream) // (recipe.sequence_length + 1) * (recipe.sequence_length + 1)])
     rows = rows.view(-1, recipe.sequence_length + 1)
@@ -193,7 +194,8 @@ def _optimizers(model: Qwen2ForCausalLM, recipe: Recipe) -> list[torch.optim.Opt
     return optimizers
 
 
-def _model_config(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen2Config:
+def architecture(recipe: Recipe) -> Qwen2Config:
+    """Of a tiny model, whether it has been trained yet or not."""
     return Qwen2Config(
         vocab_size=recipe.vocabulary_size,
         hidden_size=recipe.hidden_size,
@@ -204,9 +206,9 @@ def _model_config(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen2Co
         max_position_embeddings=4 * recipe.sequence_length,
         tie_word_embeddings=True,
         initializer_range=recipe.initializer_range,
-        bos_token_id=tokenizer.eos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.eos_token_id,
+        bos_token_id=END_OF_TEXT_ID,
+        eos_token_id=END_OF_TEXT_ID,
+        pad_token_id=END_OF_TEXT_ID,
     )
 
 

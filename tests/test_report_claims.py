@@ -133,3 +133,15 @@ def test_the_compared_configuration_is_chosen_on_validation_not_on_heldout(tmp_p
     results.metrics.loc[results.metrics["trial_id"].isin(worse), "cfm_loss"] -= 1.0
     study: Study = tables.summarize(results)
     assert "lr=1e-4" in claims.ebft_lowers_cfm(study).sentence
+
+
+@pytest.mark.parametrize("sft_model", ["tiny-1m", "tiny-4m"])
+def test_sft_of_another_model_is_no_comparison(tmp_path: Path, sft_model: str) -> None:
+    """A small model under EBFT and a larger one under SFT would compare sizes, not methods."""
+
+    def settings(key: object) -> dict[str, object]:
+        return {"method": "sft", "model": sft_model} if key == "sft" else {"model": "tiny-1m"}
+
+    made = write_study(tmp_path / "s", effects={"ebft": (-0.1, -0.05), "sft": (-0.2, -0.01)}, settings=settings)
+    verdict = verdicts(made)["ebft_beats_sft_on_cfm"]
+    assert verdict.ruling == ("agrees" if sft_model == "tiny-1m" else "cannot tell")

@@ -257,3 +257,87 @@ def test_a_model_of_the_objective_finds_its_minimum_closer_than_chance(
     }
     means = {name: sum(map(distance, found)) / len(found) for name, found in late.items()}
     assert means[sampler] < 0.5 * means["random"]
+
+
+# --- conditions and exclusions ---------------------------------------------------------------------------------
+
+CONDITIONAL: dict[str, Any] = {
+    "axes": {
+        "whitening": ["none", "variant_i"],
+        "n_samples": {"distribution": "log_integer", "low": 2, "high": 8, "when": {"whitening": "variant_i"}},
+        "gamma": {"distribution": "uniform", "low": 0.0, "high": 0.3, "step": 0.1},
+        "size": {"choices": {"small": {"batch_size": 4}, "large": {"batch_size": 8}}},
+    },
+    "seeds": [0],
+}
+ANY = Ending("finished", 1.0, 3)
+
+
+def exists_as_it_should(trial: Trial) -> bool:
+    return ("n_samples=" in trial.label) == (trial.run.reward.whitening == "variant_i")
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "gp", "qmc", "random"])
+def test_every_sampler_suggests_axes_only_where_they_exist(tmp_path: Path, sampler: str) -> None:
+    study = spec(**CONDITIONAL, search={"algorithm": "optuna", "num_configurations": 16, "sampler": sampler})
+    done = run_all(OptunaSearch(study, tmp_path / "j", {}), lambda trial: Ending("finished", trial.run.loss.gamma, 3))
+    assert len(done) == 16
+    assert all(map(exists_as_it_should, done))
+    assert {trial.run.reward.whitening for trial in done} == {"none", "variant_i"}
+    assert {trial.run.loss.gamma for trial in done} <= {0.0, 0.1, 0.2, 0.3}
+    assert {trial.run.training.batch_size for trial in done} == {4, 8}
+    for frozen, trial in zip(asked(tmp_path / "j"), done, strict=True):
+        assert ("rollout.n_samples" in frozen.params) == (trial.run.reward.whitening == "variant_i")
+
+
+def test_a_conditional_search_goes_on_with_the_same_trials(tmp_path: Path) -> None:
+    study = spec(**CONDITIONAL, search={"algorithm": "optuna", "num_configurations": 6, "sampler": "random"})
+    source = OptunaSearch(study, tmp_path / "j", {})
+    before = {trial.trial_id: trial for _ in range(4) if (trial := source.next())}
+    del source
+    after = run_all(OptunaSearch(study, tmp_path / "j", {}), lambda trial: ANY)
+    assert {trial.trial_id: trial for trial in after[:4]} == before
+    assert len(after) == 6
+
+
+@pytest.mark.parametrize(("whitening", "params", "whole"), [(1, 3, False), (1, 4, True), (0, 3, True)])
+def test_a_driver_killed_while_asking_is_known_by_the_axes_that_should_exist(
+    tmp_path: Path, whitening: int, params: int, whole: bool
+) -> None:
+    """Three axes are all there is without whitening, but one too few with it."""
+    study = spec(**CONDITIONAL, search={"algorithm": "optuna", "num_configurations": 1})
+    given = optuna.create_study(study_name="s", storage=JournalStorage(JournalFileBackend(str(tmp_path / "j")))).ask()
+    given.suggest_categorical("reward.whitening", [["none"], ["variant_i"]][whitening])
+    if whitening:
+        given.suggest_int("rollout.n_samples", 2, 8, log=True)
+    given.suggest_float("loss.gamma", 0.0, 0.3, step=0.1)
+    if params == 3 + whitening:
+        given.suggest_categorical("size", ["small", "large"])
+    done = run_all(OptunaSearch(study, tmp_path / "j", {}), lambda trial: ANY)
+    assert len(done) == int(whole)
+    assert [frozen.state for frozen in asked(tmp_path / "j")] == [TrialState.COMPLETE if whole else TrialState.FAIL]
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "gp", "qmc", "random"])
+def test_excluded_suggestions_cost_no_place_and_asking_ends(tmp_path: Path, sampler: str) -> None:
+    """One configuration of twenty is left: most suggestions are excluded, many times in a row."""
+    study = spec(
+        axes={"alpha": [0.0, 0.25, 0.5, 0.75, 1.0], "gamma": [0.0, 0.1, 0.2, 0.3]},
+        exclude=[{"alpha": [0.0, 0.25, 0.5, 0.75]}, {"gamma": [0.0, 0.1, 0.3]}],
+        seeds=[0],
+        search={"algorithm": "optuna", "num_configurations": 3, "sampler": sampler},
+    )
+    endings: dict[str, Ending] = {}
+    done: list[Trial] = []
+    while not search.is_over(study, tmp_path / "j"):  # a new driver for every trial
+        source = OptunaSearch(study, tmp_path / "j", endings)
+        trial = source.next()
+        assert trial is not None
+        done.append(trial)
+        endings[trial.trial_id] = ANY
+        source.ended(trial.trial_id, ANY)
+    assert [(trial.run.reward.alpha, trial.run.loss.gamma) for trial in done] == [(1.0, 0.2)] * 3
+    states = [frozen.state for frozen in asked(tmp_path / "j")]
+    assert states.count(TrialState.COMPLETE) == 3
+    assert states.count(TrialState.PRUNED) == len(states) - 3 <= 3 * 10
+    assert OptunaSearch(study, tmp_path / "j", endings).exhausted

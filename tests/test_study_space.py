@@ -1,4 +1,4 @@
-"""Study files: what is read, what is refused and with which line, and that every recipe of the project loads."""
+"""Study files: what is read, and what is refused with which line."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ import pytest
 import yaml
 
 from ebft_study.errors import ConfigError
-from ebft_study.study import checks, space, trials
+from ebft_study.study import checks, space
 from ebft_study.study.space import load_study
 
-RECIPES = sorted((Path(__file__).parent.parent / "search_spaces").glob("*.yaml"))
 BASE: dict[str, Any] = {
     "study": "probe",
     "question": "Is this file read correctly?",
@@ -41,31 +40,6 @@ def refusal(folder: Path, profile: str | None = "cpu", overrides: tuple[str, ...
     assert "\n" not in message
     assert caught.value.exit_code == 2
     return message
-
-
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_loads_with_each_of_its_profiles(recipe: Path) -> None:
-    profiles = yaml.safe_load(recipe.read_text())["profiles"]
-    assert set(profiles) >= {"cpu", "gpu"}
-    for profile in profiles:
-        spec = load_study(recipe, profile)
-        assert spec.study == recipe.stem
-        assert trials.trials_of(spec, trials.enumerated(spec))
-
-
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_says_on_top_what_it_asks(recipe: Path) -> None:
-    first = recipe.read_text().splitlines()[0]
-    assert first.startswith("# ")
-    assert first.endswith(("?", "? (Figures 6 and 11)"))
-
-
-def test_profiles_do_not_change_what_is_studied() -> None:
-    for recipe in RECIPES:
-        specs = [load_study(recipe, profile) for profile in ("cpu", "gpu")]
-        assert specs[0].axes == specs[1].axes
-        assert specs[0].seeds == specs[1].seeds
-        assert set(specs[0].baselines) == set(specs[1].baselines)
 
 
 def test_a_profile_is_laid_over_the_file(tmp_path: Path) -> None:
@@ -178,6 +152,53 @@ def test_numbers_that_yaml_reads_as_text_are_numbers(tmp_path: Path) -> None:
         ({"profiles": {"cpu": {"axes": {"alpha": [1]}}}}, ["axes: is part of what is studied"]),
         ({"profiles": {"cpu": {"baselines": {"stf": {"steps": 3}}}}}, ["baselines.stf", "Its baselines: sft"]),
         ({"profiles": {"cpu": {"run": {"modle": "x"}}}}, ["profiles.cpu.run: unknown key 'modle'", "'model'"]),
+        ({"profiles": {"cpu": {"exclude": []}}}, ["exclude: is part of what is studied"]),
+        ({"profiles": {"cpu": {"choices": {"alpha": {"x": {}}}}}}, ["choices.alpha: is no axis of choices", "none"]),
+        ({"axes": {"gamma": {"values": [0.1], "when": {"alpha": 1}}}}, ["axes.gamma.when: alpha", "List it first"]),
+        (
+            {
+                "axes": {
+                    "alpha": {"values": [0, 1], "when": {"gamma": 0}},
+                    "gamma": {"values": [0], "when": {"alpha": 1}},
+                }
+            },
+            ["axes.alpha.when: gamma", "above this one"],
+        ),
+        ({"axes": {"alpha": [0, 1], "gamma": {"values": [0.1], "when": {"alpha": 2}}}}, ["alpha=2", "no value of"]),
+        (
+            {
+                "axes": {
+                    "temperature": {"distribution": "uniform", "low": 0.5, "high": 1},
+                    "alpha": {"values": [0, 1], "when": {"temperature": 0.5}},
+                },
+                "search": {"algorithm": "random", "num_configurations": 2},
+            },
+            ["temperature is drawn from a continuous range", "Give it a step"],
+        ),
+        ({"exclude": {"alpha": 0}}, ["exclude", "is a list of mappings"]),
+        ({"exclude": [{}]}, ["exclude", "is a list of mappings"]),
+        ({"exclude": [{"n_samples": 4}]}, ["exclude.0: n_samples: is no axis", "alpha, gamma"]),
+        ({"exclude": [{"alpha": [0, 0.5]}]}, ["exclude.0.alpha: alpha=0.5", "no value of this axis"]),
+        ({"exclude": [{"alpha": [0, 1]}]}, ["exclude: leaves no configuration"]),
+        ({"axes": {"model": {"choices": {"a": {}}}}}, ["axes='model'", "name of its own"]),
+        ({"axes": {"size": {"choices": {"a": {"modle": 1}}}}}, ["axes.size.a", "unknown key 'modle'", "'model'"]),
+        ({"axes": {"size": {"choices": {"a": {"seed": 1}}}}}, ["axes.size.a: seed", "under 'seeds'"]),
+        ({"axes": {"size": {"choices": ["a", "b"]}}}, ["axes.size=['a', 'b']", "the same settings", "choices.size"]),
+        (
+            {"axes": {"size": {"choices": {"a": {"alpha": 0}, "b": {}}}, "alpha": [1]}},
+            ["axes.alpha='reward.alpha'", "also set by axes.size"],
+        ),
+        (
+            {"axes": {"size": {"choices": {"a": {"steps": 3}, "b": {"steps": 4}}}}},
+            ["run.steps=20", "varied under axes"],
+        ),
+        ({"axes": {"sizes": [1, 2]}}, ["axes: unknown key 'sizes'"]),
+        ({"linked": {"alpha": {"same_as": "gamma"}}}, ["linked.alpha", "varied under axes"]),
+        ({"linked": {"steps": {"product": ["n_samples", 2]}}}, ["run.steps=20", "follows others under linked"]),
+        (
+            {"linked": {"stride": {"same_as": "completion_length"}}, "profiles": {"cpu": {"run": {"stride": 3}}}},
+            ["rollout.stride", "linked to others"],
+        ),
     ],
 )
 def test_bad_files_are_refused_in_one_line(tmp_path: Path, changes: dict[str, Any], parts: list[str]) -> None:
@@ -263,3 +284,50 @@ def test_study_yaml_records_what_the_scheduler_looks_at(tmp_path: Path, kind: st
 
 
 GRACE = {"grace_period_steps": 5}
+
+SIZES: dict[str, Any] = {
+    "axes": {"size": {"choices": ["small", "large"]}, "alpha": [0.0, 1.0]},
+    "profiles": {
+        "cpu": {"choices": {"size": {"small": {"model": "tiny-1m"}, "large": {"model": "tiny-4m"}}}},
+        "gpu": {"choices": {"size": {"small": {"model": "1b"}, "large": {"model": "7b", "batch_size": 16}}}},
+    },
+}
+
+
+def test_a_profile_says_what_choices_stand_for(tmp_path: Path) -> None:
+    for profile, models in (("cpu", ["tiny-1m", "tiny-4m"]), ("gpu", ["1b", "7b"])):
+        spec = load_study(write(tmp_path, **SIZES), profile)
+        assert [settings["model"] for settings in (spec.axes["size"].choices or {}).values()] == models
+        assert spec.exclude == ()
+
+
+@pytest.mark.parametrize(
+    ("choices", "overrides", "part"),
+    [
+        ({"size": {"huge": {"model": "x"}}}, (), "choices.size.huge: is no choice of it. It has: small, large"),
+        ({"size": {"small": {"model": "x"}}, "other": {}}, (), "choices.other: is no axis of choices"),
+        ({"size": {"small": {"model": "x"}, "large": {"model": "x"}}}, (), "stand for the same settings"),
+        ({"size": {"small": {"alpha": 0}, "large": {"alpha": 1}}}, (), "axes.alpha='reward.alpha': is also set by"),
+        (SIZES["profiles"]["cpu"]["choices"], ("model=x",), "model: an override changes what is fixed"),
+    ],
+)
+def test_a_profile_keeps_the_choices_and_an_override_what_they_set(
+    tmp_path: Path, choices: dict[str, Any], overrides: tuple[str, ...], part: str
+) -> None:
+    assert part in refusal(tmp_path, "cpu", overrides, **{**SIZES, "profiles": {"cpu": {"choices": choices}}})
+
+
+def test_two_axes_may_set_one_thing_if_they_never_exist_together(tmp_path: Path) -> None:
+    axes: dict[str, Any] = {
+        "layers": {"choices": ["one", "two"]},
+        "one": {"choices": {"low": {"depths": [0.25]}, "high": {"depths": [0.75]}}, "when": {"layers": "one"}},
+        "two": {"choices": {"low": {"depths": [0.25, 0.5]}}, "when": {"layers": "two"}},
+    }
+    assert len(load_study(write(tmp_path, axes=axes), "cpu").axes) == 3
+    axes["two"].pop("when")
+    assert "is also set by axes.one" in refusal(tmp_path, axes=axes)
+
+
+def test_a_profile_may_say_what_baselines_have_instead_of_an_axis(tmp_path: Path) -> None:
+    profiles = {"cpu": {"baselines": {"sft": {"alpha": 0.25}}}}
+    assert load_study(write(tmp_path, profiles=profiles), "cpu").baselines["sft"]["reward"] == {"alpha": 0.25}

@@ -199,9 +199,11 @@ def _differing_in(study: Study, reference: Configuration, setting: str) -> list[
 def _against_sft(study: Study, metric: str, claim: str, reference: str) -> Verdict:
     verdict = _verdict(claim, reference)
     pure = _pure(study)
-    finished = [c for c in study.sft if c.n_finished and c.final]
+    finished = [
+        c for c in study.sft if c.n_finished and c.final and pure and c.settings["model"] == pure.settings["model"]
+    ]
     if pure is None or not finished:
-        return verdict("cannot tell", _lacks("EBFT with alpha=1" if pure is None else "SFT"))
+        return verdict("cannot tell", _lacks("EBFT with alpha=1" if pure is None else "SFT of the same model"))
     equal = [c for c in finished if _equal_data(pure, c)]
     sft = best(equal or finished)
     if sft is None or not equal:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from ebft_study.report import savings, text
+from ebft_study.report import savings, text, together
 from ebft_study.report.tables import Configuration, Study
 
 # Settings worth naming even where they do not vary; the rest is in study.yaml and in the trials table.
@@ -24,7 +24,11 @@ def asked(study: Study) -> Facts:
     """Axes, baselines, seeds and how configurations were chosen."""
     trials, spec = study.results.trials, study.results.spec
     on_axes = [c for c in study.configurations if c.baseline is None]
-    rows = [(text.named(name), _values(on_axes, name)) for name in study.varying]
+    choices = together.choices_of(spec)
+    rows = [
+        (text.named(name), _choices(choices[name]) if name in choices else _values(on_axes, name))
+        for name in study.varying
+    ]
     baselines = [c.label for c in study.configurations if c.baseline]
     seeds = sorted({int(seed) for seed in trials["seed"].dropna()})
     rows += [("Baselines", text.listed(baselines) or "none"), ("Seeds", text.setting(seeds) or text.NOTHING)]
@@ -61,12 +65,21 @@ def _values(configurations: Sequence[Configuration], name: str) -> str:
     return ", ".join(values)
 
 
+def _choices(choices: Mapping[str, Mapping[str, Any]]) -> str:
+    """`small (model tiny-1m), large (model tiny-4m)`."""
+    meanings = {
+        choice: ", ".join(f"{text.symbol(name)} {text.setting(value)}" for name, value in settings.items())
+        for choice, settings in choices.items()
+    }
+    return "; ".join(f"{choice} ({meaning})" if meaning else choice for choice, meaning in meanings.items())
+
+
 def fixed_settings(study: Study) -> Facts:
     """Notable settings that all trials on the axes share."""
     on_axes = [c for c in study.configurations if c.baseline is None] or list(study.configurations)
     if not on_axes:
         return []
-    names = [name for name in NOTABLE if name not in study.varying]
+    names = [name for name in NOTABLE if name not in {*study.varying, *study.shown_as}]
     return [(text.named(name), text.setting(on_axes[0].settings[name])) for name in names]
 
 

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from ebft_study.report import style, text
 from ebft_study.report.pictures import DIVERGENCE, TITLES, Picture, panel_title, unit_of
 from ebft_study.report.statistics import Interval
-from ebft_study.report.tables import Configuration, Study
+from ebft_study.report.tables import Configuration, Study, order
 
 MAX_AXES = 6
 MAX_LABELS = 8
@@ -137,7 +137,7 @@ def axis_plots(study: Study) -> Picture | None:
 
 def _along(axes: Axes, study: Study, name: str, metric: str, drawn: Sequence[Configuration], *, labelled: bool) -> None:
     looks, ends = style.looks(study), []
-    values = sorted({c.settings[name] for c in drawn}, key=lambda v: (v is None, not isinstance(v, int | float), v))
+    values = sorted({c.settings[name] for c in drawn}, key=order)
     numeric = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
     axes.axhline(0, color=style.BASE_COLOR, linestyle="--", linewidth=1.2)
     groups = _equal_but_for(study, name, drawn)

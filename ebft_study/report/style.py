@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 
-from ebft_study.report.tables import Configuration, Study
+from ebft_study.report.tables import Configuration, Study, order
 
 INK = "#222222"
 QUIET = "#6b6b6b"
@@ -107,7 +107,7 @@ def _levels(configurations: Sequence[Configuration], setting: str) -> list[Any]:
     for configuration in configurations:
         if configuration.settings[setting] not in values:
             values.append(configuration.settings[setting])
-    return sorted(values, key=lambda v: (not isinstance(v, int | float), v if isinstance(v, int | float) else str(v)))
+    return sorted(values, key=order)
 
 
 def readable(color: str) -> tuple[float, float, float]:

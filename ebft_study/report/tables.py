@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ebft_study.report import text
+from ebft_study.report import text, together
 from ebft_study.report.statistics import Interval, mean_interval, paired_difference
 from ebft_study.results import Results, schema
 
@@ -74,13 +74,18 @@ class Configuration:
 
 @dataclass(frozen=True)
 class Study:
-    """A study as its report sees it. `length` is the completion length at which cfm_loss is compared."""
+    """A study as its report sees it. `length` is the completion length at which cfm_loss is compared.
+
+    `varying` are settings, and axes of choices, which stand for all settings that they change.
+    """
 
     results: Results
     varying: tuple[str, ...]
     configurations: tuple[Configuration, ...]
     length: int | None
     lengths: tuple[int, ...]
+    shown_as: dict[str, str] = field(default_factory=dict)
+    """Varying setting -> the one of `varying` that stands for it."""
 
     @property
     def name(self) -> str:
@@ -98,7 +103,9 @@ class Study:
     @property
     def not_comparable(self) -> tuple[str, ...]:
         """Varying settings across which values of cfm_loss must not be compared."""
-        return tuple(name for name in self.varying if name in MEASURES_CFM or self._sets_evaluation_temperature(name))
+        settings = {name: name for name in self.varying} | self.shown_as
+        changing = [name for name in settings if name in MEASURES_CFM or self._sets_evaluation_temperature(name)]
+        return tuple(dict.fromkeys(settings[name] for name in changing))
 
     def _sets_evaluation_temperature(self, name: str) -> bool:
         return name == "temperature" and bool(self.results.trials["evaluation_temperature"].isna().any())
@@ -117,13 +124,14 @@ def best(configurations: Iterable[Configuration]) -> Configuration | None:
 
 def summarize(results: Results) -> Study:
     """The configurations of a study, those on the axes first, each ordered by its settings."""
-    trials = results.trials
-    varying = varying_settings(trials)
+    trials = together.with_choices(results.trials, results.spec)
+    shown_as = together.stand_ins(results.spec, varying_settings(trials))
+    varying = tuple(dict.fromkeys(shown_as.values()))
     length, lengths = _completion_lengths(results)
     final, base = _heldout(results, length)
     validation, rises = _last_validation_cfm(results), _validation_ce_rise(results)
     configurations = []
-    names = [column.name for column in schema.hyperparameters()]
+    names = [*(column.name for column in schema.hyperparameters()), *together.choices_of(results.spec)]
     for name, group in trials.groupby(_configuration_names(trials, varying), sort=False):
         seeds = _seeds(group)
         finished = _seeds(group[group["status"] == "finished"])
@@ -142,8 +150,8 @@ def summarize(results: Results) -> Study:
                 ce_rise={seed: rises[trial_id] for trial_id, seed in finished.items() if trial_id in rises},
             )
         )
-    ordered = sorted(configurations, key=lambda c: (c.baseline or "", *[_order(c.settings[n]) for n in varying]))
-    return Study(results, varying, _with_unique_labels(ordered), length, lengths)
+    ordered = sorted(configurations, key=lambda c: (c.baseline or "", *[order(c.settings[n]) for n in varying]))
+    return Study(results, varying, _with_unique_labels(ordered), length, lengths, shown_as)
 
 
 def _seeds(trials: pd.DataFrame) -> dict[str, int]:
@@ -257,8 +265,10 @@ def _plain(value: Any) -> Any:
     return None if text.is_missing(value) else value
 
 
-def _order(value: Any) -> tuple[int, float, str]:
-    """A sort key for settings of any type: numbers by size, the rest by text, missing last."""
+def order(value: Any) -> tuple[int, float, str]:
+    """A sort key for settings of any type: numbers by size, choices as listed, the rest by text, missing last."""
     if isinstance(value, int | float):
         return (0, float(value), "")
-    return (2, 0.0, "") if value is None else (1, 0.0, str(value))
+    if value is None:
+        return (2, 0.0, "")
+    return (1, float(value.rank) if isinstance(value, together.Choice) else 0.0, str(value))

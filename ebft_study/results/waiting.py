@@ -43,6 +43,9 @@ class Waiting:
         self._files[path] = {}
         for row in rows:
             self._put(path, {key: value for key, value in row.items() if key in known})
+        for trial_id in [row["trial_id"] for row in rows]:
+            if (self._folder / f"{trial_id}.parquet").exists():
+                self.remove(trial_id)
 
     def get(self, trial_id: str) -> Row:
         """The row of a trial; empty if it is none of these."""

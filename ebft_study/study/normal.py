@@ -5,7 +5,7 @@ Also the rules that hold between them, which no profile changes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from ebft_study import config
@@ -91,9 +91,11 @@ def axis_of(known: Mapping[str, Axis], key: str) -> str | None:
     return key if key in known else next((path for path in known if config.short_name(path) == key), None)
 
 
-def settings_of(name: str, axis: Axis) -> set[str]:
-    """Dotted paths of all that an axis may set."""
-    return {name} if axis.choices is None else {path for choice in axis.choices.values() for path in choice}
+def settings_of(name: str, axis: Axis, values: Collection[Any] | None = None) -> set[str]:
+    """Dotted paths of all that an axis may set, at some of its values."""
+    if axis.choices is None:
+        return {name}
+    return {path for choice, sets in axis.choices.items() if values is None or choice in values for path in sets}
 
 
 def always_set(known: Mapping[str, Axis]) -> set[str]:
@@ -110,7 +112,7 @@ def check(known: Mapping[str, Axis], linked: Mapping[str, Link], source: str) ->
     for index, (name, axis) in enumerate(known.items()):
         _check_choices(name, axis, known, source)
         for other in list(known)[:index]:
-            both = settings_of(name, axis) & settings_of(other, known[other])
+            both = settings_of(name, axis) & settings_of(other, known[other], axis.when.get(other))
             if both and not _never_together(axis, known[other]):
                 raise rule_broken(
                     source=source,

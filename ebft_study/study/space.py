@@ -132,9 +132,12 @@ def _nested_profile(spec: StudySpec, name: str, source: str) -> Profile:
             raise ConfigError(f"{where}: baselines.{baseline}: is no baseline of this study. Its baselines: {known}")
         baselines[baseline] = config.nest(settings, source=f"{where}.baselines.{baseline}")
     run = config.nest(chosen.run, source=f"{where}.run")
-    for settings in (run, *baselines.values()):
-        for path in paths(settings):
-            _refuse_studied(spec, path, where, "a profile changes model, sizes and resources")
+    rule = "a profile changes model, sizes and resources"
+    for path in paths(run):
+        _refuse_studied(spec, path, where, rule)
+    for path in {path for settings in baselines.values() for path in paths(settings)}:
+        # No axis varies a baseline, so what it has instead may differ from machine to machine.
+        _refuse_studied(spec.model_copy(update={"axes": {}}), path, where, rule)
     choices = _profile_choices(spec, chosen, where)
     return chosen.model_copy(update={"run": run, "baselines": baselines, "choices": choices})
 

@@ -1,0 +1,86 @@
+"""Trials that have not started share files: nothing is lost, nothing is there twice, whenever a driver is killed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from ebft_study import config, results
+from ebft_study.config import RunConfig
+from ebft_study.results import StudyRecorder, waiting
+
+
+@pytest.fixture(autouse=True)
+def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(waiting, "_ROWS", 4)
+
+
+def row(number: int, **columns: Any) -> dict[str, Any]:
+    settings = config.flatten(RunConfig(seed=number))
+    return {"trial_id": f"t{number}", "status": "pending", "attempt": 0, "hyperparameters": settings, **columns}
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.name.split("~")[0] for path in (folder / "results" / "trials").glob("*.parquet"))
+
+
+def plain(folder: Path) -> pd.DataFrame:
+    """As anyone reads it without this package."""
+    return pd.read_parquet(folder / "results" / "trials")
+
+
+def test_trials_that_wait_share_files_and_leave_them_one_by_one(tmp_path: Path) -> None:
+    recorder = StudyRecorder(tmp_path, study="s")
+    recorder.trials(row(number) for number in range(10))
+    assert files(tmp_path) == ["waiting"] * 3
+    for number in range(10):
+        recorder.trial({"trial_id": f"t{number}", "status": "running", "attempt": 1})
+        table = plain(tmp_path)
+        assert sorted(table["trial_id"]) == [f"t{n}" for n in range(10)]  # each once, for every reader
+        assert list(table.set_index("trial_id").loc[[f"t{n}" for n in range(10)], "seed"]) == list(range(10))
+        assert (table["status"] == "running").sum() == number + 1
+    assert files(tmp_path) == sorted(f"t{number}.parquet" for number in range(10))
+
+
+def test_the_next_driver_takes_over_what_the_last_one_left(tmp_path: Path) -> None:
+    StudyRecorder(tmp_path, study="s").trials(row(number, label=f"label {number}") for number in range(6))
+    recorder = StudyRecorder(tmp_path, study="s")
+    recorder.trial({"trial_id": "t0", "status": "running", "attempt": 1})
+    recorder.trials([{"trial_id": f"t{number}", "status": "interrupted", "attempt": 0} for number in range(5)])
+    table = results.read_table(tmp_path, "trials").set_index("trial_id")
+    assert list(table["status"]) == ["interrupted"] * 5 + ["pending"]
+    assert list(table["label"]) == [f"label {number}" for number in range(6)]
+    assert len(plain(tmp_path)) == 6
+    assert files(tmp_path).count("waiting") == 2
+
+
+def test_a_crash_between_its_own_file_and_the_shared_one_leaves_the_newer_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder = StudyRecorder(tmp_path, study="s")
+    recorder.trials(row(number) for number in range(3))
+    with monkeypatch.context() as crash:
+        crash.setattr(waiting.Waiting, "remove", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            recorder.trial({"trial_id": "t1", "status": "running", "attempt": 1})
+    table = results.read_table(tmp_path, "trials").set_index("trial_id")
+    assert list(table["status"]) == ["pending", "running", "pending"]
+    StudyRecorder(tmp_path, study="s").trials([row(0)])
+    table = results.read_table(tmp_path, "trials").set_index("trial_id")
+    assert list(table["status"]) == ["pending", "running", "pending"]
+    assert sorted(plain(tmp_path)["trial_id"]) == ["t0", "t1", "t2"]
+
+
+def test_a_damaged_shared_file_stays_and_is_named(tmp_path: Path) -> None:
+    StudyRecorder(tmp_path, study="s").trials([row(0)])
+    (shared,) = (tmp_path / "results" / "trials").glob("*.parquet")
+    shared.write_bytes(shared.read_bytes()[:-20])
+    StudyRecorder(tmp_path, study="s").trials([row(0), row(1)])
+    problems: list[str] = []
+    table = results.read_table(tmp_path, "trials", problems)
+    assert sorted(table["trial_id"]) == ["t0", "t1"]
+    assert len(problems) == 1
+    assert shared.name in problems[0]
