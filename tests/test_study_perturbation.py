@@ -81,7 +81,7 @@ def test_neighbours_on_a_range_with_steps_are_a_step_away() -> None:
 
 def test_excluded_settings_are_not_proposed() -> None:
     study = spec(axes={"alpha": [0.0, 0.5], "gamma": [0.0, 0.1]}, exclude=[{"alpha": 0.0, "gamma": 0.0}],
-                 search={"algorithm": "grid"}, scheduler={"resample_probability": 1.0})  # fmt: skip
+                 scheduler={"resample_probability": 1.0})  # fmt: skip
     found = {tuple(s.values()) for s in explored(study, {"reward.alpha": 0.5, "loss.gamma": 0.0})}
     assert found == {(0.0, 0.1), (0.5, 0.0), (0.5, 0.1)}
 
