@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 
 from ebft_study import results
+from ebft_study.results.lineage import lineage
 from ebft_study.study import history, progress, space, trials
 from ebft_study.study.monitor import Monitor
 from ebft_study.study.progress import TrialState
@@ -145,6 +146,53 @@ def test_the_next_session_reads_how_the_last_one_ended(tmp_path: Path) -> None:
     assert past.curves == {"t0001": [(0.0, 2.0), (5.0, 1.9)], "t0002": [(0.0, 2.0), (5.0, 1.7)]}
     running = past.states["t0002"]
     assert (running.status, running.step, running.total_steps, running.metrics["cfm_loss"]) == ("running", 5, 10, 1.7)
+
+
+def test_all_objectives_reach_the_search_now_and_in_the_next_session(tmp_path: Path) -> None:
+    session = Session(tmp_path)
+    session.monitor = Monitor(
+        results.StudyRecorder(tmp_path, study="s"), session.states, "cfm_loss", ["ce_loss", "reward"]
+    )
+    session.monitor.planned(session.trials[0])
+    session.monitor.started("t0000")
+    session.train("t0000")
+    ended = session.monitor.ended("t0000", {**FINISHED, "started_at": time.time()})
+    read = history.read(tmp_path, "cfm_loss", ["ce_loss", "reward"]).endings["t0000"]
+    for one in (ended, read):
+        assert (one.kind, one.value, one.further[0]) == ("finished", 1.8, 3.0)
+        assert math.isnan(one.further[1])  # it reported none
+
+
+def test_a_trial_that_waits_for_its_turn_is_pending_and_its_time_stands_still(tmp_path: Path) -> None:
+    session = Session(tmp_path)
+    session.monitor.planned(session.trials[1])
+    session.monitor.goes_on("t0001")
+    state = session.states["t0001"]
+    assert state.status == "running"
+    state.started_at = time.time() - 20
+    session.monitor.goes_on("t0001")  # runs already
+    assert state.seconds == pytest.approx(20, abs=5)
+    session.monitor.paused("t0001", 1)
+    assert session.row("t0001")["status"] == "pending"
+    assert session.row("t0001")["total_seconds"] == pytest.approx(20, abs=5)
+    waited = state.seconds
+    assert (state.seconds, state.started_at) == (waited, None)
+    session.monitor.goes_on("t0001")
+    assert session.row("t0001")["status"] == "running"
+    assert state.seconds == pytest.approx(20, abs=5)
+
+
+def test_a_takeover_is_an_event_that_the_lineage_reads(tmp_path: Path) -> None:
+    session = Session(tmp_path)
+    session.monitor.planned(session.trials[1])
+    details = {
+        "step": 5, "donor": "t0002", "donor_step": 10, "donor_attempt": 0, "score": 2.0, "donor_score": 1.0,
+        "checkpoint": "train/t0001-2/checkpoint_00000010", "before": {"alpha": 0.0}, "after": {"alpha": 0.5},
+    }  # fmt: skip
+    session.monitor.took_over("t0001", 2, details)
+    (row,) = lineage(tmp_path).drop(columns="time").to_dict("records")
+    assert row == {"trial_id": "t0001", "attempt": 2, **details}
+    assert session.heard.lines[-1] == "t0001 at step 5 goes on from t0002's step 10 with alpha=0.5"
 
 
 def test_the_last_report_of_a_trial_is_not_replayed(tmp_path: Path) -> None:

@@ -87,6 +87,9 @@ class Told:
     def started(self, trial_id: str) -> None:
         self.calls.append(("started", trial_id))
 
+    def goes_on(self, trial_id: str) -> None:
+        self.calls.append(("goes_on", trial_id))
+
     def reported(self, trial_id: str, metrics: dict[str, Any]) -> None:
         self.calls.append(("reported", trial_id, metrics["step"]))
 
@@ -119,6 +122,14 @@ def test_the_searcher_hands_out_trials_and_then_says_that_is_all() -> None:
     assert searcher.suggest("y") == {"trial_id": "t0001"}
     assert searcher.suggest("z") == Searcher.FINISHED
     assert told.calls == [(what, i) for i in ("t0000", "t0001") for what in ("planned", "started")]
+
+
+def test_trials_that_take_turns_start_when_tune_starts_them() -> None:
+    told: Any = Told()
+    searcher = StudySearcher(listed(), told, lambda trial: {"trial_id": trial.trial_id}, take_turns=True)
+    assert searcher.suggest("x") == {"trial_id": "t0000"}
+    observer(told)[0].on_trial_start(1, [], tune_trial())
+    assert told.calls == [("planned", "t0000"), ("goes_on", "t0007")]
 
 
 def test_reports_and_the_final_outcome_reach_the_monitor() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from ebft_study.report import savings, text, together
+from ebft_study.report import pareto, savings, text, together
 from ebft_study.report.tables import Configuration, Study
 
 # Settings worth naming even where they do not vary; the rest is in study.yaml and in the trials table.
@@ -37,7 +37,7 @@ def asked(study: Study) -> Facts:
 
 def _procedure(spec: Mapping[str, Any]) -> Facts:
     """How configurations were chosen and stopped, as far as the study file says."""
-    search, scheduler, objective = (_mapping(spec.get(key)) for key in ("search", "scheduler", "objective"))
+    search, scheduler = (_mapping(spec.get(key)) for key in ("search", "scheduler"))
     rows: Facts = []
     if search:
         drawn = f", {search.get('num_configurations')} configurations" if search.get("num_configurations") else ""
@@ -45,8 +45,11 @@ def _procedure(spec: Mapping[str, Any]) -> Facts:
         rows.append(("Search", f"{search.get('algorithm')}{sampler}{drawn}"))
     if scheduler:
         rows.append(("Early stopping", _stopping(scheduler, _mapping(spec.get("stopping")))))
-    if objective:
-        rows.append(("Objective", f"{objective.get('mode')} {objective.get('metric')}"))
+    objectives = pareto.objectives(spec)
+    if objectives:
+        rows.append(
+            ("Objectives" if len(objectives) > 1 else "Objective", text.listed([f"{m} {n}" for n, m in objectives]))
+        )
     return rows
 
 

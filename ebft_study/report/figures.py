@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ebft_study.report import style
+from ebft_study.report import pareto, style
 from ebft_study.report.grids import axis_plots, heat_maps
 from ebft_study.report.pictures import DIVERGENCE, TITLES, Picture, most_relevant, panel_title, unit_of
 from ebft_study.report.profiles import entropy_by_position, length_profile
@@ -35,6 +35,7 @@ def draw_all(study: Study) -> list[Picture]:
         axis_plots,
         length_profile,
         entropy_by_position,
+        pareto.picture,
     )
     with matplotlib.rc_context(style.RC):
         return [picture for draw in drawers if (picture := draw(study)) is not None]

@@ -14,7 +14,7 @@ import jinja2
 import matplotlib
 from markupsafe import Markup
 
-from ebft_study.report import content, facts, services, text
+from ebft_study.report import content, facts, pareto, population, services, text
 from ebft_study.report.claims import judge
 from ebft_study.report.figures import draw_all
 from ebft_study.report.pictures import Picture
@@ -53,6 +53,9 @@ def write(study_folder: Path) -> Path:
             trials=content.trial_rows(study),
             unfinished=content.unfinished_rows(study),
             incidents=content.incidents(study),
+            objectives=[name for name, _ in pareto.objectives(study.results.spec)],
+            front=pareto.rows(study),
+            takeovers=population.rows(study),
             samples=content.sample_groups(study),
             missing=content.missing(study, [picture.name for picture in pictures]),
             pictures=pictures,

@@ -34,11 +34,12 @@ def begin(study_folder: Path, trial_id: str) -> int:
         return attempt
 
 
-def newest_checkpoint(study_folder: Path, trial_id: str) -> Path | None:
-    """The complete checkpoint of the highest step over all attempts."""
+def newest_checkpoint(study_folder: Path, trial_id: str, *, since: int = 0) -> Path | None:
+    """The complete checkpoint of the highest step over all attempts, or over those from `since` on."""
     from ebft_study.training import checkpoint
 
-    folders = (folder(study_folder, trial_id, attempt) for attempt in numbers(study_folder, trial_id))
+    counted = (attempt for attempt in numbers(study_folder, trial_id) if attempt >= since)
+    folders = (folder(study_folder, trial_id, attempt) for attempt in counted)
     found = [newest for path in folders if (newest := checkpoint.newest(path)) is not None]
     return max(found, key=lambda path: checkpoint.step_of(path) or 0, default=None)
 

@@ -31,7 +31,7 @@ from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 
 from ebft_study.config import RunConfig
 from ebft_study.errors import EbftError
-from ebft_study.study import attempts, relay
+from ebft_study.study import attempts, relay, takeover
 from ebft_study.study.spec import ResourcesSpec
 from ebft_study.training import checkpoint
 from ebft_study.training.recorded import Attempt, train_recorded
@@ -61,10 +61,11 @@ def run_trial(settings: dict[str, Any]) -> None:
     """The Tune trainable.
 
     `settings`: study, study_folder, trial_id, label, run (a `RunConfig` as plain values), resources (a
-    `ResourcesSpec`), loop (where the training loop is). The last report holds `outcome`.
+    `ResourcesSpec`), line (a `takeover.Line`, or None), loop (where the training loop is). The last report holds
+    `outcome`.
     """
     study_folder, trial_id = Path(settings["study_folder"]), settings["trial_id"]
-    start_from = _checkpoint_to_start_from(study_folder, trial_id)
+    start_from = _checkpoint_to_start_from(study_folder, trial_id, settings["line"])
     number = attempts.begin(study_folder, trial_id)
     attempt = Attempt(
         attempt=number,
@@ -224,12 +225,15 @@ def _report(metrics: dict[str, Any], checkpoint_path: str | None) -> None:
         ray.tune.report(metrics, checkpoint=ray.tune.Checkpoint.from_directory(folder))
 
 
-def _checkpoint_to_start_from(study_folder: Path, trial_id: str) -> Path | None:
-    """Where Tune's pointer leads (a retry), else the trial's newest complete checkpoint (a resumed study)."""
-    pointer = ray.tune.get_checkpoint()
+def _checkpoint_to_start_from(study_folder: Path, trial_id: str, line: dict[str, Any] | None) -> Path | None:
+    """Where Tune's pointer leads (a retry), else the newest complete checkpoint (a resumed study).
+
+    A trial that took over another's state finds it on disk; Tune's pointer may lead to what it had before.
+    """
+    pointer = ray.tune.get_checkpoint() if line is None else None
     if pointer is not None:
         with pointer.as_directory() as folder:
             target = Path(json.loads(Path(folder, _POINTER).read_text())["path"])
         if checkpoint.step_of(target) is not None:
             return target
-    return attempts.newest_checkpoint(study_folder, trial_id)
+    return takeover.start_from(study_folder, trial_id, line)

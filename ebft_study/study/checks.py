@@ -12,8 +12,8 @@ from ebft_study import config
 from ebft_study.config import RunConfig
 from ebft_study.errors import ConfigError, rule_broken
 from ebft_study.results import METRICS
-from ebft_study.study import enumeration, trials
-from ebft_study.study.spec import ResourcesSpec, StudySpec
+from ebft_study.study import enumeration, perturbation, trials
+from ebft_study.study.spec import ObjectiveSpec, ResourcesSpec, StudySpec
 from ebft_study.study.trials import Configuration
 
 OBJECTIVES = ("cfm_loss", "ce_loss", "ce_answer_loss", "perplexity", "reward")
@@ -25,14 +25,16 @@ def check(spec: StudySpec, source: str) -> list[RunConfig]:
     _check_search(spec, source)
     check_objective(spec, source)
     check_compared(spec, source)
-    checked = []
+    checked, members = [], []
     for configuration in _to_check(spec):
         run = trials.build(spec, configuration, seed=spec.seeds[0], source=source)
         _check_size(spec, run, source)
         _check_services(spec, run, source)
         if configuration.baseline is None:
             _check_reports(spec, run, source)
+            members.append(run)
         checked.append(run)
+    perturbation.check(spec, members, source)
     return checked
 
 
@@ -71,8 +73,26 @@ def _check_search(spec: StudySpec, source: str) -> None:
 
 
 def check_objective(spec: StudySpec, source: str) -> None:
-    """The objective must be a metric that trials report, and its mode the better side of it."""
-    metric, mode = spec.objective.metric, spec.objective.mode
+    """Each objective must be a metric that trials report, and its mode the better side of it."""
+    metrics = [objective.metric for objective in spec.objective.all]
+    for objective in spec.objective.all:
+        _check_metric(objective, source)
+        if metrics.count(objective.metric) > 1:
+            rule, given = "is listed twice", objective.metric
+            raise rule_broken(source=source, key="objective", given=given, rule=rule, remedy="List each metric once")
+    if spec.search.algorithm == "optuna" and spec.search.sampler == "nsga2" and len(metrics) == 1:
+        rule = "evolution by ranks of a Pareto front has one objective only"
+        remedy = "List several objectives, or use sampler: tpe"
+        raise rule_broken(source=source, key="search.sampler", given="nsga2", rule=rule, remedy=remedy)
+    number, size = spec.search.num_configurations or 0, spec.search.population_size
+    if spec.search.algorithm == "optuna" and spec.search.sampler == "nsga2" and number <= size:
+        rule = f"the first generation is drawn at random, and {number} configurations hold no other"
+        remedy = f"Use a smaller population_size, or num_configurations > {size}"
+        raise rule_broken(source=source, key="search.population_size", given=size, rule=rule, remedy=remedy)
+
+
+def _check_metric(objective: ObjectiveSpec, source: str) -> None:
+    metric, mode = objective.metric, objective.mode
     if metric not in OBJECTIVES:
         close = difflib.get_close_matches(metric, OBJECTIVES, n=1, cutoff=0.5)
         nearest = f" Did you mean {close[0]!r}?" if close else ""
@@ -103,9 +123,9 @@ def _check_size(spec: StudySpec, run: RunConfig, source: str) -> None:
 
 
 def check_scheduler(spec: StudySpec, run: RunConfig, source: str) -> None:
-    """A scheduler must be able to stop a trial of `run`'s length."""
+    """A scheduler must be able to stop a trial of `run`'s length; `perturbation.check` has the rules of pbt."""
     scheduler, steps = spec.scheduler, run.total_steps
-    if scheduler.kind == "none":
+    if scheduler.kind in ("none", "pbt"):
         return
     if scheduler.grace_period_steps >= steps:
         raise rule_broken(
@@ -164,7 +184,11 @@ def _check_services(spec: StudySpec, run: RunConfig, source: str) -> None:
 
 def _check_reports(spec: StudySpec, run: RunConfig, source: str) -> None:
     """The objective must be something that this configuration measures."""
-    metric = spec.objective.metric
+    for objective in spec.objective.all:
+        _check_reported(objective.metric, run, source)
+
+
+def _check_reported(metric: str, run: RunConfig, source: str) -> None:
     if metric == "ce_answer_loss" and _is_raw_text(run):
         rule, remedy = f"data set {run.data.dataset!r} is raw text without answers, so no trial reports it", "ce_loss"
     elif metric == "reward" and run.method != "ebft":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,8 +29,11 @@ class History:
     evaluations: dict[str, list[Evaluation]] = field(default_factory=dict)
 
 
-def read(study_folder: Path, objective: str) -> History:
-    """The history of a study; empty for one that has not started."""
+def read(study_folder: Path, objective: str, further: Sequence[str] = ()) -> History:
+    """The history of a study; empty for one that has not started.
+
+    `objective` is the metric that schedulers look at, `further` are others that a search is told of.
+    """
     rows = results.read_table(study_folder, "trials")
     by_trial = dict(list(results.read_table(study_folder, "metrics").groupby("trial_id")))
     states: dict[str, TrialState] = {}
@@ -41,8 +45,8 @@ def read(study_folder: Path, objective: str) -> History:
         state = _state(row, measured)
         states[state.trial_id] = state
         if state.status not in OPEN:
-            value = state.metrics.get(objective, math.nan)
-            endings[state.trial_id] = ending(state.status, state.note, value, state.step)
+            value, *others = (state.metrics.get(name, math.nan) for name in (objective, *further))
+            endings[state.trial_id] = ending(state.status, state.note, value, state.step, tuple(others))
         if measured is not None and _text(row["named_baseline"]) == "":
             evaluations[state.trial_id] = _evaluations(measured)
             curves[state.trial_id] = _curve(evaluations[state.trial_id], objective, state.total_steps)

@@ -6,14 +6,15 @@ import datetime
 import math
 import socket
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ebft_study import config
 from ebft_study.results import StudyRecorder
+from ebft_study.results.lineage import EXPLOIT
 from ebft_study.study.progress import OPEN, Display, TrialState
 from ebft_study.study.search import EARLY_STOP, Ending, ending
-from ebft_study.study.trials import Trial
+from ebft_study.study.trials import Trial, spell
 
 COUNTED = ("sequences_seen", "tokens_seen", "peak_memory_bytes")
 
@@ -21,9 +22,14 @@ COUNTED = ("sequences_seen", "tokens_seen", "peak_memory_bytes")
 class Monitor:
     """Keeps `results/trials` true at every moment. Plain Python; `tuning.Observer` is Ray's side of it."""
 
-    def __init__(self, recorder: StudyRecorder, states: dict[str, TrialState], objective: str) -> None:
-        """`states` starts with the trials that earlier sessions ended, and is shared with the display."""
-        self._recorder, self._states, self._objective = recorder, states, objective
+    def __init__(
+        self, recorder: StudyRecorder, states: dict[str, TrialState], objective: str, further: Sequence[str] = ()
+    ) -> None:
+        """`states` starts with the trials that earlier sessions ended, and is shared with the display.
+
+        `objective` and `further` are the metrics that a search is told of.
+        """
+        self._recorder, self._states, self._objective, self._further = recorder, states, objective, further
         self._best_cfm: dict[str, float] = {}
         self._first_report: dict[str, tuple[int, float]] = {}
         self.display: Display | None = None
@@ -78,6 +84,28 @@ class Monitor:
         self._recorder.event("retry", problem, trial_id=trial_id, attempt=state.attempt)
         self._changed(state, f"crashed and is started again ({problem})")
 
+    def paused(self, trial_id: str, attempt: int) -> None:
+        """The trial gave up its place and waits for its next turn."""
+        state = self._states[trial_id]
+        state.attempt = max(state.attempt, attempt)
+        state.earlier_seconds, state.started_at = state.seconds or 0.0, None
+        state.status = "pending"
+        self._record(trial_id, total_seconds=state.seconds)
+
+    def goes_on(self, trial_id: str) -> None:
+        """A place is free for a trial that waited."""
+        if self._states[trial_id].status == "pending":
+            self.started(trial_id)
+
+    def took_over(self, trial_id: str, attempt: int, details: Mapping[str, Any]) -> None:
+        """The trial continues from another one's checkpoint with new settings, from `attempt` on."""
+        after = " ".join(f"{name}={spell(value)}" for name, value in details["after"].items())
+        message = (
+            f"at step {details['step']} goes on from {details['donor']}'s step {details['donor_step']} with {after}"
+        )
+        self._recorder.event(EXPLOIT, message, trial_id=trial_id, attempt=attempt, **details)
+        self._changed(self._states[trial_id], message)
+
     def ended(self, trial_id: str, outcome: Mapping[str, Any]) -> Ending:
         """The trial is over. `outcome`: status, reason, and what `worker.train_worker` returned."""
         state = self._states[trial_id]
@@ -89,7 +117,8 @@ class Monitor:
         if status == "failed" or reason.startswith(EARLY_STOP):  # other stops the loop puts on record itself
             self._recorder.event(status, reason, trial_id=trial_id, attempt=state.attempt)
         self._changed(state, f"{status}{f' ({reason})' if reason else ''}")
-        return ending(status, reason, state.metrics.get(self._objective, math.nan), state.step)
+        value, *further = (state.metrics.get(name, math.nan) for name in (self._objective, *self._further))
+        return ending(status, reason, value, state.step, tuple(further))
 
     def interrupted(self, reason: str) -> None:
         """The driver ends before these trials; `resume` continues them."""

@@ -76,7 +76,8 @@ def resume(folder: Path, *, console: Console, retry_failed: bool = False) -> End
     configurations = checks.check(spec, str(folder / record.NAME))
     checks.check_machine(spec, configurations)
     with _locked(folder):
-        past = growth.reopened(spec, history.read(folder, spec.objective.metric))
+        read = history.read(folder, spec.objective.metric, spec.objective.further_metrics)
+        past = growth.reopened(spec, read)
         if retry_failed:
             failed = [trial_id for trial_id, state in past.states.items() if state.status == "failed"]
             endings = {i: e for i, e in past.endings.items() if i not in failed}
@@ -101,7 +102,7 @@ def extend(spec: StudySpec, *, file: Path, profile: str | None, storage: Path, c
         console.print("preparing data and models")
         provenance = _prepare(configurations)
         record.write(folder, spec, profile=profile, file=file, provenance=provenance)
-        past = growth.reopened(spec, history.read(folder, spec.objective.metric))
+        past = growth.reopened(spec, history.read(folder, spec.objective.metric, spec.objective.further_metrics))
         return _session(folder, spec, configurations, past, console)
 
 
@@ -112,7 +113,7 @@ def _existing(folder: Path, spec: StudySpec, console: Console, go_on: bool) -> E
         raise ResultsError(f"{folder}: holds a study of this name with other settings ({shown}). Choose another --name")
     if go_on:
         return resume(folder, console=console)
-    past = history.read(folder, spec.objective.metric)
+    past = history.read(folder, spec.objective.metric, spec.objective.further_metrics)
     address = Ended(folder, past.states).address
     if _is_over(folder, spec, past):
         raise ResultsError(

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from ebft_study.errors import ConfigError
-from ebft_study.study import enumeration, trials
+from ebft_study.study import enumeration, objectives, trials
 from ebft_study.study.axis import Axis
 from ebft_study.study.enumeration import Assignment
 from ebft_study.study.spec import SearchSpec, StudySpec
@@ -38,19 +38,20 @@ EARLY_STOP = "early stop"
 
 @dataclass(frozen=True)
 class Ending:
-    """How a trial ended, and the objective it had then (NaN where it has none) at which step."""
+    """How a trial ended, and the objectives it had then (NaN where it has none) at which step."""
 
     kind: Literal["finished", "early", "failed"]
     value: float = math.nan
     step: int = 0
+    further: tuple[float, ...] = ()
 
 
-def ending(status: str, reason: str, value: float, step: int) -> Ending:
+def ending(status: str, reason: str, value: float, step: int, further: tuple[float, ...] = ()) -> Ending:
     """From a trial's final state. A trial that stopped because it became non-finite says nothing about its settings."""
     kinds: dict[str, Literal["finished", "early"]] = {"finished": "finished"}
     if status == "stopped" and reason.startswith(EARLY_STOP):
         kinds["stopped"] = "early"
-    return Ending(kinds.get(status, "failed"), value, step)
+    return Ending(kinds.get(status, "failed"), value, step, further)
 
 
 class Search(Protocol):
@@ -83,8 +84,29 @@ class ListedSearch:
         return not self._waiting
 
 
+class PopulationSearch(ListedSearch):
+    """Hands out whole populations: all trials of a seed at once, those of the next seed when places are free."""
+
+    def __init__(self, waiting: Iterable[Trial], *, places: int) -> None:
+        super().__init__(waiting)
+        self._places = places
+        self._begun: set[int] = set()
+        self._out: set[str] = set()
+
+    def next(self) -> Trial | None:
+        if not self._waiting or (self._waiting[0].seed not in self._begun and len(self._out) >= self._places):
+            return None
+        trial = self._waiting.popleft()
+        self._begun.add(trial.seed)
+        self._out.add(trial.trial_id)
+        return trial
+
+    def ended(self, trial_id: str, ending: Ending) -> None:
+        self._out.discard(trial_id)
+
+
 class OptunaSearch:
-    """Asks Optuna for configurations and tells it the mean objective over seeds.
+    """Asks Optuna for configurations and tells it the mean objectives over seeds.
 
     Trials of configuration k are numbered from `baselines + k * seeds`, so that journal and results name each other
     without further records. A configuration that breaks a rule between settings counts as failed.
@@ -194,21 +216,7 @@ class OptunaSearch:
             self._tell(number, [ending for ending in endings if ending])
 
     def _tell(self, number: int, endings: list[Ending]) -> None:
-        from optuna.trial import Trial as OptunaTrial
-        from optuna.trial import TrialState
-
-        frozen = self._study.get_trials(deepcopy=False)[number]
-        if frozen.state.is_finished():
-            return
-        mean = math.fsum(ending.value for ending in endings) / len(endings)
-        if not math.isfinite(mean) or any(ending.kind == "failed" for ending in endings):
-            self._study.tell(number, state=TrialState.FAIL)
-        elif any(ending.kind == "early" for ending in endings):
-            # Optuna takes the value of a pruned trial from what it reported last.
-            OptunaTrial(self._study, frozen._trial_id).report(mean, min(ending.step for ending in endings))
-            self._study.tell(number, state=TrialState.PRUNED)
-        else:
-            self._study.tell(number, mean)
+        objectives.tell(self._study, number, endings)
 
 
 def is_over(spec: StudySpec, journal: Path) -> bool:
@@ -230,7 +238,7 @@ def _load_study(spec: StudySpec, journal: Path) -> optuna.Study:
     return optuna.create_study(
         study_name=spec.study,
         storage=JournalStorage(JournalFileBackend(str(journal))),
-        direction="minimize" if spec.objective.mode == "min" else "maximize",
+        directions=objectives.directions(spec.objective),
         load_if_exists=True,
     )
 
@@ -251,6 +259,13 @@ def _sampler(search: SearchSpec, seed: int) -> BaseSampler:
 
     if search.sampler == "random":
         return samplers.RandomSampler(seed=seed)
+    if search.sampler == "nsga2":
+        with warnings.catch_warnings():
+            # Optuna calls its crossovers experimental since version 3.
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            # The usual crossover swaps whole values, and every sixth child is one that was trained before.
+            crossover = samplers.nsgaii.BLXAlphaCrossover()
+        return samplers.NSGAIISampler(seed=seed, population_size=search.population_size, crossover=crossover)
     if search.sampler == "gp":
         return samplers.GPSampler(seed=seed, warn_independent_sampling=False)
     if search.sampler == "qmc":

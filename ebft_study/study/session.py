@@ -7,7 +7,8 @@ import logging
 import signal
 import time
 from collections import ChainMap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,19 @@ from rich.console import Console
 
 from ebft_study import results
 from ebft_study.config import RunConfig
-from ebft_study.study import checks, cluster, early_stopping, progress, services, trials
+from ebft_study.study import (
+    checks,
+    cluster,
+    early_stopping,
+    perturbation,
+    progress,
+    services,
+    takeover,
+    trials,
+)
 from ebft_study.study.history import History
 from ebft_study.study.monitor import Monitor
-from ebft_study.study.search import JOURNAL, ListedSearch, OptunaSearch, Search
+from ebft_study.study.search import JOURNAL, ListedSearch, OptunaSearch, PopulationSearch, Search
 from ebft_study.study.spec import StudySpec
 from ebft_study.study.trials import Trial
 
@@ -32,11 +42,12 @@ def run_session(folder: Path, spec: StudySpec, runs: Sequence[RunConfig], past: 
     cluster.set_environment()
     from ebft_study.study.tuning import StopWish
 
+    takeover.tidy(folder)
     recorder = results.StudyRecorder(folder, study=spec.study)
-    monitor = Monitor(recorder, past.states, spec.objective.metric)
-    search = _search(folder, spec, past, monitor)
+    monitor = Monitor(recorder, past.states, spec.objective.metric, spec.objective.further_metrics)
     plan = progress.Plan(trials.number_of_trials(spec), checks.trials_at_once(spec, runs))
-    columns = tuple(dict.fromkeys(("ce_loss", "cfm_loss", spec.objective.metric)))
+    search = _search(folder, spec, past, monitor, plan.at_once)
+    columns = tuple(dict.fromkeys(("ce_loss", "cfm_loss", *(one.metric for one in spec.objective.all))))
     watch = early_stopping.Watch(spec.stopping, spec.objective, past.evaluations)
     wish = StopWish(spec.budget.max_hours, cluster.node_is_alive, watch)
     with _signals(wish.wish):
@@ -54,7 +65,7 @@ def run_session(folder: Path, spec: StudySpec, runs: Sequence[RunConfig], past: 
     return str(wish.reason)
 
 
-def _search(folder: Path, spec: StudySpec, past: History, monitor: Monitor) -> Search:
+def _search(folder: Path, spec: StudySpec, past: History, monitor: Monitor, places: int) -> Search:
     """The trials that have not ended, in order; all that are known by now go on record as pending."""
     if spec.search.algorithm == "optuna":
 
@@ -64,7 +75,7 @@ def _search(folder: Path, spec: StudySpec, past: History, monitor: Monitor) -> S
         return OptunaSearch(spec, folder / JOURNAL, past.endings, refused)
     waiting = [t for t in trials.listed(spec) if t.trial_id not in past.endings]
     monitor.all_planned(waiting)
-    return ListedSearch(waiting)
+    return PopulationSearch(waiting, places=places) if spec.scheduler.kind == "pbt" else ListedSearch(waiting)
 
 
 def _tune(
@@ -89,6 +100,7 @@ def _tune(
         monitor.note("features", plan.reason)
     services.check_cache(runs, plan, spec.resources)
     shared = services.StudyServices(spec.resources, plan, runs)
+    lines, take_turns = takeover.lines(folder), spec.scheduler.kind == "pbt"
     # Ray frees the places of a stopped trial's workers only after asking the dashboard whether their controller lives.
     with cluster.running(
         namespace=spec.study,
@@ -104,14 +116,19 @@ def _tune(
             post.close.remote(owner)
             shared.released(owner)
 
-        scheduler = _scheduler(spec, runs, past)
+        scheduler = _scheduler(folder, spec, runs, past, monitor, at_once, released)
         tuner = ray.tune.Tuner(
             ray.tune.with_resources(run_trial, trial_resources(spec.resources)),
             tune_config=ray.tune.TuneConfig(
-                search_alg=StudySearcher(search, monitor, lambda trial: _settings(folder, spec, shared, trial)),
+                search_alg=StudySearcher(
+                    search,
+                    monitor,
+                    lambda trial: _settings(folder, spec, shared, trial, lines.get(trial.trial_id)),
+                    take_turns=take_turns,
+                ),
                 scheduler=scheduler,
                 num_samples=-1,
-                max_concurrent_trials=at_once,
+                max_concurrent_trials=trials.number_of_trials(spec) if take_turns else at_once,
                 reuse_actors=False,
                 trial_name_creator=_trial_name,
                 trial_dirname_creator=_trial_name,
@@ -123,7 +140,7 @@ def _tune(
                 stop=wish,
                 callbacks=[Observer(search, monitor, released, _reasons(wish.watch, scheduler))],
                 failure_config=ray.tune.FailureConfig(max_failures=spec.resources.max_failures),
-                checkpoint_config=ray.tune.CheckpointConfig(num_to_keep=2),
+                checkpoint_config=ray.tune.CheckpointConfig(num_to_keep=3),
             ),
         )
         try:
@@ -137,11 +154,23 @@ def _trial_name(trial: Any) -> str:
     return str(trial.config["trial_id"])
 
 
-def _scheduler(spec: StudySpec, runs: Sequence[RunConfig], past: History) -> Any:
+def _scheduler(
+    folder: Path,
+    spec: StudySpec,
+    runs: Sequence[RunConfig],
+    past: History,
+    monitor: Monitor,
+    places: int,
+    released: Callable[[str, int], None],
+) -> Any:
     from ray.tune.schedulers import FIFOScheduler
 
+    from ebft_study.study.population import Populations
     from ebft_study.study.schedulers import StudyScheduler
 
+    if spec.scheduler.kind == "pbt":
+        warm = runs[-1].training.warm_start_steps
+        return Populations(spec, folder, monitor, warm_start_steps=warm, places=places, released=released)
     if spec.scheduler.kind == "none":
         return FIFOScheduler()
     longest = max(run.total_steps for run in runs)
@@ -153,11 +182,17 @@ def _reasons(watch: early_stopping.Watch, scheduler: Any) -> ChainMap[str, str]:
     return ChainMap(watch.reasons, getattr(scheduler, "reasons", {}))
 
 
-def _settings(folder: Path, spec: StudySpec, shared: services.StudyServices, trial: Trial) -> dict[str, Any]:
-    """What a trial's processes are told: plain values only. What it shares with others is started."""
+def _settings(
+    folder: Path, spec: StudySpec, shared: services.StudyServices, trial: Trial, line: takeover.Line | None
+) -> dict[str, Any]:
+    """What a trial's processes are told: plain values only. What it shares with others is started.
+
+    `line`: what the trial has taken over from another one in an earlier session.
+    """
     from ebft_study.training import recorded
 
-    run = shared.settle(trial.run)
+    settings = trial.configuration.settings if line is None else line.settings
+    run = shared.settle(trial.run if line is None else perturbation.applied(spec, trial.run.model_dump(), settings))
     shared.provide(run)
 
     return {
@@ -168,6 +203,8 @@ def _settings(folder: Path, spec: StudySpec, shared: services.StudyServices, tri
         "is_baseline": trial.configuration.baseline is not None,
         "total_steps": run.total_steps,
         "run": run.model_dump(mode="json"),
+        "settings": settings,
+        "line": None if line is None else asdict(line),
         "resources": spec.resources.model_dump(mode="json"),
         "loop": recorded.LOOP,
     }

@@ -40,9 +40,12 @@ class SearchSpec(Section):
 
     algorithm: Literal["grid", "random", "optuna"] = "grid"
     num_configurations: PositiveInt | None = Field(None, description="random and optuna: how many to try")
-    sampler: Literal["tpe", "gp", "qmc", "random"] = Field(
-        "tpe", description="optuna: how to suggest; gp: Gaussian process; qmc: evenly spread, whatever the results"
+    sampler: Literal["tpe", "gp", "qmc", "random", "nsga2"] = Field(
+        "tpe",
+        description="optuna: how to suggest; gp: Gaussian process; qmc: evenly spread, whatever the results; nsga2: "
+        "evolution, for several objectives",
     )
+    population_size: int = Field(10, ge=2, description="nsga2: configurations of a generation")
     search_seed: int = Field(0, ge=0, description="random and optuna: seed of the choice of configurations")
 
     @field_validator("sampler", mode="before")
@@ -66,18 +69,37 @@ USED_BY = {
     "reduction_factor": ("asha", "hyperband"),
     "brackets": ("asha",),
     "min_samples_required": ("median",),
+    "perturbation_interval_steps": ("pbt",),
+    "quantile_fraction": ("pbt",),
+    "resample_probability": ("pbt",),
+    "perturbed_axes": ("pbt",),
+    "perturbation_seed": ("pbt",),
 }
 """Which schedulers look at which of their settings."""
 
 
 class SchedulerSpec(Section):
-    """Early stopping of trials that fall behind; baselines always run to the end. docs/schedulers.md compares them."""
+    """What happens to trials that fall behind: they stop early, or go on from better ones (pbt). Never to baselines.
 
-    kind: Literal["none", "asha", "hyperband", "median"] = "none"
+    docs/schedulers.md and docs/population.md compare them.
+    """
+
+    kind: Literal["none", "asha", "hyperband", "median", "pbt"] = "none"
     grace_period_steps: PositiveInt = Field(50, description="no trial is stopped before this step")
     reduction_factor: int = Field(3, ge=2, description="about one of this many trials goes on at each rung")
     brackets: PositiveInt = Field(1, description="asha: groups of trials, each with its first rung one later")
     min_samples_required: PositiveInt = Field(3, description="median: other trials needed before one is stopped")
+    perturbation_interval_steps: PositiveInt = Field(50, description="pbt: trials are compared this often")
+    quantile_fraction: float = Field(
+        0.25, gt=0.0, le=0.5, description="pbt: this part, the worst, goes on from the states of as many of the best"
+    )
+    resample_probability: float = Field(
+        0.25, ge=0.0, le=1.0, description="pbt: a setting is drawn anew rather than moved a little"
+    )
+    perturbed_axes: tuple[str, ...] | None = Field(
+        None, description="pbt: axes that change on the way; default: all. The others are taken over as they are"
+    )
+    perturbation_seed: int = Field(0, ge=0, description="pbt: seed of the choice of donors and settings")
 
     @model_validator(mode="after")
     def _only_what_is_used(self) -> SchedulerSpec:
@@ -135,10 +157,20 @@ class StoppingSpec(Section):
 
 
 class ObjectiveSpec(Section):
-    """The validation metric that search and early stopping look at."""
+    """The validation metric that search and early stopping look at; a study file may list several."""
 
     metric: str = "cfm_loss"
     mode: Literal["min", "max"] = "min"
+    further: tuple[ObjectiveSpec, ...] = ()
+    """The other objectives, where a study file lists several; schedulers and stopping rules look at the first."""
+
+    @property
+    def all(self) -> tuple[ObjectiveSpec, ...]:
+        return (self, *self.further)
+
+    @property
+    def further_metrics(self) -> tuple[str, ...]:
+        return tuple(one.metric for one in self.further)
 
 
 class BudgetSpec(Section):
@@ -258,6 +290,22 @@ class StudySpec(Section):
     @field_serializer("linked")
     def _one_form(self, linked: dict[str, Link]) -> dict[str, Any]:
         return {key: link.model_dump(mode="json", exclude_none=True) for key, link in linked.items()}
+
+    @field_validator("objective", mode="before")
+    @classmethod
+    def _first_and_further(cls, given: Any) -> Any:
+        if isinstance(given, Mapping) and "further" in given:
+            raise ValueError("several objectives are a list. Write - {metric: ..., mode: ...} for each")
+        if not isinstance(given, list | tuple):
+            return given
+        if not given or not all(isinstance(one, Mapping) for one in given):
+            raise ValueError("lists no objectives. Write - {metric: ce_loss, mode: min} for each")
+        return {**given[0], "further": given[1:]}
+
+    @field_serializer("objective")
+    def _several_are_a_list(self, objective: ObjectiveSpec) -> Any:
+        each = [one.model_dump(exclude={"further"}) for one in objective.all]
+        return each if objective.further else each[0]
 
     @field_validator("seeds")
     @classmethod

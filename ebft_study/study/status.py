@@ -10,9 +10,10 @@ from rich.console import Console
 
 from ebft_study import results
 from ebft_study.report import savings, services
+from ebft_study.results.lineage import EXPLOIT
 from ebft_study.study import history, progress, record, trials
 
-_EVENTS = ("retry", "failed", "stopped", "refused", "resumed", "interrupted", "features", "cache")
+_EVENTS = ("retry", "failed", "stopped", "refused", "resumed", "interrupted", "features", "cache", EXPLOIT)
 _MOST_EVENTS = 12
 
 
@@ -25,7 +26,7 @@ def show(folder: Path, console: Console) -> None:
     for state in states:
         if state.status == "running" and not alive:
             state.status, state.started_at, state.note = "interrupted", None, "its driver is gone"
-    columns = tuple(dict.fromkeys(("ce_loss", "cfm_loss", metric)))
+    columns = tuple(dict.fromkeys(("ce_loss", "cfm_loss", *(one.metric for one in spec.objective.all))))
     title = f"{spec.study}: {' '.join(spec.question.split())}"
     console.print(
         progress.render(

@@ -27,16 +27,20 @@ _ALIVE_SECONDS = 3.0
 class StudySearcher(Searcher):  # type: ignore[misc]
     """Hands the trials of a `Search` to Tune."""
 
-    def __init__(self, search: Search, monitor: Monitor, settings: Callable[[Trial], Settings]) -> None:
+    def __init__(
+        self, search: Search, monitor: Monitor, settings: Callable[[Trial], Settings], *, take_turns: bool = False
+    ) -> None:
+        """`take_turns`: Tune is given more trials than there are places for, and starts them when it likes."""
         super().__init__()
-        self._search, self._monitor, self._settings = search, monitor, settings
+        self._search, self._monitor, self._settings, self._take_turns = search, monitor, settings, take_turns
 
     def suggest(self, trial_id: str) -> Settings | str | None:
         trial = self._search.next()
         if trial is None:
             return str(Searcher.FINISHED) if self._search.exhausted else None
         self._monitor.planned(trial)
-        self._monitor.started(trial.trial_id)
+        if not self._take_turns:
+            self._monitor.started(trial.trial_id)
         return self._settings(trial)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
@@ -66,6 +70,9 @@ class Observer(Callback):  # type: ignore[misc]
         """
         self._search, self._monitor, self._released = search, monitor, released
         self._reasons = {} if reasons is None else reasons
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._monitor.goes_on(_id(trial))
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any

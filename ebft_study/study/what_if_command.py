@@ -67,6 +67,10 @@ def study_with(folder: Path, file: Path, profile: str | None, overrides: Sequenc
     spec = recorded.model_copy(update={name: getattr(asked, name) for name in SECTIONS})
     checks.check_objective(spec, str(file))
     checks.check_compared(spec, str(file))
+    if spec.scheduler.kind == "pbt":
+        rule = "trials that go on from others cannot be replayed from what they did on their own"
+        remedy = "Ask for asha, hyperband or median"
+        raise rule_broken(source=str(file), key="scheduler.kind", given="pbt", rule=rule, remedy=remedy)
     for configuration in trials.enumerated(spec):
         checks.check_scheduler(spec, trials.build(spec, configuration, seed=spec.seeds[0]), str(file))
     return spec

@@ -2,6 +2,7 @@
 
 Workers find it as `fake_training:train`. What it does follows from the settings that a test's study varies:
     cfm_loss at step k   2 + learning_rate + 1 / (1 + k)
+    ce_loss              3 - learning_rate
     weight_decay         seconds per step
     gamma = 0.5          the worker kills itself with SIGKILL at step 2, unless it started from a checkpoint
     gamma = 0.25         raises an error that only the user can mend
@@ -66,7 +67,8 @@ def train(
 
 def _metrics(config: RunConfig, step: int) -> dict[str, float]:
     cfm = 2.0 + config.optimizer.learning_rate + 1.0 / (1 + step)
-    return {"ce_loss": 3.0, "cfm_loss": cfm, "sequences_seen": float(step * config.training.batch_size)}
+    ce = 3.0 - config.optimizer.learning_rate
+    return {"ce_loss": ce, "cfm_loss": cfm, "sequences_seen": float(step * config.training.batch_size)}
 
 
 def prepare(configs: Any) -> dict[str, Any]:
