@@ -203,6 +203,7 @@ def test_trials_that_failed_or_ended_by_themselves_are_replayed_as_they_were(fol
         (["scheduler.kind=median", "scheduler.brackets=2"], ["brackets=2", "kind is median"]),
         (["scheduler.kind=asha"], ["grace_period_steps=50", "only 40 steps"]),
         (["scheduler=asha"], ["'scheduler=asha'", "is a section"]),
+        (["scheduler.kind=pbt"], ["scheduler.kind='pbt'", "cannot be replayed"]),
         (["objective.metric=cfm"], ["objective.metric='cfm'", "cfm_loss"]),
         (["--name", "other"], ["other", "is no study", "--name"]),
         (["--resume"], ["--resume", "runs nothing"]),
@@ -213,6 +214,14 @@ def test_what_cannot_be_asked_is_refused(folder: Path, arguments: list[str], par
         asked(folder, *arguments)
     for part in parts:
         assert part in str(caught.value)
+
+
+def test_one_of_several_objectives_cannot_be_overridden(folder: Path) -> None:
+    file = folder.parent.parent / "several.yaml"
+    objectives = [{"metric": "ce_loss", "mode": "min"}, {"metric": "cfm_loss", "mode": "min"}]
+    file.write_text(yaml.safe_dump({**CONTENT, "objective": objectives}))
+    with pytest.raises(EbftError, match="several objectives"):
+        asked(folder, "objective.metric=ce_loss", file="several.yaml")
 
 
 def test_a_search_that_learns_from_results_is_refused(folder: Path) -> None:

@@ -105,6 +105,7 @@ def picture(study: Study) -> Picture | None:
     for point in labelled if len(labelled) <= MAX_LABELS else ():
         x, y = point.values[:2]
         axes.annotate(point.configuration.label, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=7)
+    axes.margins(x=0.12, y=0.08)
     axes.set_xlabel(_axis_label(asked[0]))
     axes.set_ylabel(_axis_label(asked[1]))
     more = "" if len(asked) == 2 else f" The front is that of all {len(asked)} objectives, of which two are drawn."

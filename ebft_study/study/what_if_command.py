@@ -87,6 +87,9 @@ def _with_overrides(spec: StudySpec, overrides: Sequence[str]) -> StudySpec:
     changes: dict[str, Any] = {}
     for item in overrides:
         changes = config.merge(changes, _nested(item))
+    if "objective" in changes and spec.objective.further:
+        rule, remedy = "the file has several objectives, of which this names none", "Change the objective in the file"
+        raise rule_broken(source="command line", key="objective", given=overrides, rule=rule, remedy=remedy)
     kind = changes.get("scheduler", {}).get("kind", spec.scheduler.kind)
     kept = {k: v for k, v in spec.scheduler.given().items() if kind in USED_BY.get(k, (kind,))}
     before = {**space.dump(spec), "scheduler": kept, "stopping": spec.stopping.model_dump(exclude_none=True)}
