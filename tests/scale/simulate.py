@@ -24,8 +24,9 @@ from typing import Any
 
 from ebft_study import report, results
 from ebft_study.results.writer import now
-from ebft_study.study import early_stopping, history, progress, record, session, space, trials
+from ebft_study.study import early_stopping, history, progress, record, space, trials
 from ebft_study.study.monitor import Monitor
+from ebft_study.study.schedulers import StudyScheduler
 from ebft_study.study.search import ListedSearch
 from ebft_study.study.tuning import Observer, StopWish, StudySearcher
 
@@ -67,7 +68,7 @@ class Simulation:
             self.monitor.all_planned(self.waiting)
         search = ListedSearch(self.waiting)
         past = history.History({}, {}, {})
-        self.scheduler = session._scheduler(spec, [self.waiting[0].run], past)
+        self.scheduler = StudyScheduler(spec, longest=self.waiting[0].run.total_steps, history=past.curves)
         watch = early_stopping.Watch(spec.stopping, spec.objective, {})
         self.wish = StopWish(None, watch=watch)
         self.searcher = StudySearcher(search, self.monitor, self._settings)
@@ -173,7 +174,7 @@ def simulate(folder: Path, options: argparse.Namespace) -> None:
     with timed("history of a resumed study"):
         past = history.read(folder, "cfm_loss")
     with timed("scheduler of a resumed study"):
-        session._scheduler(spec, [simulation.waiting[0].run], past)
+        StudyScheduler(spec, longest=simulation.waiting[0].run.total_steps, history=past.curves)
     plan = progress.Plan(options.trials, options.at_once)
     with timed("live table, once"):
         progress.render(simulation.states.values(), ("ce_loss", "cfm_loss"), title="large", plan=plan)
@@ -183,6 +184,7 @@ def simulate(folder: Path, options: argparse.Namespace) -> None:
     for name, seconds in SECONDS.items():
         per = options.trials if "per trial" in name else simulation.reports if "per report" in name else 0
         print(f"{name:35} {seconds:9.2f} s" + (f"   {1000 * seconds / per:8.3f} ms each" if per else ""))
+    print(f"{options.trials} trials of {options.reports} reports, {options.at_once} at once")
     print(f"simulated in {wall:.0f} s; memory grew by {grown / 2**10:.0f} MiB")
 
 
