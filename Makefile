@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup study test check bench chaos clean
+.PHONY: help setup study test check bench chaos scale clean
 
 help: ## what can be made
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -41,6 +41,9 @@ bench: $(STAMP) ## time of an EBFT step, against the published way; writes bench
 
 chaos: $(STAMP) ## kill -9 at random in the middle of a real study, 20 times; ends with a line of JSON
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos --kills 20
+
+scale: $(STAMP) ## what a study of 2000 trials costs its driver and its readers, without Ray
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.scale.simulate
 
 clean: ## remove the environment and build leftovers; studies stay
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

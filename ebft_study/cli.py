@@ -29,6 +29,10 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(help="Settings as [bold]key=value[/bold], for example steps=20 learning_rate=1e-4")
 ]
 Storage = Annotated[Path, typer.Option(help="Folder that holds the studies.")]
+Address = Annotated[
+    str | None,
+    typer.Option(help="Join a Ray cluster: auto, or host:port of its head.", show_default="RAY_ADDRESS, else no other"),
+]
 StudyName = Annotated[str, typer.Argument(help="A study's name, or its folder.")]
 STUDIES = Path("studies")
 
@@ -47,6 +51,7 @@ def study(
         bool, typer.Option("--what-if", help="Say what early stopping would have done to the finished study.")
     ] = False,
     storage: Storage = STUDIES,
+    address: Address = None,
 ) -> None:
     """Run a study: one trial per configuration and seed.
 
@@ -69,8 +74,13 @@ def study(
     if extend and resume:
         raise ConfigError("command line: --extend: changes a study and continues it. Drop --resume")
     if extend:
-        _finish(runner.extend(spec, file=file, profile=profile, storage=storage, console=console), console)
-    _finish(runner.run(spec, file=file, profile=profile, storage=storage, console=console, go_on=resume), console)
+        _finish(
+            runner.extend(spec, file=file, profile=profile, storage=storage, console=console, address=address), console
+        )
+    ended = runner.run(
+        spec, file=file, profile=profile, storage=storage, console=console, go_on=resume, address=address
+    )
+    _finish(ended, console)
 
 
 @app.command()
@@ -102,6 +112,7 @@ def resume(
     name: StudyName,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Also run trials again that failed.")] = False,
     storage: Storage = STUDIES,
+    address: Address = None,
 ) -> None:
     """Continue a study that was interrupted or killed.
 
@@ -111,7 +122,7 @@ def resume(
 
     console = Console()
     folder = _folder(name, storage)
-    _finish(runner.resume(folder, console=console, retry_failed=retry_failed), console)
+    _finish(runner.resume(folder, console=console, retry_failed=retry_failed, address=address), console)
 
 
 @app.command()

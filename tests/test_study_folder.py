@@ -196,7 +196,7 @@ def test_failed_trials_count_as_over_unless_asked_for(existing: Path, monkeypatc
     assert runner.resume(existing, console=quiet()).exit_code == 1
     left: list[set[str]] = []
 
-    def session(folder: Path, study: StudySpec, runs: Any, past: Any, console: Console) -> runner.Ended:
+    def session(folder: Path, study: StudySpec, runs: Any, past: Any, *rest: Any) -> runner.Ended:
         left.append({"t0000", "t0001"} - set(past.endings))
         return runner.Ended(folder, past.states)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import time
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from rich.console import Console
 
 from ebft_study import results
 from ebft_study.results.lineage import lineage
@@ -297,6 +299,28 @@ def test_time_left_is_the_mean_of_what_ended_over_places() -> None:
     assert progress.seconds_left(waiting, plan) is None
     running = [state(9, "running", started_at=now - 45)]
     assert progress.seconds_left(ended + running, progress.Plan(3, at_once=2)) == pytest.approx(15, abs=1)
+
+
+def test_before_the_first_end_the_pace_of_running_trials_tells_or_else_the_plan() -> None:
+    waiting = [state(i, "pending") for i in range(3)]
+    assert progress.seconds_left(waiting, progress.Plan(3, 1, trial_seconds=50.0)) == 150
+    half = [state(9, "running", started_at=time.time() - 30, step=5)]
+    assert progress.seconds_left(half + waiting, progress.Plan(4)) == pytest.approx(30 + 3 * 60, rel=0.05)
+
+
+def test_a_live_table_is_not_higher_than_its_screen() -> None:
+    screen = Console(file=io.StringIO(), width=100, height=30, force_terminal=True, color_system=None)
+    states = {f"t{i:04d}": state(i, "running" if i > 1990 else "finished") for i in range(2000)}
+    table = progress.LiveTable(screen, (), states, "many", progress.Plan(2000))
+    table.close()
+    paper = Console(file=io.StringIO(), width=100)
+    with paper.capture() as captured:
+        paper.print(table._render())
+    lines = captured.get().rstrip().splitlines()
+    assert len(lines) <= 30
+    assert lines[-1].startswith("1991 of 2000 trials finished, 9 running")
+    assert sum(" running " in line for line in lines[:-1]) == 9
+    assert "more trials" in lines[-2]
 
 
 def test_trials_that_a_search_has_yet_to_choose_count() -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import datetime
+import json
 import math
 import socket
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
@@ -15,6 +17,7 @@ from ebft_study import config
 from ebft_study.cli import app
 from ebft_study.cost import StepShape, step_cost
 from ebft_study.results import StudyRecorder, TrialRecorder
+from ebft_study.study import forecast, pace
 from ebft_study.study import plan as planning
 from ebft_study.study.spec import StudySpec
 from ebft_study.training.memory import shapes
@@ -50,7 +53,7 @@ def test_trials_of_one_cost_are_counted_together(run: dict[str, Any], tmp_path: 
     assert {kind.steps for kind in found.kinds} == {24}
     assert {kind.tokens for kind in found.kinds} == {24.0 * 4 * 24}
     # At steps 5, 10, 15, 20, at the end of the warm start and of the run, and twice on the held-out split.
-    assert {kind.evaluations for kind in found.kinds} == {8}
+    assert {kind.work.evaluations for kind in found.kinds} == {8}
     assert found.hours is None
 
 
@@ -60,7 +63,7 @@ def test_work_is_that_of_the_cost_model_with_the_warm_start(run: dict[str, Any])
     own, warm = (
         step_cost(model, network, StepShape.of(settings, method=method)).total.flops for method in ("ebft", "sft")
     )
-    assert planning.flops(settings) == pytest.approx(20 * own + 4 * warm)
+    assert pace.flops(settings) == pytest.approx(20 * own + 4 * warm)
     assert own > 2 * warm
 
 
@@ -85,27 +88,80 @@ def test_hours_follow_from_what_finished_trials_took(run: dict[str, Any], tmp_pa
     # 24 steps of half a second, 8 evaluations of a quarter of one, and 3 s to start.
     finish(tmp_path, run, step_seconds=0.5, train=14.0, total=17.0, host=socket.gethostname())
     found = planned(run, tmp_path, axes={"reward.alpha": [0.0, 1.0]}, budget={"max_concurrent_trials": 1})
-    assert found.measured is not None
-    assert found.measured.evaluation_seconds == pytest.approx(0.25)
     (kind,) = found.kinds
+    speed = found.pace.of(kind.work, at_once=1)
+    assert kind.work.evaluation_flops / speed.evaluation_flops_per_second == pytest.approx(8 * 0.25)
     assert found.seconds(kind) == pytest.approx(17.0)
     assert found.hours == pytest.approx(6 * 17.0 / 3600)
     # The cost model scales to other settings.
     other = planned(run, tmp_path, budget={"max_concurrent_trials": 1})
-    rate = planning.flops(config.build_run(run, source="test")) / 12.0
+    rate = pace.flops(config.build_run(run, source="test")) / 12.0
     for kind in other.kinds:
-        assert other.seconds(kind) == pytest.approx(3 + 8 * 0.25 + kind.flops / rate)
+        assert other.seconds(kind) == pytest.approx(3 + 8 * 0.25 + kind.work.flops / rate)
+
+
+def test_what_is_planned_at_the_start_is_what_the_report_compares(run: dict[str, Any], tmp_path: Path) -> None:
+    study = spec(run, axes={"reward.alpha": [0.0, 1.0]}, baselines={"sft": {"method": "sft"}})
+    assert forecast.forecast(study, storage=tmp_path, at_once=2) is None
+    finish(tmp_path, run, step_seconds=0.5, train=14.0, total=17.0, host=socket.gethostname())
+    expected = forecast.forecast(study, storage=tmp_path, at_once=2)
+    assert expected is not None
+    sft, ebft = expected["kinds"]
+    assert sft["trials"] == ["t0000", "t0003", "t0006"]
+    assert (ebft["number"], ebft["steps"]) == (6, 24)
+    assert ebft["seconds"] == pytest.approx(17.0, abs=1e-3)
+    assert ebft["startup_seconds"] == pytest.approx(3.0)
+    assert expected["seconds"] == pytest.approx((3 * sft["seconds"] + 6 * ebft["seconds"]) / 2)
+    assert "9 trials, 2 at a time" in forecast.message(expected)
+    assert json.loads(json.dumps(expected)) == expected
+
+
+def row(method: str, side_by_side: int, rate: float, **changes: Any) -> dict[str, Any]:
+    alike = {"model": "m", "method": method, "processes": 1, "served": False, "side_by_side": side_by_side}
+    return {**alike, "rate": rate, "evaluation_rate": 10.0, "startup": 1.0, **changes}
+
+
+def test_the_trials_most_alike_decide() -> None:
+    rows = [row("sft", 2, 100.0), row("ebft", 1, 50.0), row("ebft", 2, 30.0), row("ebft", 2, 40.0)]
+    known = pace.Pace([*rows, row("ebft", 2, 1.0, served=True), row("ebft", 2, 7.0, model="other")])
+
+    def rate(method: str, at_once: int, model: str = "m", served: bool = False) -> float:
+        work = pace.Work(model, method, 1, served, flops=1.0, evaluations=1, evaluation_flops=1.0)
+        return known.of(work, at_once=at_once).flops_per_second
+
+    assert rate("ebft", 2) == 35.0
+    assert rate("ebft", 1) == 50.0
+    assert rate("ebft", 4) == 40.0  # of any number side by side
+    assert rate("sft", 1) == 100.0
+    assert rate("ebft", 2, served=True) == 1.0
+    assert rate("ebft", 2, model="other") == 7.0
+    assert rate("ebft", 2, model="new") == 35.0  # the median of all six
+
+
+def test_a_part_of_a_trial_starts_as_long_as_a_whole_one() -> None:
+    speed = pace.Speed(1, flops_per_second=10.0, evaluation_flops_per_second=5.0, startup_seconds=3.0)
+    work = pace.Work("m", "ebft", 1, False, flops=100.0, evaluations=4, evaluation_flops=20.0)
+    assert speed.seconds(work) == 17.0
+    assert speed.seconds(work, done=0.5) == 10.0
+
+
+def test_trials_side_by_side_are_counted_while_any_runs() -> None:
+    at = lambda *seconds: pd.to_datetime(list(seconds), unit="s", utc=True)  # noqa: E731
+    table = pd.DataFrame({"started_at": at(0, 0, 10, 1000, 1000), "finished_at": at(10, 20, 20, 1010, 1010)})
+    assert pace.side_by_side(table) == 2
+    assert pace.side_by_side(table.iloc[:1]) == 1
+    assert pace.side_by_side(table.iloc[:0]) == 1
 
 
 def test_trials_of_other_machines_measure_nothing_here(run: dict[str, Any], tmp_path: Path) -> None:
     finish(tmp_path, run, step_seconds=0.5, train=14.0, total=17.0, host="another")
-    assert planned(run, tmp_path).measured is None
+    assert planned(run, tmp_path).hours is None
 
 
 def test_trials_of_a_model_that_is_gone_measure_nothing(run: dict[str, Any], tmp_path: Path) -> None:
     gone = {**run, "model": str(tmp_path / "gone")}
     finish(tmp_path, gone, step_seconds=0.5, train=14.0, total=17.0, host=socket.gethostname())
-    assert planned(run, tmp_path).measured is None
+    assert planned(run, tmp_path).hours is None
 
 
 def test_what_does_not_fit_is_said_with_the_reason(run: dict[str, Any], tmp_path: Path) -> None:
@@ -124,7 +180,7 @@ def test_trials_that_a_search_has_yet_to_choose_count_as_the_dearest(run: dict[s
     (kind,) = found.kinds
     assert (kind.trials, kind.label) == (15, "chosen by the search (at most)")
     six = config.build_run(config.merge(run, {"rollout": {"n_samples": 6}}), source="test")
-    assert kind.flops == pytest.approx(planning.flops(six))
+    assert kind.work.flops == pytest.approx(pace.flops(six))
 
 
 def test_the_command_starts_nothing_and_says_whether_all_fits(run: dict[str, Any], tmp_path: Path) -> None:

@@ -119,7 +119,9 @@ def test_gpus_of_engines_and_services_are_counted(
     small: str, settings: dict[str, Any], own: float, shared: float
 ) -> None:
     resources = ResourcesSpec(workers_per_trial=2, gpus_per_worker=1, feature_gpus=0.5)
-    assert checks.gpus_needed(resources, [run(small, **settings)]) == (own, shared)
+    runs = [run(small, **settings)]
+    assert [need.all_gpus for need in checks.needs(resources, runs)] == [own]
+    assert checks.shared_gpus(resources, runs) == shared
 
 
 def test_a_cache_that_cannot_be_written_is_found_before_anything_starts(

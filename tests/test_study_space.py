@@ -8,9 +8,12 @@ from typing import Any
 import pytest
 import yaml
 
+from ebft_study import config
 from ebft_study.errors import ConfigError
 from ebft_study.study import checks, space
+from ebft_study.study.machines import Machines, Node
 from ebft_study.study.space import load_study
+from ebft_study.study.spec import ResourcesSpec, StudySpec, is_spelt
 
 BASE: dict[str, Any] = {
     "study": "probe",
@@ -244,17 +247,77 @@ def test_a_file_without_profiles_needs_none(tmp_path: Path) -> None:
     assert load_study(write(tmp_path, profiles=None)).run["training"]["steps"] == 20
 
 
+def machine(cpus: int, gpus: int) -> Machines:
+    return Machines((Node(cpus, gpus),))
+
+
 def test_a_trial_must_fit_on_the_machine(tmp_path: Path) -> None:
     spec = load_study(write(tmp_path, resources={"workers_per_trial": 2, "cpus_per_worker": 2}), "gpu")
-    checks.check_machine(spec, [], cpus=4, gpus=2)
+    checks.check_machine(spec, [], machine(4, 2))
     with pytest.raises(ConfigError, match=r"cpus_per_worker=2: a trial of 2 worker\(s\) needs 4 CPU cores; here are 2"):
-        checks.check_machine(spec, [], cpus=2, gpus=2)
+        checks.check_machine(spec, [], machine(2, 2))
     with pytest.raises(ConfigError, match="gpus_per_worker"):
-        checks.check_machine(spec, [], cpus=4, gpus=0)
+        checks.check_machine(spec, [], machine(4, 0))
     in_process = load_study(write(tmp_path, resources={"workers_per_trial": 0, "cpus_per_worker": 2}), "cpu")
-    checks.check_machine(in_process, [], cpus=2, gpus=0)
+    checks.check_machine(in_process, [], machine(2, 0))
     with pytest.raises(ConfigError, match="needs 2 CPU cores; here are 1"):
-        checks.check_machine(in_process, [], cpus=1, gpus=0)
+        checks.check_machine(in_process, [], machine(1, 0))
+
+
+BY_MODEL = {"resources": {"by": {"method": {"sft": {"workers_per_trial": 2}}}}}
+
+
+def test_trials_of_one_study_may_need_different_resources(tmp_path: Path) -> None:
+    spec = load_study(write(tmp_path, **BY_MODEL), "cpu")
+    runs = checks.check(spec, "test")
+    assert {run.method: spec.resources.of(run).workers_per_trial for run in runs} == {"ebft": 1, "sft": 2}
+    assert {need.processes for need in checks.needs(spec.resources, runs)} == {1, 2}
+    assert space.from_record(space.dump(spec), source="record") == spec
+    checks.check_machine(spec, runs, machine(2, 0))
+    with pytest.raises(ConfigError, match=r"a trial of 2 worker\(s\) needs 2 CPU cores; here are 1"):
+        checks.check_machine(spec, runs, machine(1, 0))
+    assert checks.trials_at_once(spec, runs, machine(8, 0)) == 8
+
+
+@pytest.mark.parametrize(
+    ("by", "parts"),
+    [
+        ({"methode": {"sft": {}}}, ["resources.by", "methode", "method"]),
+        ({"method": {"stf": {}}}, ["resources.by.method", "stf", "Trials have sft, ebft"]),
+        ({"method": {"sft": {"max_failures": 2}}}, ["max_failures"]),
+        ({"method": {"sft": {"gpus_per_worker": 1.5}}}, ["1.5", "whole ones"]),
+    ],
+)
+def test_resources_of_trials_that_do_not_exist_are_refused(tmp_path: Path, by: Any, parts: list[str]) -> None:
+    with pytest.raises(ConfigError) as refused:
+        load_study(write(tmp_path, resources={"by": by}), "cpu")
+    for part in parts:
+        assert part in str(refused.value)
+
+
+def test_values_of_settings_are_found_however_they_are_spelt() -> None:
+    assert is_spelt("1e-05", 0.00001)
+    assert is_spelt("0.50", 0.5)
+    assert is_spelt("Qwen/Qwen2.5-7B", "Qwen/Qwen2.5-7B")
+    assert not is_spelt("1", "1b")
+
+
+def test_engines_stay_on_one_machine_with_their_trial(tmp_path: Path) -> None:
+    cluster = Machines((Node(8, 8), Node(8, 8)))
+    served = {"rollout": {"backend": "vllm"}, "model": "tiny-1m"}
+    for settings, refused in (
+        ({"engine_scope": "study"}, "vllm.engine_scope"),
+        ({"placement": "own"}, "vllm.placement"),
+        ({"placement": "colocated"}, ""),
+    ):
+        run = config.build_run({**served, "vllm": settings}, source="test")
+        spec = StudySpec(study="s", question="?", resources=ResourcesSpec(gpus_per_worker=1))
+        checks.check_machine(spec, [run], Machines(cluster.nodes[:1]))
+        if not refused:
+            checks.check_machine(spec, [run], cluster)
+            continue
+        with pytest.raises(ConfigError, match=refused):
+            checks.check_machine(spec, [run], cluster)
 
 
 def test_objectives_are_metrics_with_a_direction() -> None:

@@ -215,4 +215,4 @@ def test_errors_for_people_survive_their_way_between_processes() -> None:
     ],
 )
 def test_resources_are_reserved_once(resources: dict[str, Any], reserved: dict[str, float]) -> None:
-    assert bridge.trial_resources(ResourcesSpec(**resources)) == reserved
+    assert bridge.trial_resources(ResourcesSpec(**resources), {"slot": 1}) == reserved

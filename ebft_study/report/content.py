@@ -12,7 +12,7 @@ from ebft_study.report import text
 from ebft_study.report.tables import HELDOUT, Configuration, Study, best
 from ebft_study.results.lineage import EXPLOIT
 
-ROUTINE_EVENTS = ("started", "finished", EXPLOIT)
+ROUTINE_EVENTS = ("started", "finished", "plan", EXPLOIT)
 MAX_INCIDENTS = 30
 MAX_CONTEXT_CHARACTERS = 240
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from ebft_study.report import pareto, savings, text, together
+from ebft_study.report import pareto, planned, savings, text, together
 from ebft_study.report.tables import Configuration, Study
 
 # Settings worth naming even where they do not vary; the rest is in study.yaml and in the trials table.
@@ -150,6 +150,7 @@ def cost(study: Study) -> Facts:
     saved = savings.saved(trials, resources)
     return [
         *rows,
+        *planned.rows(trials, study.results.events),
         *([("Early stopping saved", saved)] if saved else []),
         ("Overhead per trial, start to first step (median)", text.duration(_statistic(trials, "startup_seconds"))),
         ("Training per trial (median)", text.duration(_statistic(trials, "train_seconds"))),

@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import socket
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,12 +84,12 @@ def run_trial(settings: dict[str, Any]) -> None:
     ray.tune.report({**last, "attempt": number, "outcome": outcome})
 
 
-def trial_resources(resources: ResourcesSpec) -> dict[str, float]:
-    """What Tune reserves for a trial: one place, and whatever no worker group reserves by itself."""
+def trial_resources(resources: ResourcesSpec, place: Mapping[str, float]) -> dict[str, float]:
+    """What Tune reserves for a trial: one `place`, and whatever no worker group reserves by itself."""
     if resources.workers_per_trial:
-        return {"slot": 1}
+        return dict(place)
     gpus = {"GPU": resources.gpus_per_worker} if resources.gpus_per_worker else {}
-    return {"slot": 1, "CPU": resources.cpus_per_worker} | gpus
+    return {**place, "CPU": resources.cpus_per_worker} | gpus
 
 
 # --- training in the trial's own process -----------------------------------------------------------------------
@@ -101,7 +102,7 @@ def _fit_here(settings: dict[str, Any], attempt: Attempt, report: Report) -> dic
 
     def on_report(metrics: dict[str, float], written: Path | None) -> None:
         kept = attempts.keep_checkpoint(own, written, step=int(metrics["step"]), keep=keep) if written else None
-        report(metrics, str(kept) if kept else None)
+        report({**metrics, "host": socket.gethostname()}, str(kept) if kept else None)
 
     def train() -> dict[str, Any]:
         torch.set_num_threads(settings["resources"]["cpus_per_worker"])

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
-import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ebft_study import config
@@ -13,7 +13,8 @@ from ebft_study.config import RunConfig
 from ebft_study.errors import ConfigError, rule_broken
 from ebft_study.results import METRICS
 from ebft_study.study import enumeration, perturbation, trials
-from ebft_study.study.spec import ObjectiveSpec, ResourcesSpec, StudySpec
+from ebft_study.study.machines import Machines, Need, most, this_machine
+from ebft_study.study.spec import ObjectiveSpec, ResourcesSpec, StudySpec, is_spelt
 from ebft_study.study.trials import Configuration
 
 OBJECTIVES = ("cfm_loss", "ce_loss", "ce_answer_loss", "perplexity", "reward")
@@ -35,6 +36,7 @@ def check(spec: StudySpec, source: str) -> list[RunConfig]:
             members.append(run)
         checked.append(run)
     perturbation.check(spec, members, source)
+    check_resources_by(spec, checked, source)
     return checked
 
 
@@ -110,7 +112,7 @@ def _check_metric(objective: ObjectiveSpec, source: str) -> None:
 
 
 def _check_size(spec: StudySpec, run: RunConfig, source: str) -> None:
-    workers, batch = spec.resources.processes, run.training.batch_size
+    workers, batch = spec.resources.of(run).processes, run.training.batch_size
     if batch % workers:
         raise rule_broken(
             source=source,
@@ -163,7 +165,7 @@ def check_compared(spec: StudySpec, source: str) -> None:
 
 def _check_services(spec: StudySpec, run: RunConfig, source: str) -> None:
     """What runs beside the trials must be installed, and have a place."""
-    resources = spec.resources
+    resources = spec.resources.of(run)
     if run.uses_engine and importlib.util.find_spec("vllm") is None:
         raise rule_broken(
             source=source,
@@ -202,42 +204,92 @@ def _is_raw_text(run: RunConfig) -> bool:
     return run.data.dataset in ("stdlib", "unstructured") or run.data.text_column is not None
 
 
-def check_machine(
-    spec: StudySpec, runs: Sequence[RunConfig], *, cpus: int | None = None, gpus: int | None = None
-) -> None:
-    """Refuse a study of which not even one trial fits on this machine, or on one with `cpus` and `gpus`."""
-    resources = spec.resources
-    own, shared = gpus_needed(resources, runs)
-    needs = {
-        "cpus_per_worker": (resources.cpus_per_worker, resources.processes * resources.cpus_per_worker, "CPU cores"),
-        "gpus_per_worker": (resources.gpus_per_worker, own + shared, "GPUs"),
-    }
-    counts = {"cpus_per_worker": (cpus, cpu_count), "gpus_per_worker": (gpus, gpu_count)}
-    for key, (per_worker, needed, what) in needs.items():
-        given, count = counts[key]
-        there = count() if given is None and needed else given or 0
-        if needed > there:
-            services = (
-                f" (of which {needed - per_worker * resources.processes:g} for services)" if "gpus" in key else ""
-            )
-            raise rule_broken(
-                source=spec.study,
-                key=f"resources.{key}",
-                given=per_worker,
-                rule=f"a trial of {resources.processes} worker(s) needs {needed:g} {what}{services}; here are {there}",
-                remedy="Use another --profile, fewer workers_per_trial, or a larger machine",
-            )
+def check_machine(spec: StudySpec, runs: Sequence[RunConfig], machines: Machines | None = None) -> None:
+    """Refuse a study of which some trial does not even fit alone on these machines, by default on this one."""
+    machines = machines or this_machine(gpus=wants_gpus(spec.resources))
+    shared = shared_gpus(spec.resources, runs)
+    left = machines.without_gpus(shared)
+    for need, run in needs(spec.resources, runs).items():
+        if need.fit(left):
+            continue
+        own = spec.resources.of(run) if run else spec.resources
+        cpus = need.processes * need.cpus
+        key = "cpus_per_worker" if replace(need, gpus=0.0, engine_gpus=0.0).fit(machines) == 0 else "gpus_per_worker"
+        needed, there, what = (
+            (cpus, machines.cpus, "CPU cores")
+            if key == "cpus_per_worker"
+            else (need.all_gpus + shared, machines.gpus, "GPUs")
+        )
+        of_services = needed - need.processes * need.gpus if what == "GPUs" else 0
+        services = f" (of which {of_services:g} for services)" if of_services else ""
+        spread = f", on {len(machines.nodes)} machines" if len(machines.nodes) > 1 else ""
+        raise rule_broken(
+            source=spec.study,
+            key=f"resources.{key}",
+            given=getattr(own, key),
+            rule=f"a trial of {own.processes} worker(s) needs {needed:g} {what}{services}; here are {there:g}{spread}",
+            remedy="Use another --profile, fewer workers_per_trial, or a larger machine",
+        )
+    if len(machines.nodes) > 1:
+        _check_engines(spec, runs)
 
 
-def gpus_needed(resources: ResourcesSpec, runs: Sequence[RunConfig]) -> tuple[float, float]:
-    """GPUs that each trial takes, with an engine of its own, and GPUs of what all trials share."""
-    if not resources.gpus_per_worker:
-        return 0.0, 0.0
-    apart = [run for run in runs if run.uses_engine and run.vllm.placement == "own"]
-    of_trials = [run.vllm.tensor_parallel_size for run in apart if run.vllm.engine_scope == "trial"]
-    of_study = {_engine_of(run): run.vllm.tensor_parallel_size for run in apart if run.vllm.engine_scope == "study"}
-    own = resources.processes * resources.gpus_per_worker + max(of_trials, default=0)
-    return own, sum(of_study.values()) + resources.feature_gpus
+def _check_engines(spec: StudySpec, runs: Sequence[RunConfig]) -> None:
+    """An engine reads the trainer's weights from /dev/shm, so both are on one machine."""
+    for run in runs:
+        if not run.uses_engine:
+            continue
+        if run.vllm.engine_scope == "study":
+            key, given, remedy = "vllm.engine_scope", "study", "Use engine_scope: trial"
+        elif spec.resources.of(run).gpus_per_worker and run.vllm.placement == "own":
+            key, given, remedy = "vllm.placement", "own", "Use placement: colocated"
+        else:
+            continue
+        rule = "an engine gets weights through /dev/shm; on several machines nothing keeps it a place beside its trial"
+        raise rule_broken(source=spec.study, key=key, given=given, rule=rule, remedy=f"{remedy}, or one machine")
+
+
+def needs(resources: ResourcesSpec, runs: Sequence[RunConfig]) -> dict[Need, RunConfig | None]:
+    """What trials take, by kind, each with a run that takes so much; that of no particular run where there is none."""
+    if not runs:
+        return {_need(resources, None): None}
+    found: dict[Need, RunConfig | None] = {}
+    for run in runs:
+        found.setdefault(need_of(resources, run), run)
+    return found
+
+
+def need_of(resources: ResourcesSpec, run: RunConfig) -> Need:
+    """What a trial with these settings takes, with an engine of its own."""
+    return _need(resources.of(run), run)
+
+
+def _need(own: ResourcesSpec, run: RunConfig | None) -> Need:
+    engine = 0
+    if run and own.gpus_per_worker and _is_apart(run) and run.vllm.engine_scope == "trial":
+        engine = run.vllm.tensor_parallel_size
+    return Need(own.processes, own.cpus_per_worker, own.gpus_per_worker, engine)
+
+
+def wants_gpus(resources: ResourcesSpec) -> bool:
+    """Whether any trial may be on a GPU."""
+    overrides = (own for of in resources.by.values() for own in of.values())
+    return bool(resources.gpus_per_worker) or any(own.gpus_per_worker for own in overrides)
+
+
+def shared_gpus(resources: ResourcesSpec, runs: Sequence[RunConfig]) -> float:
+    """GPUs of what all trials share."""
+    on_gpus = [run for run in runs if resources.of(run).gpus_per_worker]
+    if not on_gpus and not resources.gpus_per_worker:
+        return 0.0
+    shared = [run for run in on_gpus if _is_apart(run) and run.vllm.engine_scope == "study"]
+    of_study = {_engine_of(run): run.vllm.tensor_parallel_size for run in shared}
+    return sum(of_study.values()) + resources.feature_gpus
+
+
+def _is_apart(run: RunConfig) -> bool:
+    """Whether an engine has GPUs that no trial has."""
+    return run.uses_engine and run.vllm.placement == "own"
 
 
 def _engine_of(run: RunConfig) -> tuple[Any, ...]:
@@ -246,26 +298,58 @@ def _engine_of(run: RunConfig) -> tuple[Any, ...]:
     return (run.model, run.model_revision, run.training.precision, *vllm.values())
 
 
-def trials_at_once(spec: StudySpec, runs: Sequence[RunConfig]) -> int:
-    """As many as fit on the machine, and as the budget allows.
+def trials_at_once(spec: StudySpec, runs: Sequence[RunConfig], machines: Machines | None = None) -> int:
+    """As many as fit on the machines, if all are of the smallest kind, and as the budget allows.
 
     Engines and services take no CPU cores of their own: a trial waits while they work for it.
     """
-    resources = spec.resources
-    fits = [cpu_count() // (resources.processes * resources.cpus_per_worker)]
-    own, shared = gpus_needed(resources, runs)
-    if own:
-        fits.append(int((gpu_count() - shared) / own))
-    return max(1, min([*fits, spec.budget.max_concurrent_trials or fits[0]]))
+    machines = machines or this_machine(gpus=wants_gpus(spec.resources))
+    fits = most(needs(spec.resources, runs), machines.without_gpus(shared_gpus(spec.resources, runs)))
+    return min(fits, spec.budget.max_concurrent_trials or fits)
 
 
-def cpu_count() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def check_population(spec: StudySpec, runs: Sequence[RunConfig], machines: Machines) -> None:
+    """On a cluster that was joined nothing counts places, so that all trials of a population run at once."""
+    needed, there = trials.number_of_trials(spec), trials_at_once(spec, runs, machines)
+    if spec.scheduler.kind == "pbt" and needed > there:
+        raise rule_broken(
+            source=spec.study,
+            key="scheduler.kind",
+            given="pbt",
+            rule=f"on a cluster that was joined, all {needed} trials run side by side, and only {there} fit",
+            remedy="Use fewer trials or seeds, or run it without --address",
+        )
 
 
-def gpu_count() -> int:
-    """GPUs that this process may use."""
-    import torch
+def check_resources_by(spec: StudySpec, runs: Sequence[RunConfig], source: str) -> None:
+    """Overrides of resources must name settings and values that trials of the study have."""
+    if spec.scheduler.kind == "pbt" and len(needs(spec.resources, runs)) > 1:
+        raise rule_broken(
+            source=source,
+            key="resources.by",
+            given=", ".join(spec.resources.by),
+            rule="trials of a population take turns at places of one size",
+            remedy="Use the same resources for all, or another scheduler.kind",
+        )
+    settings = [config.flatten(run) for run in runs] if spec.resources.by else []
+    for name, values in spec.resources.by.items():
+        existing = [*(given[name] for given in settings), *_on_axes(spec, config.short_names()[name])]
+        for value in values:
+            if not any(is_spelt(value, given) for given in existing):
+                there = ", ".join(dict.fromkeys(map(str, existing)))
+                raise rule_broken(
+                    source=source,
+                    key=f"resources.by.{name}",
+                    given=value,
+                    rule=f"no trial has this {name}. Trials have {there}",
+                    remedy="Use one of these values",
+                )
 
-    return int(torch.cuda.device_count())
+
+def _on_axes(spec: StudySpec, path: str) -> Iterator[Any]:
+    """Values that the axes may give a setting, of which a large search checks only some."""
+    for name, axis in spec.axes.items():
+        if axis.choices is not None:
+            yield from (settings[path] for settings in axis.choices.values() if path in settings)
+        elif name == path:
+            yield from axis.extremes()

@@ -1,4 +1,4 @@
-"""The Ray cluster of one session of a study, on this machine."""
+"""The Ray cluster of one session of a study: one of its own on this machine, or one that it joins (`joined`)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import psutil
 
-from ebft_study.study import checks
+from ebft_study.study.machines import Machines, cpu_count, this_machine
 
 CLUSTER_DIED = "Ray's node process died"
 
@@ -38,6 +38,14 @@ def set_environment() -> None:
         os.environ.setdefault(name, value)
 
 
+def dashboard_line() -> str:
+    """Where Ray's dashboard is, if it runs."""
+    from ray._private.worker import get_dashboard_url
+
+    url = get_dashboard_url()
+    return f"Ray's dashboard: http://{url}" if url else ""
+
+
 def node_is_alive() -> bool:
     """Whether the process is there that this machine's part of the cluster cannot do without.
 
@@ -54,6 +62,24 @@ def _is_raylet(process: psutil.Process) -> bool:
 
 
 @contextlib.contextmanager
+def reached(address: str | None, *, study: str, gpus: bool) -> Iterator[Machines]:
+    """The machines on which a study will run: those of the cluster at `address`, connected to inside, or this one.
+
+    Args:
+        gpus: whether the study has any use for GPUs.
+    """
+    from ebft_study.study import joined
+
+    address = joined.address_of(address)
+    if address is None:
+        yield this_machine(gpus=gpus)
+        return
+    set_environment()
+    with joined.joined(address, study=study) as machines:
+        yield machines
+
+
+@contextlib.contextmanager
 def running(*, namespace: str, places: int, dashboard: bool, travelling_bytes: float = 0.0) -> Iterator[None]:
     """A cluster of this machine's resources, gone afterwards with all its actors.
 
@@ -66,7 +92,7 @@ def running(*, namespace: str, places: int, dashboard: bool, travelling_bytes: f
     most = _LARGEST_PART * psutil.virtual_memory().total
     ray.init(
         address="local",
-        num_cpus=checks.cpu_count(),
+        num_cpus=cpu_count(),
         resources={"slot": places},
         namespace=namespace,
         include_dashboard=dashboard,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import math
-import socket
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -61,14 +60,16 @@ class Monitor:
         state = self._states[trial_id]
         state.status, state.started_at, state.ended_at = "running", time.time(), None
         first = {"started_at": _moment(state.started_at)} if state.attempt == 0 else {}
-        # Trials run on the driver's machine.
-        self._record(trial_id, host=socket.gethostname(), **first)
+        self._record(trial_id, **first)
         self._changed(state, "starts")
 
     def reported(self, trial_id: str, metrics: Mapping[str, Any]) -> None:
         """An evaluation or a checkpoint; its rows are in the tables already."""
         state = self._states[trial_id]
-        state.attempt = max(state.attempt, int(metrics.get("attempt", 0)))
+        attempt = int(metrics.get("attempt", 0))
+        if attempt > state.attempt and "host" in metrics:
+            self._record(trial_id, host=metrics["host"], attempt=attempt)
+        state.attempt = max(state.attempt, attempt)
         state.step = int(metrics["step"])
         self._first_report.setdefault(trial_id, (state.step, time.time()))
         state.metrics = {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
@@ -131,10 +132,18 @@ class Monitor:
         state.ended_at = time.time() if running else state.ended_at
         return self._row(state.trial_id, stop_reason=reason, **(self._numbers(state, {}) if running else {}))
 
+    def number_ended(self) -> int:
+        """Trials that are over."""
+        return sum(state.status not in OPEN for state in list(self._states.values()))
+
     def note(self, kind: str, message: str) -> None:
         """Something that concerns the study as a whole."""
         self._recorder.event(kind, message)
-        if self.display:
+        self.say(message)
+
+    def say(self, message: str) -> None:
+        """For whoever looks on; not on record. Nothing is said where there is nothing to say."""
+        if self.display and message:
             self.display.say(message)
 
     def _numbers(self, state: TrialState, outcome: Mapping[str, Any]) -> dict[str, Any]:

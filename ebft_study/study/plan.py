@@ -6,30 +6,27 @@ that finished in earlier studies of the same storage folder.
 
 from __future__ import annotations
 
-import contextlib
 import math
-import socket
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import psutil
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ebft_study import config, results
 from ebft_study.config import RunConfig
-from ebft_study.cost import StepShape, step_cost
-from ebft_study.errors import ConfigError, EbftError
+from ebft_study.cost import StepShape
+from ebft_study.errors import ConfigError
 from ebft_study.report import text
-from ebft_study.study import checks, trials
+from ebft_study.study import checks, pace, trials
+from ebft_study.study.pace import Pace, Work
 from ebft_study.study.spec import StudySpec
-from ebft_study.training.memory import fit, shapes
+from ebft_study.training.memory import fit
 
 _GIB = 2**30
+CHOSEN = "chosen by the search (at most)"
 _MOST_MEASURED = 50  # trials, the newest ones
 
 
@@ -41,9 +38,7 @@ class Kind:
     """Of the first configuration."""
     trials: int
     steps: int
-    evaluations: int
-    flops: float
-    """Of all updates of one trial, on all its workers."""
+    work: Work
     tokens: float
     """Ground-truth tokens that one trial trains on."""
     memory_gib: float
@@ -53,23 +48,12 @@ class Kind:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """Medians over finished trials of this machine."""
-
-    trials: int
-    flops_per_second: float
-    evaluation_seconds: float
-    """All that a trial does between updates, per evaluation."""
-    startup_seconds: float
-
-
-@dataclass(frozen=True)
 class StudyPlan:
     """`hours` is None where nothing was measured yet."""
 
     kinds: list[Kind]
     at_once: int
-    measured: Measured | None
+    pace: Pace
 
     @property
     def n_trials(self) -> int:
@@ -81,10 +65,7 @@ class StudyPlan:
 
     def seconds(self, kind: Kind) -> float | None:
         """Of one trial of a kind."""
-        if self.measured is None:
-            return None
-        m = self.measured
-        return m.startup_seconds + kind.flops / m.flops_per_second + kind.evaluations * m.evaluation_seconds
+        return self.pace.of(kind.work, at_once=self.at_once).seconds(kind.work) if self.pace else None
 
     @property
     def hours(self) -> float | None:
@@ -102,11 +83,11 @@ def plan(spec: StudySpec, *, storage: Path, memory_gib: float) -> StudyPlan:
     planned = _runs(spec)
     kinds: dict[Any, tuple[str, RunConfig, int]] = {}
     for label, run, count in planned:
-        first, _, before = kinds.get(_cost_key(run), (label, run, 0))
-        kinds[_cost_key(run)] = (first, run, before + count)
+        first, _, before = kinds.get(cost_key(run), (label, run, 0))
+        kinds[cost_key(run)] = (first, run, before + count)
     rows = [_kind(spec, label, run, count, memory_gib) for label, run, count in kinds.values()]
     at_once = min(checks.trials_at_once(spec, [run for _, run, _ in planned]), sum(kind.trials for kind in rows))
-    return StudyPlan(rows, at_once, measured(storage))
+    return StudyPlan(rows, at_once, pace.measured(storage))
 
 
 def usual_memory_gib(spec: StudySpec) -> float:
@@ -123,11 +104,11 @@ def _runs(spec: StudySpec) -> list[tuple[str, RunConfig, int]]:
     to_choose = trials.number_of_trials(spec) - len(known)
     if not to_choose:
         return known
-    dearest = max(checks.check(spec, spec.study), key=flops)
-    return [*known, ("chosen by the search (at most)", dearest, to_choose)]
+    dearest = max(checks.check(spec, spec.study), key=pace.flops)
+    return [*known, (CHOSEN, dearest, to_choose)]
 
 
-def _cost_key(run: RunConfig) -> tuple[Any, ...]:
+def cost_key(run: RunConfig) -> tuple[Any, ...]:
     """What trials of one cost have in common."""
     shape = StepShape.of(run)
     length = (run.training.steps, run.training.warm_start_steps, run.evaluation.eval_every_steps)
@@ -137,7 +118,9 @@ def _cost_key(run: RunConfig) -> tuple[Any, ...]:
 def _kind(spec: StudySpec, label: str, run: RunConfig, count: int, memory_gib: float) -> Kind:
     budget = (run.training.memory_budget_gib or memory_gib) * _GIB
     try:
-        fitting = fit(run, spec.resources.device_of(run), world_size=spec.resources.processes, budget_bytes=budget)
+        fitting = fit(
+            run, spec.resources.device_of(run), world_size=spec.resources.of(run).processes, budget_bytes=budget
+        )
         peak, problem = fitting.peak_bytes / _GIB, ""
     except ConfigError as error:
         peak, problem = math.nan, str(error)
@@ -145,78 +128,11 @@ def _kind(spec: StudySpec, label: str, run: RunConfig, count: int, memory_gib: f
         label=label,
         trials=count,
         steps=run.total_steps,
-        evaluations=evaluations(run),
-        flops=flops(run),
+        work=Work.of(run, spec.resources.of(run).processes),
         tokens=float(run.total_steps * run.training.batch_size * run.data.sequence_length),
         memory_gib=peak,
         problem=problem,
     )
-
-
-def flops(run: RunConfig) -> float:
-    """Of all updates of a run, its warm start included."""
-    step, (model, network) = StepShape.of(run), shapes(run)
-    own = step_cost(model, network, step).total.flops
-    warm = step_cost(model, network, replace(step, method="sft")).total.flops
-    return run.training.steps * own + run.training.warm_start_steps * warm
-
-
-def evaluations(run: RunConfig) -> int:
-    """Of the validation split, and one more before and after for the held-out split."""
-    warm = run.training.warm_start_steps > 0
-    return 3 + run.total_steps // run.evaluation.eval_every_steps + int(warm)
-
-
-# --- what this machine has done --------------------------------------------------------------------------------
-
-
-def measured(storage: Path) -> Measured | None:
-    """From the newest finished trials of all studies in a folder that ran on this machine; None without any."""
-    rows: list[dict[str, float]] = []
-    for folder in sorted(storage.glob("*/study.yaml"), key=lambda path: path.stat().st_mtime, reverse=True):
-        if len(rows) < _MOST_MEASURED:
-            rows += list(_finished(folder.parent))
-    if not rows:
-        return None
-    medians = pd.DataFrame(rows).median()
-    return Measured(len(rows), *(float(medians[name]) for name in ("rate", "evaluation", "startup")))
-
-
-def _finished(folder: Path) -> Iterable[dict[str, float]]:
-    table = results.read_table(folder, "trials")
-    steps = results.read_table(folder, "metrics").groupby("trial_id")["step_seconds"].mean()
-    here = table[(table["status"] == "finished") & (table["host"].isna() | (table["host"] == socket.gethostname()))]
-    for row in here.to_dict("records"):
-        seconds = float(steps.get(row["trial_id"], math.nan))
-        if not seconds > 0 or not row["train_seconds"] > 0:
-            continue
-        # Settings of another version, or a model that is not there any more, measure nothing.
-        with contextlib.suppress(EbftError):
-            yield _measurement(_run_of(row), row, seconds)
-
-
-def _measurement(run: RunConfig, row: dict[Any, Any], step_seconds: float) -> dict[str, float]:
-    between = max(row["train_seconds"] - run.total_steps * step_seconds, 0.0)
-    return {
-        "rate": flops(run) / (run.total_steps * step_seconds),
-        "evaluation": between / evaluations(run),
-        "startup": max(row["total_seconds"] - row["train_seconds"], 0.0),
-    }
-
-
-def _run_of(row: dict[Any, Any]) -> RunConfig:
-    """The settings of a trial, from its row; raises `ConfigError` where this version does not know them."""
-    settings = {name: _plain(row[name]) for name in config.short_names() if name in row}
-    given = {name: value for name, value in settings.items() if value is not None}
-    return config.build_run(config.nest(given, source="trials"), source="trials")
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return list(value)
-    if hasattr(value, "tolist"):
-        value = value.tolist()
-    return None if value is None or value != value else value
 
 
 # --- for people ------------------------------------------------------------------------------------------------
@@ -229,7 +145,7 @@ def show(planned: StudyPlan, spec: StudySpec, console: Console) -> None:
         table.add_column(header, justify="left" if header == "trials like" else "right")
     for kind in planned.kinds:
         fits = math.isfinite(kind.memory_gib)
-        numbers = (f"{kind.trials}", f"{kind.steps}", text.count(kind.tokens), f"{kind.flops / 1e12:.3g}")
+        numbers = (f"{kind.trials}", f"{kind.steps}", text.count(kind.tokens), f"{kind.work.flops / 1e12:.3g}")
         used, time = f"{kind.memory_gib:.2f}" if fits else "too much", text.duration(planned.seconds(kind))
         table.add_row(kind.label, *numbers, used, time, style="" if fits else "red")
     console.print(table)
@@ -244,9 +160,15 @@ def summary(planned: StudyPlan, spec: StudySpec) -> list[str]:
     gpus = f" and {resources.gpus_per_worker:g} GPU" if resources.gpus_per_worker else ""
     lines = [f"{planned.n_trials} trials, {planned.at_once} at a time, {workers}{gpus} each"]
     lines += [f"{kind.label}: {kind.problem}" for kind in planned.kinds if not math.isfinite(kind.memory_gib)]
-    if planned.hours is None or planned.measured is None:
+    if planned.hours is None:
         return [*lines, "no time predicted: no trial has finished here yet to measure this machine by"]
     gpu_hours = planned.hours * planned.at_once * resources.processes * resources.gpus_per_worker
     spent = f", {gpu_hours:.3g} GPU hours" if gpu_hours else ""
-    basis = f"{planned.measured.flops_per_second / 1e9:.4g} GFLOP/s over {planned.measured.trials} finished trials here"
-    return [*lines, f"about {text.duration(3600 * planned.hours)}{spent}, by {basis}"]
+    return [*lines, f"about {text.duration(3600 * planned.hours)}{spent}, by {_basis(planned)}"]
+
+
+def _basis(planned: StudyPlan) -> str:
+    speeds = [planned.pace.of(kind.work, at_once=planned.at_once) for kind in planned.kinds]
+    rates = sorted({f"{speed.flops_per_second / 1e9:.4g}" for speed in speeds}, key=float)
+    spread = rates[0] if len(rates) == 1 else f"{rates[0]} to {rates[-1]}"
+    return f"{spread} GFLOP/s of the {max(speed.trials for speed in speeds)} finished trials here that are most alike"

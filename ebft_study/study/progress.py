@@ -18,7 +18,8 @@ from rich.text import Text
 
 OPEN = ("pending", "running", "interrupted")
 _STYLES = {"running": "bold", "finished": "green", "stopped": "yellow", "failed": "red", "pending": "dim"}
-_MOST_ROWS, _MOST_NOTES = 40, 8  # of a live table, which must fit a screen
+_MOST_ROWS, _MOST_NOTES = 40, 8
+_FEWEST_ROWS, _OTHER_LINES = 5, 14  # a live table that is higher than the screen loses its last lines
 
 
 @dataclass
@@ -50,6 +51,8 @@ class Plan:
 
     trials: int
     at_once: int = 1
+    trial_seconds: float | None = None
+    """What a trial is expected to take, if earlier studies tell."""
 
 
 class Display(Protocol):
@@ -88,6 +91,7 @@ class LiveTable:
         self, console: Console, columns: tuple[str, ...], states: dict[str, TrialState], title: str, plan: Plan
     ) -> None:
         self._columns, self._states, self._title, self._plan = columns, states, title, plan
+        self._console = console
         self._live = Live(console=console, get_renderable=self._render, refresh_per_second=2, transient=False)
         self._live.start()
 
@@ -101,7 +105,8 @@ class LiveTable:
         self._live.stop()
 
     def _render(self) -> RenderableType:
-        return render(self._states.values(), self._columns, title=self._title, plan=self._plan)
+        most = max(_FEWEST_ROWS, min(_MOST_ROWS, self._console.height - _OTHER_LINES))
+        return render(list(self._states.values()), self._columns, title=self._title, plan=self._plan, most=most)
 
 
 def display(
@@ -126,7 +131,8 @@ def render(
         table.add_row(*_cells(state, columns), style=_STYLES.get(state.status, ""))
     noted = [s for s in states if s.note and s.status in ("failed", "stopped")]
     notes = [Text(f"{s.trial_id} {s.status}: {s.note}", style=_STYLES[s.status]) for s in noted[-_MOST_NOTES:]]
-    return Group(table, *notes, Text(summary(states, plan), style="bold"))
+    hidden = [Text(f"and {len(states) - most} more trials", style="dim")] if len(states) > most else []
+    return Group(table, *hidden, *notes, Text(summary(states, plan), style="bold"))
 
 
 def _shown(states: list[TrialState], most: int) -> list[TrialState]:
@@ -156,15 +162,26 @@ def summary(states: list[TrialState], plan: Plan) -> str:
 
 
 def seconds_left(states: list[TrialState], plan: Plan) -> float | None:
-    """Expected time until the last trial ends; None before the first has ended."""
+    """Expected time until the last trial ends: by those that have, else by the pace of those that run, else as planned.
+
+    None where nothing tells.
+    """
     ended = [s.seconds for s in states if s.status in ("finished", "stopped") and s.seconds]
-    running = [s.seconds or 0.0 for s in states if s.status == "running"]
+    running = [s for s in states if s.status == "running"]
     to_come = sum(s.status == "pending" for s in states) + max(plan.trials - len(states), 0)
-    if not ended or not running + [0.0] * to_come:
+    known = ended or [expected for s in running if (expected := _at_its_pace(s)) is not None]
+    mean = sum(known) / len(known) if known else plan.trial_seconds
+    if mean is None or not len(running) + to_come:
         return None
-    mean = sum(ended) / len(ended)
-    rest = mean * to_come + sum(max(mean - seconds, 0.0) for seconds in running)
+    rest = mean * to_come + sum(max((_at_its_pace(s) or mean) - (s.seconds or 0.0), 0.0) for s in running)
     return rest / min(plan.at_once, len(running) + to_come)
+
+
+def _at_its_pace(state: TrialState) -> float | None:
+    """What a trial that runs will have taken, if its steps go on as so far."""
+    if not state.step or not state.total_steps or not state.seconds:
+        return None
+    return state.seconds * state.total_steps / state.step
 
 
 def duration(seconds: float | None) -> str:

@@ -19,11 +19,13 @@ from rich.console import Console
 from ebft_study import report
 from ebft_study.config import RunConfig
 from ebft_study.errors import EbftError, ResultsError
-from ebft_study.study import checks, growth, history, record, search, trials
+from ebft_study.study import checks, cluster, growth, history, record, search, trials
 from ebft_study.study.cluster import CLUSTER_DIED
 from ebft_study.study.history import History
+from ebft_study.study.machines import Machines
 from ebft_study.study.progress import TrialState
 from ebft_study.study.spec import StudySpec
+from ebft_study.study.watchdog import CLUSTER_GONE
 
 INTERRUPTED = 130
 
@@ -48,34 +50,45 @@ class Ended:
         """130 after Ctrl-C, 1 when a trial failed or the cluster did, else 0."""
         if self.reason.startswith("Ctrl-C"):
             return INTERRUPTED
-        if self.reason.startswith(CLUSTER_DIED):
+        if self.reason.startswith((CLUSTER_DIED, CLUSTER_GONE)):
             return 1
         return int(any(state.status == "failed" for state in self.states.values()))
 
 
 def run(
-    spec: StudySpec, *, file: Path, profile: str | None, storage: Path, console: Console, go_on: bool = False
+    spec: StudySpec,
+    *,
+    file: Path,
+    profile: str | None,
+    storage: Path,
+    console: Console,
+    go_on: bool = False,
+    address: str | None = None,
 ) -> Ended:
-    """Run a study from its beginning; with `go_on`, continue it where an earlier session left it."""
+    """Run a study from its beginning; with `go_on`, continue it where an earlier session left it.
+
+    Args:
+        address: of a Ray cluster to join, instead of one of its own on this machine.
+    """
     folder = (storage / spec.study).resolve()
     if (folder / record.NAME).exists():
-        return _existing(folder, spec, console, go_on)
+        return _existing(folder, spec, console, go_on, address)
     configurations = checks.check(spec, str(file))
-    checks.check_machine(spec, configurations)
-    with _locked(folder):
+    with _reached(address, spec, configurations) as machines, _locked(folder):
+        _check_cluster(folder, spec, configurations, machines)
         console.print("preparing data and models")
         provenance = _prepare(configurations)
         record.write(folder, spec, profile=profile, file=file, provenance=provenance)
-        return _session(folder, spec, configurations, History({}, {}, {}), console)
+        return _session(folder, spec, configurations, History({}, {}, {}), console, machines)
 
 
-def resume(folder: Path, *, console: Console, retry_failed: bool = False) -> Ended:
+def resume(folder: Path, *, console: Console, retry_failed: bool = False, address: str | None = None) -> Ended:
     """Continue a study from its folder alone."""
     folder = folder.resolve()
     spec = record.read(folder)
     configurations = checks.check(spec, str(folder / record.NAME))
-    checks.check_machine(spec, configurations)
-    with _locked(folder):
+    with _reached(address, spec, configurations) as machines, _locked(folder):
+        _check_cluster(folder, spec, configurations, machines)
         read = history.read(folder, spec.objective.metric, spec.objective.further_metrics)
         past = growth.reopened(spec, read)
         if retry_failed:
@@ -89,30 +102,51 @@ def resume(folder: Path, *, console: Console, retry_failed: bool = False) -> End
             console.print(f"note: the study was started with {change}", markup=False, highlight=False)
         console.print("preparing data and models")
         _prepare(configurations)
-        return _session(folder, spec, configurations, past, console)
+        return _session(folder, spec, configurations, past, console, machines)
 
 
-def extend(spec: StudySpec, *, file: Path, profile: str | None, storage: Path, console: Console) -> Ended:
+def extend(
+    spec: StudySpec, *, file: Path, profile: str | None, storage: Path, console: Console, address: str | None = None
+) -> Ended:
     """Give an existing study the further trials or steps that its file now asks for, and run them."""
     folder = (storage / spec.study).resolve()
     configurations = checks.check(spec, str(file))
     spec = growth.extended(record.read(folder), spec, configurations, str(file))
-    checks.check_machine(spec, configurations)
-    with _locked(folder):
+    with _reached(address, spec, configurations) as machines, _locked(folder):
+        _check_cluster(folder, spec, configurations, machines)
         console.print("preparing data and models")
         provenance = _prepare(configurations)
         record.write(folder, spec, profile=profile, file=file, provenance=provenance)
         past = growth.reopened(spec, history.read(folder, spec.objective.metric, spec.objective.further_metrics))
-        return _session(folder, spec, configurations, past, console)
+        return _session(folder, spec, configurations, past, console, machines)
 
 
-def _existing(folder: Path, spec: StudySpec, console: Console, go_on: bool) -> Ended:
+@contextlib.contextmanager
+def _reached(address: str | None, spec: StudySpec, runs: Sequence[RunConfig]) -> Iterator[Machines]:
+    """The machines of the study, large enough for each of its trials."""
+    with cluster.reached(address, study=spec.study, gpus=checks.wants_gpus(spec.resources)) as machines:
+        checks.check_machine(spec, runs, machines)
+        yield machines
+
+
+def _check_cluster(folder: Path, spec: StudySpec, runs: Sequence[RunConfig], machines: Machines) -> None:
+    """What only a cluster that others started may lack."""
+    if machines.joined:
+        from ebft_study.study import joined
+
+        checks.check_population(spec, runs, machines)
+        joined.check(folder)
+        if spec.resources.has_workers:
+            joined.check_dashboard()
+
+
+def _existing(folder: Path, spec: StudySpec, console: Console, go_on: bool, address: str | None) -> Ended:
     different = record.differences(record.read(folder), spec)
     if different:
         shown = "; ".join(different[:3]) + (f"; and {len(different) - 3} more" if len(different) > 3 else "")
         raise ResultsError(f"{folder}: holds a study of this name with other settings ({shown}). Choose another --name")
     if go_on:
-        return resume(folder, console=console)
+        return resume(folder, console=console, address=address)
     past = history.read(folder, spec.objective.metric, spec.objective.further_metrics)
     address = Ended(folder, past.states).address
     if _is_over(folder, spec, past):
@@ -160,10 +194,12 @@ def _locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def _session(folder: Path, spec: StudySpec, runs: Sequence[RunConfig], past: History, console: Console) -> Ended:
+def _session(
+    folder: Path, spec: StudySpec, runs: Sequence[RunConfig], past: History, console: Console, machines: Machines
+) -> Ended:
     from ebft_study.study.session import run_session
 
-    reason = run_session(folder, spec, runs, past, console)
+    reason = run_session(folder, spec, runs, past, console, machines)
     return Ended(folder, past.states, reason, _write_report(folder, console))
 
 

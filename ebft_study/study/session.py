@@ -16,28 +16,37 @@ from rich.console import Console
 
 from ebft_study import results
 from ebft_study.config import RunConfig
+from ebft_study.errors import EbftError
 from ebft_study.study import (
     checks,
     cluster,
     early_stopping,
+    forecast,
     perturbation,
     progress,
     services,
     takeover,
     trials,
 )
+from ebft_study.study.admission import Admission
 from ebft_study.study.history import History
+from ebft_study.study.housekeeping import housekeeping
+from ebft_study.study.machines import Machines
 from ebft_study.study.monitor import Monitor
 from ebft_study.study.search import JOURNAL, ListedSearch, OptunaSearch, PopulationSearch, Search
-from ebft_study.study.spec import StudySpec
+from ebft_study.study.spec import ResourcesSpec, StudySpec
 from ebft_study.study.trials import Trial
+from ebft_study.study.watchdog import CLUSTER_GONE, watching_the_cluster
 
 
-def run_session(folder: Path, spec: StudySpec, runs: Sequence[RunConfig], past: History, console: Console) -> str:
+def run_session(
+    folder: Path, spec: StudySpec, runs: Sequence[RunConfig], past: History, console: Console, machines: Machines
+) -> str:
     """Run what is left of a study; `past.states` is kept up to date. Returns why it ended early, '' if it did not.
 
     Args:
         runs: its configurations, or those that stand for all that a search may choose (`checks.check`).
+        machines: where they run; if they are a cluster that was joined, Ray is connected to it.
     """
     cluster.set_environment()
     from ebft_study.study.tuning import StopWish
@@ -45,16 +54,18 @@ def run_session(folder: Path, spec: StudySpec, runs: Sequence[RunConfig], past: 
     takeover.tidy(folder)
     recorder = results.StudyRecorder(folder, study=spec.study)
     monitor = Monitor(recorder, past.states, spec.objective.metric, spec.objective.further_metrics)
-    plan = progress.Plan(trials.number_of_trials(spec), checks.trials_at_once(spec, runs))
-    search = _search(folder, spec, past, monitor, plan.at_once)
+    at_once = checks.trials_at_once(spec, runs, machines)
+    search = _admitted(_search(folder, spec, past, monitor, at_once), spec, runs, machines)
+    plan = progress.Plan(trials.number_of_trials(spec), at_once, _announce(folder, spec, at_once, recorder, console))
     columns = tuple(dict.fromkeys(("ce_loss", "cfm_loss", *(one.metric for one in spec.objective.all))))
     watch = early_stopping.Watch(spec.stopping, spec.objective, past.evaluations)
-    wish = StopWish(spec.budget.max_hours, cluster.node_is_alive, watch)
+    wish = StopWish(spec.budget.max_hours, (lambda: True) if machines.joined else cluster.node_is_alive, watch)
     with _signals(wish.wish):
         monitor.display = progress.display(console, columns, past.states, title=spec.study, plan=plan)
         monitor.note("session", f"{spec.study}: {progress.summary(list(past.states.values()), plan)}")
         try:
-            _tune(folder, spec, past, runs, search, monitor, wish, plan.at_once)
+            with _watched(machines, wish, monitor, folder), housekeeping(folder, monitor.number_ended):
+                _tune(folder, spec, past, runs, search, monitor, wish, plan.at_once, machines)
         except BaseException as error:
             wish.wish(f"the driver failed: {type(error).__name__}: {error}")
             raise
@@ -78,6 +89,49 @@ def _search(folder: Path, spec: StudySpec, past: History, monitor: Monitor, plac
     return PopulationSearch(waiting, places=places) if spec.scheduler.kind == "pbt" else ListedSearch(waiting)
 
 
+def _admitted(search: Search, spec: StudySpec, runs: Sequence[RunConfig], machines: Machines) -> Search:
+    """The search, with large trials in their turn; where all are of one size, Ray's order is that of the search."""
+    if len(checks.needs(spec.resources, runs)) == 1:
+        return search
+    left = machines.without_gpus(checks.shared_gpus(spec.resources, runs))
+    return Admission(search, lambda trial: checks.need_of(spec.resources, trial.run).share(left))
+
+
+def _announce(
+    folder: Path, spec: StudySpec, at_once: int, recorder: results.StudyRecorder, console: Console
+) -> float | None:
+    """Say what the study is expected to take, on record once, and where its search can be watched.
+
+    Returns the expected seconds of a trial, None where nothing tells.
+    """
+    if spec.search.algorithm == "optuna":
+        console.print(f"the search: optuna-dashboard {folder / JOURNAL}", markup=False, highlight=False, soft_wrap=True)
+    if forecast.EVENT in set(results.read_table(folder, "events")["kind"]):
+        return None
+    with contextlib.suppress(EbftError, OSError):  # a study is no worse without
+        expected = forecast.forecast(spec, storage=folder.parent, at_once=at_once)
+        if expected is not None:
+            recorder.event(forecast.EVENT, forecast.message(expected), **expected)
+            console.print(f"planned: {forecast.message(expected)}", markup=False, highlight=False)
+            return forecast.mean_seconds(expected)
+    return None
+
+
+@contextlib.contextmanager
+def _watched(machines: Machines, wish: Any, monitor: Monitor, folder: Path) -> Iterator[None]:
+    """A cluster that was joined may go away by itself, and Ray would end this process then without a word."""
+    if not machines.joined:
+        yield
+        return
+
+    def last_words() -> None:
+        monitor.interrupted(CLUSTER_GONE)
+        monitor.note("interrupted", f"{CLUSTER_GONE}; resume with: ebft-study resume {folder}")
+
+    with watching_the_cluster(lambda: wish.wish(CLUSTER_GONE), last_words):
+        yield
+
+
 def _tune(
     folder: Path,
     spec: StudySpec,
@@ -87,8 +141,9 @@ def _tune(
     monitor: Monitor,
     wish: Any,
     at_once: int,
+    machines: Machines,
 ) -> None:
-    """Start Ray and let Tune run the search to its end, or until `wish` says stop."""
+    """Start Ray, unless it was joined, and let Tune run the search to its end, or until `wish` says stop."""
     import ray.tune
 
     from ebft_study.study import relay
@@ -101,15 +156,14 @@ def _tune(
     services.check_cache(runs, plan, spec.resources)
     shared = services.StudyServices(spec.resources, plan, runs)
     lines, take_turns = takeover.lines(folder), spec.scheduler.kind == "pbt"
-    # Ray frees the places of a stopped trial's workers only after asking the dashboard whether their controller lives.
-    with cluster.running(
-        namespace=spec.study,
-        places=at_once,
-        dashboard=spec.resources.workers_per_trial > 0,
-        travelling_bytes=plan.travelling_bytes,
-    ):
+    with _ray(spec, machines, at_once, plan.travelling_bytes) as place:
+        monitor.say(cluster.dashboard_line())
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
         post = relay.start()
+
+        def resources_of(settings: dict[str, Any]) -> ray.tune.PlacementGroupFactory:
+            own = trial_resources(ResourcesSpec(**settings["resources"]), place)
+            return ray.tune.PlacementGroupFactory([own])
 
         def released(trial_id: str, attempt: int) -> None:
             owner = f"{trial_id}-{attempt}"
@@ -118,7 +172,7 @@ def _tune(
 
         scheduler = _scheduler(folder, spec, runs, past, monitor, at_once, released)
         tuner = ray.tune.Tuner(
-            ray.tune.with_resources(run_trial, trial_resources(spec.resources)),
+            ray.tune.with_resources(run_trial, resources_of),
             tune_config=ray.tune.TuneConfig(
                 search_alg=StudySearcher(
                     search,
@@ -148,6 +202,20 @@ def _tune(
         finally:
             for problem in shared.close():
                 monitor.note("cache", problem)
+
+
+@contextlib.contextmanager
+def _ray(spec: StudySpec, machines: Machines, at_once: int, travelling_bytes: float) -> Iterator[dict[str, float]]:
+    """Ray runs; yields what a trial takes of it as its place."""
+    if machines.joined:
+        from ebft_study.study import joined
+
+        yield joined.place(machines, at_once)
+        return
+    # Ray frees the places of a stopped trial's workers only after asking the dashboard whether their controller lives.
+    dashboard = spec.resources.has_workers
+    with cluster.running(namespace=spec.study, places=at_once, dashboard=dashboard, travelling_bytes=travelling_bytes):
+        yield {"slot": 1}
 
 
 def _trial_name(trial: Any) -> str:
@@ -205,7 +273,7 @@ def _settings(
         "run": run.model_dump(mode="json"),
         "settings": settings,
         "line": None if line is None else asdict(line),
-        "resources": spec.resources.model_dump(mode="json"),
+        "resources": spec.resources.of(trial.run).model_dump(mode="json"),
         "loop": recorded.LOOP,
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,7 @@ def _train(run: RunConfig, folder: Path, monitor: Monitor) -> dict[str, Any]:
     def on_report(metrics: dict[str, float], written: Path | None) -> None:
         if written is not None:
             attempts.keep_checkpoint(own, written, step=int(metrics["step"]), keep=run.checkpoint.keep_checkpoints)
-        monitor.reported(TRIAL, {**metrics, "attempt": attempt})
+        monitor.reported(TRIAL, {**metrics, "attempt": attempt, "host": socket.gethostname()})
 
     this = Attempt(run.name, str(folder), TRIAL, run.name, attempt, str(start_from) if start_from else None)
     return train_recorded(run, this, on_report=on_report)

@@ -66,8 +66,14 @@ def _normal(spec: StudySpec, source: str) -> StudySpec:
                 name: config.nest(settings, source=f"{source}: baselines.{name}")
                 for name, settings in spec.baselines.items()
             },
+            "resources": spec.resources.model_copy(update={"by": _by_short_name(spec, source)}),
         }
     )
+
+
+def _by_short_name(spec: StudySpec, source: str) -> dict[str, Any]:
+    where = f"{source}: resources.by"
+    return {config.short_name(config.resolve_key(key, source=where)): of for key, of in spec.resources.by.items()}
 
 
 def _check_keys(spec: StudySpec, source: str) -> None:

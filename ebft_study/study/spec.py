@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from pydantic import (
     model_validator,
 )
 
-from ebft_study.config import RunConfig, Section
+from ebft_study.config import RunConfig, Section, flatten
 from ebft_study.study.axis import Axis, as_axis
 from ebft_study.study.links import Link
 
@@ -178,6 +179,14 @@ class BudgetSpec(Section):
     max_hours: PositiveFloat | None = Field(None, description="trials that run then are stopped, and can be resumed")
 
 
+class TrialResources(Section):
+    """What differs for trials with one value of a setting; what is not given stays as it is for all."""
+
+    workers_per_trial: int | None = Field(None, ge=0)
+    cpus_per_worker: PositiveInt | None = None
+    gpus_per_worker: float | None = Field(None, ge=0.0)
+
+
 class ResourcesSpec(Section):
     """What one trial occupies."""
 
@@ -186,10 +195,49 @@ class ResourcesSpec(Section):
     gpus_per_worker: float = Field(0.0, ge=0.0)
     feature_gpus: float = Field(0.0, ge=0.0, description="GPUs of a feature service, if trials are on GPUs")
     max_failures: int = Field(1, ge=0, description="how often a crashed trial is started again from its checkpoint")
+    by: dict[str, dict[str, TrialResources]] = Field(
+        default_factory=dict, description="setting -> value -> what trials with it take, e.g. larger models more GPUs"
+    )
+
+    @field_validator("by", mode="before")
+    @classmethod
+    def _values_as_text(cls, by: Any) -> Any:
+        """Values are keys here, whatever their type."""
+        if not isinstance(by, Mapping):
+            return by
+        return {k: {str(v): r for v, r in of.items()} if isinstance(of, Mapping) else of for k, of in by.items()}
+
+    @field_serializer("by")
+    def _only_what_is_given(self, by: dict[str, dict[str, TrialResources]]) -> dict[str, Any]:
+        return {key: {v: own.model_dump(exclude_none=True) for v, own in of.items()} for key, of in by.items()}
+
+    @model_validator(mode="after")
+    def _gpus_are_whole_above_one(self) -> ResourcesSpec:
+        for gpus in (self.gpus_per_worker, *(r.gpus_per_worker or 0.0 for of in self.by.values() for r in of.values())):
+            if gpus > 1 and not gpus.is_integer():
+                raise ValueError(f"gpus_per_worker={gpus:g}: a part of a GPU, or whole ones. Use 0.5, 1, 2, ...")
+        return self
+
+    def of(self, run: RunConfig) -> ResourcesSpec:
+        """What trials with these settings occupy; of several overrides of one key the last one counts."""
+        if not self.by:
+            return self
+        settings = flatten(run)
+        changes: dict[str, Any] = {"by": {}}
+        for name, values in self.by.items():
+            for value, own in values.items():
+                if is_spelt(value, settings.get(name)):
+                    changes |= own.model_dump(exclude_none=True)
+        return self.model_copy(update=changes)
 
     def device_of(self, run: RunConfig) -> Literal["cpu", "cuda"]:
         """What the workers of a trial compute on."""
-        return "cuda" if self.gpus_per_worker and run.training.device != "cpu" else "cpu"
+        return "cuda" if self.of(run).gpus_per_worker and run.training.device != "cpu" else "cpu"
+
+    @property
+    def has_workers(self) -> bool:
+        """Whether any trial has worker processes of its own."""
+        return bool(self.workers_per_trial) or any(r.workers_per_trial for of in self.by.values() for r in of.values())
 
     @property
     def processes(self) -> int:
@@ -323,6 +371,14 @@ class StudySpec(Section):
             if not name.replace("-", "").replace("_", "").isalnum():
                 raise ValueError(f"{name!r} is not a name. Use letters, digits, '-' and '_'")
         return baselines
+
+
+def is_spelt(text: str, value: Any) -> bool:
+    """Whether `text`, a key in a study file, stands for a setting's value."""
+    if isinstance(value, float):
+        with contextlib.suppress(ValueError):
+            return float(text) == value
+    return text == str(value)
 
 
 def paths(settings: Mapping[str, Any]) -> dict[str, Any]:

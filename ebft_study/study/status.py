@@ -15,6 +15,7 @@ from ebft_study.study import history, progress, record, trials
 
 _EVENTS = ("retry", "failed", "stopped", "refused", "resumed", "interrupted", "features", "cache", EXPLOIT)
 _MOST_EVENTS = 12
+_MOST_TRIALS = 100
 
 
 def show(folder: Path, console: Console) -> None:
@@ -30,7 +31,7 @@ def show(folder: Path, console: Console) -> None:
     title = f"{spec.study}: {' '.join(spec.question.split())}"
     console.print(
         progress.render(
-            states, columns, title=title, plan=progress.Plan(trials.number_of_trials(spec)), most=len(states)
+            states, columns, title=title, plan=progress.Plan(trials.number_of_trials(spec)), most=_MOST_TRIALS
         )
     )
     saved = savings.saved(results.read_table(folder, "trials"), spec.resources.model_dump())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -33,4 +34,4 @@ def _report(metrics: dict[str, float], checkpoint_folder: Path | None) -> None:
     """Pass a report on to Ray Train, which copies the checkpoint into the attempt's folder before it returns."""
     checkpoint = ray.train.Checkpoint.from_directory(str(checkpoint_folder)) if checkpoint_folder else None
     name = f"checkpoint_{int(metrics['step']):08d}"
-    ray.train.report(metrics, checkpoint=checkpoint, checkpoint_dir_name=name)
+    ray.train.report({**metrics, "host": socket.gethostname()}, checkpoint=checkpoint, checkpoint_dir_name=name)

@@ -1,0 +1,192 @@
+"""What a large study costs its driver and its readers: everything but Ray, which would need a process per trial.
+
+    make scale          (or: python -m tests.scale.simulate --trials 2000 --reports 50 --at-once 512)
+
+Tune's part is played by a loop that calls our searcher, scheduler, stopper and observer as Tune does, with up to
+`--at-once` trials running. A trial's rows are written when it ends, in one file, as the driver's housekeeping leaves
+them. Times are of the processor, so that they hold on a machine that is busy with other things; the disk's own time
+comes on top.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import shutil
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from ebft_study import report, results
+from ebft_study.results.writer import now
+from ebft_study.study import early_stopping, history, progress, record, space, trials
+from ebft_study.study.monitor import Monitor
+from ebft_study.study.schedulers import StudyScheduler
+from ebft_study.study.search import ListedSearch
+from ebft_study.study.tuning import Observer, StopWish, StudySearcher
+
+SECONDS: dict[str, float] = {}
+COMPACTED_EVERY = 500  # trials
+
+
+@contextmanager
+def timed(name: str) -> Iterator[None]:
+    """Add the processor's time inside to `SECONDS[name]`."""
+    started = time.process_time()
+    yield
+    SECONDS[name] = SECONDS.get(name, 0.0) + time.process_time() - started
+
+
+def spec_of(n_trials: int, n_reports: int) -> space.StudySpec:
+    rates = [round(1e-5 * (1 + index), 8) for index in range(n_trials)]
+    content = {
+        "study": "large",
+        "question": "How large can a study be?",
+        "run": {"steps": n_reports * 10, "eval_every_steps": 10, "features": {"backend": "local"}},
+        "axes": {"learning_rate": rates},
+        "stopping": {"divergence": {"margin": 0.5, "evaluations": 3}},
+        "scheduler": {"kind": "asha", "grace_period_steps": n_reports * 10 - 1, "reduction_factor": 4},
+    }
+    return space.from_record(content, source="simulation")
+
+
+class Simulation:
+    """Our side of a study, with the events of a cluster of `at_once` places."""
+
+    def __init__(self, folder: Path, spec: space.StudySpec, at_once: int) -> None:
+        self.folder, self.spec, self.at_once = folder, spec, at_once
+        self.states: dict[str, progress.TrialState] = {}
+        self.monitor = Monitor(results.StudyRecorder(folder, study=spec.study), self.states, "cfm_loss")
+        with timed("enumerating trials"):
+            self.waiting = trials.listed(spec)
+        with timed("putting them on record"):
+            self.monitor.all_planned(self.waiting)
+        search = ListedSearch(self.waiting)
+        past = history.History({}, {}, {})
+        self.scheduler = StudyScheduler(spec, longest=self.waiting[0].run.total_steps, history=past.curves)
+        watch = early_stopping.Watch(spec.stopping, spec.objective, {})
+        self.wish = StopWish(None, watch=watch)
+        self.searcher = StudySearcher(search, self.monitor, self._settings)
+        self.observer = Observer(search, self.monitor, lambda trial_id, attempt: None, watch.reasons)
+        self.running: deque[Any] = deque()
+        self.reports = 0
+
+    def _settings(self, trial: trials.Trial) -> dict[str, Any]:
+        steps = trial.run.total_steps
+        return {"trial_id": trial.trial_id, "is_baseline": False, "total_steps": steps, "run": trial.run.model_dump()}
+
+    def run(self, compact: Callable[[], None]) -> None:
+        ended = 0
+        while True:
+            while len(self.running) < self.at_once and self._start():
+                pass
+            if not self.running:
+                return
+            trial = self.running.popleft()
+            if self._report(trial):
+                self.running.append(trial)
+            else:
+                ended += 1
+                if ended % COMPACTED_EVERY == 0:
+                    compact()
+
+    def _start(self) -> bool:
+        with timed("driver, per trial"):
+            settings = self.searcher.suggest("")
+        if not isinstance(settings, dict):
+            return False
+        trial = SimpleNamespace(config=settings, last_result=None, error_file=None, trial_id=settings["trial_id"])
+        trial.recorder = results.TrialRecorder(self.folder, study="large", trial_id=settings["trial_id"], attempt=1)
+        trial.rows = []
+        self.running.append(trial)
+        return True
+
+    def _report(self, trial: Any) -> bool:
+        step = (trial.last_result or {"step": 0})["step"] + 10
+        cfm = 2.0 + trial.config["run"]["optimizer"]["learning_rate"] + 1.0 / step
+        metrics = {"ce_loss": 3.0, "cfm_loss": cfm, "reward": 0.1, "step_seconds": 0.5}
+        row = {"study": "large", "trial_id": trial.trial_id, "attempt": 1, "step": step, "written_at": now(), **metrics}
+        trial.rows.append(row)
+        result = {**metrics, "step": step, "attempt": 1, "host": "node", "config": trial.config}
+        self.reports += 1
+        over = step >= trial.config["total_steps"]
+        with timed("driver, per report"):
+            self.scheduler.on_trial_result(None, trial, result)
+            self.wish("", result)
+            self.observer.on_trial_result(0, [], trial, result)
+        trial.last_result = result
+        if over:
+            trial.recorder._files.write("metrics", trial.rows)
+            with timed("driver, per trial"):
+                seconds = {"started_at": time.time(), "train_seconds": 1.0, "startup_seconds": 1.0}
+                trial.last_result = {**result, "outcome": {"status": "finished", **seconds}}
+                self.observer.on_trial_complete(0, [], trial)
+        return not over
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--trials", type=int, default=2000)
+    parser.add_argument("--reports", type=int, default=50, help="of each trial")
+    parser.add_argument("--report", action="store_true", help="also write the report, with its figures")
+    parser.add_argument("--at-once", type=int, default=512)
+    options = parser.parse_args()
+    root = Path(tempfile.mkdtemp(prefix="ebft-scale-"))
+    try:
+        simulate(root / "large", options)
+    finally:
+        shutil.rmtree(root)
+
+
+def simulate(folder: Path, options: argparse.Namespace) -> None:
+    folder.mkdir()
+    with timed("reading the study file"):
+        spec = spec_of(options.trials, options.reports)
+    (folder / "file").write_text("")
+    record.write(folder, spec, profile=None, file=folder / "file", provenance={})
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    simulation = Simulation(folder, spec, options.at_once)
+
+    def compact() -> None:
+        with timed("compaction"):
+            results.compact(folder)
+
+    wall = time.monotonic()
+    simulation.run(compact)
+    wall = time.monotonic() - wall
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    files = list((folder / "results").rglob("*.parquet"))
+    print(f"before the last compaction: {len(files)} files, {sum(p.stat().st_size for p in files) / 2**20:.1f} MiB")
+    with timed("results.load before it"):
+        results.load(folder)
+    compact()
+    files = list((folder / "results").rglob("*.parquet"))
+    print(f"after it: {len(files)} files, {sum(p.stat().st_size for p in files) / 2**20:.1f} MiB")
+    with timed("results.load"):
+        loaded = results.load(folder)
+    assert len(loaded.trials) == options.trials
+    assert len(loaded.metrics) == simulation.reports
+    with timed("history of a resumed study"):
+        past = history.read(folder, "cfm_loss")
+    with timed("scheduler of a resumed study"):
+        StudyScheduler(spec, longest=simulation.waiting[0].run.total_steps, history=past.curves)
+    plan = progress.Plan(options.trials, options.at_once)
+    with timed("live table, once"):
+        progress.render(simulation.states.values(), ("ce_loss", "cfm_loss"), title="large", plan=plan)
+    if options.report:
+        with timed("report"):
+            report.write_report(folder)
+    for name, seconds in SECONDS.items():
+        per = options.trials if "per trial" in name else simulation.reports if "per report" in name else 0
+        print(f"{name:35} {seconds:9.2f} s" + (f"   {1000 * seconds / per:8.3f} ms each" if per else ""))
+    print(f"{options.trials} trials of {options.reports} reports, {options.at_once} at once")
+    print(f"simulated in {wall:.0f} s; memory grew by {grown / 2**10:.0f} MiB")
+
+
+if __name__ == "__main__":
+    main()
