@@ -79,11 +79,11 @@ def test_settings_are_validated_once_per_trial(spec: StudySpec) -> None:
 
 
 def test_a_trial_takes_little_of_the_drivers_memory(spec: StudySpec, tmp_path: Path) -> None:
-    few = spec.model_copy(update={"seeds": (0, 1)})
+    few = spec.model_copy(update={"seeds": (0,)})
     started(tmp_path / "first", few)  # imports and caches
     tracemalloc.start()
     kept = started(tmp_path / "second", few)
     used, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert kept
-    assert used / 1000 < 30_000  # bytes per trial: 300 MB for ten thousand
+    assert used / 500 < 30_000  # bytes per trial: 300 MB for ten thousand
