@@ -43,7 +43,7 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> StudySpec:
 
 def started(folder: Path, spec: StudySpec) -> tuple[Any, Monitor]:
     monitor = Monitor(results.StudyRecorder(folder, study=spec.study), {}, spec.objective.metric)
-    return session._search(folder, spec, History({}, {}, {}), monitor), monitor
+    return session._search(folder, spec, History({}, {}, {}), monitor, places=2), monitor
 
 
 def test_ten_thousand_trials_are_planned_recorded_and_interrupted_in_little_time(
