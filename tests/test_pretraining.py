@@ -15,7 +15,7 @@ import pytest
 
 from ebft_study import pretraining
 from ebft_study.data import Example, TextDataset
-from ebft_study.models import load_model
+from ebft_study.models import load_model, read_config
 from ebft_study.ngram import TrigramModel
 from ebft_study.pretraining import LADDER, Recipe, recipe_digest, train_tokenizer
 
@@ -99,6 +99,12 @@ def test_pretraining_learns_and_leaves_a_model_that_loads(
     loaded = load_model("tiny-test")
     folder = next((tmp_path / "models").glob("tiny-test-*/"))
     record = json.loads((folder / "pretraining.json").read_text())
+    known = read_config("tiny-test").to_dict()  # what a plan looks at, without training anything
+    saved = loaded.model.config.to_dict()
+    elsewhere = {"_name_or_path", "architectures", "dtype", "transformers_version", "initializer_range"}
+    described = {*known} - elsewhere
+    assert {key: saved.get(key) for key in described} == {key: known[key] for key in described}
+    assert loaded.tokenizer.eos_token_id == known["eos_token_id"]
     assert record["perplexity"] < 100
     assert record["parameters"] == loaded.n_parameters
     assert "trigram baseline" in capsys.readouterr().out

@@ -43,7 +43,7 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> StudySpec:
 
 def started(folder: Path, spec: StudySpec) -> tuple[Any, Monitor]:
     monitor = Monitor(results.StudyRecorder(folder, study=spec.study), {}, spec.objective.metric)
-    return session._search(folder, spec, History({}, {}, {}), monitor), monitor
+    return session._search(folder, spec, History({}, {}, {}), monitor, places=2), monitor
 
 
 def test_ten_thousand_trials_are_planned_recorded_and_interrupted_in_little_time(
@@ -79,11 +79,11 @@ def test_settings_are_validated_once_per_trial(spec: StudySpec) -> None:
 
 
 def test_a_trial_takes_little_of_the_drivers_memory(spec: StudySpec, tmp_path: Path) -> None:
-    few = spec.model_copy(update={"seeds": (0, 1)})
+    few = spec.model_copy(update={"seeds": (0,)})
     started(tmp_path / "first", few)  # imports and caches
     tracemalloc.start()
     kept = started(tmp_path / "second", few)
     used, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert kept
-    assert used / 1000 < 30_000  # bytes per trial: 300 MB for ten thousand
+    assert used / 500 < 30_000  # bytes per trial: 300 MB for ten thousand

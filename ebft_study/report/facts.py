@@ -65,7 +65,7 @@ def _values(configurations: Sequence[Configuration], name: str) -> str:
     values = {text.setting(c.settings[name]): c.settings[name] for c in configurations}
     if len(values) > 8 and all(isinstance(v, int | float) for v in values.values()):
         return f"{len(values)} values from {text.setting(min(values.values()))} to {text.setting(max(values.values()))}"
-    return ", ".join(values)
+    return ("; " if any(isinstance(value, tuple) for value in values.values()) else ", ").join(values)
 
 
 def _choices(choices: Mapping[str, Mapping[str, Any]]) -> str:

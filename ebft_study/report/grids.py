@@ -18,6 +18,7 @@ from ebft_study.report.tables import Configuration, Study, order
 
 MAX_AXES = 6
 MAX_LABELS = 8
+MAX_CHARACTERS = 45
 
 
 def heat_maps(study: Study) -> Picture | None:
@@ -109,14 +110,15 @@ def axis_plots(study: Study) -> Picture | None:
     if not study.varying or _is_grid(study, on_axes) or not drawn:
         return None
     names = study.varying[:MAX_AXES]
-    figure = Figure(figsize=(8.4, 0.5 + 2.4 * len(names)))
+    crowded = any(_crowded(_labels(drawn, name)) for name in names)
+    figure = Figure(figsize=(8.4, 0.5 + (2.9 if crowded else 2.4) * len(names)))
     figure.subplots_adjust(
         left=0.09,
         right=0.83 if len(study.varying) > 1 else 0.98,
         top=1 - 0.3 / figure.get_figheight(),
-        bottom=0.2 / len(names),
+        bottom=(0.3 if crowded else 0.2) / len(names),
     )
-    figure.subplots_adjust(wspace=0.28, hspace=0.42)
+    figure.subplots_adjust(wspace=0.28, hspace=0.7 if crowded else 0.42)
     panels = figure.subplots(len(names), 2, squeeze=False)
     for row, name in zip(panels, names, strict=True):
         for axes, metric in zip(row, TITLES, strict=True):
@@ -151,7 +153,9 @@ def _along(axes: Axes, study: Study, name: str, metric: str, drawn: Sequence[Con
         for configuration, x in points:
             _point(axes, x, configuration.change(metric), looks[configuration.name])
     if not numeric:
-        axes.set_xticks(range(len(values)), [text.setting(v) for v in values])
+        labels = _labels(drawn, name)
+        slant: dict[str, Any] = {"rotation": 25, "ha": "right", "rotation_mode": "anchor"} if _crowded(labels) else {}
+        axes.set_xticks(range(len(values)), labels, **slant)
         axes.margins(x=0.15)
     elif min(values) > 0 and max(values) / min(values) >= 30:
         axes.set_xscale("log")
@@ -159,6 +163,21 @@ def _along(axes: Axes, study: Study, name: str, metric: str, drawn: Sequence[Con
         axes.set_xticks(values, [text.setting(v) for v in values])
     if labelled and len(groups) <= MAX_LABELS and len(study.varying) > 1:
         style.label_line_ends(axes, ends, size=7.5)
+
+
+def _labels(configurations: Sequence[Configuration], name: str) -> list[str]:
+    """Of the values of a setting that has no numbers, in their order; none for numbers, which a scale shows."""
+    values = sorted({c.settings[name] for c in configurations}, key=order)
+    return (
+        []
+        if all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
+        else [text.setting(v) for v in values]
+    )
+
+
+def _crowded(labels: Sequence[str]) -> bool:
+    """Whether labels side by side would run into each other."""
+    return len(labels) * max(map(len, labels), default=0) > MAX_CHARACTERS
 
 
 def _point(axes: Axes, x: float, change: Interval, look: style.Look) -> None:

@@ -266,9 +266,11 @@ def _plain(value: Any) -> Any:
 
 
 def order(value: Any) -> tuple[int, float, str]:
-    """A sort key for settings of any type: numbers by size, choices as listed, the rest by text, missing last."""
+    """A sort key for settings of any type: numbers by size, choices as listed, lists by length, the rest by text."""
     if isinstance(value, int | float):
         return (0, float(value), "")
     if value is None:
         return (2, 0.0, "")
-    return (1, float(value.rank) if isinstance(value, together.Choice) else 0.0, str(value))
+    if isinstance(value, together.Choice):
+        return (1, float(value.rank), "")
+    return (1, float(len(value)) if isinstance(value, tuple) else 0.0, str(value))
