@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 from collections.abc import Iterator
 
 import psutil
@@ -90,17 +91,40 @@ def running(*, namespace: str, places: int, dashboard: bool, travelling_bytes: f
     import ray
 
     most = _LARGEST_PART * psutil.virtual_memory().total
-    ray.init(
-        address="local",
-        num_cpus=cpu_count(),
-        resources={"slot": places},
-        namespace=namespace,
-        include_dashboard=dashboard,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        object_store_memory=int(min(_OBJECT_STORE_BYTES + travelling_bytes, max(most, _OBJECT_STORE_BYTES))),
-    )
+    with _known_to_its_processes():
+        ray.init(
+            address="local",
+            num_cpus=cpu_count(),
+            resources={"slot": places},
+            namespace=namespace,
+            include_dashboard=dashboard,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            object_store_memory=int(min(_OBJECT_STORE_BYTES + travelling_bytes, max(most, _OBJECT_STORE_BYTES))),
+        )
     try:
         yield
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def _known_to_its_processes() -> Iterator[None]:
+    """Tells the processes of a cluster that is started inside which cluster is theirs.
+
+    Ray frees the places of a stopped trial's workers only where it can ask the State API of their cluster, and it does
+    not find that where the machine runs several.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    given = {"RAY_GCS_SERVER_PORT": str(port), "RAY_ADDRESS": f"127.0.0.1:{port}"}
+    before = {name: os.environ.get(name) for name in given}
+    os.environ.update(given)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value

@@ -105,3 +105,18 @@ def test_the_cluster_outlives_the_study_and_nothing_of_it_is_left(guest: Guest, 
             break
         time.sleep(1)
     assert left == (set(), [], 2.0)
+
+
+def test_a_cluster_of_its_own_is_told_from_another_one_by_its_processes(address: str) -> None:
+    program = (
+        "import ray\n"
+        "from ebft_study.study import cluster\n"
+        "cluster.set_environment()\n"
+        "def actors():\n"
+        "    from ray.util.state import list_actors\n"
+        "    return [actor.class_name for actor in list_actors()]\n"
+        "with cluster.running(namespace='own', places=1, dashboard=True):\n"
+        "    print('actors:', ray.get(ray.remote(num_cpus=0)(actors).remote()))\n"
+    )
+    asked = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert asked.stdout.strip() == "actors: []", asked.stderr
