@@ -160,7 +160,7 @@ def test_time_of_earlier_sessions_counts(tmp_path: Path) -> None:
     session.monitor.planned(session.trials[1])
     session.monitor.started("t0001")
     session.train("t0001", cfm=(2.0,))
-    session.states["t0001"].started_at = time.time() - 100
+    session.states["t0001"].stopwatch = time.monotonic() - 100
     session.monitor.interrupted("Ctrl-C")
     first_start = session.row("t0001")["started_at"]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import math
 import socket
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,7 +30,7 @@ class Monitor:
         """A trial is known and waits for its turn."""
         state = self._states.setdefault(trial.trial_id, TrialState(trial.trial_id, trial.label))
         state.status, state.total_steps, state.note = "pending", trial.run.total_steps, ""
-        state.started_at = state.ended_at = None
+        state.started_at = state.ended_at = state.stopwatch = state.own_seconds = None
         self._record(
             trial.trial_id,
             label=trial.label,
@@ -46,7 +45,8 @@ class Monitor:
     def started(self, trial_id: str) -> None:
         """A place was free and the trial was given to Ray."""
         state = self._states[trial_id]
-        state.status, state.started_at, state.ended_at = "running", time.time(), None
+        state.status = "running"
+        state.begin()
         first = {"started_at": _moment(state.started_at)} if state.attempt == 0 else {}
         # Trials run on the driver's machine.
         self._record(trial_id, host=socket.gethostname(), **first)
@@ -57,6 +57,7 @@ class Monitor:
         state = self._states[trial_id]
         state.attempt = max(state.attempt, int(metrics.get("attempt", 0)))
         state.step = int(metrics["step"])
+        state.best_checkpoint = metrics.get("best_checkpoint") or state.best_checkpoint
         state.metrics = {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
         cfm = state.metrics.get("cfm_loss", math.nan)
         if math.isfinite(cfm):
@@ -73,7 +74,8 @@ class Monitor:
         """The trial is over. `outcome`: status, reason, and what `worker.train_worker` returned."""
         state = self._states[trial_id]
         status, reason = outcome["status"], outcome.get("reason", "")
-        state.status, state.ended_at, state.note = status, time.time(), reason
+        state.status, state.note = status, reason
+        state.end()
         reasons = {"stopped": {"stop_reason": reason}, "failed": {"error": reason}}.get(status, {})
         self._record(trial_id, **reasons, **self._numbers(state, outcome))
         if status == "failed" or reason.startswith(EARLY_STOP):  # other stops the loop puts on record itself
@@ -87,7 +89,8 @@ class Monitor:
             if state.status in OPEN:
                 running = state.status == "running"
                 state.status, state.note = "interrupted", reason
-                state.ended_at = time.time() if running else state.ended_at
+                if running:
+                    state.end()
                 self._record(state.trial_id, stop_reason=reason, **(self._numbers(state, {}) if running else {}))
 
     def note(self, kind: str, message: str) -> None:
@@ -107,11 +110,12 @@ class Monitor:
             "final_ce_loss": metrics.get("ce_loss"),
             "final_cfm_loss": metrics.get("cfm_loss"),
             "best_cfm_loss": self._best_cfm.get(state.trial_id),
+            **({"best_checkpoint": state.best_checkpoint} if state.best_checkpoint else {}),
             **{name: int(metrics[name]) for name in COUNTED if math.isfinite(metrics.get(name, math.nan))},
         }
         if startup is not None and math.isfinite(startup) and state.started_at is not None:
             # From the free place to the first optimizer step: processes, imports, model, data, base evaluation.
-            columns["startup_seconds"] = outcome["started_at"] - state.started_at + startup
+            columns["startup_seconds"] = max(outcome["started_at"] - state.started_at, 0.0) + startup
         return columns
 
     def _record(self, trial_id: str, **columns: Any) -> None:

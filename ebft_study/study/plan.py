@@ -11,7 +11,6 @@ import math
 import socket
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -24,6 +23,7 @@ from ebft_study import config, results
 from ebft_study.config import RunConfig
 from ebft_study.cost import StepShape, step_cost
 from ebft_study.errors import ConfigError, EbftError
+from ebft_study.places import Location, Place, place
 from ebft_study.report import text
 from ebft_study.study import checks, trials
 from ebft_study.study.spec import StudySpec
@@ -97,7 +97,7 @@ class StudyPlan:
         return max(total, max((own for _, own in own_seconds), default=0.0)) / 3600
 
 
-def plan(spec: StudySpec, *, storage: Path, memory_gib: float) -> StudyPlan:
+def plan(spec: StudySpec, *, storage: Location, memory_gib: float) -> StudyPlan:
     """The plan of a study; `memory_gib` is what a worker may use where the study does not say."""
     planned = _runs(spec)
     kinds: dict[Any, tuple[str, RunConfig, int]] = {}
@@ -170,19 +170,21 @@ def evaluations(run: RunConfig) -> int:
 # --- what this machine has done --------------------------------------------------------------------------------
 
 
-def measured(storage: Path) -> Measured | None:
+def measured(storage: Location) -> Measured | None:
     """From the newest finished trials of all studies in a folder that ran on this machine; None without any."""
     rows: list[dict[str, float]] = []
-    for folder in sorted(storage.glob("*/study.yaml"), key=lambda path: path.stat().st_mtime, reverse=True):
+    here = place(storage)
+    records = [path for name in here.names() if (path := here / name / "study.yaml").exists()]
+    for path in sorted(records, key=lambda path: path.changed_at() or 0.0, reverse=True):
         if len(rows) < _MOST_MEASURED:
-            rows += list(_finished(folder.parent))
+            rows += list(_finished(path.parent))
     if not rows:
         return None
     medians = pd.DataFrame(rows).median()
     return Measured(len(rows), *(float(medians[name]) for name in ("rate", "evaluation", "startup")))
 
 
-def _finished(folder: Path) -> Iterable[dict[str, float]]:
+def _finished(folder: Place) -> Iterable[dict[str, float]]:
     table = results.read_table(folder, "trials")
     steps = results.read_table(folder, "metrics").groupby("trial_id")["step_seconds"].mean()
     here = table[(table["status"] == "finished") & (table["host"].isna() | (table["host"] == socket.gethostname()))]

@@ -6,23 +6,24 @@ settings. A study resumes from study.yaml, its results tables, its checkpoints a
 
 from __future__ import annotations
 
-import contextlib
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import filelock
 from rich.console import Console
 
 from ebft_study import report
 from ebft_study.config import RunConfig
 from ebft_study.errors import EbftError, ResultsError
-from ebft_study.study import checks, history, record, search, trials
+from ebft_study.places import Location, Place, absolute, place
+from ebft_study.results import copies
+from ebft_study.study import checks, history, journal, lock, record, trials
 from ebft_study.study.cluster import CLUSTER_DIED
 from ebft_study.study.history import History
 from ebft_study.study.progress import TrialState
+from ebft_study.study.session import STORAGE_FAILED
 from ebft_study.study.spec import StudySpec
 
 INTERRUPTED = 130
@@ -32,50 +33,52 @@ INTERRUPTED = 130
 class Ended:
     """How a session of a study ended. `reason` is empty when every trial is over."""
 
-    folder: Path
+    folder: Place
     states: dict[str, TrialState]
     reason: str = ""
-    report: Path | None = None
+    report: Path | Place | None = None
 
     @property
     def address(self) -> str:
         """How the command line finds the study again: its name if that is enough, else its folder."""
         usual = Path("studies").resolve() / self.folder.name
-        return shlex.quote(self.folder.name if usual == self.folder else str(self.folder))
+        return shlex.quote(self.folder.name if self.folder.local == usual else str(self.folder))
 
     @property
     def exit_code(self) -> int:
         """130 after Ctrl-C, 1 when a trial failed or the cluster did, else 0."""
         if self.reason.startswith("Ctrl-C"):
             return INTERRUPTED
-        if self.reason.startswith(CLUSTER_DIED):
+        if self.reason.startswith((CLUSTER_DIED, STORAGE_FAILED)):
             return 1
         return int(any(state.status == "failed" for state in self.states.values()))
 
 
 def run(
-    spec: StudySpec, *, file: Path, profile: str | None, storage: Path, console: Console, go_on: bool = False
+    spec: StudySpec, *, file: Path, profile: str | None, storage: Location, console: Console, go_on: bool = False
 ) -> Ended:
     """Run a study from its beginning; with `go_on`, continue it where an earlier session left it."""
-    folder = (storage / spec.study).resolve()
-    if (folder / record.NAME).exists():
+    folder = absolute(place(storage)) / spec.study
+    if copies.either_exists(folder / record.NAME):
         return _existing(folder, spec, console, go_on)
     configurations = checks.check(spec, str(file))
     checks.check_machine(spec, configurations)
-    with _locked(folder):
+    with lock.hold(folder, record=record.NAME) as held:
         console.print("preparing data and models")
         provenance = _prepare(configurations)
         record.write(folder, spec, profile=profile, file=file, provenance=provenance)
-        return _session(folder, spec, configurations, History({}, {}, {}), console)
+        return _session(folder, spec, configurations, History({}, {}, {}), console, held)
 
 
-def resume(folder: Path, *, console: Console, retry_failed: bool = False) -> Ended:
+def resume(location: Location, *, console: Console, retry_failed: bool = False) -> Ended:
     """Continue a study from its folder alone."""
-    folder = folder.resolve()
+    folder = absolute(place(location))
     spec = record.read(folder)
     configurations = checks.check(spec, str(folder / record.NAME))
     checks.check_machine(spec, configurations)
-    with _locked(folder):
+    with lock.hold(folder, record=record.NAME) as held:
+        for problem in history.problems(folder):
+            console.print(f"note: {problem}", markup=False, highlight=False, soft_wrap=True)
         past = history.read(folder, spec.objective.metric)
         if retry_failed:
             failed = [trial_id for trial_id, state in past.states.items() if state.status == "failed"]
@@ -88,10 +91,10 @@ def resume(folder: Path, *, console: Console, retry_failed: bool = False) -> End
             console.print(f"note: the study was started with {change}", markup=False, highlight=False)
         console.print("preparing data and models")
         _prepare(configurations)
-        return _session(folder, spec, configurations, past, console)
+        return _session(folder, spec, configurations, past, console, held)
 
 
-def _existing(folder: Path, spec: StudySpec, console: Console, go_on: bool) -> Ended:
+def _existing(folder: Place, spec: StudySpec, console: Console, go_on: bool) -> Ended:
     different = record.differences(record.read(folder), spec)
     if different:
         shown = "; ".join(different[:3]) + (f"; and {len(different) - 3} more" if len(different) > 3 else "")
@@ -107,11 +110,11 @@ def _existing(folder: Path, spec: StudySpec, console: Console, go_on: bool) -> E
     raise ResultsError(f"{folder}: this study was started before. Continue it with 'ebft-study resume {address}'")
 
 
-def _is_over(folder: Path, spec: StudySpec, past: History) -> bool:
+def _is_over(folder: Place, spec: StudySpec, past: History) -> bool:
     known = trials.trials_of(spec, trials.enumerated(spec))
     if any(trial.trial_id not in past.endings for trial in known):
         return False
-    return spec.search.algorithm != "optuna" or search.is_over(spec, folder / search.JOURNAL)
+    return spec.search.algorithm != "optuna" or journal.is_over(spec, folder)
 
 
 def _prepare(configurations: Sequence[RunConfig]) -> dict[str, Any]:
@@ -121,38 +124,16 @@ def _prepare(configurations: Sequence[RunConfig]) -> dict[str, Any]:
     return dict(prepare(configurations))
 
 
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the study for this driver; a folder that nothing was written to is removed again."""
-    new = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / ".lock"
-    try:
-        lock = filelock.FileLock(path, timeout=0)
-        lock.acquire()
-    except filelock.Timeout:
-        raise ResultsError(
-            f"{folder}: another process is running this study. Watch it with 'ebft-study status', or wait for its end"
-        ) from None
-    try:
-        yield
-    finally:
-        if new and not (folder / record.NAME).exists():
-            path.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # someone else put something there
-                folder.rmdir()
-                folder.parent.rmdir()
-        lock.release()
-
-
-def _session(folder: Path, spec: StudySpec, runs: Sequence[RunConfig], past: History, console: Console) -> Ended:
+def _session(
+    folder: Place, spec: StudySpec, runs: Sequence[RunConfig], past: History, console: Console, held: lock.Held
+) -> Ended:
     from ebft_study.study.session import run_session
 
-    reason = run_session(folder, spec, runs, past, console)
+    reason = run_session(folder, spec, runs, past, console, held)
     return Ended(folder, past.states, reason, _write_report(folder, console))
 
 
-def _write_report(folder: Path, console: Console) -> Path | None:
+def _write_report(folder: Place, console: Console) -> Path | Place | None:
     """The report; one that cannot be written (no trial has results yet) does not spoil the study."""
     try:
         return report.write_report(folder)

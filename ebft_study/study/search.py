@@ -133,7 +133,7 @@ class OptunaSearch:
 
     def _open(self, number: int, params: Mapping[str, Any]) -> None:
         """Queue the trials of a configuration, except those that have ended already."""
-        configuration = trials.on_axes({path: _value(self._spec.axes[path], params[path]) for path in self._spec.axes})
+        configuration = configuration_of(self._spec, params)
         try:
             for seed, trial_id in zip(self._spec.seeds, self._ids(number), strict=True):
                 self._of_trial[trial_id] = number
@@ -166,6 +166,11 @@ class OptunaSearch:
             self._study.tell(number, state=TrialState.PRUNED)
         else:
             self._study.tell(number, mean)
+
+
+def configuration_of(spec: StudySpec, params: Mapping[str, Any]) -> trials.Configuration:
+    """What Optuna's parameters mean."""
+    return trials.on_axes({path: _value(spec.axes[path], params[path]) for path in spec.axes})
 
 
 def is_over(spec: StudySpec, journal: Path) -> bool:

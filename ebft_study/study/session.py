@@ -7,26 +7,33 @@ import logging
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from ebft_study import results
 from ebft_study.config import RunConfig
-from ebft_study.study import checks, cluster, early_stopping, progress, services, trials
+from ebft_study.errors import StorageError
+from ebft_study.places import Place
+from ebft_study.study import checks, cluster, early_stopping, journal, progress, services, trials
 from ebft_study.study.history import History
+from ebft_study.study.lock import Held
 from ebft_study.study.monitor import Monitor
-from ebft_study.study.search import JOURNAL, ListedSearch, OptunaSearch, Search
+from ebft_study.study.search import ListedSearch, OptunaSearch, Search
 from ebft_study.study.spec import StudySpec
 from ebft_study.study.trials import Trial
 
+STORAGE_FAILED = "the study's storage failed"
 
-def run_session(folder: Path, spec: StudySpec, runs: Sequence[RunConfig], past: History, console: Console) -> str:
+
+def run_session(
+    folder: Place, spec: StudySpec, runs: Sequence[RunConfig], past: History, console: Console, held: Held | None = None
+) -> str:
     """Run what is left of a study; `past.states` is kept up to date. Returns why it ended early, '' if it did not.
 
     Args:
         runs: its configurations, or those that stand for all that a search may choose (`checks.check`).
+        held: the study's lock; the session ends when it is lost.
     """
     cluster.set_environment()
     from ebft_study.study.tuning import StopWish
@@ -38,29 +45,46 @@ def run_session(folder: Path, spec: StudySpec, runs: Sequence[RunConfig], past: 
     columns = tuple(dict.fromkeys(("ce_loss", "cfm_loss", spec.objective.metric)))
     watch = early_stopping.Watch(spec.stopping, spec.objective, past.evaluations)
     wish = StopWish(spec.budget.max_hours, cluster.node_is_alive, watch)
+    if held is not None:
+        held.on_lost(wish.wish)
     with _signals(wish.wish):
         monitor.display = progress.display(console, columns, past.states, title=spec.study, plan=plan)
         monitor.note("session", f"{spec.study}: {progress.summary(list(past.states.values()), plan)}")
         try:
             _tune(folder, spec, past, runs, search, monitor, wish, plan.at_once)
+        except StorageError as error:  # of the driver itself; what trials meet comes as a wish
+            wish.wish(f"{STORAGE_FAILED}: {error}")
         except BaseException as error:
             wish.wish(f"the driver failed: {type(error).__name__}: {error}")
             raise
         finally:
-            monitor.interrupted(wish.reason or "the driver ended")
-            monitor.display.close()
-            results.compact(folder)
+            _wind_up(folder, monitor, wish)
     return str(wish.reason)
 
 
-def _search(folder: Path, spec: StudySpec, past: History, monitor: Monitor) -> Search:
+def _wind_up(folder: Place, monitor: Monitor, wish: Any) -> None:
+    """Leave a study that can be resumed, as far as its place still takes anything."""
+    try:
+        monitor.interrupted(wish.reason or "the driver ended")
+        results.compact(folder)
+    except StorageError as error:
+        wish.wish(f"{STORAGE_FAILED}: {error}")
+    if monitor.display:
+        monitor.display.close()
+
+
+def _search(folder: Place, spec: StudySpec, past: History, monitor: Monitor) -> Search:
     """The trials that have not ended, in order; all that are known by now go on record as pending."""
     if spec.search.algorithm == "optuna":
 
         def refused(label: str, problem: str) -> None:
             monitor.note("refused", f"{label}: {problem}")
 
-        return OptunaSearch(spec, folder / JOURNAL, past.endings, refused)
+        working = journal.fetch(folder)
+        mended = journal.mend(spec, working, results.read_table(folder, "trials"))
+        if mended:
+            monitor.note("damaged", mended)
+        return journal.Kept(OptunaSearch(spec, working, past.endings, refused), working, folder)
     waiting = [t for t in trials.trials_of(spec, trials.enumerated(spec)) if t.trial_id not in past.endings]
     for trial in waiting:
         monitor.planned(trial)
@@ -68,7 +92,7 @@ def _search(folder: Path, spec: StudySpec, past: History, monitor: Monitor) -> S
 
 
 def _tune(
-    folder: Path,
+    folder: Place,
     spec: StudySpec,
     past: History,
     runs: Sequence[RunConfig],
@@ -104,6 +128,9 @@ def _tune(
             post.close.remote(owner)
             shared.released(owner)
 
+        def give_up(reason: str) -> None:
+            wish.wish(f"{STORAGE_FAILED}: {reason}")
+
         tuner = ray.tune.Tuner(
             ray.tune.with_resources(run_trial, trial_resources(spec.resources)),
             tune_config=ray.tune.TuneConfig(
@@ -117,10 +144,10 @@ def _tune(
             ),
             run_config=ray.tune.RunConfig(
                 name=time.strftime("%Y%m%d-%H%M%S"),
-                storage_path=str(folder / "tune"),
+                **(folder / "tune").for_ray,
                 verbose=0,
                 stop=wish,
-                callbacks=[Observer(search, monitor, released, wish.watch.reasons)],
+                callbacks=[Observer(search, monitor, released, wish.watch.reasons, give_up)],
                 failure_config=ray.tune.FailureConfig(max_failures=spec.resources.max_failures),
                 checkpoint_config=ray.tune.CheckpointConfig(num_to_keep=2),
             ),
@@ -147,7 +174,7 @@ def _scheduler(spec: StudySpec, runs: Sequence[RunConfig], past: History) -> Any
     return Rungs(spec, longest=longest, history=past.curves)
 
 
-def _settings(folder: Path, spec: StudySpec, shared: services.StudyServices, trial: Trial) -> dict[str, Any]:
+def _settings(folder: Place, spec: StudySpec, shared: services.StudyServices, trial: Trial) -> dict[str, Any]:
     """What a trial's processes are told: plain values only. What it shares with others is started."""
     from ebft_study.training import recorded
 
@@ -163,6 +190,7 @@ def _settings(folder: Path, spec: StudySpec, shared: services.StudyServices, tri
         "total_steps": run.total_steps,
         "run": run.model_dump(mode="json"),
         "resources": spec.resources.model_dump(mode="json"),
+        "objective": spec.objective.model_dump(mode="json"),
         "loop": recorded.LOOP,
     }
 
