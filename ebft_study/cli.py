@@ -14,6 +14,7 @@ from rich.table import Table
 from ebft_study.errors import ConfigError, EbftError
 
 if TYPE_CHECKING:
+    from ebft_study.places import Place
     from ebft_study.study.runner import Ended
 
 app = typer.Typer(
@@ -28,13 +29,13 @@ app = typer.Typer(
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Settings as [bold]key=value[/bold], for example steps=20 learning_rate=1e-4")
 ]
-Storage = Annotated[Path, typer.Option(help="Folder that holds the studies.")]
+Storage = Annotated[str, typer.Option(help="Folder or URL (s3://bucket/prefix?...) that holds the studies.")]
 Address = Annotated[
     str | None,
     typer.Option(help="Join a Ray cluster: auto, or host:port of its head.", show_default="RAY_ADDRESS, else no other"),
 ]
-StudyName = Annotated[str, typer.Argument(help="A study's name, or its folder.")]
-STUDIES = Path("studies")
+StudyName = Annotated[str, typer.Argument(help="A study's name, its folder, or its URL.")]
+STUDIES = "studies"
 
 
 @app.command()
@@ -144,7 +145,7 @@ def report(name: StudyName, storage: Storage = STUDIES) -> None:
     """
     from ebft_study.report import write_report
 
-    typer.echo(write_report(_folder(name, storage)))
+    typer.echo(str(write_report(_folder(name, storage))))
 
 
 @app.command()
@@ -211,11 +212,16 @@ def _table(title: str, columns: list[str], rows: list[dict[str, Any]]) -> None:
     Console().print(table)
 
 
-def _folder(name: str, storage: Path) -> Path:
-    from ebft_study.results import find_study
+def _folder(name: str, storage: str) -> Place:
+    from ebft_study.places import place
+    from ebft_study.results import copies, find_study
 
-    there = storage / name
-    return there if (there / "study.yaml").is_file() else find_study(name)
+    if "://" in name:
+        return find_study(name)
+    there = place(storage) / name
+    if place(storage).local is None or copies.either_exists(there / "study.yaml"):
+        return find_study(there)
+    return find_study(name)
 
 
 def _finish(ended: Ended, console: Console) -> None:

@@ -223,10 +223,12 @@ class EvaluationConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """What is kept to resume from."""
+    """What is kept of a trial, to resume from and to use afterwards."""
 
     checkpoint_every_steps: PositiveInt = 50
-    keep_checkpoints: PositiveInt = 2
+    keep_checkpoints: PositiveInt = Field(2, description="the newest ones")
+    keep_best: int = Field(1, ge=0, description="the best ones by the study's objective")
+    keep_every_steps: PositiveInt | None = Field(None, description="checkpoints of every so many steps stay for good")
 
 
 class TrackingConfig(Section):

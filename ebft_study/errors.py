@@ -36,6 +36,10 @@ class ResultsError(EbftError):
     """A study or results folder that is missing, unreadable, or belongs to something else."""
 
 
+class StorageError(EbftError):
+    """A disk or store that cannot be read or written: full, read-only, gone. A study stops, and can be resumed."""
+
+
 class CheckpointError(EbftError):
     """No usable checkpoint where one was asked for."""
 

@@ -13,7 +13,12 @@ Rule = tuple[bool, str, Any, str, str]
 
 def broken_rules(config: RunConfig) -> list[tuple[str, Any, str, str]]:
     """Rules between settings: (key, given, rule, remedy) for each that `config` breaks."""
-    rules = [*_rules_of_lengths(config), *_rules_of_engines(config), *_rules_of_networks(config)]
+    rules = [
+        *_rules_of_lengths(config),
+        *_rules_of_checkpoints(config),
+        *_rules_of_engines(config),
+        *_rules_of_networks(config),
+    ]
     if config.method == "ebft":
         rules += _rules_of_samples(config)
     rules += _rules_of_answers(config)
@@ -43,6 +48,19 @@ def _rules_of_lengths(config: RunConfig) -> list[Rule]:
 
 def _shorter(what: str, room: int) -> str:
     return f"Use {what} <= {room} or a longer sequence_length" if room > 0 else "Use a longer sequence_length"
+
+
+def _rules_of_checkpoints(config: RunConfig) -> list[Rule]:
+    every, keep = config.checkpoint.checkpoint_every_steps, config.checkpoint.keep_every_steps
+    return [
+        (
+            keep is None or keep % every == 0,
+            "checkpoint.keep_every_steps",
+            keep,
+            f"there is a checkpoint every {every} steps only",
+            f"Use a multiple of {every}, or another checkpoint_every_steps",
+        )
+    ]
 
 
 def _rules_of_engines(config: RunConfig) -> list[Rule]:

@@ -7,7 +7,18 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from collections.abc import Iterator
+
 import pytest
+
+
+@pytest.fixture(scope="session")
+def s3_query() -> Iterator[str]:
+    """The query that makes `s3://studies/...` mean a server of this test session's own."""
+    from tests.s3_server import s3_server
+
+    with s3_server() as query:
+        yield query
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -14,7 +14,7 @@ from ebft_study.config import all_keys, short_names
 
 ROOT = Path(ebft_study.__file__).parent
 LAYERS = [
-    {"algorithm", "errors", "paths", "config", "rules", "cost", "results", "report", "progress"},
+    {"algorithm", "errors", "paths", "places", "config", "rules", "cost", "results", "report", "progress"},
     {"data", "ngram", "block_model", "lora", "actors"},
     {"rollouts", "features", "pretraining", "models", "evaluation"},
     {"methods"},

@@ -78,9 +78,22 @@ def test_a_damaged_shared_file_stays_and_is_named(tmp_path: Path) -> None:
     StudyRecorder(tmp_path, study="s").trials([row(0)])
     (shared,) = (tmp_path / "results" / "trials").glob("*.parquet")
     shared.write_bytes(shared.read_bytes()[:-20])
+    (shared.parent / f".{shared.name}.copy").unlink()
     StudyRecorder(tmp_path, study="s").trials([row(0), row(1)])
     problems: list[str] = []
     table = results.read_table(tmp_path, "trials", problems)
     assert sorted(table["trial_id"]) == ["t0", "t1"]
     assert len(problems) == 1
     assert shared.name in problems[0]
+
+
+def test_of_a_damaged_shared_file_the_copy_is_read(tmp_path: Path) -> None:
+    StudyRecorder(tmp_path, study="s").trials([row(0), row(1)])
+    (shared,) = (tmp_path / "results" / "trials").glob("*.parquet")
+    shared.write_bytes(shared.read_bytes()[:-20])
+    problems: list[str] = []
+    assert sorted(results.read_table(tmp_path, "trials", problems)["trial_id"]) == ["t0", "t1"]
+    assert len(problems) == 1
+    recorder = StudyRecorder(tmp_path, study="s")
+    recorder.trial({"trial_id": "t0", "status": "running", "attempt": 0})
+    assert list(results.read_table(tmp_path, "trials")["status"]) == ["running", "pending"]

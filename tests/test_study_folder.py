@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ import yaml
 from rich.console import Console
 
 from ebft_study import results
+from ebft_study.config import CheckpointConfig
 from ebft_study.errors import EbftError, ResultsError
+from ebft_study.places import place
 from ebft_study.study import attempts, record, runner, space, status
-from ebft_study.study.spec import StudySpec
+from ebft_study.study.spec import ObjectiveSpec, StudySpec
 from ebft_study.training import checkpoint
 
 
@@ -30,10 +33,11 @@ def study_file(folder: Path) -> Path:
     return path
 
 
-def save(folder: Path, step: int) -> Path:
-    folder.mkdir(parents=True)
-    checkpoint.save(folder, {"step": step, "weights": torch.zeros(2)}, step=step)
-    return folder
+def save(folder: os.PathLike[str], step: int, **metrics: float) -> Path:
+    path = Path(folder)
+    path.mkdir(parents=True)
+    checkpoint.save(path, {"step": step, "weights": torch.zeros(2)}, step=step, metrics=metrics)
+    return path
 
 
 # --- attempts --------------------------------------------------------------------------------------------------
@@ -61,15 +65,48 @@ def test_the_newest_checkpoint_is_the_highest_complete_step_of_all_attempts(tmp_
     (damaged / "state.pt").write_bytes(b"half")
     save(attempts.folder(tmp_path, "t00011", 1) / "checkpoint_00000090", 90)
     assert attempts.newest_checkpoint(tmp_path, "t0001") == second / "checkpoint_00000030"
-    (second / "checkpoint_00000030" / "checkpoint.json").unlink()
+    (second / "checkpoint_00000030" / "checkpoint.json").delete()
     assert attempts.newest_checkpoint(tmp_path, "t0001") == first / "checkpoint_00000020"
+
+
+def test_the_best_and_regular_checkpoints_of_all_attempts_stay(tmp_path: Path) -> None:
+    config = CheckpointConfig(checkpoint_every_steps=1, keep_checkpoints=1, keep_best=1, keep_every_steps=4)
+    curves = {1: {1: 5.0, 2: 1.0, 3: 4.0, 4: 4.0, 5: 4.0}, 2: {5: 3.0, 6: 2.0, 7: 3.0}}
+    for curve in curves.values():
+        own = attempts.folder(tmp_path, "t0000", attempts.begin(tmp_path, "t0000"))
+        for step, value in curve.items():
+            written = save(tmp_path / f"written-{own.name}-{step}", step, cfm_loss=value)
+            attempts.keep_checkpoint(own, written, step=step)
+            best = attempts.prune(tmp_path, "t0000", config, ObjectiveSpec())
+    left = sorted(path.parent.name + path.name[-2:] for path in (tmp_path / "train").glob("*/checkpoint_*"))
+    assert left == ["t0000-102", "t0000-104", "t0000-207"]
+    assert best == "train/t0000-1/checkpoint_00000002"
+
+
+def test_attempts_and_checkpoints_in_a_store(tmp_path: Path, s3_query: str) -> None:
+    study = place(f"s3://studies/attempts?{s3_query}")
+    assert [attempts.begin(study, "t0001") for _ in range(2)] == [1, 2]
+    assert attempts.newest_checkpoint(study, "t0001") is None
+    own = attempts.folder(study, "t0001", 2)
+    for step in (1, 2, 3):
+        attempts.keep_checkpoint(own, save(tmp_path / f"{step}", step, cfm_loss=float(step)), step=step)
+    damaged = own / "checkpoint_00000003" / "state.pt"
+    damaged.write_bytes(b"half")
+    newest = attempts.newest_checkpoint(study, "t0001")
+    assert newest == own / "checkpoint_00000002"
+    with newest.on_disk() as folder:
+        assert checkpoint.load(folder)["step"] == 2
+    best = attempts.prune(study, "t0001", CheckpointConfig(keep_checkpoints=1, keep_best=1), ObjectiveSpec())
+    assert best == "train/t0001-2/checkpoint_00000001"
+    assert [name for name in own.names() if name[0] != "."] == ["checkpoint_00000001", "checkpoint_00000003"]
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
     own = attempts.folder(tmp_path, "t0000", attempts.begin(tmp_path, "t0000"))
     for step in (5, 10, 100):
-        attempts.keep_checkpoint(own, save(tmp_path / f"written-{step}", step), step=step, keep=2)
-    assert sorted(path.name for path in own.iterdir()) == ["checkpoint_00000010", "checkpoint_00000100"]
+        attempts.keep_checkpoint(own, save(tmp_path / f"written-{step}", step), step=step)
+        attempts.prune(tmp_path, "t0000", CheckpointConfig(keep_checkpoints=2, keep_best=0), ObjectiveSpec())
+    assert sorted(own.names()) == ["checkpoint_00000010", "checkpoint_00000100"]
     assert checkpoint.step_of(own / "checkpoint_00000100") == 100
 
 
@@ -107,6 +144,66 @@ def test_differences_name_the_keys() -> None:
     other = spec(run={"steps": 8}, axes={"alpha": [0.0, 1.0], "gamma": [0.1]})
     assert record.differences(spec(), other) == ["run.training.steps: 4 -> 8", "axes.loss.gamma: absent -> [0.1]"]
     assert record.differences(spec(), spec()) == []
+
+
+@pytest.mark.parametrize("content", [b"", b"a: [", b"\xff\xfe", None])
+def test_a_damaged_record_is_read_from_its_copy(tmp_path: Path, content: bytes | None) -> None:
+    record.write(tmp_path, spec(), profile=None, file=study_file(tmp_path), provenance={})
+    path = tmp_path / "study.yaml"
+    if content is None:
+        path.unlink()
+    else:
+        path.write_bytes(content)
+    assert record.read(tmp_path) == spec()
+    (problem,) = record.changes(tmp_path)
+    assert "its copy is used" in problem
+    assert results.load(tmp_path).spec["study"] == "s"
+    assert any("its copy is used" in problem for problem in results.load(tmp_path).problems)
+
+
+def test_what_is_edited_in_a_record_counts_and_is_said(tmp_path: Path) -> None:
+    record.write(tmp_path, spec(), profile=None, file=study_file(tmp_path), provenance={})
+    path = tmp_path / "study.yaml"
+    path.write_text("# a remark\n" + path.read_text())
+    assert record.changes(tmp_path) == []
+    path.write_text(path.read_text().replace("steps: 4", "steps: 8"))
+    (change,) = record.changes(tmp_path)
+    assert change.endswith("was changed since the study began: run.training.steps: 4 -> 8")
+    assert record.read(tmp_path) == spec(run={"steps": 8})
+
+
+def test_a_record_and_a_copy_that_are_both_damaged_are_an_error_in_one_line(tmp_path: Path) -> None:
+    record.write(tmp_path, spec(), profile=None, file=study_file(tmp_path), provenance={})
+    for name in ("study.yaml", ".study.yaml.copy"):
+        (tmp_path / name).write_bytes(b"a: [")
+    with pytest.raises(EbftError, match="neither can its copy") as caught:
+        record.read(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_finished_trial_with_a_damaged_row_is_not_run_again(existing: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (existing / "results" / "trials" / "t0000.parquet").write_bytes(b"half")
+    seen: list[Any] = []
+
+    def session(folder: Path, study: StudySpec, runs: Any, past: Any, *rest: Any) -> runner.Ended:
+        seen.append(set(past.endings))
+        return runner.Ended(folder, past.states)
+
+    monkeypatch.setattr(runner, "_session", session)
+    monkeypatch.setattr(runner, "_prepare", lambda configurations: {})
+    console = quiet()
+    runner.resume(existing, console=console)
+    assert seen == [{"t0000"}]
+    assert "t0000.parquet: is damaged, its copy is used" in console.file.getvalue()  # type: ignore[attr-defined]
+    status.show(existing, console)
+    assert console.file.getvalue().count("its copy is used") == 2  # type: ignore[attr-defined]
+
+
+def test_a_study_that_cannot_be_written_is_one_line_at_once(tmp_path: Path) -> None:
+    (tmp_path / "studies").write_text("a file where a folder should be")
+    with pytest.raises(EbftError) as caught:
+        start(tmp_path / "studies" / "s", spec())
+    assert "cannot be" in str(caught.value)
 
 
 def test_a_folder_without_record_is_no_study(tmp_path: Path) -> None:

@@ -171,7 +171,7 @@ def test_a_trial_that_waits_for_its_turn_is_pending_and_its_time_stands_still(tm
     session.monitor.goes_on("t0001")
     state = session.states["t0001"]
     assert state.status == "running"
-    state.started_at = time.time() - 20
+    state.started_at, state.stopwatch = time.time() - 20, time.monotonic() - 20
     session.monitor.goes_on("t0001")  # runs already
     assert state.seconds == pytest.approx(20, abs=5)
     session.monitor.paused("t0001", 1)
@@ -210,7 +210,7 @@ def test_time_of_earlier_sessions_counts(tmp_path: Path) -> None:
     session.monitor.planned(session.trials[1])
     session.monitor.started("t0001")
     session.train("t0001", cfm=(2.0,))
-    session.states["t0001"].started_at = time.time() - 100
+    session.states["t0001"].stopwatch = time.monotonic() - 100
     session.monitor.interrupted("Ctrl-C")
     first_start = session.row("t0001")["started_at"]
 
@@ -342,6 +342,7 @@ def test_an_early_stop_says_what_it_saved_at_the_trials_own_pace(
     session = Session(tmp_path)
     clock = [1000.0]
     monkeypatch.setattr("ebft_study.study.monitor.time.time", lambda: clock[0])
+    monkeypatch.setattr("ebft_study.study.monitor.time.monotonic", lambda: clock[0])
     for trial in session.trials:
         session.monitor.planned(trial)
         session.monitor.started(trial.trial_id)

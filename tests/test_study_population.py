@@ -12,13 +12,13 @@ import torch
 from ray.tune import CheckpointConfig
 from ray.tune.schedulers import TrialScheduler
 
-from ebft_study.config import short_name
+from ebft_study.config import RunConfig, short_name
 from ebft_study.results import StudyRecorder, TrialRecorder
 from ebft_study.results.lineage import EXPLOIT, lineage
 from ebft_study.study import attempts, space, takeover, trials
 from ebft_study.study.population import Populations
 from ebft_study.study.search import Ending, PopulationSearch
-from ebft_study.study.spec import StudySpec
+from ebft_study.study.spec import ObjectiveSpec, StudySpec
 from ebft_study.study.takeover import Line
 from ebft_study.training import checkpoint
 
@@ -84,7 +84,7 @@ class TuneTrial:
         return checkpoint.step_of(found) if found else None
 
     def save(self, step: int) -> Path:
-        own = attempts.folder(self.folder, self.config["trial_id"], self.attempt) / attempts.checkpoint_name(step)
+        own = Path(self.folder, "train", f"{self.config['trial_id']}-{self.attempt}", attempts.checkpoint_name(step))
         own.mkdir()
         self.weights = self.weights + torch.tensor([0.0, 1.0])
         checkpoint.save(own, {"step": step, "weights": self.weights}, step=step)
@@ -291,11 +291,14 @@ def test_a_trial_never_goes_back_to_its_own_past(folder: Path) -> None:
         worst.start()
 
 
-def test_old_checkpoints_of_trials_that_take_turns_are_removed(folder: Path) -> None:
-    own = [attempts.folder(folder, "t0001", attempts.begin(folder, "t0001")) for _ in range(4)]
+def test_of_the_lines_that_a_trial_has_left_only_the_last_checkpoints_stay(folder: Path) -> None:
+    own = [folder / "train" / f"t0001-{attempts.begin(folder, 't0001')}" for _ in range(4)]
     for step, path in zip((5, 10, 15), (own[0], own[1], own[3]), strict=True):
-        (path / attempts.checkpoint_name(step)).mkdir()
-    takeover.prune(folder, "t0001")
+        (path / "checkpoint").mkdir()
+        checkpoint.save(path / "checkpoint", {"step": step}, step=step)
+    attempts.prune(
+        folder, "t0001", RunConfig().checkpoint.model_copy(update={"keep_checkpoints": 1}), ObjectiveSpec(), since=4
+    )
     assert [len(list(path.iterdir())) for path in own] == [0, 1, 0, 1]
 
 

@@ -182,7 +182,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path) -> None:
     newest = checkpoint.newest(tmp_path / "checkpoints")
     assert newest is not None
     assert newest.name == "step-4"
-    with (newest / checkpoint.STATE).open("r+b") as file:
+    with Path(newest / checkpoint.STATE).open("r+b") as file:
         file.seek(40)
         file.write(b"damage")
     remaining = checkpoint.newest(tmp_path / "checkpoints")

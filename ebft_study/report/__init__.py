@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ebft_study.places import Location, Place, place
 
-def write_report(study_folder: Path) -> Path:
+
+def write_report(study_folder: Location) -> Path | Place:
     """Write `report.html` and `figures/` into the study's folder from its results; returns the HTML file."""
     from ebft_study.report.page import write  # pandas and matplotlib take a second that others need not pay
 
-    return write(Path(study_folder))
+    return write(place(study_folder))
 
 
 __all__ = ["write_report"]

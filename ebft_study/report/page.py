@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import datetime
 import io
-import os
 import re
-import secrets
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import jinja2
 import matplotlib
 from markupsafe import Markup
 
+from ebft_study.places import Place
 from ebft_study.report import content, facts, pareto, population, services, text
 from ebft_study.report.claims import judge
 from ebft_study.report.figures import draw_all
@@ -25,7 +24,7 @@ TEMPLATE = "report.html.j2"
 DOTS_PER_INCH = 160
 
 
-def write(study_folder: Path) -> Path:
+def write(study_folder: Place) -> Path | Place:
     """Write `report.html` and `figures/` of the study in `study_folder`; returns the HTML file."""
     study = summarize(load(study_folder))
     pictures = draw_all(study)
@@ -64,8 +63,8 @@ def write(study_folder: Path) -> Path:
         )
     )
     target = study_folder / "report.html"
-    _put_in_place(target, page.encode())
-    return target
+    target.write_bytes(page.encode())
+    return target.local or target
 
 
 def _environment() -> jinja2.Environment:
@@ -99,20 +98,9 @@ def _inline(svg: str, name: str) -> str:
     return re.sub(r"<metadata>.*?</metadata>", "", element, flags=re.DOTALL)
 
 
-def _save_figures(pictures: Sequence[Picture], vectors: dict[str, str], folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
+def _save_figures(pictures: Sequence[Picture], vectors: dict[str, str], folder: Place) -> None:
     for picture in pictures:
         buffer = io.BytesIO()
         picture.figure.savefig(buffer, format="png", dpi=DOTS_PER_INCH)
-        _put_in_place(folder / f"{picture.name}.png", buffer.getvalue())
-        _put_in_place(folder / f"{picture.name}.svg", vectors[picture.name].encode())
-
-
-def _put_in_place(path: Path, data: bytes) -> None:
-    """A reader that has the old report open never sees half of the new one."""
-    temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}.tmp"
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        (folder / f"{picture.name}.png").write_bytes(buffer.getvalue())
+        (folder / f"{picture.name}.svg").write_bytes(vectors[picture.name].encode())

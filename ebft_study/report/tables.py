@@ -90,7 +90,7 @@ class Study:
     @property
     def name(self) -> str:
         names = self.results.trials["study"].dropna()
-        return str(names.iloc[0]) if len(names) else self.results.folder.resolve().name
+        return str(names.iloc[0]) if len(names) else self.results.folder.name
 
     @property
     def ebft(self) -> tuple[Configuration, ...]:

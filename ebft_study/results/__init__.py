@@ -1,6 +1,6 @@
 """Results of studies: what the tables hold (schema), writing them (writer), reading them (reader).
 
-    results = ebft_study.results.load("quickstart")     # a name in ./studies, or a folder
+    results = ebft_study.results.load("quickstart")     # a name in ./studies, a folder, or a URL
     results.trials, results.metrics, results.evaluations, results.samples, results.events    # pandas data frames
 
 Importing this package imports neither pandas nor pyarrow: they are loaded when the first file is touched.
@@ -8,11 +8,12 @@ Importing this package imports neither pandas nor pyarrow: they are loaded when 
 
 from ebft_study.results.compaction import compact
 from ebft_study.results.reader import Results, find_study, load, read_table
-from ebft_study.results.schema import METRICS, Metric, metric
+from ebft_study.results.schema import METRICS, TABLES, Metric, metric
 from ebft_study.results.writer import StudyRecorder, TrialRecorder
 
 __all__ = [
     "METRICS",
+    "TABLES",
     "Metric",
     "Results",
     "StudyRecorder",

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import secrets
-from pathlib import Path
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import filelock
 
 from ebft_study.errors import ResultsError
+from ebft_study.places import Location, Place, in_parallel, place
 from ebft_study.results import reader, schema, writer
 
 if TYPE_CHECKING:
@@ -20,51 +22,65 @@ _WRITTEN_BY_TRIAL = re.compile(r"(?P<trial_id>.+)-a\d+-\d{6}-[0-9a-f]{8}\.parque
 _OVER = ("finished", "stopped", "failed")
 
 
-def compact(study_folder: Path) -> None:
+def compact(study_folder: Location) -> None:
     """Merge the files of trials that are over; every row stays, and stays readable at every moment.
 
     The merged file, which lists the files it replaces, is in place before the first of them is removed: a crash
     in between leaves files that the reader ignores and the next compaction removes. `trials` stays as it is, one
-    file per trial, so that a trial that is started again can replace its row.
+    file per trial, so that a trial that is started again can replace its row. In a store, only the study's driver,
+    which holds the study's lock, may compact.
     """
-    results = Path(study_folder) / "results"
-    if not results.is_dir():
+    results = place(study_folder) / "results"
+    if not results.exists():
         raise ResultsError(f"{study_folder}: holds no results. Give the folder of a study")
-    trials = reader.read_table(Path(study_folder), "trials")
+    trials = reader.read_table(study_folder, "trials")
     over = set(trials.loc[trials["status"].isin(_OVER), "trial_id"])
-    with filelock.FileLock(results / ".compact.lock"):
+    with _alone(results):
         for table in schema.TABLES:
             if table != "trials":
                 _compact_table(results / table, table, over)
 
 
-def _compact_table(folder: Path, table: str, over: set[str]) -> None:
+@contextlib.contextmanager
+def _alone(results: Place) -> Iterator[None]:
+    if results.local is None:
+        yield
+    else:
+        with filelock.FileLock(results.local / ".compact.lock"):
+            yield
+
+
+def _compact_table(folder: Place, table: str, over: set[str]) -> None:
     import pyarrow as pa
 
-    compacted = sorted(folder.glob("compacted-*.parquet"))
-    for name in {name for path in compacted for name in reader.merged_files(path)}:
-        (folder / name).unlink(missing_ok=True)
-    compacted = [path for path in compacted if path.exists()]
-    small = [path for path in sorted(folder.glob("*.parquet")) if _trial_of(path) in over]
+    files = [folder / name for name in folder.names() if name.endswith(".parquet") and not name.startswith(".")]
+    compacted = [path for path in files if path.name.startswith("compacted-")]
+    replaced = {name for path in compacted for name in reader.merged_files(path)}
+    in_parallel(lambda path: path.delete(), [path for path in files if path.name in replaced])
+    compacted = [path for path in compacted if path.name not in replaced]
+    small = [path for path in files if path.name not in replaced and _trial_of(path) in over]
     if not small:
         return
     # Damaged files stay where they are: reading reports them, and nothing here may lose a row.
-    readable = {path: content for path in [*compacted, *small] if (content := _content(path, table)) is not None}
+    old = [*compacted, *small]
+    contents = in_parallel(lambda path: _content(path, table), old)
+    readable = {path: content for path, content in zip(old, contents, strict=True) if content is not None}
+    if not readable:
+        return
     merged = pa.concat_tables(readable.values(), promote_options="permissive")
     names = json.dumps([path.name for path in readable])
     metadata = {**schema.arrow_schema(table).metadata, reader.MERGED_FROM: names.encode()}
     target = folder / f"compacted-{secrets.token_hex(8)}.parquet"
     writer.put_in_place(merged.replace_schema_metadata(metadata), target)
-    for path in readable:
-        path.unlink()
+    in_parallel(lambda path: path.delete(), readable)
 
 
-def _trial_of(path: Path) -> str | None:
+def _trial_of(path: Place) -> str | None:
     match = _WRITTEN_BY_TRIAL.fullmatch(path.name)
     return match["trial_id"] if match else None
 
 
-def _content(path: Path, table: str) -> pyarrow.Table | None:
+def _content(path: Place, table: str) -> pyarrow.Table | None:
     try:
         return reader.read_file(path, table)
     except ResultsError:

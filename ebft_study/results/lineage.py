@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ebft_study.places import Location
 from ebft_study.results.reader import Results, find_study, read_table
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ COLUMNS = (
 )
 
 
-def lineage(study: Results | str | Path) -> pd.DataFrame:
+def lineage(study: Results | Location) -> pd.DataFrame:
     """A row per takeover, in order of time.
 
     Columns: `trial_id` went on from `donor`'s checkpoint of `donor_step` instead of its own `step`; from `attempt` on,

@@ -6,15 +6,18 @@ columns that they lack. Of a step that several attempts reported, the highest at
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import dataclass, field
+from operator import truediv
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from ebft_study.errors import ResultsError
-from ebft_study.results import schema
+from ebft_study.errors import EbftError, ResultsError
+from ebft_study.places import Location, Place, in_parallel, place
+from ebft_study.results import copies, schema
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,7 +40,7 @@ _KEYS = {
 class Results:
     """The tables of one study. `spec` is study.yaml; `problems` names files that could not be read, and why."""
 
-    folder: Path
+    folder: Place
     spec: dict[str, Any]
     trials: pd.DataFrame
     metrics: pd.DataFrame
@@ -46,9 +49,14 @@ class Results:
     events: pd.DataFrame
     problems: list[str] = field(default_factory=list)
 
+    def best_checkpoint(self, trial_id: str) -> Place | None:
+        """The folder of a trial's best checkpoint by the study's objective; None before it has one."""
+        found = self.trials.loc[self.trials["trial_id"] == trial_id, "best_checkpoint"].dropna()
+        return functools.reduce(truediv, str(found.iloc[0]).split("/"), self.folder) if len(found) else None
 
-def load(study: str | Path) -> Results:
-    """The results of a study, given its folder or its name (then looked up in ./studies)."""
+
+def load(study: Location) -> Results:
+    """The results of a study, given its folder, its URL or its name (then looked up in ./studies)."""
     folder = find_study(study)
     problems: list[str] = []
     spec = _read_spec(folder, problems)
@@ -56,22 +64,26 @@ def load(study: str | Path) -> Results:
     return Results(folder=folder, spec=spec, problems=problems, **tables)
 
 
-def find_study(study: str | Path) -> Path:
-    """The folder of a study given by folder or name."""
-    for folder in (Path(study), STUDIES_FOLDER / study):
-        if (folder / "study.yaml").is_file() or (folder / "results").is_dir():
+def find_study(study: Location) -> Place:
+    """The folder of a study given by folder, URL or name."""
+    given = place(study)
+    named = [] if given.local is None else [place(STUDIES_FOLDER / given.local)]
+    for folder in (given, *named):
+        if copies.either_exists(folder / "study.yaml") or (folder / "results").exists():
             return folder
+    if given.local is None:
+        raise ResultsError(f"{study}: holds no study. Check the URL: it ends with the study's name")
     known = sorted(path.parent.name for path in STUDIES_FOLDER.glob("*/study.yaml"))
     there = f"Studies here: {', '.join(known)}" if known else f"No studies in {STUDIES_FOLDER.resolve()}"
     raise ResultsError(f"{study}: is neither a study's folder nor the name of one in ./{STUDIES_FOLDER}. {there}")
 
 
-def read_table(study_folder: Path, table: str, problems: list[str] | None = None) -> pd.DataFrame:
+def read_table(study_folder: Location, table: str, problems: list[str] | None = None) -> pd.DataFrame:
     """One table of a study, duplicates resolved; names of unreadable files are added to `problems`."""
     import pyarrow as pa
 
     noted: list[str] = []
-    parts = _read_files(Path(study_folder) / "results" / table, table, noted)
+    parts = _read_files(place(study_folder) / "results" / table, table, noted)
     if problems is not None:
         problems.extend(noted)
     empty = schema.arrow_schema(table).empty_table()
@@ -79,13 +91,38 @@ def read_table(study_folder: Path, table: str, problems: list[str] | None = None
     return _resolve_duplicates(together.to_pandas(), table)
 
 
-def read_file(path: Path, table: str) -> pyarrow.Table:
+def read_file(path: Place, table: str) -> pyarrow.Table:
     """One results file under the present schema; raises `ResultsError` when it is not one."""
+    import pyarrow as pa
+
+    source = path.for_arrow() if path.local else pa.BufferReader(path.read_bytes())
+    return _parsed(source, path, table)
+
+
+def read_trial(path: Place, problems: list[str]) -> pyarrow.Table | None:
+    """A file of `trials`; a damaged one is named, and its copy stands in for it. None where neither can be read."""
+    import pyarrow as pa
+
+    problem = ""
+    try:
+        return read_file(path, "trials")
+    except FileNotFoundError:
+        pass  # its copy is written first
+    except ResultsError as error:
+        problem = str(error)
+    saved = copies.read_copy(path)
+    if problem:
+        problems.append(f"{path}: is damaged, its copy is used" if saved else problem)
+    return None if saved is None else _parsed(pa.BufferReader(saved), path, "trials")
+
+
+def _parsed(source: Any, path: Place, table: str) -> pyarrow.Table:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        content = pq.ParquetFile(path).read(use_threads=False)  # for files this small, threads only cost
+        # For files this small, threads only cost.
+        content = pq.ParquetFile(source, page_checksum_verification=True).read(use_threads=False)
     except FileNotFoundError:
         raise
     except (pa.ArrowException, OSError) as error:
@@ -99,39 +136,46 @@ def read_file(path: Path, table: str) -> pyarrow.Table:
         raise ResultsError(f"{path}: does not fit the table {table!r} ({_one_line(error)}). Remove it") from None
 
 
-def merged_files(path: Path) -> set[str]:
+def merged_files(path: Place) -> set[str]:
     """Names of the files whose rows are all in the compacted file `path`; empty for any other file."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        metadata = pq.read_metadata(path).metadata or {}
-    except (pa.ArrowException, OSError):
+        metadata = pq.read_metadata(path.for_arrow()).metadata or {}
+    except (pa.ArrowException, OSError, EbftError):
         return set()
     return set(json.loads(metadata.get(MERGED_FROM, b"[]")))
 
 
-def _read_files(folder: Path, table: str, problems: list[str]) -> list[pyarrow.Table]:
+def _read_files(folder: Place, table: str, problems: list[str]) -> list[pyarrow.Table]:
     """All readable files; starts over when a compaction takes files away meanwhile."""
     for _ in range(20):
         noted: list[str] = []
         try:
-            parts = [part for path in _visible(folder) if (part := _try_file(path, table, noted)) is not None]
+            try_one = functools.partial(_try_file, table=table, problems=noted)
+            parts = in_parallel(try_one, visible(folder, table))
         except FileNotFoundError:
             continue
-        problems.extend(noted)
-        return parts
+        problems.extend(sorted(noted))
+        return [part for part in parts if part is not None]
     raise ResultsError(f"{folder}: files keep disappearing while they are read. Try again when the study is idle")
 
 
-def _visible(folder: Path) -> list[Path]:
+def visible(folder: Place, table: str) -> list[Place]:
     """Files of a table that are in place, and not already contained in a compacted one."""
-    paths = sorted(p for p in folder.glob("*") if p.is_file() and not p.name.startswith((".", "_")))
-    merged = {name for path in paths if path.name.startswith("compacted-") for name in merged_files(path)}
-    return [path for path in paths if path.name not in merged]
+    names = folder.names()
+    if table == "trials":
+        names = sorted({copies.name_of_copied(name) or name for name in names})
+    names = [name for name in names if not name.startswith((".", "_"))]
+    compacted = [folder / name for name in names if name.startswith("compacted-")]
+    merged = {name for path in compacted for name in merged_files(path)}
+    return [folder / name for name in names if name not in merged]
 
 
-def _try_file(path: Path, table: str, problems: list[str]) -> pyarrow.Table | None:
+def _try_file(path: Place, table: str, problems: list[str]) -> pyarrow.Table | None:
+    if table == "trials":
+        return read_trial(path, problems)
     try:
         return read_file(path, table)
     except ResultsError as error:
@@ -167,20 +211,43 @@ def _resolve_duplicates(frame: pd.DataFrame, table: str) -> pd.DataFrame:
     return kept.sort_values(order, kind="stable").reset_index(drop=True)
 
 
-def _read_spec(folder: Path, problems: list[str]) -> dict[str, Any]:
+def _read_spec(folder: Place, problems: list[str]) -> dict[str, Any]:
     path = folder / "study.yaml"
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content, problem = read_mapping(path)
     except FileNotFoundError:
         problems.append(f"{path}: no such file; what was asked and run is unknown")
         return {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        problems.append(f"{path}: cannot be read ({_one_line(error)})")
-        return {}
-    if not isinstance(content, dict):
-        problems.append(f"{path}: holds {type(content).__name__}, not a mapping")
-        return {}
-    return content
+    if problem:
+        problems.append(problem)
+    return content or {}
+
+
+def read_mapping(path: Place) -> tuple[dict[str, Any] | None, str]:
+    """A YAML mapping that is kept twice, and what is wrong with the first one; None where neither can be read.
+
+    Raises:
+        FileNotFoundError: there is neither.
+    """
+    saved = copies.read_copy(path)
+    try:
+        return _mapping(path.read_bytes()), ""
+    except FileNotFoundError:
+        if saved is None:
+            raise
+        problem = "is gone"
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError) as error:
+        problem = f"cannot be read ({_one_line(error)})"
+    if saved is None:
+        return None, f"{path}: {problem}"
+    return _mapping(saved), f"{path}: {problem}; its copy is used"
+
+
+def _mapping(content: bytes) -> dict[str, Any]:
+    read = yaml.safe_load(content.decode("utf-8"))
+    if not isinstance(read, dict):
+        raise TypeError(f"holds {type(read).__name__}, not a mapping")
+    return read
 
 
 def _one_line(error: Exception) -> str:

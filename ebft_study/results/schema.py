@@ -177,6 +177,7 @@ _TRIAL_STATE = (
     Column("final_ce_loss", "float64", "last ce_loss on the validation split, nats/token"),
     Column("final_cfm_loss", "float64", "last cfm_loss on the validation split"),
     Column("best_cfm_loss", "float64", "lowest cfm_loss on the validation split"),
+    Column("best_checkpoint", "string", "folder of the checkpoint with the best objective, below the study's folder"),
     Column("host", "string", "machine that ran the last attempt"),
     Column("updated_at", "timestamp", "when this row was last replaced, UTC", required=True),
 )

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from ebft_study.errors import ResultsError
+from ebft_study.places import Place
+from ebft_study.results import copies
 
 # No trial can be called this: '~' may not be in an identifier.
-_PATTERN = "waiting~*.parquet"
+_PREFIX = "waiting~"
 _ROWS = 500  # in a file: it is written again when one of them starts
 
 Row = dict[str, Any]
@@ -23,28 +23,31 @@ Row = dict[str, Any]
 class Waiting:
     """The shared files of a folder; held by the one process that writes them."""
 
-    def __init__(self, folder: Path, write: Callable[[Sequence[Row], Path], None]) -> None:
+    def __init__(self, folder: Place, write: Callable[[Sequence[Row], Place], None]) -> None:
         """`write` puts rows in place as a file."""
         self._folder, self._write = folder, write
-        self._files: dict[Path, dict[str, Row]] = {}
-        self._file_of: dict[str, Path] = {}
-        for path in sorted(folder.glob(_PATTERN)):
-            self._take_over(path)
+        self._files: dict[Place, dict[str, Row]] = {}
+        self._file_of: dict[str, Place] = {}
+        names = folder.names()
+        started = {name.removesuffix(".parquet") for name in names}
+        for name in names:
+            if name.startswith(_PREFIX):
+                self._take_over(folder / name, started)
 
-    def _take_over(self, path: Path) -> None:
+    def _take_over(self, path: Place, started: set[str]) -> None:
         """What an earlier session left; a damaged file stays where it is, and reading reports it."""
         from ebft_study.results import reader, schema
 
         known = {column.name for column in schema.columns("trials")}
-        try:
-            rows: list[Row] = reader.read_file(path, "trials").to_pylist()
-        except ResultsError:
+        found = reader.read_trial(path, [])
+        if found is None:
             return
+        rows: list[Row] = found.to_pylist()
         self._files[path] = {}
         for row in rows:
             self._put(path, {key: value for key, value in row.items() if key in known})
         for trial_id in [row["trial_id"] for row in rows]:
-            if (self._folder / f"{trial_id}.parquet").exists():
+            if trial_id in started:
                 self.remove(trial_id)
 
     def get(self, trial_id: str) -> Row:
@@ -69,17 +72,18 @@ class Waiting:
         if self._files[path]:
             self._write(list(self._files[path].values()), path)
         else:
-            path.unlink(missing_ok=True)
+            copies.copy_of(path).delete()
+            path.delete()
             del self._files[path]
 
-    def _put(self, path: Path, row: Row) -> Path:
+    def _put(self, path: Place, row: Row) -> Place:
         self._files[path][row["trial_id"]] = row
         self._file_of[row["trial_id"]] = path
         return path
 
-    def _with_room(self) -> Path:
+    def _with_room(self) -> Place:
         newest = next(reversed(self._files), None)
         if newest is None or len(self._files[newest]) >= _ROWS:
-            newest = self._folder / _PATTERN.replace("*", secrets.token_hex(4))
+            newest = self._folder / f"{_PREFIX}{secrets.token_hex(4)}.parquet"
             self._files[newest] = {}
         return newest

@@ -1,9 +1,9 @@
-"""Writing results: small immutable Parquet files, put in place by an atomic rename.
+"""Writing results: small immutable Parquet files, put in place whole or not at all.
 
-A file appears complete or not at all, so killing a writer at any moment loses at most the row being written.
-Names hold trial, attempt, a sequence number and a token of the writer: no two writers ever meet in one file.
-The one exception to immutability is `trials`, whose single file per trial is replaced when the trial's state changes;
-trials that have not started share files (`waiting`).
+Killing a writer at any moment loses at most the row being written. Names hold trial, attempt, a sequence number and a
+token of the writer: no two writers ever meet in one file. The one exception to immutability is `trials`, whose single
+file per trial is replaced when the trial's state changes; a copy beside it, written first, stands in for a damaged one.
+Trials that have not started share files (`waiting`).
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import re
 import secrets
 import socket
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ebft_study.errors import ResultsError
-from ebft_study.results import schema
+from ebft_study.places import Location, Place, place
+from ebft_study.results import copies, schema
 from ebft_study.results.waiting import Waiting
 
 if TYPE_CHECKING:
@@ -34,8 +34,8 @@ _ONLY_IN_DRIVER = "driver"
 class _FileSequence:
     """Unique file names of one writer: `<trial>-a<attempt>-<sequence>-<token>.parquet`."""
 
-    def __init__(self, study_folder: Path, trial_id: str, attempt: int) -> None:
-        self._results = Path(study_folder) / "results"
+    def __init__(self, study_folder: Location, trial_id: str, attempt: int) -> None:
+        self._results = place(study_folder) / "results"
         self._prefix = f"{_checked_name(trial_id)}-a{attempt:03d}"
         self._token = secrets.token_hex(4)
         self._count = 0
@@ -56,8 +56,9 @@ class _FileSequence:
 class TrialRecorder:
     """Results of one attempt of a trial; held by the process that has the numbers (rank 0)."""
 
-    def __init__(self, study_folder: Path, *, study: str, trial_id: str, attempt: int) -> None:
+    def __init__(self, study_folder: Location, *, study: str, trial_id: str, attempt: int) -> None:
         self._who = {"study": study, "trial_id": trial_id, "attempt": attempt}
+        self._clock = Clock()
         self._files = _FileSequence(study_folder, trial_id, attempt)
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
@@ -68,7 +69,7 @@ class TrialRecorder:
                     "metric", name, schema.METRICS, "Register new metrics in ebft_study/results/schema.py"
                 )
         numbers = {name: float(value) for name, value in values.items()}
-        self._files.write("metrics", [{**self._who, "step": step, **numbers, "written_at": now()}])
+        self._files.write("metrics", [{**self._who, "step": step, **numbers, "written_at": self._clock.now()}])
 
     def evaluations(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Rows with benchmark, metric, position (or None), value, standard_error (or None), count."""
@@ -88,19 +89,19 @@ class TrialRecorder:
 
     def _at_step(self, table: str, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         if rows:
-            always = {**self._who, "step": step, "written_at": now()}
+            always = {**self._who, "step": step, "written_at": self._clock.now()}
             self._files.write(table, [{**row, **always} for row in rows])
 
 
 class StudyRecorder:
     """State of a study's trials, and its events; held by the driver alone."""
 
-    def __init__(self, study_folder: Path, *, study: str) -> None:
-        self._study = study
-        self._trials = Path(study_folder) / "results" / "trials"
+    def __init__(self, study_folder: Location, *, study: str) -> None:
+        self._study, self._clock = study, Clock()
+        self._trials = place(study_folder) / "results" / "trials"
         self._files = _FileSequence(study_folder, _ONLY_IN_DRIVER, os.getpid())
         self._rows: dict[str, dict[str, Any]] = {}
-        self._waiting = Waiting(self._trials, lambda rows, path: put_in_place(build_table("trials", rows), path))
+        self._waiting = Waiting(self._trials, _write_waiting)
 
     def trial(self, row: Mapping[str, Any]) -> None:
         """Lay `row` over what is recorded of its trial and put the trial's one file in place.
@@ -111,21 +112,25 @@ class StudyRecorder:
         """
         trial_id = _checked_name(str(row.get("trial_id", "")))
         changes = self._checked(row)
-        merged = {**self._recorded(trial_id), **changes, "study": self._study, "updated_at": now()}
-        put_in_place(build_table("trials", [merged]), self._file(trial_id))
+        before = self._recorded(trial_id)
+        merged = {**before, **changes, "study": self._study, "updated_at": self._clock.now(before.get("updated_at"))}
+        content = as_parquet(build_table("trials", [merged]))
+        copies.write(self._file(trial_id), content)
         self._rows[trial_id] = merged
         self._waiting.remove(trial_id)
 
     def trials(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """The same for many trials; those that have not started share files."""
         waiting = []
+        there = set(self._trials.names())
         for row in rows:
             trial_id = _checked_name(str(row.get("trial_id", "")))
-            if self._file(trial_id).exists():
+            if self._file(trial_id).name in there:
                 self.trial(row)
                 continue
-            always = {"study": self._study, "updated_at": now()}
-            waiting.append({**self._waiting.get(trial_id), **self._checked(row), **always})
+            before = self._waiting.get(trial_id)
+            always = {"study": self._study, "updated_at": self._clock.now(before.get("updated_at"))}
+            waiting.append({**before, **self._checked(row), **always})
         self._waiting.put(waiting)
 
     def event(
@@ -151,15 +156,18 @@ class StudyRecorder:
 
     def _recorded(self, trial_id: str) -> dict[str, Any]:
         """What an earlier driver recorded of the trial, when this one continues its study."""
-        if trial_id in self._rows or not self._file(trial_id).exists():
-            return self._rows.get(trial_id) or self._waiting.get(trial_id)
+        if trial_id in self._rows:
+            return self._rows[trial_id]
         from ebft_study.results import reader
 
-        rows: list[dict[str, Any]] = reader.read_file(self._file(trial_id), "trials").to_pylist()
+        found = reader.read_trial(self._file(trial_id), [])
+        if found is None:
+            return self._waiting.get(trial_id)
+        rows: list[dict[str, Any]] = found.to_pylist()
         known = {column.name for column in schema.columns("trials")}
         return {key: value for key, value in rows[0].items() if key in known}
 
-    def _file(self, trial_id: str) -> Path:
+    def _file(self, trial_id: str) -> Place:
         return self._trials / f"{trial_id}.parquet"
 
 
@@ -170,9 +178,26 @@ def _trial_columns() -> tuple[frozenset[str], frozenset[str]]:
     return settings, frozenset(column.name for column in schema.columns("trials")) - settings
 
 
+def _write_waiting(rows: Sequence[Mapping[str, Any]], path: Place) -> None:
+    copies.write(path, as_parquet(build_table("trials", rows)))
+
+
 def now() -> datetime.datetime:
     """The present moment in UTC."""
     return datetime.datetime.now(datetime.UTC)
+
+
+class Clock:
+    """Moments that always rise, whatever the machine's clock does: their order decides between rows of one key."""
+
+    def __init__(self) -> None:
+        self._last = datetime.datetime.min.replace(tzinfo=datetime.UTC)
+
+    def now(self, after: datetime.datetime | None = None) -> datetime.datetime:
+        """The present moment, but later than all before, and than `after`."""
+        latest = max(self._last, after or self._last)
+        self._last = max(now(), latest + datetime.timedelta(microseconds=1))
+        return self._last
 
 
 def build_table(table: str, rows: Sequence[Mapping[str, Any]]) -> pyarrow.Table:
@@ -199,31 +224,19 @@ def build_table(table: str, rows: Sequence[Mapping[str, Any]]) -> pyarrow.Table:
     return pa.Table.from_arrays(arrays, schema=schema.arrow_schema(table))
 
 
-def put_in_place(table: pyarrow.Table, path: Path) -> None:
-    """Write `table` to `path` so that a reader, or a crash at any moment, finds all of it or nothing."""
+def put_in_place(table: pyarrow.Table, target: Location) -> None:
+    """Write `table` so that a reader, or a crash at any moment, finds all of it or nothing."""
+    place(target).write_bytes(as_parquet(table))
+
+
+def as_parquet(table: pyarrow.Table) -> bytes:
+    """The bytes of a Parquet file with a checksum on every page."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Hidden, and not ending in .parquet: neither pandas nor a DuckDB glob picks it up.
-    temporary = path.parent / f".{path.stem}.{secrets.token_hex(4)}.tmp"
-    try:
-        with temporary.open("wb") as file:
-            pq.write_table(table, file, compression="zstd")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the rename itself survive a power cut; needs a file descriptor of the folder."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
+    return bytes(sink.getvalue().to_pybytes())
 
 
 def _checked_name(name: str) -> str:

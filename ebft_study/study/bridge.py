@@ -31,14 +31,15 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 
 from ebft_study.config import RunConfig
-from ebft_study.errors import EbftError
+from ebft_study.errors import EbftError, StorageError
+from ebft_study.places import Place, explained, place
 from ebft_study.study import attempts, relay, takeover
-from ebft_study.study.spec import ResourcesSpec
+from ebft_study.study.spec import ObjectiveSpec, ResourcesSpec
 from ebft_study.training import checkpoint
 from ebft_study.training.recorded import Attempt, train_recorded
 from ebft_study.training.worker import train_worker
 
-Report = Callable[[dict[str, Any], str | None], None]
+Report = Callable[[dict[str, Any], Place | None], None]
 
 _POINTER = "pointer.json"
 _END = "end"
@@ -61,11 +62,18 @@ class Bridge(ray.train.UserCallback):  # type: ignore[misc]
 def run_trial(settings: dict[str, Any]) -> None:
     """The Tune trainable.
 
-    `settings`: study, study_folder, trial_id, label, run (a `RunConfig` as plain values), resources (a
-    `ResourcesSpec`), line (a `takeover.Line`, or None), loop (where the training loop is). The last report holds
-    `outcome`.
+    `settings`: study, study_folder (a path or a URL), trial_id, label, run (a `RunConfig` as plain values), resources
+    (a `ResourcesSpec`), objective (an `ObjectiveSpec`), line (a `takeover.Line`, or None), loop (where the training
+    loop is). The last report holds `outcome`.
     """
-    study_folder, trial_id = Path(settings["study_folder"]), settings["trial_id"]
+    try:
+        _run_attempt(settings)
+    except StorageError as error:
+        ray.tune.report({"step": 0, "attempt": 0, "outcome": _failed(error)})
+
+
+def _run_attempt(settings: dict[str, Any]) -> None:
+    study_folder, trial_id = place(settings["study_folder"]), settings["trial_id"]
     start_from = _checkpoint_to_start_from(study_folder, trial_id, settings["line"])
     number = attempts.begin(study_folder, trial_id)
     attempt = Attempt(
@@ -75,10 +83,16 @@ def run_trial(settings: dict[str, Any]) -> None:
     )
     fit = _fit_here if settings["resources"]["workers_per_trial"] == 0 else _fit_workers
     last: dict[str, Any] = {}
+    keep = RunConfig.model_validate(settings["run"]).checkpoint
+    since = settings["line"]["attempt"] if settings["line"] else 0
+    objective = ObjectiveSpec.model_validate(settings["objective"])
 
-    def report(metrics: dict[str, Any], checkpoint_path: str | None) -> None:
+    def report(metrics: dict[str, Any], kept: Place | None) -> None:
         last.update(metrics)
-        _report({**last, "attempt": number}, checkpoint_path)
+        if kept is not None:
+            last["best_checkpoint"] = attempts.prune(study_folder, trial_id, keep, objective, since=since)
+        with explained(study_folder):
+            _report({**last, "attempt": number}, kept)
 
     outcome = fit(settings, attempt, report)
     ray.tune.report({**last, "attempt": number, "outcome": outcome})
@@ -97,12 +111,11 @@ def trial_resources(resources: ResourcesSpec, place: Mapping[str, float]) -> dic
 
 def _fit_here(settings: dict[str, Any], attempt: Attempt, report: Report) -> dict[str, Any]:
     """TorchTrainer's local mode: no controller and no workers to start, for models that are small beside those."""
-    keep = settings["run"]["checkpoint"]["keep_checkpoints"]
-    own = attempts.folder(Path(attempt.study_folder), attempt.trial_id, attempt.attempt)
+    own = attempts.folder(attempt.study_folder, attempt.trial_id, attempt.attempt)
 
     def on_report(metrics: dict[str, float], written: Path | None) -> None:
-        kept = attempts.keep_checkpoint(own, written, step=int(metrics["step"]), keep=keep) if written else None
-        report({**metrics, "host": socket.gethostname()}, str(kept) if kept else None)
+        kept = attempts.keep_checkpoint(own, written, step=int(metrics["step"])) if written else None
+        report({**metrics, "host": socket.gethostname()}, kept)
 
     def train() -> dict[str, Any]:
         torch.set_num_threads(settings["resources"]["cpus_per_worker"])
@@ -111,7 +124,7 @@ def _fit_here(settings: dict[str, Any], attempt: Attempt, report: Report) -> dic
     trainer = TorchTrainer(
         train,
         scaling_config=ray.train.ScalingConfig(num_workers=0),
-        run_config=ray.train.RunConfig(name=own.name, storage_path=str(own.parent)),
+        run_config=ray.train.RunConfig(name=own.name, storage_path=str(place(attempt.study_folder).beside / "train")),
     )
     try:
         return dict(trainer.fit().return_value)
@@ -125,9 +138,10 @@ def _fit_here(settings: dict[str, Any], attempt: Attempt, report: Report) -> dic
 def _fit_workers(settings: dict[str, Any], attempt: Attempt, report: Report) -> dict[str, Any]:
     """`trainer.fit()` in a thread, while its reports arrive through the relay."""
     box = f"{attempt.trial_id}-{attempt.attempt}"
+    own = attempts.folder(attempt.study_folder, attempt.trial_id, attempt.attempt)
     fitting = _Fitting(_trainer(settings, attempt, box), box)
     for metrics, path in fitting.reports():
-        report(metrics, path)
+        report(metrics, own / Path(path).name if path else None)
     return fitting.outcome()
 
 
@@ -155,9 +169,8 @@ def _trainer(settings: dict[str, Any], attempt: Attempt, box: str) -> TorchTrain
         ),
         run_config=ray.train.RunConfig(
             name=box,
-            storage_path=str(Path(attempt.study_folder) / "train"),
-            callbacks=[Bridge(box)],
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=run["checkpoint"]["keep_checkpoints"]),
+            **(place(attempt.study_folder) / "train").for_ray,
+            callbacks=[Bridge(box)],  # all checkpoints stay for Ray, which knows one order only; `attempts` prunes
             # Retries are Tune's alone: with both, a trial would be tried (a+1)(b+1) times. A group that cannot
             # start is tried three times, and not for ever.
             failure_config=ray.train.FailureConfig(max_failures=0, controller_failure_limit=3),
@@ -204,8 +217,11 @@ class _Fitting:
 
 
 def _failed(error: EbftError) -> dict[str, Any]:
-    """What a user has to mend is an outcome: trying again would fail the same way."""
-    return {"status": "failed", "reason": str(error)}
+    """What a user has to mend is an outcome: trying again would fail the same way.
+
+    A disk or store that takes nothing more is no fault of the trial: it is interrupted, and so is its study.
+    """
+    return {"status": "interrupted" if isinstance(error, StorageError) else "failed", "reason": str(error)}
 
 
 def _mendable(error: BaseException) -> EbftError | None:
@@ -216,17 +232,17 @@ def _mendable(error: BaseException) -> EbftError | None:
     return None
 
 
-def _report(metrics: dict[str, Any], checkpoint_path: str | None) -> None:
+def _report(metrics: dict[str, Any], kept: Place | None) -> None:
     """Report to Tune; its checkpoint is a pointer to the one that Train keeps."""
-    if checkpoint_path is None:
+    if kept is None:
         ray.tune.report(metrics)
         return
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, _POINTER).write_text(json.dumps({"path": checkpoint_path}))
+        Path(folder, _POINTER).write_text(json.dumps({"path": str(kept)}))
         ray.tune.report(metrics, checkpoint=ray.tune.Checkpoint.from_directory(folder))
 
 
-def _checkpoint_to_start_from(study_folder: Path, trial_id: str, line: dict[str, Any] | None) -> Path | None:
+def _checkpoint_to_start_from(study_folder: Place, trial_id: str, line: dict[str, Any] | None) -> Place | None:
     """Where Tune's pointer leads (a retry), else the newest complete checkpoint (a resumed study).
 
     A trial that took over another's state finds it on disk; Tune's pointer may lead to what it had before.
@@ -234,7 +250,7 @@ def _checkpoint_to_start_from(study_folder: Path, trial_id: str, line: dict[str,
     pointer = ray.tune.get_checkpoint() if line is None else None
     if pointer is not None:
         with pointer.as_directory() as folder:
-            target = Path(json.loads(Path(folder, _POINTER).read_text())["path"])
+            target = place(json.loads(Path(folder, _POINTER).read_text())["path"])
         if checkpoint.step_of(target) is not None:
             return target
     return takeover.start_from(study_folder, trial_id, line)

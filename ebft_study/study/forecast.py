@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
+from ebft_study.places import Location
 from ebft_study.report import text
 from ebft_study.study import checks, pace, plan, trials
 from ebft_study.study.pace import Pace, Work
@@ -14,7 +14,7 @@ from ebft_study.study.trials import Trial
 EVENT = "plan"
 
 
-def forecast(spec: StudySpec, *, storage: Path, at_once: int) -> dict[str, Any] | None:
+def forecast(spec: StudySpec, *, storage: Location, at_once: int) -> dict[str, Any] | None:
     """Seconds of the study and of each kind of trial as plain values; None where nothing was measured here yet."""
     known = pace.measured(storage)
     if not known:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ebft_study import results
+from ebft_study.places import Location
+from ebft_study.study import record
 from ebft_study.study.early_stopping import Evaluation
 from ebft_study.study.progress import OPEN, TrialState
 from ebft_study.study.search import Ending, ending
@@ -29,7 +30,7 @@ class History:
     evaluations: dict[str, list[Evaluation]] = field(default_factory=dict)
 
 
-def read(study_folder: Path, objective: str, further: Sequence[str] = ()) -> History:
+def read(study_folder: Location, objective: str, further: Sequence[str] = ()) -> History:
     """The history of a study; empty for one that has not started.
 
     `objective` is the metric that schedulers look at, `further` are others that a search is told of.
@@ -51,6 +52,14 @@ def read(study_folder: Path, objective: str, further: Sequence[str] = ()) -> His
             evaluations[state.trial_id] = _evaluations(measured)
             curves[state.trial_id] = _curve(evaluations[state.trial_id], objective, state.total_steps)
     return History(states, endings, curves, evaluations)
+
+
+def problems(folder: Location) -> list[str]:
+    """Damaged files of a study, and what was changed in its record by hand."""
+    found = record.changes(folder)
+    for table in results.TABLES:
+        results.read_table(folder, table, found)
+    return found
 
 
 def _state(row: dict[Any, Any], measured: pd.DataFrame | None) -> TrialState:

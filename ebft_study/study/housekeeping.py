@@ -9,10 +9,10 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 from ebft_study import results
 from ebft_study.errors import EbftError
+from ebft_study.places import Location
 
 _EVERY_SECONDS = 600.0
 _WORTH_IT = 16  # trials that ended since
@@ -20,7 +20,7 @@ _WORTH_IT = 16  # trials that ended since
 
 @contextlib.contextmanager
 def housekeeping(
-    folder: Path, ended: Callable[[], int], *, every_seconds: float = _EVERY_SECONDS, worth_it: int = _WORTH_IT
+    folder: Location, ended: Callable[[], int], *, every_seconds: float = _EVERY_SECONDS, worth_it: int = _WORTH_IT
 ) -> Iterator[None]:
     """Inside, results are compacted every so often.
 

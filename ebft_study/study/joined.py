@@ -114,8 +114,11 @@ def place(machines: Machines, at_once: int) -> dict[str, float]:
 # --- is it usable ----------------------------------------------------------------------------------------------
 
 
-def check(folder: Path) -> None:
+def check(folder: Path | None) -> None:
     """Find out before anything starts whether every machine has this package and sees the study and the cache.
+
+    Args:
+        folder: of the study; None where it is in a store.
 
     Raises:
         ConfigError: one has not, in one line that says which and what to do.
@@ -123,7 +126,7 @@ def check(folder: Path) -> None:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    folders = [path for path in (folder, cache_folder()) if "://" not in str(path)]
+    folders = [path for path in (folder, cache_folder()) if path]
     with contextlib.ExitStack() as probes:
         files = [str(probes.enter_context(_probe(path))) for path in folders]
         nodes = [node for node in ray.nodes() if node["Alive"]]

@@ -44,7 +44,7 @@ class Monitor:
     def _plan(self, trial: Trial) -> dict[str, Any]:
         state = self._states.setdefault(trial.trial_id, TrialState(trial.trial_id, trial.label))
         state.status, state.total_steps, state.note = "pending", trial.run.total_steps, ""
-        state.started_at = state.ended_at = None
+        state.started_at = state.ended_at = state.stopwatch = state.own_seconds = None
         return self._row(
             trial.trial_id,
             label=trial.label,
@@ -58,7 +58,8 @@ class Monitor:
     def started(self, trial_id: str) -> None:
         """A place was free and the trial was given to Ray."""
         state = self._states[trial_id]
-        state.status, state.started_at, state.ended_at = "running", time.time(), None
+        state.status = "running"
+        state.begin()
         first = {"started_at": _moment(state.started_at)} if state.attempt == 0 else {}
         self._record(trial_id, **first)
         self._changed(state, "starts")
@@ -71,7 +72,8 @@ class Monitor:
             self._record(trial_id, host=metrics["host"], attempt=attempt)
         state.attempt = max(state.attempt, attempt)
         state.step = int(metrics["step"])
-        self._first_report.setdefault(trial_id, (state.step, time.time()))
+        self._first_report.setdefault(trial_id, (state.step, time.monotonic()))
+        state.best_checkpoint = metrics.get("best_checkpoint") or state.best_checkpoint
         state.metrics = {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
         cfm = state.metrics.get("cfm_loss", math.nan)
         if math.isfinite(cfm):
@@ -111,7 +113,8 @@ class Monitor:
         """The trial is over. `outcome`: status, reason, and what `worker.train_worker` returned."""
         state = self._states[trial_id]
         status, reason = outcome["status"], outcome.get("reason", "")
-        state.status, state.ended_at, state.note = status, time.time(), reason
+        state.status, state.note = status, reason
+        state.end()
         reasons = {"stopped": {"stop_reason": reason}, "failed": {"error": reason}}.get(status, {})
         saved = self._saved(state) if status == "stopped" and reason.startswith(EARLY_STOP) else {}
         self._record(trial_id, **reasons, **saved, **self._numbers(state, outcome))
@@ -129,7 +132,8 @@ class Monitor:
     def _interrupted(self, state: TrialState, reason: str) -> dict[str, Any]:
         running = state.status == "running"
         state.status, state.note = "interrupted", reason
-        state.ended_at = time.time() if running else state.ended_at
+        if running:
+            state.end()
         return self._row(state.trial_id, stop_reason=reason, **(self._numbers(state, {}) if running else {}))
 
     def number_ended(self) -> int:
@@ -157,16 +161,17 @@ class Monitor:
             "final_ce_loss": metrics.get("ce_loss"),
             "final_cfm_loss": metrics.get("cfm_loss"),
             "best_cfm_loss": self._best_cfm.get(state.trial_id),
+            **({"best_checkpoint": state.best_checkpoint} if state.best_checkpoint else {}),
             **{name: int(metrics[name]) for name in COUNTED if math.isfinite(metrics.get(name, math.nan))},
         }
         if startup is not None and math.isfinite(startup) and state.started_at is not None:
             # From the free place to the first optimizer step: processes, imports, model, data, base evaluation.
-            columns["startup_seconds"] = outcome["started_at"] - state.started_at + startup
+            columns["startup_seconds"] = max(outcome["started_at"] - state.started_at, 0.0) + startup
         return columns
 
     def _saved(self, state: TrialState) -> dict[str, Any]:
         """Steps that an early stop spared, and their time at the pace since the trial's first report."""
-        left, now = state.total_steps - state.step, state.ended_at or time.time()
+        left, now = state.total_steps - state.step, time.monotonic()
         step, then = self._first_report.get(state.trial_id, (state.step, now))
         done, seconds = (state.step - step, now - then) if state.step > step else (state.step, state.seconds)
         return {"steps_saved": left, "seconds_saved": left * seconds / done if done and seconds else None}

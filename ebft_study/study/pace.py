@@ -11,7 +11,6 @@ import math
 import socket
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -20,6 +19,7 @@ from ebft_study import config, results
 from ebft_study.config import RunConfig
 from ebft_study.cost import StepShape, step_cost
 from ebft_study.errors import EbftError
+from ebft_study.places import Location, Place, place
 from ebft_study.training.memory import shapes
 
 _MOST_MEASURED = 50  # trials, the newest ones
@@ -92,12 +92,14 @@ class Pace:
         return Speed(len(rows), rate, evaluation, startup)
 
 
-def measured(storage: Path) -> Pace:
+def measured(storage: Location) -> Pace:
     """From the newest finished trials of all studies in a folder that ran on this machine."""
     rows: list[dict[str, Any]] = []
-    for folder in sorted(storage.glob("*/study.yaml"), key=lambda path: path.stat().st_mtime, reverse=True):
+    here = place(storage)
+    records = [path for name in here.names() if (path := here / name / "study.yaml").exists()]
+    for path in sorted(records, key=lambda path: path.changed_at() or 0.0, reverse=True):
         if len(rows) < _MOST_MEASURED:
-            rows += list(_finished(folder.parent))
+            rows += list(_finished(path.parent))
     return Pace(rows)
 
 
@@ -135,7 +137,7 @@ def _flops_per_sequence(run: RunConfig, completion_length: int) -> float:
 # --- reading earlier studies -----------------------------------------------------------------------------------
 
 
-def _finished(folder: Path) -> Iterable[dict[str, Any]]:
+def _finished(folder: Place) -> Iterable[dict[str, Any]]:
     table = results.read_table(folder, "trials")
     steps = results.read_table(folder, "metrics").groupby("trial_id")["step_seconds"].mean()
     with contextlib.suppress(EbftError):

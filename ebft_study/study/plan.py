@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -19,6 +18,7 @@ from rich.table import Table
 from ebft_study.config import RunConfig
 from ebft_study.cost import StepShape
 from ebft_study.errors import ConfigError
+from ebft_study.places import Location
 from ebft_study.report import text
 from ebft_study.study import checks, pace, trials
 from ebft_study.study.pace import Pace, Work
@@ -78,7 +78,7 @@ class StudyPlan:
         return max(total, max((own for _, own in own_seconds), default=0.0)) / 3600
 
 
-def plan(spec: StudySpec, *, storage: Path, memory_gib: float) -> StudyPlan:
+def plan(spec: StudySpec, *, storage: Location, memory_gib: float) -> StudyPlan:
     """The plan of a study; `memory_gib` is what a worker may use where the study does not say."""
     planned = _runs(spec)
     kinds: dict[Any, tuple[str, RunConfig, int]] = {}

@@ -91,7 +91,6 @@ class Populations(FIFOScheduler):  # type: ignore[misc]
         if decision != TrialScheduler.CONTINUE:
             self._told.paused(_id(trial), int(result["attempt"]))
             self._released(_id(trial), int(result["attempt"]))
-            takeover.prune(self._folder, _id(trial))
         return decision
 
     def choose_trial_to_run(self, tune_controller: Any) -> Any:

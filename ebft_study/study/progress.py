@@ -37,12 +37,32 @@ class TrialState:
     ended_at: float | None = None
     earlier_seconds: float = 0.0
     note: str = ""
+    best_checkpoint: str | None = None
+    stopwatch: float | None = None
+    """When it started by this process's monotonic clock, which nobody sets back; None in another process."""
+    own_seconds: float | None = None
+    """What the stopwatch showed when it ended."""
 
     @property
     def seconds(self) -> float | None:
         if self.started_at is None:
             return self.earlier_seconds or None
-        return self.earlier_seconds + (self.ended_at or time.time()) - self.started_at
+        if self.own_seconds is not None:
+            return self.earlier_seconds + self.own_seconds
+        if self.stopwatch is not None:
+            return self.earlier_seconds + time.monotonic() - self.stopwatch
+        return self.earlier_seconds + max((self.ended_at or time.time()) - self.started_at, 0.0)
+
+    def begin(self) -> None:
+        """Now."""
+        self.started_at, self.stopwatch = time.time(), time.monotonic()
+        self.ended_at = self.own_seconds = None
+
+    def end(self) -> None:
+        """Now."""
+        self.ended_at = time.time()
+        if self.stopwatch is not None:
+            self.own_seconds = time.monotonic() - self.stopwatch
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,15 @@
-"""`study.yaml` in a study's folder: what was asked, with what, from which file; and comparing it with a file."""
+"""`study.yaml` in a study's folder: what was asked, with what, from which file; and comparing it with a file.
+
+A hidden copy beside it stands in for a `study.yaml` that is gone or is no YAML any more, and tells what was changed in
+it since the study began.
+"""
 
 from __future__ import annotations
 
 import datetime
 import hashlib
 import importlib.metadata
-import os
 import platform
-import secrets
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,8 +17,10 @@ from typing import Any
 
 import yaml
 
-from ebft_study import config
-from ebft_study.errors import ResultsError
+from ebft_study.errors import ConfigError, ResultsError
+from ebft_study.places import Location, place
+from ebft_study.results import copies
+from ebft_study.results.reader import read_mapping
 from ebft_study.study import space
 from ebft_study.study.spec import StudySpec
 
@@ -24,11 +28,11 @@ NAME = "study.yaml"
 PACKAGES = ("ebft-study", "torch", "ray", "transformers", "optuna", "tokenizers", "numpy", "pandas", "pyarrow")
 
 
-def write(folder: Path, spec: StudySpec, *, profile: str | None, file: Path, provenance: Mapping[str, Any]) -> None:
+def write(folder: Location, spec: StudySpec, *, profile: str | None, file: Path, provenance: Mapping[str, Any]) -> None:
     """Put study.yaml in place, complete or not at all; a study that has one keeps the moment of its creation."""
     moment = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    before = config.read_yaml(folder / NAME) if (folder / NAME).exists() else {}
-    content = {
+    before = content(folder) if copies.either_exists(place(folder) / NAME) else {}
+    new = {
         **space.dump(spec),
         "profile": profile,
         "created_at": before.get("created_at", moment),
@@ -37,21 +41,42 @@ def write(folder: Path, spec: StudySpec, *, profile: str | None, file: Path, pro
         "git_revision": git_revision(),
         "provenance": _plain(provenance),
     }
-    temporary = folder / f".{NAME}.{secrets.token_hex(4)}.tmp"
-    temporary.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=110), encoding="utf-8")
-    os.replace(temporary, folder / NAME)
+    text = yaml.safe_dump(new, sort_keys=False, allow_unicode=True, width=110)
+    copies.write(place(folder) / NAME, text.encode())
 
 
-def read(folder: Path) -> StudySpec:
+def read(folder: Location) -> StudySpec:
     """The spec of an existing study."""
-    return space.from_record(content(folder), source=str(folder / NAME))
+    return space.from_record(content(folder), source=str(place(folder) / NAME))
 
 
-def content(folder: Path) -> dict[str, Any]:
-    """All of study.yaml."""
-    if not (folder / NAME).is_file():
-        raise ResultsError(f"{folder}: holds no {NAME}, so it is not a study. Check the name, or start it with 'study'")
-    return config.read_yaml(folder / NAME)
+def content(folder: Location) -> dict[str, Any]:
+    """All of study.yaml, or of its copy where it cannot be read."""
+    try:
+        found, problem = read_mapping(place(folder) / NAME)
+    except FileNotFoundError:
+        raise ResultsError(
+            f"{folder}: holds no {NAME}, so it is not a study. Check the name, or start it with 'study'"
+        ) from None
+    if found is None:
+        raise ConfigError(f"{problem}, and neither can its copy. Restore it")
+    return found
+
+
+def changes(folder: Location) -> list[str]:
+    """What is wrong with study.yaml, or has been changed in it by hand since the study began; comments do not count."""
+    path = place(folder) / NAME
+    found, problem = read_mapping(path)
+    if problem or found is None:
+        return [problem]
+    saved = copies.read_copy(path)
+    if saved is None:
+        return []
+    before = space.from_record(yaml.safe_load(saved), source=str(path))
+    return [
+        f"{path} was changed since the study began: {line}"
+        for line in differences(before, space.from_record(found, source=str(path)))
+    ]
 
 
 def differences(old: StudySpec, new: StudySpec) -> list[str]:
@@ -61,7 +86,7 @@ def differences(old: StudySpec, new: StudySpec) -> list[str]:
     return [f"{key}: {before.get(key, 'absent')} -> {after.get(key, 'absent')}" for key in keys]
 
 
-def changed_versions(folder: Path) -> list[str]:
+def changed_versions(folder: Location) -> list[str]:
     """Packages that are not of the version that the study was started with."""
     then, now = content(folder).get("versions", {}), versions()
     return [f"{name} {then[name]} -> {now.get(name)}" for name in then if then[name] != now.get(name)]

@@ -13,17 +13,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import filelock
 from rich.console import Console
 
 from ebft_study import report
 from ebft_study.config import RunConfig
-from ebft_study.errors import EbftError, ResultsError
-from ebft_study.study import checks, cluster, growth, history, record, search, trials
+from ebft_study.errors import EbftError, ResultsError, rule_broken
+from ebft_study.places import Location, Place, absolute, place
+from ebft_study.results import copies
+from ebft_study.study import checks, cluster, growth, history, journal, lock, record, trials
 from ebft_study.study.cluster import CLUSTER_DIED
 from ebft_study.study.history import History
 from ebft_study.study.machines import Machines
 from ebft_study.study.progress import TrialState
+from ebft_study.study.session import STORAGE_FAILED
 from ebft_study.study.spec import StudySpec
 from ebft_study.study.watchdog import CLUSTER_GONE
 
@@ -34,23 +36,23 @@ INTERRUPTED = 130
 class Ended:
     """How a session of a study ended. `reason` is empty when every trial is over."""
 
-    folder: Path
+    folder: Place
     states: dict[str, TrialState]
     reason: str = ""
-    report: Path | None = None
+    report: Path | Place | None = None
 
     @property
     def address(self) -> str:
         """How the command line finds the study again: its name if that is enough, else its folder."""
         usual = Path("studies").resolve() / self.folder.name
-        return shlex.quote(self.folder.name if usual == self.folder else str(self.folder))
+        return shlex.quote(self.folder.name if self.folder.local == usual else str(self.folder))
 
     @property
     def exit_code(self) -> int:
         """130 after Ctrl-C, 1 when a trial failed or the cluster did, else 0."""
         if self.reason.startswith("Ctrl-C"):
             return INTERRUPTED
-        if self.reason.startswith((CLUSTER_DIED, CLUSTER_GONE)):
+        if self.reason.startswith((CLUSTER_DIED, CLUSTER_GONE, STORAGE_FAILED)):
             return 1
         return int(any(state.status == "failed" for state in self.states.values()))
 
@@ -60,7 +62,7 @@ def run(
     *,
     file: Path,
     profile: str | None,
-    storage: Path,
+    storage: Location,
     console: Console,
     go_on: bool = False,
     address: str | None = None,
@@ -70,25 +72,28 @@ def run(
     Args:
         address: of a Ray cluster to join, instead of one of its own on this machine.
     """
-    folder = (storage / spec.study).resolve()
-    if (folder / record.NAME).exists():
+    folder = absolute(place(storage)) / spec.study
+    _check_place(folder, spec)
+    if copies.either_exists(folder / record.NAME):
         return _existing(folder, spec, console, go_on, address)
     configurations = checks.check(spec, str(file))
-    with _reached(address, spec, configurations) as machines, _locked(folder):
+    with _reached(address, spec, configurations) as machines, lock.hold(folder, record=record.NAME) as held:
         _check_cluster(folder, spec, configurations, machines)
         console.print("preparing data and models")
         provenance = _prepare(configurations)
         record.write(folder, spec, profile=profile, file=file, provenance=provenance)
-        return _session(folder, spec, configurations, History({}, {}, {}), console, machines)
+        return _session(folder, spec, configurations, History({}, {}, {}), console, machines, held)
 
 
-def resume(folder: Path, *, console: Console, retry_failed: bool = False, address: str | None = None) -> Ended:
+def resume(location: Location, *, console: Console, retry_failed: bool = False, address: str | None = None) -> Ended:
     """Continue a study from its folder alone."""
-    folder = folder.resolve()
+    folder = absolute(place(location))
     spec = record.read(folder)
     configurations = checks.check(spec, str(folder / record.NAME))
-    with _reached(address, spec, configurations) as machines, _locked(folder):
+    with _reached(address, spec, configurations) as machines, lock.hold(folder, record=record.NAME) as held:
         _check_cluster(folder, spec, configurations, machines)
+        for problem in history.problems(folder):
+            console.print(f"note: {problem}", markup=False, highlight=False, soft_wrap=True)
         read = history.read(folder, spec.objective.metric, spec.objective.further_metrics)
         past = growth.reopened(spec, read)
         if retry_failed:
@@ -102,23 +107,41 @@ def resume(folder: Path, *, console: Console, retry_failed: bool = False, addres
             console.print(f"note: the study was started with {change}", markup=False, highlight=False)
         console.print("preparing data and models")
         _prepare(configurations)
-        return _session(folder, spec, configurations, past, console, machines)
+        return _session(folder, spec, configurations, past, console, machines, held)
 
 
 def extend(
-    spec: StudySpec, *, file: Path, profile: str | None, storage: Path, console: Console, address: str | None = None
+    spec: StudySpec,
+    *,
+    file: Path,
+    profile: str | None,
+    storage: Location,
+    console: Console,
+    address: str | None = None,
 ) -> Ended:
     """Give an existing study the further trials or steps that its file now asks for, and run them."""
-    folder = (storage / spec.study).resolve()
+    folder = absolute(place(storage)) / spec.study
     configurations = checks.check(spec, str(file))
     spec = growth.extended(record.read(folder), spec, configurations, str(file))
-    with _reached(address, spec, configurations) as machines, _locked(folder):
+    with _reached(address, spec, configurations) as machines, lock.hold(folder, record=record.NAME) as held:
         _check_cluster(folder, spec, configurations, machines)
         console.print("preparing data and models")
         provenance = _prepare(configurations)
         record.write(folder, spec, profile=profile, file=file, provenance=provenance)
         past = growth.reopened(spec, history.read(folder, spec.objective.metric, spec.objective.further_metrics))
-        return _session(folder, spec, configurations, past, console, machines)
+        return _session(folder, spec, configurations, past, console, machines, held)
+
+
+def _check_place(folder: Place, spec: StudySpec) -> None:
+    """What only a disk can do."""
+    if spec.scheduler.kind == "pbt" and folder.local is None:
+        raise rule_broken(
+            source="command line",
+            key="--storage",
+            given=folder,
+            rule="scheduler.kind=pbt links checkpoints of one trial into the folder of another, which a store cannot",
+            remedy="Use a folder that all machines see, or another scheduler",
+        )
 
 
 @contextlib.contextmanager
@@ -129,18 +152,18 @@ def _reached(address: str | None, spec: StudySpec, runs: Sequence[RunConfig]) ->
         yield machines
 
 
-def _check_cluster(folder: Path, spec: StudySpec, runs: Sequence[RunConfig], machines: Machines) -> None:
+def _check_cluster(folder: Place, spec: StudySpec, runs: Sequence[RunConfig], machines: Machines) -> None:
     """What only a cluster that others started may lack."""
     if machines.joined:
         from ebft_study.study import joined
 
         checks.check_population(spec, runs, machines)
-        joined.check(folder)
+        joined.check(folder.local)
         if spec.resources.has_workers:
             joined.check_dashboard()
 
 
-def _existing(folder: Path, spec: StudySpec, console: Console, go_on: bool, address: str | None) -> Ended:
+def _existing(folder: Place, spec: StudySpec, console: Console, go_on: bool, address: str | None) -> Ended:
     different = record.differences(record.read(folder), spec)
     if different:
         shown = "; ".join(different[:3]) + (f"; and {len(different) - 3} more" if len(different) > 3 else "")
@@ -156,11 +179,11 @@ def _existing(folder: Path, spec: StudySpec, console: Console, go_on: bool, addr
     raise ResultsError(f"{folder}: this study was started before. Continue it with 'ebft-study resume {address}'")
 
 
-def _is_over(folder: Path, spec: StudySpec, past: History) -> bool:
+def _is_over(folder: Place, spec: StudySpec, past: History) -> bool:
     known = trials.listed(spec)
     if any(trial.trial_id not in past.endings for trial in known):
         return False
-    return spec.search.algorithm != "optuna" or search.is_over(spec, folder / search.JOURNAL)
+    return spec.search.algorithm != "optuna" or journal.is_over(spec, folder)
 
 
 def _prepare(configurations: Sequence[RunConfig]) -> dict[str, Any]:
@@ -170,40 +193,22 @@ def _prepare(configurations: Sequence[RunConfig]) -> dict[str, Any]:
     return dict(prepare(configurations))
 
 
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the study for this driver; a folder that nothing was written to is removed again."""
-    new = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / ".lock"
-    try:
-        lock = filelock.FileLock(path, timeout=0)
-        lock.acquire()
-    except filelock.Timeout:
-        raise ResultsError(
-            f"{folder}: another process is running this study. Watch it with 'ebft-study status', or wait for its end"
-        ) from None
-    try:
-        yield
-    finally:
-        if new and not (folder / record.NAME).exists():
-            path.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # someone else put something there
-                folder.rmdir()
-                folder.parent.rmdir()
-        lock.release()
-
-
 def _session(
-    folder: Path, spec: StudySpec, runs: Sequence[RunConfig], past: History, console: Console, machines: Machines
+    folder: Place,
+    spec: StudySpec,
+    runs: Sequence[RunConfig],
+    past: History,
+    console: Console,
+    machines: Machines,
+    held: lock.Held,
 ) -> Ended:
     from ebft_study.study.session import run_session
 
-    reason = run_session(folder, spec, runs, past, console, machines)
+    reason = run_session(folder, spec, runs, past, console, machines, held)
     return Ended(folder, past.states, reason, _write_report(folder, console))
 
 
-def _write_report(folder: Path, console: Console) -> Path | None:
+def _write_report(folder: Place, console: Console) -> Path | Place | None:
     """The report; one that cannot be written (no trial has results yet) does not spoil the study."""
     try:
         return report.write_report(folder)

@@ -135,10 +135,10 @@ class OptunaSearch:
     def _take_over(self, frozen: FrozenTrial) -> None:
         """A configuration that an earlier session asked for."""
         assignment = _assignment(self._spec, frozen.params)
-        if assignment is None:  # the driver was killed while asking
-            self._tell(frozen.number, [Ending("failed")])
-        elif enumeration.is_excluded(self._spec, assignment):
+        if _is_left_out(self._spec, frozen):
             self._exclude(frozen.number)
+        elif assignment is None:  # the driver was killed while asking
+            self._tell(frozen.number, [Ending("failed")])
         elif not frozen.state.is_finished():
             self._open(frozen.number, assignment)
 
@@ -160,16 +160,11 @@ class OptunaSearch:
 
     def _draw(self) -> tuple[int, Assignment]:
         """Some samplers suggest the same for ever when nothing comes of it."""
-        number, usual = len(self._study.get_trials(deepcopy=False)), self._study.sampler
+        number = len(self._study.get_trials(deepcopy=False))
         drawn = enumeration.another(self._spec, random.Random(f"{self._spec.search.search_seed}-{number}"))
         if drawn is None:
             raise ConfigError(f"{self._spec.study}: exclude: leaves nothing that a search can find. Exclude less")
-        try:
-            self._study.sampler = _fixed({key: _key(value) for key, value in drawn.items()}, usual)
-            asked = self._study.ask()
-            return asked.number, _suggested(self._spec, asked)
-        finally:
-            self._study.sampler = usual
+        return ask_for(self._spec, self._study, drawn).number, drawn
 
     def _exclude(self, number: int) -> None:
         """Not run, and none of those to try. Optuna keeps away from trials that were pruned without a value."""
@@ -219,17 +214,44 @@ class OptunaSearch:
         objectives.tell(self._study, number, endings)
 
 
+def configuration_of(spec: StudySpec, params: Mapping[str, Any]) -> trials.Configuration | None:
+    """What Optuna's parameters mean; None where they are not those of a whole configuration."""
+    assignment = _assignment(spec, params)
+    return None if assignment is None else trials.on_axes(spec, assignment)
+
+
+def ask_for(spec: StudySpec, study: optuna.Study, assignment: Assignment) -> optuna.Trial:
+    """A trial of exactly this configuration, in Optuna's name."""
+    usual = study.sampler
+    try:
+        study.sampler = _fixed({key: _key(value) for key, value in assignment.items()}, usual)
+        asked = study.ask()
+        _suggested(spec, asked)
+        return asked
+    finally:
+        study.sampler = usual
+
+
+def _is_left_out(spec: StudySpec, frozen: FrozenTrial) -> bool:
+    """Whether it is excluded, or stands in a journal that was written anew for one that was."""
+    from optuna.trial import TrialState
+
+    assignment = _assignment(spec, frozen.params)
+    if assignment is None:
+        return frozen.state == TrialState.PRUNED and not frozen.params
+    return enumeration.is_excluded(spec, assignment)
+
+
 def is_over(spec: StudySpec, journal: Path) -> bool:
     """Whether every configuration was asked for and told; only reads the journal, so a driver may be running."""
     if not journal.exists():
         return False
-    asked = _load_study(spec, journal).get_trials(deepcopy=False)
-    assignments = [_assignment(spec, frozen.params) for frozen in asked]
-    run = sum(assignment is None or not enumeration.is_excluded(spec, assignment) for assignment in assignments)
+    asked = load_study(spec, journal).get_trials(deepcopy=False)
+    run = sum(not _is_left_out(spec, frozen) for frozen in asked)
     return run >= (spec.search.num_configurations or 0) and all(frozen.state.is_finished() for frozen in asked)
 
 
-def _load_study(spec: StudySpec, journal: Path) -> optuna.Study:
+def load_study(spec: StudySpec, journal: Path) -> optuna.Study:
     import optuna
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
@@ -245,7 +267,7 @@ def _load_study(spec: StudySpec, journal: Path) -> optuna.Study:
 
 def _open_study(spec: StudySpec, journal: Path) -> optuna.Study:
     mend_journal(journal)
-    study = _load_study(spec, journal)
+    study = load_study(spec, journal)
     # A resumed search with the same seed would draw again what it drew before.
     asked = len(study.get_trials(deepcopy=False))
     seed = spec.search.search_seed if not asked else random.Random(f"{spec.search.search_seed}-{asked}").getrandbits(32)

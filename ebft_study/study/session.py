@@ -9,19 +9,20 @@ import time
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from ebft_study import results
 from ebft_study.config import RunConfig
-from ebft_study.errors import EbftError
+from ebft_study.errors import EbftError, StorageError
+from ebft_study.places import Place
 from ebft_study.study import (
     checks,
     cluster,
     early_stopping,
     forecast,
+    journal,
     perturbation,
     progress,
     services,
@@ -31,27 +32,38 @@ from ebft_study.study import (
 from ebft_study.study.admission import Admission
 from ebft_study.study.history import History
 from ebft_study.study.housekeeping import housekeeping
+from ebft_study.study.lock import Held
 from ebft_study.study.machines import Machines
 from ebft_study.study.monitor import Monitor
-from ebft_study.study.search import JOURNAL, ListedSearch, OptunaSearch, PopulationSearch, Search
+from ebft_study.study.search import ListedSearch, OptunaSearch, PopulationSearch, Search
 from ebft_study.study.spec import ResourcesSpec, StudySpec
 from ebft_study.study.trials import Trial
 from ebft_study.study.watchdog import CLUSTER_GONE, watching_the_cluster
 
+STORAGE_FAILED = "the study's storage failed"
+
 
 def run_session(
-    folder: Path, spec: StudySpec, runs: Sequence[RunConfig], past: History, console: Console, machines: Machines
+    folder: Place,
+    spec: StudySpec,
+    runs: Sequence[RunConfig],
+    past: History,
+    console: Console,
+    machines: Machines,
+    held: Held | None = None,
 ) -> str:
     """Run what is left of a study; `past.states` is kept up to date. Returns why it ended early, '' if it did not.
 
     Args:
         runs: its configurations, or those that stand for all that a search may choose (`checks.check`).
         machines: where they run; if they are a cluster that was joined, Ray is connected to it.
+        held: the study's lock; the session ends when it is lost.
     """
     cluster.set_environment()
     from ebft_study.study.tuning import StopWish
 
-    takeover.tidy(folder)
+    if folder.local:
+        takeover.tidy(folder.local)
     recorder = results.StudyRecorder(folder, study=spec.study)
     monitor = Monitor(recorder, past.states, spec.objective.metric, spec.objective.further_metrics)
     at_once = checks.trials_at_once(spec, runs, machines)
@@ -60,30 +72,47 @@ def run_session(
     columns = tuple(dict.fromkeys(("ce_loss", "cfm_loss", *(one.metric for one in spec.objective.all))))
     watch = early_stopping.Watch(spec.stopping, spec.objective, past.evaluations)
     wish = StopWish(spec.budget.max_hours, (lambda: True) if machines.joined else cluster.node_is_alive, watch)
+    if held is not None:
+        held.on_lost(wish.wish)
     with _signals(wish.wish):
         monitor.display = progress.display(console, columns, past.states, title=spec.study, plan=plan)
         monitor.note("session", f"{spec.study}: {progress.summary(list(past.states.values()), plan)}")
         try:
             with _watched(machines, wish, monitor, folder), housekeeping(folder, monitor.number_ended):
                 _tune(folder, spec, past, runs, search, monitor, wish, plan.at_once, machines)
+        except StorageError as error:  # of the driver itself; what trials meet comes as a wish
+            wish.wish(f"{STORAGE_FAILED}: {error}")
         except BaseException as error:
             wish.wish(f"the driver failed: {type(error).__name__}: {error}")
             raise
         finally:
-            monitor.interrupted(wish.reason or "the driver ended")
-            monitor.display.close()
-            results.compact(folder)
+            _wind_up(folder, monitor, wish)
     return str(wish.reason)
 
 
-def _search(folder: Path, spec: StudySpec, past: History, monitor: Monitor, places: int) -> Search:
+def _wind_up(folder: Place, monitor: Monitor, wish: Any) -> None:
+    """Leave a study that can be resumed, as far as its place still takes anything."""
+    try:
+        monitor.interrupted(wish.reason or "the driver ended")
+        results.compact(folder)
+    except StorageError as error:
+        wish.wish(f"{STORAGE_FAILED}: {error}")
+    if monitor.display:
+        monitor.display.close()
+
+
+def _search(folder: Place, spec: StudySpec, past: History, monitor: Monitor, places: int) -> Search:
     """The trials that have not ended, in order; all that are known by now go on record as pending."""
     if spec.search.algorithm == "optuna":
 
         def refused(label: str, problem: str) -> None:
             monitor.note("refused", f"{label}: {problem}")
 
-        return OptunaSearch(spec, folder / JOURNAL, past.endings, refused)
+        working = journal.fetch(folder)
+        mended = journal.mend(spec, working, results.read_table(folder, "trials"))
+        if mended:
+            monitor.note("damaged", mended)
+        return journal.Kept(OptunaSearch(spec, working, past.endings, refused), working, folder)
     waiting = [t for t in trials.listed(spec) if t.trial_id not in past.endings]
     monitor.all_planned(waiting)
     return PopulationSearch(waiting, places=places) if spec.scheduler.kind == "pbt" else ListedSearch(waiting)
@@ -98,14 +127,15 @@ def _admitted(search: Search, spec: StudySpec, runs: Sequence[RunConfig], machin
 
 
 def _announce(
-    folder: Path, spec: StudySpec, at_once: int, recorder: results.StudyRecorder, console: Console
+    folder: Place, spec: StudySpec, at_once: int, recorder: results.StudyRecorder, console: Console
 ) -> float | None:
     """Say what the study is expected to take, on record once, and where its search can be watched.
 
     Returns the expected seconds of a trial, None where nothing tells.
     """
     if spec.search.algorithm == "optuna":
-        console.print(f"the search: optuna-dashboard {folder / JOURNAL}", markup=False, highlight=False, soft_wrap=True)
+        watch = f"the search: optuna-dashboard {journal.working_copy(folder)}"
+        console.print(watch, markup=False, highlight=False, soft_wrap=True)
     if forecast.EVENT in set(results.read_table(folder, "events")["kind"]):
         return None
     with contextlib.suppress(EbftError, OSError):  # a study is no worse without
@@ -118,7 +148,7 @@ def _announce(
 
 
 @contextlib.contextmanager
-def _watched(machines: Machines, wish: Any, monitor: Monitor, folder: Path) -> Iterator[None]:
+def _watched(machines: Machines, wish: Any, monitor: Monitor, folder: Place) -> Iterator[None]:
     """A cluster that was joined may go away by itself, and Ray would end this process then without a word."""
     if not machines.joined:
         yield
@@ -133,7 +163,7 @@ def _watched(machines: Machines, wish: Any, monitor: Monitor, folder: Path) -> I
 
 
 def _tune(
-    folder: Path,
+    folder: Place,
     spec: StudySpec,
     past: History,
     runs: Sequence[RunConfig],
@@ -170,6 +200,9 @@ def _tune(
             post.close.remote(owner)
             shared.released(owner)
 
+        def give_up(reason: str) -> None:
+            wish.wish(f"{STORAGE_FAILED}: {reason}")
+
         scheduler = _scheduler(folder, spec, runs, past, monitor, at_once, released)
         tuner = ray.tune.Tuner(
             ray.tune.with_resources(run_trial, resources_of),
@@ -189,10 +222,10 @@ def _tune(
             ),
             run_config=ray.tune.RunConfig(
                 name=time.strftime("%Y%m%d-%H%M%S"),
-                storage_path=str(folder / "tune"),
+                **(folder / "tune").for_ray,
                 verbose=0,
                 stop=wish,
-                callbacks=[Observer(search, monitor, released, _reasons(wish.watch, scheduler))],
+                callbacks=[Observer(search, monitor, released, _reasons(wish.watch, scheduler), give_up)],
                 failure_config=ray.tune.FailureConfig(max_failures=spec.resources.max_failures),
                 checkpoint_config=ray.tune.CheckpointConfig(num_to_keep=3),
             ),
@@ -223,7 +256,7 @@ def _trial_name(trial: Any) -> str:
 
 
 def _scheduler(
-    folder: Path,
+    folder: Place,
     spec: StudySpec,
     runs: Sequence[RunConfig],
     past: History,
@@ -237,8 +270,9 @@ def _scheduler(
     from ebft_study.study.schedulers import StudyScheduler
 
     if spec.scheduler.kind == "pbt":
+        assert folder.local  # `runner` refuses it elsewhere
         warm = runs[-1].training.warm_start_steps
-        return Populations(spec, folder, monitor, warm_start_steps=warm, places=places, released=released)
+        return Populations(spec, folder.local, monitor, warm_start_steps=warm, places=places, released=released)
     if spec.scheduler.kind == "none":
         return FIFOScheduler()
     longest = max(run.total_steps for run in runs)
@@ -251,7 +285,7 @@ def _reasons(watch: early_stopping.Watch, scheduler: Any) -> ChainMap[str, str]:
 
 
 def _settings(
-    folder: Path, spec: StudySpec, shared: services.StudyServices, trial: Trial, line: takeover.Line | None
+    folder: Place, spec: StudySpec, shared: services.StudyServices, trial: Trial, line: takeover.Line | None
 ) -> dict[str, Any]:
     """What a trial's processes are told: plain values only. What it shares with others is started.
 
@@ -274,6 +308,7 @@ def _settings(
         "settings": settings,
         "line": None if line is None else asdict(line),
         "resources": spec.resources.of(trial.run).model_dump(mode="json"),
+        "objective": spec.objective.all[0].model_dump(mode="json", exclude={"further"}),
         "loop": recorded.LOOP,
     }
 

@@ -16,7 +16,7 @@ from ebft_study.errors import ConfigError, EbftError, ResultsError
 from ebft_study.study import attempts, cluster, record, services
 from ebft_study.study.monitor import Monitor
 from ebft_study.study.progress import Lines
-from ebft_study.study.spec import ResourcesSpec, StudySpec, nested
+from ebft_study.study.spec import ObjectiveSpec, ResourcesSpec, StudySpec, nested
 from ebft_study.study.trials import Configuration, Trial
 
 TRIAL = "t0000"
@@ -97,9 +97,11 @@ def _train(run: RunConfig, folder: Path, monitor: Monitor) -> dict[str, Any]:
     own = attempts.folder(folder, TRIAL, attempt)
 
     def on_report(metrics: dict[str, float], written: Path | None) -> None:
+        best: dict[str, Any] = {}
         if written is not None:
-            attempts.keep_checkpoint(own, written, step=int(metrics["step"]), keep=run.checkpoint.keep_checkpoints)
-        monitor.reported(TRIAL, {**metrics, "attempt": attempt, "host": socket.gethostname()})
+            attempts.keep_checkpoint(own, written, step=int(metrics["step"]))
+            best["best_checkpoint"] = attempts.prune(folder, TRIAL, run.checkpoint, ObjectiveSpec())
+        monitor.reported(TRIAL, {**metrics, **best, "attempt": attempt, "host": socket.gethostname()})
 
     this = Attempt(run.name, str(folder), TRIAL, run.name, attempt, str(start_from) if start_from else None)
     return train_recorded(run, this, on_report=on_report)

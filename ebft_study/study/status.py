@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import shlex
 from typing import Any
 
-import filelock
 from rich.console import Console
 
 from ebft_study import results
+from ebft_study.places import Location, place
 from ebft_study.report import savings, services
 from ebft_study.results.lineage import EXPLOIT
-from ebft_study.study import history, progress, record, trials
+from ebft_study.study import history, lock, progress, record, trials
 
 _EVENTS = ("retry", "failed", "stopped", "refused", "resumed", "interrupted", "features", "cache", EXPLOIT)
 _MOST_EVENTS = 12
 _MOST_TRIALS = 100
 
 
-def show(folder: Path, console: Console) -> None:
+def show(folder: Location, console: Console) -> None:
     """Print the table of trials and the latest remarkable events."""
     spec = record.read(folder)
     metric = spec.objective.metric
     states = list(history.read(folder, metric).states.values())
-    alive = _is_running(folder)
+    alive = lock.is_held(place(folder))
     for state in states:
         if state.status == "running" and not alive:
             state.status, state.started_at, state.note = "interrupted", None, "its driver is gone"
@@ -40,23 +40,14 @@ def show(folder: Path, console: Console) -> None:
     for name, value in services.used(results.read_table(folder, "metrics")):
         console.print(f"{name}: {value}", markup=False, highlight=False, soft_wrap=True)
     _show_events(folder, console)
+    for problem in history.problems(folder):
+        console.print(problem, style="yellow", markup=False, highlight=False, soft_wrap=True)
     if not alive and any(state.status in progress.OPEN for state in states):
-        console.print(f"not running; resume with: ebft-study resume {folder}", markup=False, highlight=False)
+        resume = f"ebft-study resume {shlex.quote(str(folder))}"
+        console.print(f"not running; resume with: {resume}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _is_running(folder: Path) -> bool:
-    """Whether a driver holds the study's lock."""
-    path = folder / ".lock"
-    if not path.exists():
-        return False
-    try:
-        with filelock.FileLock(path, timeout=0):
-            return False
-    except filelock.Timeout:
-        return True
-
-
-def _show_events(folder: Path, console: Console) -> None:
+def _show_events(folder: Location, console: Console) -> None:
     events = results.read_table(folder, "events")
     shown = events[events["kind"].isin(_EVENTS)].tail(_MOST_EVENTS)
     rows: list[dict[Any, Any]] = shown.to_dict("records")

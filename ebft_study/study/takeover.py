@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ebft_study import config, results
+from ebft_study.places import Location, Place
 from ebft_study.results.lineage import lineage
 from ebft_study.study import attempts
 
@@ -46,7 +47,7 @@ class Standing:
     value: float
 
 
-def lines(study_folder: Path) -> dict[str, Line]:
+def lines(study_folder: Location) -> dict[str, Line]:
     """The present line of every trial that took over another's state."""
     found: dict[str, Line] = {}
     for row in lineage(study_folder).to_dict("records"):
@@ -86,13 +87,13 @@ def take_over(
         return None
     temporary, name, step = found
     attempt = attempts.begin(study_folder, trial_id)
-    checkpoint = attempts.folder(study_folder, trial_id, attempt) / name
+    checkpoint = _path(attempts.folder(study_folder, trial_id, attempt)) / name
     record(attempt, checkpoint, step)
     temporary.rename(checkpoint)
     return attempt, checkpoint, step
 
 
-def start_from(study_folder: Path, trial_id: str, line: Mapping[str, Any] | None) -> Path | None:
+def start_from(study_folder: Location, trial_id: str, line: Mapping[str, Any] | None) -> Place | None:
     """The newest complete checkpoint of a trial's present line; of its donor where that is gone, never an older one.
 
     Raises:
@@ -108,14 +109,6 @@ def start_from(study_folder: Path, trial_id: str, line: Mapping[str, Any] | None
             f"and {line['donor']} has no other"
         )
     return instead
-
-
-def prune(study_folder: Path, trial_id: str) -> None:
-    """Remove the checkpoints of all attempts but the last two that have any; a trial that takes turns has many."""
-    folders = [attempts.folder(study_folder, trial_id, number) for number in attempts.numbers(study_folder, trial_id)]
-    for folder in [folder for folder in folders if any(folder.glob("checkpoint_*"))][:-2]:
-        for old in folder.glob("checkpoint_*"):
-            shutil.rmtree(old, ignore_errors=True)
 
 
 def tidy(study_folder: Path) -> None:
@@ -135,7 +128,7 @@ def _linked(study_folder: Path, trial_id: str, donor: str, donor_attempt: int) -
             return None
         shutil.rmtree(temporary, ignore_errors=True)
         try:
-            shutil.copytree(newest, temporary, copy_function=_link_or_copy)
+            shutil.copytree(_path(newest), temporary, copy_function=_link_or_copy)
         except (OSError, shutil.Error):
             continue
         step = checkpoint.step_of(temporary)
@@ -143,6 +136,12 @@ def _linked(study_folder: Path, trial_id: str, donor: str, donor_attempt: int) -
             return temporary, newest.name, step
     shutil.rmtree(temporary, ignore_errors=True)
     return None
+
+
+def _path(where: Place) -> Path:
+    """Of a place on a disk: stores know no links, so nothing is taken over in them."""
+    assert where.local
+    return where.local
 
 
 def _link_or_copy(source: str, target: str) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from ray.tune import Callback, Stopper
 from ray.tune.search import Searcher
 
+from ebft_study.places import stores
 from ebft_study.study.cluster import CLUSTER_DIED
 from ebft_study.study.early_stopping import Watch
 from ebft_study.study.monitor import Monitor
@@ -62,14 +63,16 @@ class Observer(Callback):  # type: ignore[misc]
         monitor: Monitor,
         released: Callable[[str, int], None],
         reasons: Mapping[str, str] | None = None,
+        give_up: Callable[[str], None] = lambda reason: None,
     ) -> None:
         """
         Args:
             released: called with a trial and its attempt once it has ended.
             reasons: why trials were stopped that no scheduler stopped.
+            give_up: called with the reason when nothing can be written any more.
         """
         self._search, self._monitor, self._released = search, monitor, released
-        self._reasons = {} if reasons is None else reasons
+        self._reasons, self._give_up = {} if reasons is None else reasons, give_up
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._monitor.goes_on(_id(trial))
@@ -91,9 +94,14 @@ class Observer(Callback):  # type: ignore[misc]
         self._end(trial, last.get("outcome", stopped_early))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._end(trial, {"status": "failed", "reason": _problem(trial)})
+        problem = _problem(trial)
+        status = "interrupted" if any(sign in problem for sign in stores.FULL_SIGNS) else "failed"
+        self._end(trial, {"status": status, "reason": problem})
 
     def _end(self, trial: Any, outcome: dict[str, Any]) -> None:
+        if outcome["status"] == "interrupted":  # stays open, for `resume`
+            self._give_up(outcome["reason"])
+            return
         self._search.ended(_id(trial), self._monitor.ended(_id(trial), outcome))
         self._released(_id(trial), int((trial.last_result or {}).get("attempt", 0)))
 

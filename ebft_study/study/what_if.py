@@ -14,11 +14,11 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ebft_study import results
 from ebft_study.errors import ResultsError
+from ebft_study.places import Location
 from ebft_study.study import history
 from ebft_study.study.early_stopping import Evaluation, Watch
 from ebft_study.study.search import EARLY_STOP
@@ -189,7 +189,7 @@ def means_by_configuration(trials: Iterable[RecordedTrial], metric: str) -> dict
 # --- what is on record -----------------------------------------------------------------------------------------
 
 
-def recorded_trials(folder: Path, spec: StudySpec) -> list[RecordedTrial]:
+def recorded_trials(folder: Location, spec: StudySpec) -> list[RecordedTrial]:
     """The trials of a study in the order in which they ran; refuses one that does not hold whole curves."""
     rows = results.read_table(folder, "trials").to_dict("records")
     rows.sort(key=lambda row: int(row["trial_id"][1:]))
@@ -203,7 +203,7 @@ def recorded_trials(folder: Path, spec: StudySpec) -> list[RecordedTrial]:
     return found
 
 
-def _refuse_half(folder: Path, row: Mapping[Any, Any]) -> None:
+def _refuse_half(folder: Location, row: Mapping[Any, Any]) -> None:
     status, reason = row["status"], row["stop_reason"]
     remedy = "A what-if needs a study that ran with scheduler.kind=none and without stopping rules"
     if status in ("pending", "running", "interrupted"):
@@ -242,7 +242,7 @@ def _elapsed(row: Mapping[Any, Any], evaluations: Sequence[Evaluation], measured
     return tuple(float(at[evaluation.step]) for evaluation in evaluations)
 
 
-def places_on_record(folder: Path) -> int:
+def places_on_record(folder: Location) -> int:
     """The most trials that ran side by side."""
     rows = results.read_table(folder, "trials").dropna(subset=["started_at", "finished_at"])
     starts = [(moment, 1) for moment in rows["started_at"]]

@@ -14,7 +14,9 @@ from rich.table import Table
 from ebft_study import config
 from ebft_study.config import Section
 from ebft_study.errors import ConfigError, ResultsError, rule_broken
+from ebft_study.places import Location, place
 from ebft_study.report import text
+from ebft_study.results import copies
 from ebft_study.study import checks, record, space, trials
 from ebft_study.study.spec import USED_BY, ResourcesSpec, SchedulerSpec, StoppingSpec, StudySpec
 from ebft_study.study.what_if import (
@@ -40,11 +42,11 @@ class WhatIf:
 
 
 def what_if(
-    file: Path, *, profile: str | None, overrides: Sequence[str], name: str | None, storage: Path
+    file: Path, *, profile: str | None, overrides: Sequence[str], name: str | None, storage: Location
 ) -> tuple[StudySpec, WhatIf]:
     """Replay the study that `file` describes; it lies in `storage`, under `name` if it ran under another one."""
-    folder = storage / (name or str(config.read_yaml(file).get("study")))
-    if not (folder / record.NAME).is_file():
+    folder = place(storage) / (name or str(config.read_yaml(file).get("study")))
+    if not copies.either_exists(folder / record.NAME):
         remedy = f"Run it first, or name the study with --name (and --storage, now {storage})"
         raise ResultsError(f"{folder}: is no study, and a what-if replays a finished one. {remedy}")
     spec = study_with(folder, file, profile, overrides)
@@ -55,7 +57,7 @@ def what_if(
     return spec, WhatIf(places, replay(ran, nothing, places=places), replays)
 
 
-def study_with(folder: Path, file: Path, profile: str | None, overrides: Sequence[str]) -> StudySpec:
+def study_with(folder: Location, file: Path, profile: str | None, overrides: Sequence[str]) -> StudySpec:
     """The study on record, under the scheduler, rules, objective and budget of `file` and of the overrides."""
     recorded = record.read(folder)
     if recorded.search.algorithm == "optuna":

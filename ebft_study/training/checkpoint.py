@@ -1,33 +1,46 @@
 """Checkpoints: everything that the rest of a run depends on, verified before use.
 
 A folder with `state.pt` (tensors and plain numbers, loaded with `weights_only=True`) and `checkpoint.json`, which
-holds the step and the hash of the other file. A half-written or damaged checkpoint fails the hash and is passed over.
+holds the step, what was measured then, and the hash of the other file. A half-written or damaged checkpoint fails the
+hash and is passed over.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+import math
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ebft_study.errors import CheckpointError
+from ebft_study.errors import CheckpointError, StorageError
+from ebft_study.places import Location, Place, in_parallel, place
 
 STATE, RECORD = "state.pt", "checkpoint.json"
+_FULL_BYTES = 2**20
 
 
-def save(folder: Path, state: dict[str, Any], *, step: int) -> None:
-    """Write a checkpoint of `step` into an existing folder."""
-    torch.save(state, folder / STATE)
-    record = {"step": step, "sha256": _hash(folder / STATE)}
-    (folder / RECORD).write_text(json.dumps(record))
+def save(folder: Path, state: dict[str, Any], *, step: int, metrics: Mapping[str, float] | None = None) -> None:
+    """Write a checkpoint of `step` into an existing folder; `metrics` are the latest at that step."""
+    try:
+        torch.save(state, folder / STATE)
+        with (folder / STATE).open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        measured = {name: value for name, value in (metrics or {}).items() if math.isfinite(value)}
+        (folder / RECORD).write_text(json.dumps({"step": step, "sha256": digest, "metrics": measured}))
+    except (OSError, RuntimeError) as error:  # torch has its own error for a disk that takes no more
+        if shutil.disk_usage(folder).free > _FULL_BYTES:
+            raise
+        remedy = "Free some space, or set TMPDIR, then resume the study"
+        raise StorageError(f"{folder}: a checkpoint cannot be written (No space left on device). {remedy}") from error
 
 
 def load(folder: Path) -> dict[str, Any]:
-    """The state in a checkpoint folder.
+    """The state in a checkpoint folder on a disk.
 
     Raises:
         CheckpointError: the folder is not a complete checkpoint.
@@ -38,36 +51,30 @@ def load(folder: Path) -> dict[str, Any]:
     return torch.load(folder / STATE, map_location="cpu", weights_only=True, mmap=True)  # type: ignore[no-any-return]
 
 
-def step_of(folder: Path) -> int | None:
-    """The step of a complete checkpoint, None for anything else."""
+def step_of(folder: Location) -> int | None:
+    """The step of a complete checkpoint, None for anything else. Reads all of it."""
+    here = place(folder)
     try:
-        record = json.loads((folder / RECORD).read_text())
-        complete = record["sha256"] == _hash(folder / STATE)
+        record = json.loads((here / RECORD).read_bytes())
+        complete = record["sha256"] == (here / STATE).sha256()
         return int(record["step"]) if complete else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, StorageError, ValueError, KeyError, TypeError):
         return None
 
 
-def newest(folder: Path) -> Path | None:
-    """The complete checkpoint of the highest step directly below `folder`."""
-    # Verifying costs a read of the file, so candidates are tried from the highest recorded step down.
-    for candidate in sorted(_candidates(folder), key=_recorded_step, reverse=True):
-        if step_of(candidate) is not None:
-            return candidate
-    return None
-
-
-def _candidates(folder: Path) -> Iterator[Path]:
-    return (path.parent for path in folder.glob(f"*/{RECORD}")) if folder.is_dir() else iter(())
-
-
-def _recorded_step(folder: Path) -> int:
+def recorded(folder: Location) -> tuple[int, dict[str, float]] | None:
+    """Step and metrics as a checkpoint says them, unverified; None where nothing says any."""
     try:
-        return int(json.loads((folder / RECORD).read_text())["step"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return -1
+        record = json.loads((place(folder) / RECORD).read_bytes())
+        return int(record["step"]), dict(record.get("metrics", {}))
+    except (OSError, StorageError, ValueError, KeyError, TypeError):
+        return None
 
 
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def newest(folder: Location) -> Place | None:
+    """The complete checkpoint of the highest step directly below `folder`."""
+    here = place(folder)
+    found = [here / name for name in here.names() if not name.startswith(".")]
+    steps = {one: record[0] for one, record in zip(found, in_parallel(recorded, found), strict=True) if record}
+    # Verifying costs a read of the file, so candidates are tried from the highest recorded step down.
+    return next((one for one in sorted(steps, key=lambda one: -steps[one]) if step_of(one) is not None), None)

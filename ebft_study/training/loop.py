@@ -409,7 +409,7 @@ class Run:
         if folder is not None:
             tensors = state.collect(self.model, self.optimizer, self.average, keep=self.rank == 0)
             if self.rank == 0:
-                checkpoint.save(folder, self._state() | {"tensors": tensors}, step=self.step)
+                checkpoint.save(folder, self._state() | {"tensors": tensors}, step=self.step, metrics=self.latest)
         metrics = {**self.latest, "step": float(self.step)}
         self.on_report(metrics, folder if self.rank == 0 else None)
 

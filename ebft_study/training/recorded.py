@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import pkgutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ebft_study.config import RunConfig
+from ebft_study.places import place
 from ebft_study.results import TrialRecorder
 from ebft_study.training.services import Services
 from ebft_study.training.tracking import WandbRecorder, tracked
@@ -18,7 +21,11 @@ LOOP = "ebft_study.training.loop:train"
 
 @dataclasses.dataclass(frozen=True)
 class Attempt:
-    """Which start of which trial this is; `label` names the trial for people, `loop` is where the training loop is."""
+    """Which start of which trial this is.
+
+    `label` names the trial for people, `loop` is where the training loop is; `study_folder` and `start_from` are
+    places, given as paths or URLs.
+    """
 
     study: str
     study_folder: str
@@ -28,35 +35,42 @@ class Attempt:
     start_from: str | None = None
     loop: str = LOOP
 
-    @property
-    def checkpoint(self) -> Path | None:
-        """The checkpoint folder to continue from."""
-        return Path(self.start_from) if self.start_from else None
+    @contextlib.contextmanager
+    def checkpoint(self) -> Iterator[Path | None]:
+        """The checkpoint folder to continue from, on a disk."""
+        if self.start_from is None:
+            yield None
+        else:
+            with place(self.start_from).on_disk() as folder:
+                yield folder
 
 
 def train_recorded(
     config: RunConfig, attempt: Attempt, *, on_report: Any, rank: int = 0, world_size: int = 1
 ) -> dict[str, Any]:
     """Run the loop; returns its `Outcome` as a dictionary, with `started_at` (epoch seconds) and `train_seconds`."""
-    started_at = time.time()
+    started_at, begun = time.time(), time.monotonic()
     recorder = _recorder(config, attempt) if rank == 0 else None
     try:
-        outcome = pkgutil.resolve_name(attempt.loop)(
-            config,
-            recorder=recorder,
-            on_report=on_report,
-            start_from=attempt.checkpoint,
-            rank=rank,
-            world_size=world_size,
-            services=Services(owner=f"{attempt.trial_id}-{attempt.attempt}", rank=rank),
-        )
+        with attempt.checkpoint() as start_from:
+            outcome = pkgutil.resolve_name(attempt.loop)(
+                config,
+                recorder=recorder,
+                on_report=on_report,
+                start_from=start_from,
+                rank=rank,
+                world_size=world_size,
+                services=Services(owner=f"{attempt.trial_id}-{attempt.attempt}", rank=rank),
+            )
     finally:
         if isinstance(recorder, WandbRecorder):
             recorder.close()
-    return {**dataclasses.asdict(outcome), "started_at": started_at, "train_seconds": time.time() - started_at}
+    return {**dataclasses.asdict(outcome), "started_at": started_at, "train_seconds": time.monotonic() - begun}
 
 
 def _recorder(config: RunConfig, attempt: Attempt) -> Any:
-    folder, study, trial_id = Path(attempt.study_folder), attempt.study, attempt.trial_id
+    folder, study, trial_id = place(attempt.study_folder), attempt.study, attempt.trial_id
     rows = TrialRecorder(folder, study=study, trial_id=trial_id, attempt=attempt.attempt)
-    return tracked(rows, config, study=study, trial_id=trial_id, label=attempt.label, folder=folder)
+    if config.tracking.wandb != "off":
+        folder.beside.mkdir(parents=True, exist_ok=True)
+    return tracked(rows, config, study=study, trial_id=trial_id, label=attempt.label, folder=folder.beside)

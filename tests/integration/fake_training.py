@@ -60,7 +60,7 @@ def train(
         if step % config.checkpoint.checkpoint_every_steps == 0 or step == config.total_steps:
             with tempfile.TemporaryDirectory() as folder:
                 if rank == 0:
-                    checkpoint.save(Path(folder), {"step": step, "weights": torch.zeros(3)}, step=step)
+                    checkpoint.save(Path(folder), {"step": step, "weights": torch.zeros(3)}, step=step, metrics=metrics)
                 on_report({**metrics, "step": float(step)}, Path(folder) if rank == 0 else None)
     return Outcome("finished", "", step, metrics, startup)
 

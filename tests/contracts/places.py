@@ -1,0 +1,102 @@
+"""What every place must do, whatever holds its bytes."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import threading
+from pathlib import Path
+
+import pytest
+
+from ebft_study.places import Place, in_parallel, place
+
+
+class PlaceContract:
+    """Subclasses give `here`: an empty place."""
+
+    def test_what_is_written_is_read(self, here: Place) -> None:
+        for content in (b"", b"some bytes", bytes(range(256)) * 40_000):
+            (here / "file").write_bytes(content)
+            assert (here / "file").read_bytes() == content
+            assert (here / "file").sha256() == hashlib.sha256(content).hexdigest()
+
+    def test_folders_on_the_way_need_not_exist(self, here: Place) -> None:
+        (here / "a" / "b" / "file").write_bytes(b"x")
+        assert here.names() == ["a"]
+        assert (here / "a").names() == ["b"]
+        assert (here / "a" / "b").exists()
+        assert (here / "a" / "b" / "file").name == "file"
+
+    def test_what_is_missing(self, here: Place) -> None:
+        assert not (here / "nothing").exists()
+        assert (here / "nothing").names() == []
+        with pytest.raises(FileNotFoundError):
+            (here / "nothing").read_bytes()
+        (here / "nothing").delete()
+
+    @pytest.mark.parametrize("name", ["ä ö.parquet", "名前", "a+b=c&d.txt", "100%25"])
+    def test_names_may_hold_any_letter(self, here: Place, name: str) -> None:
+        (here / name).write_bytes(b"x")
+        assert here.names() == [name]
+        assert place(str(here / name)).read_bytes() == b"x"
+
+    def test_a_file_or_a_folder_is_removed(self, here: Place) -> None:
+        for name in ("keep", "file", "folder/one", "folder/two"):
+            target = here
+            for part in name.split("/"):
+                target = target / part
+            target.write_bytes(b"x")
+        (here / "file").delete()
+        (here / "folder").delete()
+        assert here.names() == ["keep"]
+        assert not (here / "folder").exists()
+
+    def test_a_reader_never_sees_half_of_a_file(self, here: Place) -> None:
+        target, contents = here / "file", [bytes([value]) * 300_000 for value in (1, 2)]
+        target.write_bytes(contents[0])
+        seen: list[bytes] = []
+        over = threading.Event()
+
+        def read() -> None:
+            while not over.is_set():
+                seen.append(target.read_bytes())
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        for number in range(12):
+            target.write_bytes(contents[number % 2])
+        over.set()
+        reader.join()
+        assert seen
+        assert all(content in contents for content in seen)
+
+    def test_a_folder_goes_up_and_comes_back(self, here: Place, tmp_path: Path) -> None:
+        source = tmp_path / "source"
+        source.mkdir()
+        for name, size in (("large.bin", 12_000_000), ("a.json", 10), ("zz", 0)):
+            (source / name).write_bytes(b"7" * size)
+        (here / "kept").upload(source, last="a.json")
+        assert (here / "kept").names() == ["a.json", "large.bin", "zz"]
+        with (here / "kept").on_disk() as folder:
+            assert {path.name: path.stat().st_size for path in folder.iterdir()} == {
+                "large.bin": 12_000_000,
+                "a.json": 10,
+                "zz": 0,
+            }
+        assert here.names() == ["kept"]
+
+    def test_a_place_is_known_by_its_name_alone(self, here: Place) -> None:
+        (here / "file").write_bytes(b"x")
+        again = place(str(here / "file"))
+        assert again == here / "file"
+        assert hash(again) == hash(here / "file")
+        assert again.read_bytes() == b"x"
+        assert copy.deepcopy(again) == again
+
+    def test_many_files_are_read_in_order(self, here: Place) -> None:
+        for number in range(5):
+            (here / f"{number}").write_bytes(str(number).encode())
+        assert in_parallel(lambda one: one.read_bytes(), [here / name for name in here.names()]) == [
+            str(number).encode() for number in range(5)
+        ]

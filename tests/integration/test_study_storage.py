@@ -1,0 +1,187 @@
+"""Two small studies at once: one in an S3 store whose driver is killed, one on a disk that runs full."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from ebft_study import results
+from ebft_study.errors import ResultsError
+from ebft_study.places import place
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(560)]
+
+HERE = Path(__file__).parent
+STEPS = 8
+CONTENT = f"""
+study: far
+question: Does a study survive its storage?
+run: {{steps: {STEPS}, weight_decay: 0.25, checkpoint_every_steps: 1, log_every_steps: 1, features: {{backend: local}}}}
+axes: {{learning_rate: [0.5, 1.0, 2.0]}}
+resources: {{workers_per_trial: 0}}
+"""
+TRIALS = ["t0000", "t0001", "t0002"]
+
+
+@dataclass
+class Study:
+    """A study, where it is kept, and what its commands said."""
+
+    cwd: Path
+    storage: str
+    said: dict[str, str] = field(default_factory=dict)
+    before: set[tuple[str, int]] = field(default_factory=set)
+
+    @property
+    def address(self) -> str:
+        return str(place(self.storage) / "far")
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        environment = {**os.environ, "PYTHONPATH": f"{HERE}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+        environment |= {"OMP_NUM_THREADS": "1", "EBFT_STUDY_CACHE": str(self.cwd / "cache")}
+        command = [sys.executable, str(HERE / "driver.py"), *arguments]
+        out, err = subprocess.PIPE, subprocess.STDOUT
+        return subprocess.Popen(command, cwd=self.cwd, env=environment, text=True, stdout=out, stderr=err)
+
+    def keys(self) -> set[tuple[str, int]]:
+        with contextlib.suppress(ResultsError):
+            measured = results.read_table(self.address, "metrics")
+            return set(zip(measured["trial_id"], measured["step"], strict=True))
+        return set()
+
+    def trials(self) -> pd.DataFrame:
+        return results.read_table(self.address, "trials").set_index("trial_id")
+
+
+def ended(process: subprocess.Popen[str], seconds: float = 300) -> str:
+    return f"{process.communicate(timeout=seconds)[0]}\nexit code {process.returncode}"
+
+
+def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 300) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.2)
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path) -> Iterator[bool]:
+    """A real disk of 4 MiB, where one may be mounted."""
+    folder.mkdir()
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(folder)], capture_output=True)
+    try:
+        yield mount.returncode == 0
+    finally:
+        if mount.returncode == 0:
+            subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def stop(process: subprocess.Popen[str]) -> None:
+    """Nothing stays behind when a test fails."""
+    process.kill()
+    process.wait()
+    if process.stdout:
+        process.stdout.close()
+
+
+def fill(path: Path) -> None:
+    with contextlib.suppress(OSError), path.open("wb", buffering=0) as file:
+        while file.write(b"x" * 1024):
+            pass
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory, s3_query: str) -> Iterator[tuple[Study, Study | None]]:
+    folder = tmp_path_factory.mktemp("far")
+    (folder / "study.yaml").write_text(CONTENT)
+    store = Study(folder, f"s3://studies/here?{s3_query}")
+    with small_disk(folder / "disk") as mounted, contextlib.ExitStack() as left:
+        disk = Study(folder, str(folder / "disk"))
+        drivers = {
+            study.storage: study.start("study", "study.yaml", "--storage", study.storage) for study in (store, disk)
+        }
+        for driver in drivers.values():
+            left.callback(stop, driver)
+        wait_until(lambda: len(store.keys()) > 4, drivers[store.storage])
+        drivers[store.storage].send_signal(signal.SIGKILL)
+        drivers[store.storage].wait(timeout=10)
+        store.before = store.keys()
+        if mounted:
+            wait_until(lambda: len(disk.keys()) > 4, drivers[disk.storage])
+            fill(folder / "disk" / "ballast")
+            disk.before = disk.keys()
+        again = store.start("resume", store.address)
+        disk.said["full"] = ended(drivers[disk.storage])
+        if mounted:
+            (folder / "disk" / "ballast").unlink()
+            disk.said["resume"] = ended(disk.start("resume", "far", "--storage", disk.storage))
+        store.said["resume"] = ended(again)
+        store.said["status"] = ended(store.start("status", store.address))
+        yield store, disk if mounted else None
+
+
+@pytest.fixture
+def store(both: tuple[Study, Study | None]) -> Study:
+    return both[0]
+
+
+@pytest.fixture
+def disk(both: tuple[Study, Study | None]) -> Study:
+    if both[1] is None:
+        pytest.skip("needs the right to mount a small disk")
+    return both[1]
+
+
+@pytest.fixture(params=["store", "disk"])
+def study(request: pytest.FixtureRequest) -> Study:
+    found = request.getfixturevalue(request.param)
+    assert isinstance(found, Study)
+    return found
+
+
+def test_every_trial_finishes_and_no_reported_row_is_lost(study: Study) -> None:
+    assert study.trials()["status"].to_dict() == dict.fromkeys(TRIALS, "finished"), study.said
+    assert study.before
+    assert study.keys() == {(trial_id, step) for trial_id in TRIALS for step in range(STEPS + 1)}
+    assert study.said["resume"].endswith("exit code 0")
+
+
+def test_trials_go_on_from_their_checkpoints(study: Study) -> None:
+    events = results.read_table(study.address, "events")
+    assert set(events.loc[events["kind"] == "resumed", "trial_id"]) >= {"t0000"}, study.said
+
+
+def test_the_best_checkpoint_of_a_trial_is_there(study: Study) -> None:
+    from ebft_study.training import checkpoint
+
+    found = results.load(study.address)
+    for trial_id in TRIALS:
+        best = found.best_checkpoint(trial_id)
+        assert best is not None
+        assert checkpoint.step_of(best) == STEPS  # the objective falls all the time
+
+
+def test_a_study_in_a_store_needs_no_folder_here(store: Study) -> None:
+    assert not (store.cwd / "studies").exists()
+    assert {"study.yaml", "results", "train", "report.html"} <= set(place(store.address).names())
+    assert "3 of 3 trials finished" in store.said["status"]
+    assert ".lock" not in place(store.address).names()
+
+
+def test_a_full_disk_stops_the_study_with_the_reason(disk: Study) -> None:
+    assert "No space left on device" in disk.said["full"]
+    assert "Free some space" in disk.said["full"]
+    assert "resume with: ebft-study resume" in disk.said["full"]
+    assert "Traceback" not in disk.said["full"]
+    assert disk.said["full"].endswith("exit code 1")

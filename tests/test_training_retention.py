@@ -1,0 +1,48 @@
+"""Which checkpoints stay, by enumeration of all small cases against the definition."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+
+from ebft_study.training.retention import ranked, to_keep
+
+NAN = math.nan
+
+
+@pytest.mark.parametrize("mode", ["min", "max"])
+def test_every_small_case_agrees_with_the_definition(mode: str) -> None:
+    """A checkpoint stays if fewer than `newest` are newer, fewer than `best` are better, or its step is a multiple."""
+    steps = (1, 2, 3, 4)
+    settings = list(itertools.product((1, 2, 5), (0, 1, 2), (None, 1, 2, 3)))
+    for levels in itertools.product((0.0, 1.0, 2.0, NAN), repeat=len(steps)):
+        values = dict(zip(steps, levels, strict=True))
+        for newest, best, every in settings:
+            expected = set()
+            for step in steps:
+                newer = sum(other > step for other in steps)
+                better = sum(_is_better(values, other, step, mode) for other in steps)
+                measured = not math.isnan(values[step])
+                if newer < newest or (measured and better < best) or (every is not None and step % every == 0):
+                    expected.add(step)
+            kept = to_keep(values, newest=newest, best=best, every_steps=every, mode=mode)  # type: ignore[arg-type]
+            assert kept == expected, (values, newest, best, every)
+
+
+def _is_better(values: dict[int, float], one: int, other: int, mode: str) -> bool:
+    a, b = values[one], values[other]
+    if math.isnan(a) or math.isnan(b):
+        return False
+    return one < other if a == b else (a < b) == (mode == "min")
+
+
+def test_the_newest_always_stays() -> None:
+    assert to_keep({3: NAN}, newest=0) == {3}
+    assert to_keep({}, newest=2, best=1) == set()
+
+
+def test_of_equals_the_earlier_is_the_best() -> None:
+    assert ranked({10: 1.0, 20: 1.0, 30: 0.5, 40: NAN}, "min") == [30, 10, 20]
+    assert ranked({10: 1.0, 20: 1.0, 30: 0.5}, "max") == [10, 20, 30]
