@@ -20,7 +20,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -42,6 +41,7 @@ from ebft_study.training import checkpoint, state
 from ebft_study.training.averaging import WeightAverage
 from ebft_study.training.distributed import sum_gradients, sum_measured, sum_over_workers, sum_tally
 from ebft_study.training.metrics import TALLIED, row_of
+from ebft_study.training.outcome import Outcome
 from ebft_study.training.samples import sample_rows
 from ebft_study.training.services import Services
 from ebft_study.training.setup import build_optimizer, build_parts, learning_rate_at, scale_out
@@ -59,17 +59,6 @@ class Recorder(Protocol):
     def evaluations(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None: ...
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None: ...
     def event(self, kind: str, message: str, **details: Any) -> None: ...
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a run ended."""
-
-    status: Literal["finished", "stopped"]
-    reason: str
-    step: int
-    metrics: dict[str, float]
-    startup_seconds: float
 
 
 def train(

@@ -1,17 +1,21 @@
-"""The processes beside a trial that it may use, by the names that they have in its study."""
+"""The processes beside a trial that it may use, by the names that they have in its study.
+
+Imported by every process of a trial, most of which need no model: what does is imported where it is used.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from ebft_study.config import RunConfig
-from ebft_study.features import FeatureBackend
-from ebft_study.features.keys import FeatureSpec
-from ebft_study.models import LoadedModel, load_feature_network, source_of
-from ebft_study.rollouts import RolloutBackend
-from ebft_study.rollouts.strided import StridedRollouts
+
+if TYPE_CHECKING:
+    import torch
+
+    from ebft_study.features import FeatureBackend
+    from ebft_study.models import LoadedModel
+    from ebft_study.rollouts import RolloutBackend
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,10 @@ class Services:
     def rollouts(self, config: RunConfig, device: torch.device) -> RolloutBackend:
         """Where training samples; evaluation has its own, whose noise is the same for all models."""
         if not config.uses_engine:
+            from ebft_study.rollouts.strided import StridedRollouts
+
             return StridedRollouts()
+        from ebft_study.models import source_of
         from ebft_study.rollouts import vllm
 
         shared = config.vllm.engine_scope == "study"
@@ -43,8 +50,11 @@ class Services:
     def features(self, config: RunConfig, base: LoadedModel) -> FeatureBackend:
         """Where training and evaluation embed."""
         if config.features.backend != "service":
+            from ebft_study.models import load_feature_network
+
             return load_feature_network(config, base)
         from ebft_study.features.client import ServiceFeatures
+        from ebft_study.features.keys import FeatureSpec
         from ebft_study.features.service import NetworkOptions
 
         device = next(base.model.parameters()).device

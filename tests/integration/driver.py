@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+import types
+
 import fake_training
 
-from ebft_study.training import prepare, recorded
+from ebft_study.training import recorded
 
 recorded.LOOP = "fake_training:train"
-prepare.prepare = fake_training.prepare
+# In place of the real module, whose import alone takes seconds.
+preparing = types.ModuleType("ebft_study.training.prepare")
+preparing.prepare = fake_training.prepare  # type: ignore[attr-defined]
+sys.modules[preparing.__name__] = preparing
 
 if __name__ == "__main__":
     from ebft_study.cli import main

@@ -23,7 +23,7 @@ import torch
 from ebft_study.config import RunConfig
 from ebft_study.errors import DataError
 from ebft_study.training import checkpoint
-from ebft_study.training.loop import Outcome
+from ebft_study.training.outcome import Outcome
 
 
 def train(

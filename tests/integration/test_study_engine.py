@@ -225,10 +225,11 @@ def test_failures_show_in_the_exit_code_and_nothing_else_is_said_of_them(ordeal:
 
 def test_a_finished_study_is_given_more_steps_and_trials(interrupted: Ordeal, tmp_path: Path) -> None:
     before = interrupted.study.trials()
-    study = Study(tmp_path, workers=0)
+    study = Study(tmp_path, workers=0, scheduler=MEDIAN)
     shutil.copytree(interrupted.study.folder, study.folder)
-    more = CONTENT.replace(f"steps: {STEPS}", f"steps: {STEPS + 2}").replace("baselines:", "baselines:\n  late: {}")
-    (tmp_path / "study.yaml").write_text(f"{more}resources: {{workers_per_trial: 0}}\n")
+    file = tmp_path / "study.yaml"
+    longer = file.read_text().replace(f"steps: {STEPS}", f"steps: {STEPS + 2}")
+    file.write_text(longer.replace("baselines:", "baselines:\n  late: {}"))
     said = study.run("study", "study.yaml", "--extend")
     after = study.trials()
     late = "t0005"

@@ -21,7 +21,7 @@ from tests.tiny_run import write_data, write_model
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(800)]
 
-STEPS = 20
+STEPS = 60
 BAD, GOOD = 0.001, 0.05
 # What is perturbed changes nothing here, because no gradient is as long: a trial that went on from another one ends
 # with the very weights of the other.
@@ -37,7 +37,7 @@ CONTENT = {
 RUN = {
     "sequence_length": 24, "completion_length": 3, "stride": 4, "n_samples": 3, "batch_size": 4, "text_column": "text",
     "gamma": 1.0, "steps": STEPS, "log_every_steps": 1, "eval_every_steps": 2, "checkpoint_every_steps": 2,
-    "keep_checkpoints": 20, "validation_sequences": 4, "heldout_sequences": 4, "profile_lengths": [1, 3],
+    "keep_checkpoints": 30, "validation_sequences": 4, "heldout_sequences": 4, "profile_lengths": [1, 3],
     "warmup_fraction": 0.0, "features": {"backend": "local"},
 }  # fmt: skip
 
