@@ -34,12 +34,13 @@ check: $(STAMP) ## linter, formatter and type checker
 	$(BIN)/mypy ebft_study
 
 test: check ## linter, type checker and every test
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 bench: $(STAMP) ## time of an EBFT step, against the published way; writes bench/bench.json and bench.png
 	OMP_NUM_THREADS=1 $(BIN)/ebft-study bench --threads 1 --batch-size 2 --repeats 3 --json bench/bench.json --plot bench/bench.png
 
 chaos: $(STAMP) ## kill -9 at random in the middle of a real study, 20 times; ends with a line of JSON
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos --kills 20
 
 scale: $(STAMP) ## what a study of 2000 trials costs its driver and its readers, without Ray

@@ -21,7 +21,7 @@ KEY = "0" * 39 + "7"
 def test_tracking_is_off_unless_asked_for(tmp_path: Path) -> None:
     recorder = MemoryRecorder()
     config = tiny_config(tmp_path)
-    assert tracked(recorder, config, study="s", trial_id="t", label="l", folder=tmp_path) is recorder
+    assert tracked(recorder, config, study="s", run_id="s-t", label="l", folder=tmp_path) is recorder
 
 
 def test_an_offline_run_holds_every_row_and_no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,7 +29,7 @@ def test_an_offline_run_holds_every_row_and_no_key(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("EBFT_STUDY_CACHE", str(tmp_path / "cache"))
     config = tiny_config(tmp_path, wandb="offline", steps=2)
     inner = MemoryRecorder()
-    recorder = tracked(inner, config, study="study", trial_id="t0001", label="alpha=1", folder=tmp_path)
+    recorder = tracked(inner, config, study="study", run_id="study-t0001", label="alpha=1", folder=tmp_path)
     assert isinstance(recorder, WandbRecorder)
     assert (recorder.run.group, recorder.run.name, recorder.run.id) == ("study", "alpha=1", "study-t0001")
     assert recorder.run.config["alpha"] == config.reward.alpha
@@ -65,7 +65,7 @@ def silent_server(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_server_that_does_not_answer_costs_no_run(tmp_path: Path, silent_server: None) -> None:
     inner = MemoryRecorder()
     config = tiny_config(tmp_path, wandb="online")
-    recorder = tracked(inner, config, study="study", trial_id="t0001", label="l", folder=tmp_path)
+    recorder = tracked(inner, config, study="study", run_id="study-t0001", label="l", folder=tmp_path)
     assert isinstance(recorder, WandbRecorder)
     recorder.metrics(1, {"ce_loss": 2.0})
     recorder.close()

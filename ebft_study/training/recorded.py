@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import pkgutil
 import time
 from collections.abc import Iterator
@@ -11,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from ebft_study.config import RunConfig
-from ebft_study.places import place
+from ebft_study.places import Place, place
 from ebft_study.results import TrialRecorder
+from ebft_study.results.reader import read_mapping
 from ebft_study.training.services import Services
 from ebft_study.training.tracking import WandbRecorder, tracked
 
@@ -71,6 +73,14 @@ def train_recorded(
 def _recorder(config: RunConfig, attempt: Attempt) -> Any:
     folder, study, trial_id = place(attempt.study_folder), attempt.study, attempt.trial_id
     rows = TrialRecorder(folder, study=study, trial_id=trial_id, attempt=attempt.attempt)
-    if config.tracking.wandb != "off":
-        folder.beside.mkdir(parents=True, exist_ok=True)
-    return tracked(rows, config, study=study, trial_id=trial_id, label=attempt.label, folder=folder.beside)
+    if config.tracking.wandb == "off":
+        return rows
+    folder.beside.mkdir(parents=True, exist_ok=True)
+    run_id = f"{study}-{trial_id}-{_begun(folder)}"
+    return tracked(rows, config, study=study, run_id=run_id, label=attempt.label, folder=folder.beside)
+
+
+def _begun(folder: Place) -> str:
+    """Tells a study from others of its name, which began at other moments."""
+    record, _ = read_mapping(folder / "study.yaml")
+    return hashlib.sha256(str((record or {}).get("created_at")).encode()).hexdigest()[:8]

@@ -18,11 +18,11 @@ _ANSWER_SECONDS = 30.0
 class WandbRecorder:
     """Passes everything on to another recorder and logs metrics and evaluations to a W&B run as well.
 
-    The run's id is that of study and trial, so a resumed trial goes on in its run. Credentials are W&B's own business
+    A run's id is that of its trial, so a resumed trial goes on in its run. Credentials are W&B's own business
     (its environment variables or login file): none passes through here.
     """
 
-    def __init__(self, inner: Recorder, config: RunConfig, *, study: str, trial_id: str, label: str, folder: Path):
+    def __init__(self, inner: Recorder, config: RunConfig, *, study: str, run_id: str, label: str, folder: Path):
         self.inner = inner
         self.run = _start(
             inner,
@@ -31,7 +31,7 @@ class WandbRecorder:
             project=config.tracking.wandb_project,
             group=study,
             name=label,
-            id=f"{study}-{trial_id}",
+            id=run_id,
             resume="allow",
             dir=str(folder),
             config=flatten(config),
@@ -90,8 +90,8 @@ def check_login(configs: Iterable[RunConfig]) -> None:
         )
 
 
-def tracked(recorder: Recorder, config: RunConfig, *, study: str, trial_id: str, label: str, folder: Path) -> Recorder:
+def tracked(recorder: Recorder, config: RunConfig, *, study: str, run_id: str, label: str, folder: Path) -> Recorder:
     """`recorder`, with W&B beside it when the configuration asks for it."""
     if config.tracking.wandb == "off":
         return recorder
-    return WandbRecorder(recorder, config, study=study, trial_id=trial_id, label=label, folder=folder)
+    return WandbRecorder(recorder, config, study=study, run_id=run_id, label=label, folder=folder)

@@ -15,7 +15,7 @@ from optuna.storages.journal import JournalFileBackend
 
 from ebft_study import results
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(400)]
 
 HERE = Path(__file__).parent
 CONFIGURATIONS = 5

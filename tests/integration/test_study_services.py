@@ -147,6 +147,7 @@ def test_nothing_is_left_when_a_study_has_ended(survived: Survived) -> None:
     assert not psutil.wait_procs(survived.processes, timeout=10)[1]
 
 
+@pytest.mark.slow
 def test_a_killed_driver_leaves_nothing_and_a_dead_node_does_not_keep_one_waiting(tmp_path: Path) -> None:
     study = started(tmp_path)
     study.until(lambda: len(study.steps("t0000")) > 5)
