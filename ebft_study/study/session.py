@@ -186,7 +186,8 @@ def _tune(
     services.check_cache(runs, plan, spec.resources)
     shared = services.StudyServices(spec.resources, plan, runs)
     lines, take_turns = takeover.lines(folder), spec.scheduler.kind == "pbt"
-    with _ray(spec, machines, at_once, plan.travelling_bytes) as place:
+    # Ray's start puts a handler of its own for SIGTERM in place of ours, which ends the process there and then.
+    with _ray(spec, machines, at_once, plan.travelling_bytes) as place, _signals(wish.wish):
         monitor.say(cluster.dashboard_line())
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
         post = relay.start()

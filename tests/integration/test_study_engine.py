@@ -1,4 +1,4 @@
-"""Two small studies that meet everything a study can meet: crash, refusal, early stop, SIGKILL, Ctrl-C."""
+"""Two small studies that meet everything a study can meet: crash, refusal, early stop, SIGKILL, SIGTERM."""
 
 from __future__ import annotations
 
@@ -120,12 +120,12 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Ordeal:
 
 @pytest.fixture(scope="module")
 def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Ordeal:
-    """Trials in their own processes, stopped by the median rule; Ctrl-C in the middle, then `study --resume`."""
+    """Trials in their own processes, stopped by the median rule; SIGTERM in the middle, then `study --resume`."""
     study, said = Study(tmp_path_factory.mktemp("interrupted"), workers=0, scheduler=MEDIAN), {}
     driver = study.start("study", "study.yaml")
     study.wait_for_the_middle(driver)
-    driver.send_signal(signal.SIGINT)
-    said["ctrl_c"] = ended(driver, 120)
+    driver.send_signal(signal.SIGTERM)
+    said["stopped"] = ended(driver, 120)
     before = study.keys()
     said["resume"] = study.run("study", "study.yaml", "--resume")
     said["again"] = study.run("study", "study.yaml", "--resume")
@@ -194,8 +194,8 @@ def test_cost_is_on_record(ordeal: Ordeal) -> None:
     assert (finished["steps_done"] == STEPS).all()
 
 
-def test_ctrl_c_ends_in_order_and_says_how_to_resume(interrupted: Ordeal) -> None:
-    said = interrupted.said["ctrl_c"]
+def test_a_polite_kill_ends_in_order_and_says_how_to_resume(interrupted: Ordeal) -> None:
+    said = interrupted.said["stopped"]
     assert "resume with: ebft-study resume ordeal" in said
     assert said.endswith("exit code 130")
 
