@@ -21,7 +21,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 from ebft_study import results
 from tests.tiny_run import write_data, write_model
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
 STEPS = 24
 SETTINGS = {
@@ -60,7 +60,7 @@ class Study:
         family = psutil.Process(self.driver.pid).children(recursive=True)
         return [process for process in family if title in _title(process)]
 
-    def until(self, condition: Callable[[], bool], seconds: float = 90) -> None:
+    def until(self, condition: Callable[[], bool], seconds: float = 240) -> None:
         deadline = time.monotonic() + seconds
         while not condition():
             assert self.driver.poll() is None, self.driver.communicate()[0]
