@@ -58,6 +58,8 @@ def study(
 
     [dim]ebft-study study search_spaces/alpha_gamma.yaml --profile cpu steps=40[/dim]
 
+    [dim]ebft-study study search_spaces/alpha_gamma.yaml --profile cpu budget.max_hours=1[/dim]
+
     [dim]ebft-study study search_spaces/alpha_gamma.yaml --what-if scheduler.kind=asha[/dim]
     """
     if what_if:

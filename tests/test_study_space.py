@@ -60,6 +60,18 @@ def test_overrides_change_fixed_settings(tmp_path: Path) -> None:
     assert spec.run["optimizer"]["learning_rate"] == 1e-3
 
 
+def test_overrides_change_sections_of_the_file(tmp_path: Path) -> None:
+    scheduler = {"kind": "asha", "grace_period_steps": 5, "reduction_factor": 2}
+    given = ["scheduler.kind=median", "seeds=[4]", "budget.max_concurrent_trials=1", "resources.workers_per_trial=0"]
+    spec = load_study(write(tmp_path, scheduler=scheduler), "cpu", [*given, "stopping.divergence={}", "run.steps=9"])
+    assert spec.scheduler.given() == {"kind": "median", "grace_period_steps": 5}
+    assert spec.seeds == (4,)
+    assert spec.budget.max_concurrent_trials == 1
+    assert not spec.resources.has_workers
+    assert spec.stopping.divergence is not None
+    assert spec.run["training"]["steps"] == 9
+
+
 def test_another_name_is_only_another_name(tmp_path: Path) -> None:
     path = write(tmp_path)
     renamed = load_study(path, "cpu", name="other")
@@ -233,6 +245,10 @@ def test_the_corners_of_an_optuna_space_are_checked(tmp_path: Path) -> None:
         ("cpu", ("stepz=3",), ["'stepz'", "'steps'"]),
         ("cpu", ("steps",), ["'steps' is not an override"]),
         ("cpu", ("steps=many",), ["training.steps='many'"]),
+        ("cpu", ("resources.workers=2",), ["command line", "'resources.workers'"]),
+        ("cpu", ("seeds=3",), ["command line", "seeds=3"]),
+        ("cpu", ("budget=2",), ["'budget=2'", "is a section"]),
+        ("cpu", ("scheduler.kind=asha",), ["grace_period_steps=50"]),
     ],
 )
 def test_bad_choices_on_the_command_line_are_refused(

@@ -202,6 +202,8 @@ def test_trials_that_failed_or_ended_by_themselves_are_replayed_as_they_were(fol
         (["scheduler.knd=asha"], ["command line", "unknown key 'scheduler.knd'", "'kind'"]),
         (["scheduler.kind=median", "scheduler.brackets=2"], ["brackets=2", "kind is median"]),
         (["scheduler.kind=asha"], ["grace_period_steps=50", "only 40 steps"]),
+        (["seeds=[0]"], ["seeds=[0]", "trials that ran with [0, 1]", "scheduler.*"]),
+        (["resources.gpus_per_worker=1"], ["resources=", "trials that ran with"]),
         (["scheduler=asha"], ["'scheduler=asha'", "is a section"]),
         (["scheduler.kind=pbt"], ["scheduler.kind='pbt'", "cannot be replayed"]),
         (["objective.metric=cfm"], ["objective.metric='cfm'", "cfm_loss"]),

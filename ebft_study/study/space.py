@@ -13,15 +13,18 @@ from typing import Any
 from ebft_study import config
 from ebft_study.errors import ConfigError, rule_broken
 from ebft_study.study import checks, normal
-from ebft_study.study.spec import Profile, StudySpec, paths
+from ebft_study.study.spec import USED_BY, Profile, StudySpec, paths
 
 __all__ = ["StudySpec", "dump", "from_record", "load_study"]
+
+SECTIONS = ("seeds", "scheduler", "stopping", "objective", "budget", "resources", "search")
+"""What overrides reach beside the settings of a run."""
 
 
 def load_study(
     path: Path, profile: str | None = None, overrides: Sequence[str] = (), *, name: str | None = None
 ) -> StudySpec:
-    """The study in `path` with a profile applied and `key=value` overrides of fixed run settings; checked."""
+    """The study in `path` with a profile and `key=value` overrides applied; checked."""
     spec = with_overrides(read_study(path, profile), overrides)
     if name is not None:
         spec = config.parse(StudySpec, {**dump(spec), "study": name}, source="command line")
@@ -149,6 +152,19 @@ def _nested_profile(spec: StudySpec, name: str, source: str) -> Profile:
 
 
 def with_overrides(spec: StudySpec, overrides: Sequence[str]) -> StudySpec:
+    """The study with `key=value` laid over its fixed run settings, and over its sections: `budget.max_hours=2`."""
+    of_sections = [item for item in overrides if section_of(item)]
+    of_run = [item.removeprefix("run.") for item in overrides if not section_of(item)]
+    return with_settings(with_sections(spec, of_sections), of_run)
+
+
+def section_of(override: str) -> str:
+    """The part of a study file that an override is about; '' for the settings of a run."""
+    name = override.partition("=")[0].partition(".")[0].strip()
+    return name if name in SECTIONS else ""
+
+
+def with_settings(spec: StudySpec, overrides: Sequence[str]) -> StudySpec:
     """The study with `key=value` laid over its fixed run settings."""
     run = spec.run
     for item in overrides:
@@ -159,6 +175,33 @@ def with_overrides(spec: StudySpec, overrides: Sequence[str]) -> StudySpec:
         config.set_path(change, path, value)
         run = config.merge(run, change)
     return spec.model_copy(update={"run": run})
+
+
+def with_sections(spec: StudySpec, overrides: Sequence[str]) -> StudySpec:
+    """The study with `section.key=value` laid over it; another kind of scheduler keeps what it has a use for."""
+    changes: dict[str, Any] = {}
+    for item in overrides:
+        changes = config.merge(changes, _nested_override(item))
+    if not changes:
+        return spec
+    if "objective" in changes and spec.objective.further:
+        rule, remedy = "the file has several objectives, of which this names none", "Change the objective in the file"
+        raise rule_broken(source="command line", key="objective", given=overrides, rule=rule, remedy=remedy)
+    kind = changes.get("scheduler", {}).get("kind", spec.scheduler.kind)
+    kept = {k: v for k, v in spec.scheduler.given().items() if kind in USED_BY.get(k, (kind,))}
+    before = {**dump(spec), "scheduler": kept, "stopping": spec.stopping.model_dump(exclude_none=True)}
+    return config.parse(StudySpec, config.merge(before, changes), source="command line")
+
+
+def _nested_override(item: str) -> dict[str, Any]:
+    """`stopping.divergence.margin=0.1` -> {stopping: {divergence: {margin: 0.1}}}."""
+    key, value = config.parse_override(item)
+    section, *path = key.split(".")
+    if not path and section != "seeds":
+        raise ConfigError(f"command line: {item!r}: {section} is a section. Write {section}.key=value")
+    for part in reversed(path):
+        value = {part: value}
+    return {section: value}
 
 
 def _refuse_studied(spec: StudySpec, path: str, source: str, rule: str) -> None:

@@ -13,12 +13,12 @@ from rich.table import Table
 
 from ebft_study import config
 from ebft_study.config import Section
-from ebft_study.errors import ConfigError, ResultsError, rule_broken
+from ebft_study.errors import ResultsError, rule_broken
 from ebft_study.places import Location, place
 from ebft_study.report import text
 from ebft_study.results import copies
 from ebft_study.study import checks, record, space, trials
-from ebft_study.study.spec import USED_BY, ResourcesSpec, SchedulerSpec, StoppingSpec, StudySpec
+from ebft_study.study.spec import ResourcesSpec, SchedulerSpec, StoppingSpec, StudySpec
 from ebft_study.study.what_if import (
     RecordedTrial,
     Replay,
@@ -64,8 +64,8 @@ def study_with(folder: Location, file: Path, profile: str | None, overrides: Seq
         raise ResultsError(f"{folder}: Optuna chose its trials by their results, which stops would have changed. "
                            "A what-if needs a grid or a random search")  # fmt: skip
     asked = space.read_study(file, profile or record.content(folder).get("profile"))
-    asked = _with_overrides(asked, [item for item in overrides if _section(item)])
-    _refuse_changes(recorded, [item for item in overrides if not _section(item)])
+    asked = space.with_sections(asked, [item for item in overrides if space.section_of(item) in SECTIONS])
+    _refuse_changes(recorded, [item for item in overrides if space.section_of(item) not in SECTIONS])
     spec = recorded.model_copy(update={name: getattr(asked, name) for name in SECTIONS})
     checks.check_objective(spec, str(file))
     checks.check_compared(spec, str(file))
@@ -78,53 +78,25 @@ def study_with(folder: Location, file: Path, profile: str | None, overrides: Seq
     return spec
 
 
-def _section(item: str) -> str:
-    """The section of a study file that an override is about; '' for the settings of a run."""
-    name = item.partition("=")[0].partition(".")[0].strip()
-    return name if name in SECTIONS else ""
-
-
-def _with_overrides(spec: StudySpec, overrides: Sequence[str]) -> StudySpec:
-    """The study with `section.key=value` laid over it; another kind of scheduler keeps what it has a use for."""
-    changes: dict[str, Any] = {}
-    for item in overrides:
-        changes = config.merge(changes, _nested(item))
-    if "objective" in changes and spec.objective.further:
-        rule, remedy = "the file has several objectives, of which this names none", "Change the objective in the file"
-        raise rule_broken(source="command line", key="objective", given=overrides, rule=rule, remedy=remedy)
-    kind = changes.get("scheduler", {}).get("kind", spec.scheduler.kind)
-    kept = {k: v for k, v in spec.scheduler.given().items() if kind in USED_BY.get(k, (kind,))}
-    before = {**space.dump(spec), "scheduler": kept, "stopping": spec.stopping.model_dump(exclude_none=True)}
-    return config.parse(StudySpec, config.merge(before, changes), source="command line")
-
-
-def _nested(item: str) -> dict[str, Any]:
-    """`stopping.divergence.margin=0.1` -> {stopping: {divergence: {margin: 0.1}}}."""
-    key, value = config.parse_override(item)
-    section, *path = key.split(".")
-    if not path:
-        raise ConfigError(f"command line: {item!r}: {section} is a section. Write {section}.key=value")
-    for part in reversed(path):
-        value = {part: value}
-    return {section: value}
-
-
 def _refuse_changes(recorded: StudySpec, overrides: Sequence[str]) -> None:
-    """Settings of the run may be given again, as they were when the study was started."""
-    changed, first = space.with_overrides(recorded, overrides), trials.enumerated(recorded)[0]
-    before, after = (
-        config.flatten(trials.build(spec, first, seed=recorded.seeds[0], source="command line"))
-        for spec in (recorded, changed)
-    )
+    """What trials were may be given again, as it was when the study was started."""
+    before, after = _given(recorded), _given(space.with_overrides(recorded, overrides))
     for name, value in before.items():
-        if after[name] != value:
+        if after.get(name) != value:
             raise rule_broken(
                 source="command line",
                 key=name,
-                given=after[name],
+                given=after.get(name),
                 rule=f"a what-if replays trials that ran with {value!r}",
                 remedy=f"Drop it, or override {', '.join(f'{section}.*' for section in SECTIONS)}",
             )
+
+
+def _given(spec: StudySpec) -> dict[str, Any]:
+    """Settings of a study's first trial, and what else says which trials there are and what each occupies."""
+    first = trials.build(spec, trials.enumerated(spec)[0], seed=spec.seeds[0], source="command line")
+    rest = {name: space.dump(spec)[name] for name in space.SECTIONS if name not in SECTIONS}
+    return {**config.flatten(first), **rest}
 
 
 # --- what to compare -------------------------------------------------------------------------------------------
