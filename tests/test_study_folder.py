@@ -190,7 +190,7 @@ def test_a_finished_trial_with_a_damaged_row_is_not_run_again(existing: Path, mo
         return runner.Ended(folder, past.states)
 
     monkeypatch.setattr(runner, "_session", session)
-    monkeypatch.setattr(runner, "_prepare", lambda configurations: {})
+    monkeypatch.setattr(runner, "_prepare", lambda configurations, console: {})
     console = quiet()
     runner.resume(existing, console=console)
     assert seen == [{"t0000"}]
@@ -273,7 +273,7 @@ def test_a_second_driver_is_refused(existing: Path) -> None:
 
 
 def test_nothing_stays_behind_when_preparation_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(configurations: Any) -> dict[str, Any]:
+    def fail(configurations: Any, console: Any) -> dict[str, Any]:
         raise EbftError("data.dataset='nowhere': no such data set. Use another")
 
     monkeypatch.setattr(runner, "_prepare", fail)
@@ -298,7 +298,7 @@ def test_failed_trials_count_as_over_unless_asked_for(existing: Path, monkeypatc
         return runner.Ended(folder, past.states)
 
     monkeypatch.setattr(runner, "_session", session)
-    monkeypatch.setattr(runner, "_prepare", lambda configurations: {})
+    monkeypatch.setattr(runner, "_prepare", lambda configurations, console: {})
     runner.resume(existing, console=quiet(), retry_failed=True)
     assert left == [{"t0001"}]
 

@@ -81,6 +81,12 @@ def test_a_study_grows_again_and_again_and_its_record_says_how() -> None:
     assert "grown_from" not in space.dump(spec())
 
 
+def test_the_file_that_a_study_was_extended_to_asks_for_nothing_else() -> None:
+    grown = extend(spec(), spec(seeds=[0, 1, 2]))
+    assert growth.differences(grown, spec(seeds=[0, 1, 2])) == []
+    assert growth.differences(grown, spec()) == ["seeds: [0, 1, 2] -> [0, 1]"]
+
+
 def test_all_trials_of_an_extended_study_have_its_steps() -> None:
     grown = extend(spec(), spec(run={"steps": 60}))
     assert {trial.run.training.steps for trial in trials.listed(grown)} == {60}

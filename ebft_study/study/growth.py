@@ -34,9 +34,14 @@ def extended(old: StudySpec, new: StudySpec, runs: Sequence[RunConfig], source: 
     _check_rest(old, new, source)
     _check_extent(old, new, source)
     _check_steps(old, new, runs, source)
-    if not record.differences(old, new.model_copy(update={"grown_from": old.grown_from})):
+    if not differences(old, new):
         raise ConfigError(f"{source}: --extend: nothing is added to the study. Add to {_MAY_GROW}, or use 'resume'")
     return new.model_copy(update={"grown_from": (*old.grown_from, Extent.of(old))})
+
+
+def differences(recorded: StudySpec, asked: StudySpec) -> list[str]:
+    """Keys in which a study and a file differ; what the study has grown from is no file's to say."""
+    return record.differences(recorded, asked.model_copy(update={"grown_from": recorded.grown_from}))
 
 
 def reopened(spec: StudySpec, past: History) -> History:
@@ -63,8 +68,8 @@ def _check_rest(old: StudySpec, new: StudySpec, source: str) -> None:
     before = old.model_copy(update={"run": config.merge(old.run, length)})
     run = config.merge(new.run, length)
     search = new.search.model_copy(update={"num_configurations": old.search.num_configurations})
-    same = {"axes": old.axes, "seeds": old.seeds, "baselines": old.baselines, "grown_from": old.grown_from}
-    different = record.differences(before, new.model_copy(update={**same, "search": search, "run": run}))
+    same = {"axes": old.axes, "seeds": old.seeds, "baselines": old.baselines}
+    different = differences(before, new.model_copy(update={**same, "search": search, "run": run}))
     if different:
         raise ConfigError(
             f"{source}: --extend: {different[0]} is another study, for another --name. What may grow: {_MAY_GROW}"

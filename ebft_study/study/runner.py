@@ -77,10 +77,8 @@ def run(
     if copies.either_exists(folder / record.NAME):
         return _existing(folder, spec, console, go_on, address)
     configurations = checks.check(spec, str(file))
-    with _reached(address, spec, configurations) as machines, lock.hold(folder, record=record.NAME) as held:
-        _check_cluster(folder, spec, configurations, machines)
-        console.print("preparing data and models")
-        provenance = _prepare(configurations)
+    with _occupied(folder, spec, configurations, address) as (machines, held):
+        provenance = _prepare(configurations, console)
         record.write(folder, spec, profile=profile, file=file, provenance=provenance)
         return _session(folder, spec, configurations, History({}, {}, {}), console, machines, held)
 
@@ -90,12 +88,10 @@ def resume(location: Location, *, console: Console, retry_failed: bool = False, 
     folder = absolute(place(location))
     spec = record.read(folder)
     configurations = checks.check(spec, str(folder / record.NAME))
-    with _reached(address, spec, configurations) as machines, lock.hold(folder, record=record.NAME) as held:
-        _check_cluster(folder, spec, configurations, machines)
+    with _occupied(folder, spec, configurations, address) as (machines, held):
         for problem in history.problems(folder):
             console.print(f"note: {problem}", markup=False, highlight=False, soft_wrap=True)
-        read = history.read(folder, spec.objective.metric, spec.objective.further_metrics)
-        past = growth.reopened(spec, read)
+        past = _past(folder, spec)
         if retry_failed:
             failed = [trial_id for trial_id, state in past.states.items() if state.status == "failed"]
             endings = {i: e for i, e in past.endings.items() if i not in failed}
@@ -105,8 +101,7 @@ def resume(location: Location, *, console: Console, retry_failed: bool = False, 
             return Ended(folder, past.states, report=existing if existing.exists() else _write_report(folder, console))
         for change in record.changed_versions(folder):
             console.print(f"note: the study was started with {change}", markup=False, highlight=False)
-        console.print("preparing data and models")
-        _prepare(configurations)
+        _prepare(configurations, console)
         return _session(folder, spec, configurations, past, console, machines, held)
 
 
@@ -123,13 +118,10 @@ def extend(
     folder = absolute(place(storage)) / spec.study
     configurations = checks.check(spec, str(file))
     spec = growth.extended(record.read(folder), spec, configurations, str(file))
-    with _reached(address, spec, configurations) as machines, lock.hold(folder, record=record.NAME) as held:
-        _check_cluster(folder, spec, configurations, machines)
-        console.print("preparing data and models")
-        provenance = _prepare(configurations)
+    with _occupied(folder, spec, configurations, address) as (machines, held):
+        provenance = _prepare(configurations, console)
         record.write(folder, spec, profile=profile, file=file, provenance=provenance)
-        past = growth.reopened(spec, history.read(folder, spec.objective.metric, spec.objective.further_metrics))
-        return _session(folder, spec, configurations, past, console, machines, held)
+        return _session(folder, spec, configurations, _past(folder, spec), console, machines, held)
 
 
 def _check_place(folder: Place, spec: StudySpec) -> None:
@@ -145,11 +137,15 @@ def _check_place(folder: Place, spec: StudySpec) -> None:
 
 
 @contextlib.contextmanager
-def _reached(address: str | None, spec: StudySpec, runs: Sequence[RunConfig]) -> Iterator[Machines]:
-    """The machines of the study, large enough for each of its trials."""
+def _occupied(
+    folder: Place, spec: StudySpec, runs: Sequence[RunConfig], address: str | None
+) -> Iterator[tuple[Machines, lock.Held]]:
+    """The machines of a study, found fit for each of its trials, and its lock."""
     with cluster.reached(address, study=spec.study, gpus=checks.wants_gpus(spec.resources)) as machines:
         checks.check_machine(spec, runs, machines)
-        yield machines
+        with lock.hold(folder, record=record.NAME) as held:
+            _check_cluster(folder, spec, runs, machines)
+            yield machines, held
 
 
 def _check_cluster(folder: Place, spec: StudySpec, runs: Sequence[RunConfig], machines: Machines) -> None:
@@ -164,19 +160,25 @@ def _check_cluster(folder: Place, spec: StudySpec, runs: Sequence[RunConfig], ma
 
 
 def _existing(folder: Place, spec: StudySpec, console: Console, go_on: bool, address: str | None) -> Ended:
-    different = record.differences(record.read(folder), spec)
+    recorded = record.read(folder)
+    different = growth.differences(recorded, spec)
     if different:
         shown = "; ".join(different[:3]) + (f"; and {len(different) - 3} more" if len(different) > 3 else "")
         raise ResultsError(f"{folder}: holds a study of this name with other settings ({shown}). Choose another --name")
     if go_on:
         return resume(folder, console=console, address=address)
-    past = history.read(folder, spec.objective.metric, spec.objective.further_metrics)
-    address = Ended(folder, past.states).address
-    if _is_over(folder, spec, past):
+    past = _past(folder, recorded)
+    known_as = Ended(folder, past.states).address
+    if _is_over(folder, recorded, past):
         raise ResultsError(
-            f"{folder}: this study is finished. See 'ebft-study status {address}', or use another --name"
+            f"{folder}: this study is finished. See 'ebft-study status {known_as}', or use another --name"
         )
-    raise ResultsError(f"{folder}: this study was started before. Continue it with 'ebft-study resume {address}'")
+    raise ResultsError(f"{folder}: this study was started before. Continue it with 'ebft-study resume {known_as}'")
+
+
+def _past(folder: Place, spec: StudySpec) -> History:
+    """What earlier sessions left on record; trials that were given more steps since are open again."""
+    return growth.reopened(spec, history.read(folder, spec.objective.metric, spec.objective.further_metrics))
 
 
 def _is_over(folder: Place, spec: StudySpec, past: History) -> bool:
@@ -186,10 +188,11 @@ def _is_over(folder: Place, spec: StudySpec, past: History) -> bool:
     return spec.search.algorithm != "optuna" or journal.is_over(spec, folder)
 
 
-def _prepare(configurations: Sequence[RunConfig]) -> dict[str, Any]:
+def _prepare(configurations: Sequence[RunConfig], console: Console) -> dict[str, Any]:
     """Data and models, loaded or built once, before any process is started for a trial."""
     from ebft_study.training.prepare import prepare
 
+    console.print("preparing data and models")
     return dict(prepare(configurations))
 
 

@@ -241,3 +241,4 @@ def test_a_finished_study_is_given_more_steps_and_trials(interrupted: Ordeal, tm
         assert study.steps(trial_id) == list(range(STEPS + 3))
     again = study.metrics().query("trial_id == @GOOD").groupby("attempt")["step"].min()
     assert again.iloc[-1] == STEPS + 1
+    assert "this study is finished" in study.run("study", "study.yaml")
