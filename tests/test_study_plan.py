@@ -48,12 +48,12 @@ def planned(run: dict[str, Any], storage: Path, *, memory_gib: float = 4.0, **ch
 def test_trials_of_one_cost_are_counted_together(run: dict[str, Any], tmp_path: Path) -> None:
     found = planned(run, tmp_path, baselines={"sft": {"method": "sft"}})
     # alpha costs nothing; n_samples and the method do.
-    assert sorted(kind.trials for kind in found.kinds) == [3, 6, 6]
+    assert sorted(row.kind.number for row in found.kinds) == [3, 6, 6]
     assert found.n_trials == 15
-    assert {kind.steps for kind in found.kinds} == {24}
-    assert {kind.tokens for kind in found.kinds} == {24.0 * 4 * 24}
+    assert {row.kind.run.total_steps for row in found.kinds} == {24}
+    assert {row.tokens for row in found.kinds} == {24.0 * 4 * 24}
     # At steps 5, 10, 15, 20, at the end of the warm start and of the run, and twice on the held-out split.
-    assert {kind.work.evaluations for kind in found.kinds} == {8}
+    assert {row.kind.work.evaluations for row in found.kinds} == {8}
     assert found.hours is None
 
 
@@ -88,7 +88,7 @@ def test_hours_follow_from_what_finished_trials_took(run: dict[str, Any], tmp_pa
     # 24 steps of half a second, 8 evaluations of a quarter of one, and 3 s to start.
     finish(tmp_path, run, step_seconds=0.5, train=14.0, total=17.0, host=socket.gethostname())
     found = planned(run, tmp_path, axes={"reward.alpha": [0.0, 1.0]}, budget={"max_concurrent_trials": 1})
-    (kind,) = found.kinds
+    kind = found.kinds[0].kind
     speed = found.pace.of(kind.work, at_once=1)
     assert kind.work.evaluation_flops / speed.evaluation_flops_per_second == pytest.approx(8 * 0.25)
     assert found.seconds(kind) == pytest.approx(17.0)
@@ -96,8 +96,8 @@ def test_hours_follow_from_what_finished_trials_took(run: dict[str, Any], tmp_pa
     # The cost model scales to other settings.
     other = planned(run, tmp_path, budget={"max_concurrent_trials": 1})
     rate = pace.flops(config.build_run(run, source="test")) / 12.0
-    for kind in other.kinds:
-        assert other.seconds(kind) == pytest.approx(3 + 8 * 0.25 + kind.work.flops / rate)
+    for row in other.kinds:
+        assert other.seconds(row.kind) == pytest.approx(3 + 8 * 0.25 + row.kind.work.flops / rate)
 
 
 def test_what_is_planned_at_the_start_is_what_the_report_compares(run: dict[str, Any], tmp_path: Path) -> None:
@@ -167,7 +167,7 @@ def test_trials_of_a_model_that_is_gone_measure_nothing(run: dict[str, Any], tmp
 def test_what_does_not_fit_is_said_with_the_reason(run: dict[str, Any], tmp_path: Path) -> None:
     found = planned(run, tmp_path, memory_gib=1e-5)
     assert not found.fits
-    assert all(math.isnan(kind.memory_gib) for kind in found.kinds)
+    assert all(math.isnan(row.memory_gib) for row in found.kinds)
     lines = planning.summary(found, spec(run))
     assert "12 trials" in lines[0]
     assert "GiB" in lines[1]
@@ -177,8 +177,8 @@ def test_what_does_not_fit_is_said_with_the_reason(run: dict[str, Any], tmp_path
 def test_trials_that_a_search_has_yet_to_choose_count_as_the_dearest(run: dict[str, Any], tmp_path: Path) -> None:
     axes = {"rollout.n_samples": {"distribution": "integer", "low": 2, "high": 6}}
     found = planned(run, tmp_path, axes=axes, search={"algorithm": "optuna", "num_configurations": 5})
-    (kind,) = found.kinds
-    assert (kind.trials, kind.label) == (15, "chosen by the search (at most)")
+    (kind,) = [row.kind for row in found.kinds]
+    assert (kind.number, kind.label) == (15, "chosen by the search (at most)")
     six = config.build_run(config.merge(run, {"rollout": {"n_samples": 6}}), source="test")
     assert kind.work.flops == pytest.approx(pace.flops(six))
 

@@ -11,7 +11,8 @@ import pandas as pd
 
 from ebft_study.report import text
 
-_EVENT = "plan"
+EVENT = "plan"
+"""Kind of the event that holds the forecast of a study."""
 _MOST_KINDS = 8
 
 
@@ -68,7 +69,7 @@ def compare(trials: pd.DataFrame, plan: Mapping[str, Any]) -> list[Comparison]:
 
 
 def _plan(events: pd.DataFrame) -> dict[str, Any] | None:
-    told = events.loc[(events["kind"] == _EVENT) & events["details"].notna(), "details"]
+    told = events.loc[(events["kind"] == EVENT) & events["details"].notna(), "details"]
     found: dict[str, Any] | None = json.loads(told.iloc[0]) if len(told) else None
     return found
 

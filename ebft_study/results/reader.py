@@ -59,7 +59,7 @@ def load(study: Location) -> Results:
     """The results of a study, given its folder, its URL or its name (then looked up in ./studies)."""
     folder = find_study(study)
     problems: list[str] = []
-    spec = _read_spec(folder, problems)
+    spec = read_spec(folder, problems)
     tables = {table: read_table(folder, table, problems) for table in schema.TABLES}
     return Results(folder=folder, spec=spec, problems=problems, **tables)
 
@@ -114,6 +114,15 @@ def read_trial(path: Place, problems: list[str]) -> pyarrow.Table | None:
     if problem:
         problems.append(f"{path}: is damaged, its copy is used" if saved else problem)
     return None if saved is None else _parsed(pa.BufferReader(saved), path, "trials")
+
+
+def trial_rows(path: Place) -> list[dict[str, Any]] | None:
+    """The rows of a file of `trials`, of the columns that are known now; None where it cannot be read."""
+    found = read_trial(path, [])
+    if found is None:
+        return None
+    known = {column.name for column in schema.columns("trials")}
+    return [{key: value for key, value in row.items() if key in known} for row in found.to_pylist()]
 
 
 def _parsed(source: Any, path: Place, table: str) -> pyarrow.Table:
@@ -211,7 +220,8 @@ def _resolve_duplicates(frame: pd.DataFrame, table: str) -> pd.DataFrame:
     return kept.sort_values(order, kind="stable").reset_index(drop=True)
 
 
-def _read_spec(folder: Place, problems: list[str]) -> dict[str, Any]:
+def read_spec(folder: Place, problems: list[str]) -> dict[str, Any]:
+    """What a study's record says; empty where it says nothing, and then `problems` says why."""
     path = folder / "study.yaml"
     try:
         content, problem = read_mapping(path)

@@ -36,16 +36,14 @@ class Waiting:
 
     def _take_over(self, path: Place, started: set[str]) -> None:
         """What an earlier session left; a damaged file stays where it is, and reading reports it."""
-        from ebft_study.results import reader, schema
+        from ebft_study.results import reader
 
-        known = {column.name for column in schema.columns("trials")}
-        found = reader.read_trial(path, [])
-        if found is None:
+        rows = reader.trial_rows(path)
+        if rows is None:
             return
-        rows: list[Row] = found.to_pylist()
         self._files[path] = {}
         for row in rows:
-            self._put(path, {key: value for key, value in row.items() if key in known})
+            self._put(path, row)
         for trial_id in [row["trial_id"] for row in rows]:
             if trial_id in started:
                 self.remove(trial_id)

@@ -101,7 +101,7 @@ class StudyRecorder:
         self._trials = place(study_folder) / "results" / "trials"
         self._files = _FileSequence(study_folder, _ONLY_IN_DRIVER, os.getpid())
         self._rows: dict[str, dict[str, Any]] = {}
-        self._waiting = Waiting(self._trials, _write_waiting)
+        self._waiting = Waiting(self._trials, _write_trials)
 
     def trial(self, row: Mapping[str, Any]) -> None:
         """Lay `row` over what is recorded of its trial and put the trial's one file in place.
@@ -114,8 +114,7 @@ class StudyRecorder:
         changes = self._checked(row)
         before = self._recorded(trial_id)
         merged = {**before, **changes, "study": self._study, "updated_at": self._clock.now(before.get("updated_at"))}
-        content = as_parquet(build_table("trials", [merged]))
-        copies.write(self._file(trial_id), content)
+        _write_trials([merged], self._file(trial_id))
         self._rows[trial_id] = merged
         self._waiting.remove(trial_id)
 
@@ -160,12 +159,8 @@ class StudyRecorder:
             return self._rows[trial_id]
         from ebft_study.results import reader
 
-        found = reader.read_trial(self._file(trial_id), [])
-        if found is None:
-            return self._waiting.get(trial_id)
-        rows: list[dict[str, Any]] = found.to_pylist()
-        known = {column.name for column in schema.columns("trials")}
-        return {key: value for key, value in rows[0].items() if key in known}
+        rows = reader.trial_rows(self._file(trial_id))
+        return self._waiting.get(trial_id) if rows is None else rows[0]
 
     def _file(self, trial_id: str) -> Place:
         return self._trials / f"{trial_id}.parquet"
@@ -178,7 +173,7 @@ def _trial_columns() -> tuple[frozenset[str], frozenset[str]]:
     return settings, frozenset(column.name for column in schema.columns("trials")) - settings
 
 
-def _write_waiting(rows: Sequence[Mapping[str, Any]], path: Place) -> None:
+def _write_trials(rows: Sequence[Mapping[str, Any]], path: Place) -> None:
     copies.write(path, as_parquet(build_table("trials", rows)))
 
 

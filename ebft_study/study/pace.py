@@ -20,6 +20,7 @@ from ebft_study.config import RunConfig
 from ebft_study.cost import StepShape, step_cost
 from ebft_study.errors import EbftError
 from ebft_study.places import Location, Place, place
+from ebft_study.results.reader import read_spec
 from ebft_study.training.memory import shapes
 
 _MOST_MEASURED = 50  # trials, the newest ones
@@ -141,7 +142,7 @@ def _finished(folder: Place) -> Iterable[dict[str, Any]]:
     table = results.read_table(folder, "trials")
     steps = results.read_table(folder, "metrics").groupby("trial_id")["step_seconds"].mean()
     with contextlib.suppress(EbftError):
-        asked = results.load(folder).spec.get("resources") or {}
+        asked = read_spec(folder, []).get("resources") or {}
         here = table[(table["status"] == "finished") & (table["host"].isna() | (table["host"] == socket.gethostname()))]
         for row in here.to_dict("records"):
             seconds = float(steps.get(row["trial_id"], math.nan))

@@ -17,6 +17,7 @@ from ebft_study import results
 from ebft_study.config import RunConfig
 from ebft_study.errors import EbftError, StorageError
 from ebft_study.places import Place
+from ebft_study.report import planned
 from ebft_study.study import (
     checks,
     cluster,
@@ -136,12 +137,12 @@ def _announce(
     if spec.search.algorithm == "optuna":
         watch = f"the search: optuna-dashboard {journal.working_copy(folder)}"
         console.print(watch, markup=False, highlight=False, soft_wrap=True)
-    if forecast.EVENT in set(results.read_table(folder, "events")["kind"]):
+    if planned.EVENT in set(results.read_table(folder, "events")["kind"]):
         return None
     with contextlib.suppress(EbftError, OSError):  # a study is no worse without
         expected = forecast.forecast(spec, storage=folder.parent, at_once=at_once)
         if expected is not None:
-            recorder.event(forecast.EVENT, forecast.message(expected), **expected)
+            recorder.event(planned.EVENT, forecast.message(expected), **expected)
             console.print(f"planned: {forecast.message(expected)}", markup=False, highlight=False)
             return forecast.mean_seconds(expected)
     return None
