@@ -174,23 +174,15 @@ def test_the_base_model_is_measured_once_and_recalled_exactly(tmp_path: Path) ->
     assert other.rows[0]["cfm_loss"] != first.rows[0]["cfm_loss"]
 
 
-def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path) -> None:
-    for step in (2, 4):
-        folder = tmp_path / "checkpoints" / f"step-{step}"
-        folder.mkdir(parents=True)
-        checkpoint.save(folder, {"step": step}, step=step)
-    newest = checkpoint.newest(tmp_path / "checkpoints")
-    assert newest is not None
-    assert newest.name == "step-4"
-    with Path(newest / checkpoint.STATE).open("r+b") as file:
+def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, {"step": 4}, step=4)
+    assert checkpoint.step_of(tmp_path) == 4
+    with (tmp_path / checkpoint.STATE).open("r+b") as file:
         file.seek(40)
         file.write(b"damage")
-    remaining = checkpoint.newest(tmp_path / "checkpoints")
-    assert remaining is not None
-    assert remaining.name == "step-2"
+    assert checkpoint.step_of(tmp_path) is None
     with pytest.raises(CheckpointError, match="complete"):
-        checkpoint.load(newest)
-    assert checkpoint.newest(tmp_path / "nowhere") is None
+        checkpoint.load(tmp_path)
 
 
 def test_learning_rate_warms_up_then_stays_or_decays(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from ebft_study.report import text
 from ebft_study.study import checks, pace
 from ebft_study.study.kinds import Kind, kinds, wall_seconds
 from ebft_study.study.pace import Pace
-from ebft_study.study.spec import StudySpec
+from ebft_study.study.spec import ResourcesSpec, StudySpec
 from ebft_study.training.memory import fit
 
 _GIB = 2**30
@@ -75,6 +75,12 @@ class StudyPlan:
         seconds = [(planned.kind.number, self.seconds(planned.kind) or 0.0) for planned in self.kinds]
         return wall_seconds(seconds, self.at_once) / 3600
 
+    @property
+    def gpu_hours(self) -> float:
+        """Of all trials; 0 without GPUs, and where nothing was measured yet."""
+        kinds = [planned.kind for planned in self.kinds]
+        return sum(kind.number * (self.seconds(kind) or 0.0) * kind.resources.gpus for kind in kinds) / 3600
+
 
 def plan(spec: StudySpec, *, storage: Location, memory_gib: float) -> StudyPlan:
     """The plan of a study; `memory_gib` is what a worker may use where the study does not say."""
@@ -95,9 +101,8 @@ def _planned(spec: StudySpec, kind: Kind, memory_gib: float) -> PlannedKind:
     run = kind.run
     budget = (run.training.memory_budget_gib or memory_gib) * _GIB
     try:
-        fitting = fit(
-            run, spec.resources.device_of(run), world_size=spec.resources.of(run).processes, budget_bytes=budget
-        )
+        device = spec.resources.device_of(run)
+        fitting = fit(run, device, world_size=kind.resources.processes, budget_bytes=budget)
     except ConfigError as error:
         return PlannedKind(kind, math.nan, str(error))
     return PlannedKind(kind, fitting.peak_bytes / _GIB, "")
@@ -123,16 +128,19 @@ def show(planned: StudyPlan, spec: StudySpec, console: Console) -> None:
 
 def summary(planned: StudyPlan, spec: StudySpec) -> list[str]:
     """How many, where, and how long."""
-    resources = spec.resources
-    workers = f"{resources.processes} worker{'s' * (resources.processes > 1)} of {resources.cpus_per_worker} CPU"
-    gpus = f" and {resources.gpus_per_worker:g} GPU" if resources.gpus_per_worker else ""
-    lines = [f"{planned.n_trials} trials, {planned.at_once} at a time, {workers}{gpus} each"]
+    places = dict.fromkeys(_place(row.kind.resources) for row in planned.kinds)
+    lines = [f"{planned.n_trials} trials, {planned.at_once} at a time, {' or '.join(places)} each"]
     lines += [f"{row.kind.label}: {row.problem}" for row in planned.kinds if not row.fits]
     if planned.hours is None:
         return [*lines, "no time predicted: no trial has finished here yet to measure this machine by"]
-    gpu_hours = planned.hours * planned.at_once * resources.processes * resources.gpus_per_worker
-    spent = f", {gpu_hours:.3g} GPU hours" if gpu_hours else ""
+    spent = f", {planned.gpu_hours:.3g} GPU hours" if planned.gpu_hours else ""
     return [*lines, f"about {text.duration(3600 * planned.hours)}{spent}, by {_basis(planned)}"]
+
+
+def _place(resources: ResourcesSpec) -> str:
+    """`4 workers of 2 CPU and 1 GPU`."""
+    workers = f"{resources.processes} worker{'s' * (resources.processes > 1)} of {resources.cpus_per_worker} CPU"
+    return workers + (f" and {resources.gpus_per_worker:g} GPU" if resources.gpus_per_worker else "")
 
 
 def _basis(planned: StudyPlan) -> str:

@@ -244,6 +244,11 @@ class ResourcesSpec(Section):
         """Processes that train, side by side."""
         return max(1, self.workers_per_trial)
 
+    @property
+    def gpus(self) -> float:
+        """Of one trial."""
+        return self.processes * self.gpus_per_worker
+
 
 class Profile(Section):
     """What differs on one kind of machine."""

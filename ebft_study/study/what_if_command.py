@@ -160,7 +160,7 @@ def _row(one: Replay, resources: ResourcesSpec) -> tuple[str, ...]:
     on_axes, steps = sum(not trial.is_baseline for trial in one.trials), _steps(one)
     saved = f"{text.count(one.steps_saved)} of {text.count(steps)} ({100 * one.steps_saved / max(steps, 1):.0f} %)"
     chosen, regret = ("nothing was left", text.NOTHING) if not one.chosen else _choice(one)
-    gpu_hours = one.seconds_saved / 3600 * resources.processes * resources.gpus_per_worker
+    gpu_hours = one.seconds_saved / 3600 * resources.gpus
     spared = f" ({gpu_hours:.3g} GPU hours)" if gpu_hours else ""
     times = text.duration(one.seconds_saved) + spared, text.duration(one.seconds)
     return f"{len(one.stops)} of {on_axes}", saved, *times, chosen, regret

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ebft_study.errors import CheckpointError, StorageError
-from ebft_study.places import Location, Place, in_parallel, place
+from ebft_study.places import Location, place
 
 STATE, RECORD = "state.pt", "checkpoint.json"
 _FULL_BYTES = 2**20
@@ -69,12 +69,3 @@ def recorded(folder: Location) -> tuple[int, dict[str, float]] | None:
         return int(record["step"]), dict(record.get("metrics", {}))
     except (OSError, StorageError, ValueError, KeyError, TypeError):
         return None
-
-
-def newest(folder: Location) -> Place | None:
-    """The complete checkpoint of the highest step directly below `folder`."""
-    here = place(folder)
-    found = [here / name for name in here.names() if not name.startswith(".")]
-    steps = {one: record[0] for one, record in zip(found, in_parallel(recorded, found), strict=True) if record}
-    # Verifying costs a read of the file, so candidates are tried from the highest recorded step down.
-    return next((one for one in sorted(steps, key=lambda one: -steps[one]) if step_of(one) is not None), None)
