@@ -25,12 +25,11 @@ import psutil
 import yaml
 
 from ebft_study import results
+from tests import commands
 from tests.tiny_run import write_data, write_model
 
 TITLES = {"trial": "ray::ImplicitFunc", "controller": "ray::TrainController", "worker": "ray::RayTrainWorker"}
 KINDS = ("driver", *TITLES)
-RAY_AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
-"""Ray's own; they notice after half a minute that their cluster is gone."""
 TIMED = ("written_at", "attempt", "study", "peak_memory_bytes", "tokens_per_second")
 KEYS = {"metrics": ["trial_id", "step"], "evaluations": ["trial_id", "step", "benchmark", "metric", "position"]}
 STUDY = {
@@ -55,16 +54,14 @@ class Study:
         run = {**RUN, "model": str(cwd / "model"), "dataset": str(cwd / "data.jsonl"), "steps": steps}
         (cwd / f"{name}.yaml").write_text(yaml.safe_dump({"study": name, **STUDY, "run": run}))
         self.log = (cwd / f"{name}.log").open("ab")
-        self.driver: subprocess.Popen[bytes] | None = None
+        self.driver: subprocess.Popen[str] | None = None
 
     @property
     def folder(self) -> Path:
         return self.cwd / "studies" / self.name
 
     def start(self, *arguments: str) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "EBFT_STUDY_CACHE": str(self.cwd / "cache")}
-        command = [sys.executable, "-m", "ebft_study", *arguments]
-        self.driver = subprocess.Popen(command, cwd=self.cwd, env=environment, stdout=self.log, stderr=self.log)
+        self.driver = commands.start(*arguments, cwd=self.cwd, output=self.log)
 
     @property
     def running(self) -> bool:
@@ -72,10 +69,7 @@ class Study:
 
     def family(self) -> list[psutil.Process]:
         """The driver's descendants; empty when it has gone."""
-        try:
-            return psutil.Process(self.driver.pid).children(recursive=True) if self.driver else []
-        except psutil.NoSuchProcess:
-            return []
+        return commands.family(self.driver) if self.driver else []
 
     def rows(self) -> set[tuple[str, int]]:
         metrics = results.read_table(self.folder, "metrics")
@@ -175,7 +169,7 @@ class Ordeal:
         if kind == "driver":
             assert self.study.driver is not None
             return [psutil.Process(self.study.driver.pid)]
-        return [process for process in self.study.family() if title(process).startswith(TITLES[kind])]
+        return [process for process in self.study.family() if commands.title(process).startswith(TITLES[kind])]
 
     def _remember(self) -> None:
         self.family.update(self.study.family())
@@ -201,9 +195,9 @@ class Ordeal:
             print(Path(study.log.name).read_text()[-3000:], file=sys.stderr)
 
     def _wait_for_the_dead(self) -> None:
-        ours = [process for process in self.family if not title(process).startswith(RAY_AGENTS)]
+        ours = [process for process in self.family if not commands.title(process).startswith(commands.RAY_AGENTS)]
         _, alive = psutil.wait_procs(ours, timeout=30)
-        self.orphans += [title(process) for process in alive]
+        self.orphans += [commands.title(process) for process in alive]
         self.family -= set(ours)
 
     def _problems(self) -> dict[str, Any]:
@@ -235,13 +229,6 @@ def different(one: Path, other: Path, table: str) -> int:
     for name in equal.columns[~equal.all()]:
         say(f"{table}.{name} differs in {int((~equal[name]).sum())} rows")
     return int((~equal.all(axis=1)).sum()) + len(frames[0].index.symmetric_difference(frames[1].index))
-
-
-def title(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())
-    except psutil.Error:
-        return ""
 
 
 def say(line: str) -> None:

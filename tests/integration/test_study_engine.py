@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import subprocess
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +13,7 @@ import pandas as pd
 import pytest
 
 from ebft_study import results
+from tests import commands
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
 
@@ -47,18 +45,18 @@ class Study:
         self.cwd, self.folder = folder, folder / "studies" / "ordeal"
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
-        environment = {**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1", "EBFT_STUDY_CACHE": str(self.cwd)}
-        command = [sys.executable, str(HERE / "driver.py"), *arguments]
-        out, err = subprocess.PIPE, subprocess.STDOUT
-        return subprocess.Popen(command, cwd=self.cwd, env=environment, text=True, stdout=out, stderr=err)
+        return commands.start(*arguments, cwd=self.cwd, program=commands.FAKE)
 
     def run(self, *arguments: str, seconds: float = 250) -> str:
         """Run a command to its end; returns what it printed, and its exit code on the last line."""
-        return ended(self.start(*arguments), seconds)
+        return commands.ended(self.start(*arguments), seconds)
+
+    def until(self, condition: Callable[[], bool], driver: subprocess.Popen[str]) -> None:
+        commands.wait_until(condition, driver, seconds=200)
 
     def wait_for_the_middle(self, driver: subprocess.Popen[str]) -> None:
         """Until a trial has crashed and been noticed, and another one waits half way for its next attempt."""
-        wait_until(lambda: bool(self.events("retry")) and len(self.steps(GOOD)) > 1, driver)
+        self.until(lambda: bool(self.events("retry")) and len(self.steps(GOOD)) > 1, driver)
 
     def metrics(self) -> pd.DataFrame:
         return results.read_table(self.folder, "metrics")
@@ -79,18 +77,6 @@ class Study:
         return events.loc[events["kind"] == kind, "trial_id"].tolist()
 
 
-def ended(process: subprocess.Popen[str], seconds: float) -> str:
-    return f"{process.communicate(timeout=seconds)[0]}\nexit code {process.returncode}"
-
-
-def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 200) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.2)
-
-
 @dataclass
 class Ordeal:
     """What is left of a study, what its commands printed, and the rows that were on record before the SIGKILL."""
@@ -105,7 +91,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Ordeal:
     """Trials in worker groups, compared by ASHA; the driver is killed in the middle, and the study resumed."""
     study, said = Study(tmp_path_factory.mktemp("killed"), workers=1, scheduler=ASHA), {}
     driver = study.start("study", "study.yaml")
-    wait_until(lambda: bool(study.events("session")), driver)
+    study.until(lambda: bool(study.events("session")), driver)
     said["second"] = study.run("resume", "ordeal")
     study.wait_for_the_middle(driver)
     driver.send_signal(signal.SIGKILL)
@@ -125,7 +111,7 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory) -> Ordeal:
     driver = study.start("study", "study.yaml")
     study.wait_for_the_middle(driver)
     driver.send_signal(signal.SIGTERM)
-    said["stopped"] = ended(driver, 120)
+    said["stopped"] = commands.ended(driver, 120)
     before = study.keys()
     said["resume"] = study.run("study", "study.yaml", "--resume")
     said["again"] = study.run("study", "study.yaml", "--resume")

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import optuna
@@ -14,6 +11,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
 from ebft_study import results
+from tests import commands
 
 pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -31,11 +29,8 @@ CONTENT = {
 
 def test_two_objectives_reach_optuna_and_the_report(tmp_path: Path) -> None:
     (tmp_path / "both.yaml").write_text(json.dumps(CONTENT))
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]),
-                   "OMP_NUM_THREADS": "1", "EBFT_STUDY_CACHE": str(tmp_path)}  # fmt: skip
-    command = [sys.executable, str(HERE / "driver.py"), "study", "both.yaml"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, text=True, capture_output=True, timeout=380)
-    assert done.returncode == 0, done.stdout + done.stderr
+    said = commands.ended(commands.start("study", "both.yaml", cwd=tmp_path, program=commands.FAKE), seconds=380)
+    assert said.endswith("exit code 0"), said
     folder = tmp_path / "studies" / "both"
 
     table = results.load(folder)

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +13,7 @@ import torch
 from ebft_study import results
 from ebft_study.results.lineage import lineage, settings_in_force
 from ebft_study.training import checkpoint
+from tests import commands
 from tests.tiny_run import write_data, write_model
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(800)]
@@ -55,18 +52,7 @@ class Study:
         return results.load(self.folder)
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "ebft_study", *arguments]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "EBFT_STUDY_CACHE": str(self.cwd / "cache")}
-        out, err = subprocess.PIPE, subprocess.STDOUT
-        return subprocess.Popen(command, cwd=self.cwd, env=environment, text=True, stdout=out, stderr=err)
-
-
-def until(condition: Callable[[], bool], driver: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 350
-    while not condition():
-        assert driver.poll() is None, driver.communicate()[0]
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.05)
+        return commands.start(*arguments, cwd=self.cwd)
 
 
 def went_on(folder: Path) -> bool:
@@ -86,7 +72,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
     run = {**RUN, "model": str(model), "dataset": str(data)}
     (study.cwd / "population.yaml").write_text(json.dumps({**CONTENT, "run": run}))
     driver = study.start("study", "population.yaml")
-    until(lambda: went_on(study.folder), driver)
+    commands.wait_until(lambda: went_on(study.folder), driver, seconds=350)
     driver.kill()
     driver.communicate()
     assert (study.load().trials["status"] == "running").any()

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,10 +15,11 @@ import pytest
 from ebft_study import results
 from ebft_study.errors import ResultsError
 from ebft_study.places import place
+from tests import commands
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(560)]
 
-HERE = Path(__file__).parent
+SECONDS = 300.0  # for each command
 STEPS = 8
 CONTENT = f"""
 study: far
@@ -47,11 +45,7 @@ class Study:
         return str(place(self.storage) / "far")
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
-        environment = {**os.environ, "PYTHONPATH": f"{HERE}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-        environment |= {"OMP_NUM_THREADS": "1", "EBFT_STUDY_CACHE": str(self.cwd / "cache")}
-        command = [sys.executable, str(HERE / "driver.py"), *arguments]
-        out, err = subprocess.PIPE, subprocess.STDOUT
-        return subprocess.Popen(command, cwd=self.cwd, env=environment, text=True, stdout=out, stderr=err)
+        return commands.start(*arguments, cwd=self.cwd, program=commands.FAKE)
 
     def keys(self) -> set[tuple[str, int]]:
         with contextlib.suppress(ResultsError):
@@ -64,18 +58,6 @@ class Study:
 
     def trials(self) -> pd.DataFrame:
         return results.read_table(self.address, "trials").set_index("trial_id")
-
-
-def ended(process: subprocess.Popen[str], seconds: float = 300) -> str:
-    return f"{process.communicate(timeout=seconds)[0]}\nexit code {process.returncode}"
-
-
-def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 300) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.2)
 
 
 @contextlib.contextmanager
@@ -127,17 +109,18 @@ def both(tmp_path_factory: pytest.TempPathFactory, s3_query: str) -> Iterator[tu
 
         untouched = [store, disk]
         while untouched:  # whichever is in the middle of its first trial
-            wait_until(lambda: any(study.under_way() for study in untouched), drivers[untouched[0].storage])
+            waiting_for = drivers[untouched[0].storage]
+            commands.wait_until(lambda: any(study.under_way() for study in untouched), waiting_for, SECONDS)
             ripe = next(study for study in untouched if study.under_way())
             strike(ripe)
             untouched.remove(ripe)
         again = store.start("resume", store.address)
-        disk.said["full"] = ended(drivers[disk.storage])
+        disk.said["full"] = commands.ended(drivers[disk.storage], SECONDS)
         if mounted:
             (folder / "disk" / "ballast").unlink()
-            disk.said["resume"] = ended(disk.start("resume", "far", "--storage", disk.storage))
-        store.said["resume"] = ended(again)
-        store.said["status"] = ended(store.start("status", store.address))
+            disk.said["resume"] = commands.ended(disk.start("resume", "far", "--storage", disk.storage), SECONDS)
+        store.said["resume"] = commands.ended(again, SECONDS)
+        store.said["status"] = commands.ended(store.start("status", store.address), SECONDS)
         yield store, disk if mounted else None
 
 
