@@ -10,18 +10,23 @@ import wandb
 from wandb.sdk.lib import wbauth
 
 from ebft_study.errors import ConfigError
-from ebft_study.training import tracking
+from ebft_study.results import TrialRecorder
+from ebft_study.training import recorded, tracking
 from ebft_study.training.prepare import prepare
-from ebft_study.training.tracking import WandbRecorder, check_login, tracked
+from ebft_study.training.tracking import WandbRecorder, check_login
 from tests.tiny_run import MemoryRecorder, run_tiny, tiny_config
 
 KEY = "0" * 39 + "7"
 
 
 def test_tracking_is_off_unless_asked_for(tmp_path: Path) -> None:
-    recorder = MemoryRecorder()
-    config = tiny_config(tmp_path)
-    assert tracked(recorder, config, study="s", run_id="s-t", label="l", folder=tmp_path) is recorder
+    (tmp_path / "study.yaml").write_text("study: s\n")
+    attempt = recorded.Attempt(study="s", study_folder=str(tmp_path), trial_id="t0", label="l", attempt=1)
+    assert isinstance(recorded._recorder(tiny_config(tmp_path), attempt), TrialRecorder)
+    recorder = recorded._recorder(tiny_config(tmp_path, wandb="offline"), attempt)
+    assert isinstance(recorder, WandbRecorder)
+    assert isinstance(recorder.inner, TrialRecorder)
+    recorder.close()
 
 
 def test_an_offline_run_holds_every_row_and_no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,8 +34,7 @@ def test_an_offline_run_holds_every_row_and_no_key(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("EBFT_STUDY_CACHE", str(tmp_path / "cache"))
     config = tiny_config(tmp_path, wandb="offline", steps=2)
     inner = MemoryRecorder()
-    recorder = tracked(inner, config, study="study", run_id="study-t0001", label="alpha=1", folder=tmp_path)
-    assert isinstance(recorder, WandbRecorder)
+    recorder = WandbRecorder(inner, config, study="study", run_id="study-t0001", label="alpha=1", folder=tmp_path)
     assert (recorder.run.group, recorder.run.name, recorder.run.id) == ("study", "alpha=1", "study-t0001")
     assert recorder.run.config["alpha"] == config.reward.alpha
     for step, row in run_tiny(config)[1].rows.items():
@@ -65,8 +69,7 @@ def silent_server(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_server_that_does_not_answer_costs_no_run(tmp_path: Path, silent_server: None) -> None:
     inner = MemoryRecorder()
     config = tiny_config(tmp_path, wandb="online")
-    recorder = tracked(inner, config, study="study", run_id="study-t0001", label="l", folder=tmp_path)
-    assert isinstance(recorder, WandbRecorder)
+    recorder = WandbRecorder(inner, config, study="study", run_id="study-t0001", label="l", folder=tmp_path)
     recorder.metrics(1, {"ce_loss": 2.0})
     recorder.close()
     assert recorder.run.offline

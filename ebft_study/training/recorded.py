@@ -16,7 +16,7 @@ from ebft_study.places import Place, place
 from ebft_study.results import TrialRecorder
 from ebft_study.results.reader import read_mapping
 from ebft_study.training.services import Services
-from ebft_study.training.tracking import WandbRecorder, tracked
+from ebft_study.training.tracking import WandbRecorder
 
 LOOP = "ebft_study.training.loop:train"
 
@@ -71,13 +71,14 @@ def train_recorded(
 
 
 def _recorder(config: RunConfig, attempt: Attempt) -> Any:
+    """The tables, with W&B beside them when the configuration asks for it."""
     folder, study, trial_id = place(attempt.study_folder), attempt.study, attempt.trial_id
     rows = TrialRecorder(folder, study=study, trial_id=trial_id, attempt=attempt.attempt)
     if config.tracking.wandb == "off":
         return rows
     folder.beside.mkdir(parents=True, exist_ok=True)
     run_id = f"{study}-{trial_id}-{_begun(folder)}"
-    return tracked(rows, config, study=study, run_id=run_id, label=attempt.label, folder=folder.beside)
+    return WandbRecorder(rows, config, study=study, run_id=run_id, label=attempt.label, folder=folder.beside)
 
 
 def _begun(folder: Place) -> str:

@@ -88,10 +88,3 @@ def check_login(configs: Iterable[RunConfig]) -> None:
             "tracking.wandb='online': there are no W&B credentials here. Run 'wandb login' or set WANDB_API_KEY, or "
             "use wandb=offline and send the runs later with 'wandb sync'"
         )
-
-
-def tracked(recorder: Recorder, config: RunConfig, *, study: str, run_id: str, label: str, folder: Path) -> Recorder:
-    """`recorder`, with W&B beside it when the configuration asks for it."""
-    if config.tracking.wandb == "off":
-        return recorder
-    return WandbRecorder(recorder, config, study=study, run_id=run_id, label=label, folder=folder)
