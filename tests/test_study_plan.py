@@ -117,7 +117,7 @@ def test_what_is_planned_at_the_start_is_what_the_report_compares(run: dict[str,
 
 
 def row(method: str, side_by_side: int, rate: float, **changes: Any) -> dict[str, Any]:
-    alike = {"model": "m", "method": method, "processes": 1, "served": False, "side_by_side": side_by_side}
+    alike = {"model": "m", "method": method, "workers": 1, "served": False, "side_by_side": side_by_side}
     return {**alike, "rate": rate, "evaluation_rate": 10.0, "startup": 1.0, **changes}
 
 
@@ -136,6 +136,13 @@ def test_the_trials_most_alike_decide() -> None:
     assert rate("ebft", 2, served=True) == 1.0
     assert rate("ebft", 2, model="other") == 7.0
     assert rate("ebft", 2, model="new") == 35.0  # the median of all six
+
+
+def test_groups_of_workers_start_later_than_trials_in_their_own_process() -> None:
+    known = pace.Pace([row("ebft", 2, 10.0, workers=0, startup=4.0), row("ebft", 2, 10.0, workers=1, startup=13.0)])
+    for workers, startup in ((0, 4.0), (1, 13.0)):
+        work = pace.Work("m", "ebft", workers, False, flops=1.0, evaluations=1, evaluation_flops=1.0)
+        assert known.of(work, at_once=2).startup_seconds == startup
 
 
 def test_a_part_of_a_trial_starts_as_long_as_a_whole_one() -> None:

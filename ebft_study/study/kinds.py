@@ -55,7 +55,7 @@ def wall_seconds(numbers_and_seconds: Iterable[tuple[int, float]], at_once: int)
 
 def _kind(spec: StudySpec, label: str, run: RunConfig, number: int, trial_ids: tuple[str, ...]) -> Kind:
     own = spec.resources.of(run)
-    return Kind(label, run, number, trial_ids, Work.of(run, own.processes), own)
+    return Kind(label, run, number, trial_ids, Work.of(run, own.workers_per_trial), own)
 
 
 def _cost_key(spec: StudySpec, run: RunConfig) -> tuple[Any, ...]:

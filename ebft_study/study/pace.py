@@ -1,6 +1,6 @@
 """How fast a machine is, from the trials that finished on it in earlier studies of a storage folder.
 
-What counts is most alike what is planned: of the same model, method and number of processes if there is any such trial.
+What counts is most alike what is planned: of the same model, method and number of workers if there is any such trial.
 Other models and methods reach another part of a machine's speed, and trials side by side share its memory.
 """
 
@@ -25,9 +25,9 @@ from ebft_study.training.memory import shapes
 
 _MOST_MEASURED = 50  # trials, the newest ones
 _ALIKE: tuple[list[str], ...] = (
-    ["model", "method", "processes", "served", "side_by_side"],
-    ["model", "method", "processes", "served"],
-    ["model", "processes", "served"],
+    ["model", "method", "workers", "served", "side_by_side"],
+    ["model", "method", "workers", "served"],
+    ["model", "workers", "served"],
     ["model"],
     [],
 )
@@ -40,7 +40,8 @@ class Work:
 
     model: str
     method: str
-    processes: int
+    workers: int
+    """0 where a trial trains in its own process, which starts much sooner than a group of one worker."""
     served: bool
     """Samples or features come from another process."""
     flops: float
@@ -50,9 +51,9 @@ class Work:
     """Of all evaluations."""
 
     @staticmethod
-    def of(run: RunConfig, processes: int) -> Work:
+    def of(run: RunConfig, workers: int) -> Work:
         served = run.uses_engine or run.features.backend == "service"
-        return Work(run.model, run.method, processes, served, flops(run), evaluations(run), evaluation_flops(run))
+        return Work(run.model, run.method, workers, served, flops(run), evaluations(run), evaluation_flops(run))
 
 
 @dataclass(frozen=True)
@@ -151,14 +152,14 @@ def _finished(folder: Place) -> Iterable[dict[str, Any]]:
             # Settings of another version, or a model that is not there any more, measure nothing.
             with contextlib.suppress(EbftError):
                 run = _run_of(row)
-                processes = max(1, int(asked.get("workers_per_trial") or 0))
-                yield _measurement(Work.of(run, processes), row, run.total_steps * seconds, side_by_side(table))
+                work = Work.of(run, int(asked.get("workers_per_trial", 1)))
+                yield _measurement(work, row, run.total_steps * seconds, side_by_side(table))
 
 
 def _measurement(work: Work, row: dict[Any, Any], updating: float, beside: int) -> dict[str, Any]:
     between = max(row["train_seconds"] - updating, 1e-3)
     return {
-        **{name: getattr(work, name) for name in ("model", "method", "processes", "served")},
+        **{name: getattr(work, name) for name in ("model", "method", "workers", "served")},
         "side_by_side": beside,
         "rate": work.flops / updating,
         "evaluation_rate": work.evaluation_flops / between,
