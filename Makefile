@@ -43,8 +43,9 @@ chaos: $(STAMP) ## kill -9 at random in the middle of a real study, 20 times; en
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos --kills 20
 
-scale: $(STAMP) ## what a study of 2000 trials costs its driver and its readers, without Ray
+scale: $(STAMP) ## what a study of 2000 trials costs its driver and its readers, without processes for trials
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.scale.simulate
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.scale.snapshot
 
 clean: ## remove the environment and build leftovers; studies stay
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
