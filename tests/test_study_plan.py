@@ -88,16 +88,17 @@ def test_hours_follow_from_what_finished_trials_took(run: dict[str, Any], tmp_pa
     # 24 steps of half a second, 8 evaluations of a quarter of one, and 3 s to start.
     finish(tmp_path, run, step_seconds=0.5, train=14.0, total=17.0, host=socket.gethostname())
     found = planned(run, tmp_path, axes={"reward.alpha": [0.0, 1.0]}, budget={"max_concurrent_trials": 1})
-    kind = found.kinds[0].kind
-    speed = found.pace.of(kind.work, at_once=1)
+    (only,) = found.kinds
+    kind, speed = only.kind, only.speed
+    assert speed is not None
     assert kind.work.evaluation_flops / speed.evaluation_flops_per_second == pytest.approx(8 * 0.25)
-    assert found.seconds(kind) == pytest.approx(17.0)
+    assert only.seconds == pytest.approx(17.0)
     assert found.hours == pytest.approx(6 * 17.0 / 3600)
     # The cost model scales to other settings.
     other = planned(run, tmp_path, budget={"max_concurrent_trials": 1})
     rate = pace.flops(config.build_run(run, source="test")) / 12.0
     for row in other.kinds:
-        assert other.seconds(row.kind) == pytest.approx(3 + 8 * 0.25 + row.kind.work.flops / rate)
+        assert row.seconds == pytest.approx(3 + 8 * 0.25 + row.kind.work.flops / rate)
 
 
 def test_what_is_planned_at_the_start_is_what_the_report_compares(run: dict[str, Any], tmp_path: Path) -> None:

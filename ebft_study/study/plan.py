@@ -19,7 +19,7 @@ from ebft_study.places import Location
 from ebft_study.report import text
 from ebft_study.study import checks, pace
 from ebft_study.study.kinds import Kind, kinds, wall_seconds
-from ebft_study.study.pace import Pace
+from ebft_study.study.pace import Speed
 from ebft_study.study.spec import ResourcesSpec, StudySpec
 from ebft_study.training.memory import fit
 
@@ -28,13 +28,20 @@ _GIB = 2**30
 
 @dataclass(frozen=True)
 class PlannedKind:
-    """Trials that cost the same, and whether one of them fits."""
+    """Trials that cost the same, whether one of them fits, and how fast it is."""
 
     kind: Kind
     memory_gib: float
     """Per worker, at the peak; NaN where not even the smallest split fits."""
     problem: str
     """Why it does not fit."""
+    speed: Speed | None
+    """None where nothing was measured yet."""
+
+    @property
+    def seconds(self) -> float | None:
+        """Of one trial."""
+        return self.speed.seconds(self.kind.work) if self.speed else None
 
     @property
     def fits(self) -> bool:
@@ -53,40 +60,37 @@ class StudyPlan:
 
     kinds: list[PlannedKind]
     at_once: int
-    pace: Pace
 
     @property
     def n_trials(self) -> int:
-        return sum(planned.kind.number for planned in self.kinds)
+        return sum(row.kind.number for row in self.kinds)
 
     @property
     def fits(self) -> bool:
-        return all(planned.fits for planned in self.kinds)
-
-    def seconds(self, kind: Kind) -> float | None:
-        """Of one trial of a kind."""
-        return self.pace.of(kind.work, at_once=self.at_once).seconds(kind.work) if self.pace else None
+        return all(row.fits for row in self.kinds)
 
     @property
     def hours(self) -> float | None:
         """From the first start to the last end."""
-        if not self.pace:
-            return None
-        seconds = [(planned.kind.number, self.seconds(planned.kind) or 0.0) for planned in self.kinds]
-        return wall_seconds(seconds, self.at_once) / 3600
+        known = [(row.kind.number, row.seconds) for row in self.kinds if row.seconds is not None]
+        return wall_seconds(known, self.at_once) / 3600 if known else None
 
     @property
     def gpu_hours(self) -> float:
         """Of all trials; 0 without GPUs, and where nothing was measured yet."""
-        kinds = [planned.kind for planned in self.kinds]
-        return sum(kind.number * (self.seconds(kind) or 0.0) * kind.resources.gpus for kind in kinds) / 3600
+        return sum(row.kind.number * (row.seconds or 0.0) * row.kind.resources.gpus for row in self.kinds) / 3600
 
 
 def plan(spec: StudySpec, *, storage: Location, memory_gib: float) -> StudyPlan:
     """The plan of a study; `memory_gib` is what a worker may use where the study does not say."""
     found = kinds(spec)
     at_once = min(checks.trials_at_once(spec, [kind.run for kind in found]), sum(kind.number for kind in found))
-    return StudyPlan([_planned(spec, kind, memory_gib) for kind in found], at_once, pace.measured(storage))
+    known = pace.measured(storage)
+    rows = []
+    for kind in found:
+        speed = known.of(kind.work, at_once=at_once) if known else None
+        rows.append(PlannedKind(kind, *_memory(spec, kind, memory_gib), speed))
+    return StudyPlan(rows, at_once)
 
 
 def usual_memory_gib(spec: StudySpec) -> float:
@@ -97,15 +101,16 @@ def usual_memory_gib(spec: StudySpec) -> float:
     return here / (checks.trials_at_once(spec, []) * spec.resources.processes)
 
 
-def _planned(spec: StudySpec, kind: Kind, memory_gib: float) -> PlannedKind:
+def _memory(spec: StudySpec, kind: Kind, memory_gib: float) -> tuple[float, str]:
+    """GiB per worker at the peak, or NaN and why it does not fit."""
     run = kind.run
     budget = (run.training.memory_budget_gib or memory_gib) * _GIB
     try:
         device = spec.resources.device_of(run)
         fitting = fit(run, device, world_size=kind.resources.processes, budget_bytes=budget)
     except ConfigError as error:
-        return PlannedKind(kind, math.nan, str(error))
-    return PlannedKind(kind, fitting.peak_bytes / _GIB, "")
+        return math.nan, str(error)
+    return fitting.peak_bytes / _GIB, ""
 
 
 # --- for people ------------------------------------------------------------------------------------------------
@@ -117,7 +122,7 @@ def show(planned: StudyPlan, spec: StudySpec, console: Console) -> None:
     for header in ("trials like", "number", "steps", "tokens", "TFLOP", "GiB/worker", "time"):
         table.add_column(header, justify="left" if header == "trials like" else "right")
     for row in planned.kinds:
-        kind, time = row.kind, text.duration(planned.seconds(row.kind))
+        kind, time = row.kind, text.duration(row.seconds)
         numbers = (f"{kind.number}", f"{kind.run.total_steps}", text.count(row.tokens), f"{kind.work.flops / 1e12:.3g}")
         used = f"{row.memory_gib:.2f}" if row.fits else "too much"
         table.add_row(kind.label, *numbers, used, time, style="" if row.fits else "red")
@@ -144,7 +149,7 @@ def _place(resources: ResourcesSpec) -> str:
 
 
 def _basis(planned: StudyPlan) -> str:
-    speeds = [planned.pace.of(row.kind.work, at_once=planned.at_once) for row in planned.kinds]
+    speeds = [row.speed for row in planned.kinds if row.speed]
     rates = sorted({f"{speed.flops_per_second / 1e9:.4g}" for speed in speeds}, key=float)
     spread = rates[0] if len(rates) == 1 else f"{rates[0]} to {rates[-1]}"
     return f"{spread} GFLOP/s of the {max(speed.trials for speed in speeds)} finished trials here that are most alike"

@@ -95,8 +95,8 @@ def _refuse_changes(recorded: StudySpec, overrides: Sequence[str]) -> None:
 def _given(spec: StudySpec) -> dict[str, Any]:
     """Settings of a study's first trial, and what else says which trials there are and what each occupies."""
     first = trials.build(spec, trials.enumerated(spec)[0], seed=spec.seeds[0], source="command line")
-    rest = {name: space.dump(spec)[name] for name in space.SECTIONS if name not in SECTIONS}
-    return {**config.flatten(first), **rest}
+    plain = space.dump(spec)
+    return {**config.flatten(first), **{name: plain[name] for name in space.SECTIONS if name not in SECTIONS}}
 
 
 # --- what to compare -------------------------------------------------------------------------------------------

@@ -55,6 +55,12 @@ def spec_of(n_trials: int, n_reports: int) -> space.StudySpec:
     return space.from_record(content, source="simulation")
 
 
+def settings_of(trial: trials.Trial) -> dict[str, Any]:
+    """What Tune is given of a trial."""
+    steps = trial.run.total_steps
+    return {"trial_id": trial.trial_id, "is_baseline": False, "total_steps": steps, "run": trial.run.model_dump()}
+
+
 class Simulation:
     """Our side of a study, with the events of a cluster of `at_once` places."""
 
@@ -71,14 +77,10 @@ class Simulation:
         self.scheduler = StudyScheduler(spec, longest=self.waiting[0].run.total_steps, history=past.curves)
         watch = early_stopping.Watch(spec.stopping, spec.objective, {})
         self.wish = StopWish(None, watch=watch)
-        self.searcher = StudySearcher(search, self.monitor, self._settings)
+        self.searcher = StudySearcher(search, self.monitor, settings_of)
         self.observer = Observer(search, self.monitor, lambda trial_id, attempt: None, watch.reasons)
         self.running: deque[Any] = deque()
         self.reports = 0
-
-    def _settings(self, trial: trials.Trial) -> dict[str, Any]:
-        steps = trial.run.total_steps
-        return {"trial_id": trial.trial_id, "is_baseline": False, "total_steps": steps, "run": trial.run.model_dump()}
 
     def run(self, compact: Callable[[], None]) -> None:
         ended = 0

@@ -19,7 +19,7 @@ from ray.tune.experiment import Trial
 from ray.tune.registry import register_trainable
 
 from ebft_study.study import trials
-from tests.scale.simulate import spec_of
+from tests.scale.simulate import settings_of, spec_of
 
 
 def main() -> None:
@@ -47,7 +47,7 @@ def measure(folder: Path, n_trials: int) -> None:
 
 
 def _as_tune_has_it(trial: trials.Trial, storage: StorageContext) -> Any:
-    settings = {"trial_id": trial.trial_id, "total_steps": trial.run.total_steps, "run": trial.run.model_dump()}
+    settings = settings_of(trial)
     stub = Trial("nothing", config=settings, stub=True, storage=storage)
     stub.update_last_result({"step": 10, "ce_loss": 3.0, "cfm_loss": 2.0, "config": settings, "training_iteration": 1})
     return stub
