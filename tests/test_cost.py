@@ -34,14 +34,11 @@ from ebft_study.cost import (
     ModelShape,
     Split,
     StepShape,
-    largest_split,
     memory,
     saved_bytes_per_token,
     step_cost,
 )
-from ebft_study.cost.splitting import EFFICIENT_BLOCK_TOKENS
 from ebft_study.data import Batch
-from ebft_study.errors import ConfigError
 from ebft_study.features import local
 from ebft_study.features.local import LocalFeatures
 from ebft_study.methods import Tally, Totals
@@ -387,6 +384,18 @@ def test_adapters_spare_the_gradients_of_frozen_matrices() -> None:
     assert light.optimizer.weight_bytes == 7 * 4 * 1000
 
 
+def test_sampling_that_keeps_no_graph_is_paid_for_once_more() -> None:
+    shape, step = ModelShape.of(Qwen2Config(**SIZES)), Case(G=8).step()
+    kept, again = (step_cost(shape, shape, replace(step, differentiable_rollouts=d)) for d in (True, False))
+    assert again.rollouts == kept.rollouts
+    assert again.scoring_backward.flops == kept.scoring_backward.flops
+    blocks = again.scoring_forward.flops - kept.scoring_forward.flops
+    assert blocks == pytest.approx(kept.rollouts.flops, rel=1e-9)
+    checkpointed = step_cost(shape, shape, replace(step, activation_checkpointing=True))
+    assert checkpointed.scoring_forward == kept.scoring_forward
+    assert checkpointed.scoring_backward.flops > kept.scoring_backward.flops
+
+
 # --- memory ----------------------------------------------------------------------------------------------------
 
 
@@ -538,98 +547,3 @@ def test_what_every_worker_holds() -> None:
     assert (adapted.gradients_bytes, adapted.optimizer_bytes, adapted.frozen_bytes) == (40, 80, 0)
     sft = memory(shape, shape, replace(step, method="sft"), Split(2, 1))
     assert sft.frozen_bytes == sft.rollouts_bytes == sft.features_bytes == 0
-
-
-# --- choosing a split ------------------------------------------------------------------------------------------
-
-LARGE = replace(
-    ModelShape.of(Qwen2Config(**SIZES)),
-    n_layers=28,
-    hidden_size=1536,
-    intermediate_size=8960,
-    n_heads=12,
-    head_dim=128,
-    vocabulary_size=151_936,
-)
-LONG = replace(Case(T=1024, stride=8, n=4, G=8, S=16).step(), precision="bfloat16")
-
-
-def peak(split: Split, step: StepShape = LONG) -> float:
-    return memory(LARGE, LARGE, step, split).peak_bytes
-
-
-def test_everything_at_once_where_there_is_room() -> None:
-    whole = Split.whole(LONG)
-    assert whole == Split(16, 127)
-    assert largest_split(LARGE, LARGE, LONG, budget_bytes=peak(whole)) == whole
-    shared = largest_split(LARGE, LARGE, replace(LONG, world_size=4), budget_bytes=peak(whole))
-    assert shared == Split(4, 127)
-
-
-def test_sampling_that_keeps_no_graph_is_paid_for_once_more() -> None:
-    shape, step = ModelShape.of(Qwen2Config(**SIZES)), Case(G=8).step()
-    kept, again = (step_cost(shape, shape, replace(step, differentiable_rollouts=d)) for d in (True, False))
-    assert again.rollouts == kept.rollouts
-    assert again.scoring_backward.flops == kept.scoring_backward.flops
-    blocks = again.scoring_forward.flops - kept.scoring_forward.flops
-    assert blocks == pytest.approx(kept.rollouts.flops, rel=1e-9)
-    checkpointed = step_cost(shape, shape, replace(step, activation_checkpointing=True))
-    assert checkpointed.scoring_forward == kept.scoring_forward
-    assert checkpointed.scoring_backward.flops > kept.scoring_backward.flops
-
-
-@pytest.mark.parametrize("step", [LONG, replace(LONG, activation_checkpointing=True)], ids=["plain", "checkpointing"])
-def test_a_split_fits_and_nothing_preferred_to_it_does(step: StepShape) -> None:
-    seen = []
-    budget = peak(Split.whole(step), step)
-    while budget >= peak(Split(1, 1), step):
-        split = largest_split(LARGE, LARGE, step, budget_bytes=budget)
-        assert peak(split, step) <= budget
-        assert split == largest_split(LARGE, LARGE, step, budget_bytes=budget)
-        seen.append(split)
-        budget *= 0.98
-    assert seen == sorted(seen, key=lambda split: (-split.micro_batch_size, -split.anchors_at_once))
-    tokens_per_anchor = step.n_samples * (1 if step.differentiable_rollouts else step.completion_length - 1)
-    for split in seen:
-        efficient = split.micro_batch_size * split.anchors_at_once * tokens_per_anchor >= EFFICIENT_BLOCK_TOKENS
-        assert efficient or split.micro_batch_size == 1 or split.anchors_at_once == 127
-    assert seen[0] == Split.whole(step)
-    assert seen[-1].micro_batch_size == 1
-    assert any(split.micro_batch_size == 16 and split.anchors_at_once < 127 for split in seen)
-
-
-def test_short_completions_are_not_cut_below_what_fills_a_pass() -> None:
-    step = Case(T=64, stride=8, n=2, G=2, S=4).step()
-    shape = ModelShape.of(Qwen2Config(**SIZES))
-    least = memory(shape, shape, step, Split(2, 7)).peak_bytes
-    assert largest_split(shape, shape, step, budget_bytes=least) == Split(2, 7)
-
-
-def test_a_chosen_size_is_kept_and_the_other_one_fitted_to_it() -> None:
-    budget = peak(Split(4, 32), LONG)
-    assert largest_split(LARGE, LARGE, LONG, budget_bytes=budget, given=(4, None)) == Split(4, 32)
-    assert largest_split(LARGE, LARGE, LONG, budget_bytes=budget, given=(None, 32)) == Split(4, 32)
-    assert largest_split(LARGE, LARGE, LONG, budget_bytes=budget, given=(2, 3)) == Split(2, 3)
-    with pytest.raises(ConfigError, match="Use a smaller anchors_at_once, a smaller micro_batch_size"):
-        largest_split(LARGE, LARGE, LONG, budget_bytes=budget, given=(8, 64))
-
-
-def test_sft_is_cut_by_sequences_only() -> None:
-    step = replace(LONG, method="sft")
-    split = largest_split(LARGE, LARGE, step, budget_bytes=memory(LARGE, LARGE, step, Split(4, 1)).peak_bytes)
-    assert split == Split(4, 1)
-
-
-def test_what_does_not_fit_at_all_is_refused_with_what_it_needs() -> None:
-    with pytest.raises(ConfigError) as caught:
-        largest_split(LARGE, LARGE, LONG, budget_bytes=8 * 2**30)
-    message = str(caught.value)
-    assert f"needs {peak(Split(1, 1)) / 2**30:.3g} GiB with micro_batch_size=1 and anchors_at_once=1" in message
-    assert "memory=8 GiB" in message
-    for remedy in ("sequence_length", "n_samples", "completion_length", "activation_checkpointing=true", "lora_rank"):
-        assert remedy in message
-    assert "precision=bfloat16" not in message
-    with pytest.raises(ConfigError) as caught:
-        largest_split(LARGE, LARGE, replace(LONG, method="sft", precision="float32"), budget_bytes=2**30)
-    assert "precision=bfloat16" in str(caught.value)
-    assert "n_samples" not in str(caught.value)
