@@ -14,8 +14,8 @@ from rich.table import Table
 from ebft_study.errors import ConfigError, EbftError
 
 if TYPE_CHECKING:
-    from ebft_study.places import Place
-    from ebft_study.study.runner import Ended
+    from ebft_study.storage import Place
+    from ebft_study.study.driver.runner import Ended
 
 app = typer.Typer(
     name="ebft-study",
@@ -63,16 +63,17 @@ def study(
     [dim]ebft-study study search_spaces/alpha_gamma.yaml --what-if scheduler.kind=asha[/dim]
     """
     if what_if:
-        from ebft_study.study import what_if_command
+        from ebft_study.study.view import replay_table
 
         if resume or extend:
             raise ConfigError("command line: --what-if: runs nothing. Drop it, or --resume and --extend")
-        asked = what_if_command.what_if(file, profile=profile, overrides=overrides or [], name=name, storage=storage)
-        what_if_command.show(*asked, Console())
+        asked = replay_table.what_if(file, profile=profile, overrides=overrides or [], name=name, storage=storage)
+        replay_table.show(*asked, Console())
         return
-    from ebft_study.study import runner, space
+    from ebft_study.study.driver import runner
+    from ebft_study.study.resolving import study_file
 
-    spec = space.load_study(file, profile, overrides or [], name=name)
+    spec = study_file.load_study(file, profile, overrides or [], name=name)
     console = Console()
     if extend and resume:
         raise ConfigError("command line: --extend: changes a study and continues it. Drop --resume")
@@ -100,10 +101,10 @@ def plan(
 
     [dim]ebft-study plan search_spaces/alpha_gamma.yaml --profile cpu[/dim]
     """
-    from ebft_study.study import plan as planning
-    from ebft_study.study import space
+    from ebft_study.study.forecast import plan as planning
+    from ebft_study.study.resolving import study_file
 
-    spec = space.load_study(file, profile, overrides or [])
+    spec = study_file.load_study(file, profile, overrides or [])
     memory = memory_gib or planning.usual_memory_gib(spec)
     planned = planning.plan(spec, storage=storage, memory_gib=memory)
     planning.show(planned, spec, Console())
@@ -121,7 +122,7 @@ def resume(
 
     [dim]ebft-study resume alpha_gamma[/dim]
     """
-    from ebft_study.study import runner
+    from ebft_study.study.driver import runner
 
     console = Console()
     folder = _folder(name, storage)
@@ -134,7 +135,7 @@ def status(name: StudyName, storage: Storage = STUDIES) -> None:
 
     [dim]ebft-study status alpha_gamma[/dim]
     """
-    from ebft_study.study.status import show
+    from ebft_study.study.view.status import show
 
     show(_folder(name, storage), Console())
 
@@ -162,7 +163,7 @@ def train(
     [dim]ebft-study train run.yaml method=sft steps=100[/dim]
     """
     from ebft_study import config
-    from ebft_study.study.single import run_single
+    from ebft_study.study.driver.single_run import run_single
 
     run = config.load_run(file, overrides or [])
     folder = output or Path("runs") / run.name
@@ -181,7 +182,7 @@ def bench(context: typer.Context) -> None:
     [dim]ebft-study bench --section step --json bench.json[/dim]
     """
     # One definition of its options, which must also do where typer is not installed.
-    from ebft_study.bench.__main__ import main as run_bench
+    from benchmarks.__main__ import main as run_bench
 
     raise typer.Exit(run_bench(context.args))
 
@@ -196,9 +197,10 @@ def gradient_noise(
 
     [dim]ebft-study gradient-noise run.yaml --draws 32[/dim]
     """
-    from ebft_study import config, diagnostics
+    from ebft_study import config
+    from ebft_study.training import gradient_noise
 
-    rows = diagnostics.gradient_noise(
+    rows = gradient_noise.gradient_noise(
         config.load_run(file, overrides or []),
         whitenings=("none", "variant_i", "variant_iii", "reference_code"),
         n_samples=(4, 16),
@@ -215,8 +217,8 @@ def _table(title: str, columns: list[str], rows: list[dict[str, Any]]) -> None:
 
 
 def _folder(name: str, storage: str) -> Place:
-    from ebft_study.places import place
     from ebft_study.results import copies, find_study
+    from ebft_study.storage import place
 
     if "://" in name:
         return find_study(name)
@@ -228,10 +230,10 @@ def _folder(name: str, storage: str) -> Place:
 
 def _finish(ended: Ended, console: Console) -> None:
     """Say how a session of a study ended, and end the process accordingly."""
-    from ebft_study.study import progress
+    from ebft_study.study.view import display
 
     states = list(ended.states.values())
-    lines = [] if console.is_terminal else [progress.summary(states, progress.Plan(len(states)))]  # the table shows it
+    lines = [] if console.is_terminal else [display.summary(states, display.Plan(len(states)))]  # the table shows it
     if ended.report:
         lines.append(f"report: {ended.report}")
     if ended.reason:

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from ebft_study.block_model import ATTENTION
 from ebft_study.data import Batch
+from ebft_study.networks.blocks import ATTENTION
 
 VOCABULARY = 40
 ARCHITECTURES = ["qwen2-tied", "llama-untied"]

@@ -80,7 +80,7 @@ def test_help_shows_an_example(run: object, command: str) -> None:
 
 def test_help_and_status_load_neither_torch_nor_ray() -> None:
     code = (
-        "import sys; from ebft_study import cli; from ebft_study.study import status; "
+        "import sys; from ebft_study import cli; from ebft_study.study.view import status; "
         "assert not {'torch', 'ray', 'transformers', 'optuna'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
@@ -90,7 +90,7 @@ def test_errors_of_several_lines_become_one(run: object, monkeypatch: pytest.Mon
     def fail(*_: object, **__: object) -> None:
         raise EbftError("first\n  second")
 
-    monkeypatch.setattr("ebft_study.study.space.load_study", fail)
+    monkeypatch.setattr("ebft_study.study.resolving.study_file.load_study", fail)
     assert run("study", "x.yaml").err == "error: first second\n"  # type: ignore[operator]
 
 

@@ -13,7 +13,7 @@ import typer
 import yaml
 
 from ebft_study.cli import app
-from ebft_study.study import space
+from ebft_study.study.resolving import study_file
 
 ROOT = Path(__file__).parent.parent
 SBATCH, RAYJOB = ROOT / "examples" / "slurm" / "study.sbatch", ROOT / "examples" / "kuberay" / "rayjob.yaml"
@@ -71,7 +71,7 @@ def test_the_slurm_script_runs_our_command_on_a_file_that_loads() -> None:
     given = parsed(words)
     assert given["address"] == "10.0.0.1:20001"
     assert given["resume"]
-    spec = space.load_study(ROOT / str(given["file"]), given["profile"])
+    spec = study_file.load_study(ROOT / str(given["file"]), given["profile"])
     assert spec.resources.gpus_per_worker
 
 
@@ -114,7 +114,7 @@ def test_the_kuberay_manifest_runs_our_command_with_the_ray_that_is_pinned() -> 
     assert any(str(given["storage"]).startswith(f"{path}/") for path in shared)
     environment = yaml.safe_load(job["spec"]["runtimeEnvYAML"])["env_vars"]
     assert environment["EBFT_STUDY_CACHE"].startswith("/shared/")
-    space.load_study(ROOT / Path(*Path(given["file"]).parts[2:]), given["profile"])
+    study_file.load_study(ROOT / Path(*Path(given["file"]).parts[2:]), given["profile"])
     assert f"=={job['spec']['rayClusterSpec']['rayVersion']}" in (ROOT / "pyproject.toml").read_text()
 
 

@@ -9,9 +9,9 @@ import pytest
 import yaml
 
 from ebft_study import config
-from ebft_study.study import plan as planning
-from ebft_study.study import trials
-from ebft_study.study.space import load_study
+from ebft_study.study.forecast import plan as planning
+from ebft_study.study.resolving.study_file import load_study
+from ebft_study.study.spec import trials
 
 FOLDER = Path(__file__).parent.parent / "search_spaces"
 RECIPES = sorted(FOLDER.glob("*.yaml"))

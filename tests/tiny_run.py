@@ -11,7 +11,7 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from ebft_study.config import RunConfig, build_run, nest
-from ebft_study.pretraining import train_tokenizer
+from ebft_study.pretraining.ladder import train_tokenizer
 from ebft_study.training.loop import Outcome, train
 
 WORDS = [

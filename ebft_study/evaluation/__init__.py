@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from ebft_study.algorithm.metrics import conditional_feature_matching
 from ebft_study.algorithm.sampling import uniforms
-from ebft_study.block_model import run_prefix
 from ebft_study.config import RunConfig
 from ebft_study.data import Batch, TokenDataset
 from ebft_study.features import FeatureBackend
 from ebft_study.methods.sft import ce_mask, ground_truth_log_probs
+from ebft_study.networks.blocks import run_prefix
 from ebft_study.rollouts import RolloutBackend, anchors_of
 
 TOKENS_AT_ONCE = 2**14

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from ebft_study.algorithm.anchors import Anchors, contexts_of
-from ebft_study.block_model import Backend
 from ebft_study.data import PADDING_DOCUMENT, Batch
 from ebft_study.features.cache import TieredCache
 from ebft_study.features.keys import FeatureSpec, Keys, sequence_keys
 from ebft_study.features.local import LocalFeatures
+from ebft_study.networks.blocks import Backend
 
 
 @dataclass(frozen=True)

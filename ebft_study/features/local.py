@@ -17,10 +17,10 @@ from ebft_study.algorithm.anchors import (
     gather_rows,
 )
 from ebft_study.algorithm.features import Normalization, Pooling, feature_map, layer_indices
-from ebft_study.block_model import Backend, Blocks, Prefix, captured_layers, mlp_only_at, run_blocks, run_prefix
 from ebft_study.data import Batch
 from ebft_study.features import Features
-from ebft_study.lora import base_weights
+from ebft_study.networks.blocks import Backend, Blocks, Prefix, captured_layers, mlp_only_at, run_blocks, run_prefix
+from ebft_study.networks.lora import base_weights
 
 TOKENS_AT_ONCE = {"cpu": 2**10, "cuda": 2**17}
 """Completion tokens per pass; more are embedded one part after another, with the same result."""

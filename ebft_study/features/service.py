@@ -25,12 +25,12 @@ from typing import Any
 import ray
 import torch
 
-from ebft_study.block_model import Backend
 from ebft_study.config import RunConfig
 from ebft_study.errors import ServiceError
 from ebft_study.features.cache import Cache, DiskCache, MemoryCache, TieredCache
 from ebft_study.features.cached import CachedFeatures, FeatureReply, FeatureRequest
 from ebft_study.features.keys import FeatureSpec
+from ebft_study.networks.blocks import Backend
 from ebft_study.paths import cache_folder
 
 MOST_WAITING = 64
@@ -203,7 +203,7 @@ class FeatureService:
         """Network and cache, loaded by the first who asks."""
         if self._cached is None:
             # Models import features.
-            from ebft_study.models import load_model
+            from ebft_study.networks.loading import load_model
 
             options = self._options
             torch.set_num_threads(options.threads)

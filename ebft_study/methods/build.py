@@ -7,7 +7,7 @@ from ebft_study.features import FeatureBackend
 from ebft_study.methods import Method
 from ebft_study.methods.ebft import Ebft
 from ebft_study.methods.sft import Sft
-from ebft_study.models import LoadedModel, frozen_base
+from ebft_study.networks.loading import LoadedModel, frozen_base
 from ebft_study.rollouts import RolloutBackend
 from ebft_study.rollouts.strided import StridedRollouts
 

@@ -23,7 +23,6 @@ from ebft_study.algorithm.anchors import Anchors
 from ebft_study.algorithm.losses import cross_entropy_loss, kl_penalty, policy_gradient_loss
 from ebft_study.algorithm.metrics import conditional_feature_matching, duplicate_fraction, whitened_feature_matching
 from ebft_study.algorithm.rewards import Rewards, feature_matching_rewards
-from ebft_study.block_model import Prefix, completion_log_probs, run_prefix
 from ebft_study.config import RunConfig
 from ebft_study.cost import keeps_graph
 from ebft_study.data import Batch
@@ -31,6 +30,7 @@ from ebft_study.features import FeatureBackend, Features
 from ebft_study.methods import Tally, Totals, differentiate
 from ebft_study.methods.off_policy import OffPolicy
 from ebft_study.methods.sft import ce_mask, ground_truth_log_probs
+from ebft_study.networks.blocks import Prefix, completion_log_probs, run_prefix
 from ebft_study.rollouts import RolloutBackend, Rollouts
 
 

@@ -6,10 +6,10 @@ from torch import Tensor, nn
 
 from ebft_study.algorithm.anchors import Anchors
 from ebft_study.algorithm.losses import cross_entropy_loss, next_token_mask
-from ebft_study.block_model import run_prefix, token_log_probs
 from ebft_study.config import LossConfig
 from ebft_study.data import Batch
 from ebft_study.methods import Tally, Totals, differentiate
+from ebft_study.networks.blocks import run_prefix, token_log_probs
 
 
 def ce_mask(batch: Batch, region: str) -> Tensor:

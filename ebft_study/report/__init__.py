@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ebft_study.places import Location, Place, place
+from ebft_study.storage import Location, Place, place
 
 
 def write_report(study_folder: Location) -> Path | Place:

@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ebft_study.report import text
-from ebft_study.report.statistics import Interval, mean_interval, paired_difference
+from ebft_study import text
+from ebft_study.analysis.statistics import Interval, mean_interval, paired_difference
 from ebft_study.report.tables import Configuration, Study, best
 
 Ruling = Literal["agrees", "disagrees", "cannot tell"]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from ebft_study.report import text
+from ebft_study import text
 from ebft_study.report.tables import HELDOUT, Configuration, Study, best
 from ebft_study.results.lineage import EXPLOIT
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import pandas as pd
 
-from ebft_study.report import pareto, planned, savings, text, together
+from ebft_study import text
+from ebft_study.report import pareto, planned, savings, together
 from ebft_study.report.tables import Configuration, Study
 
 # Settings worth naming even where they do not vary; the rest is in study.yaml and in the trials table.
@@ -31,7 +32,10 @@ def asked(study: Study) -> Facts:
     ]
     baselines = [c.label for c in study.configurations if c.baseline]
     seeds = sorted({int(seed) for seed in trials["seed"].dropna()})
-    rows += [("Baselines", text.listed(baselines) or "none"), ("Seeds", text.setting(seeds) or text.NOTHING)]
+    rows += [
+        ("Baselines", text.listed(baselines) or "none"),
+        ("Seeds", text.setting(seeds) or text.NOTHING),
+    ]
     return [*rows, *_procedure(spec)]
 
 
@@ -48,7 +52,10 @@ def _procedure(spec: Mapping[str, Any]) -> Facts:
     objectives = pareto.objectives(spec)
     if objectives:
         rows.append(
-            ("Objectives" if len(objectives) > 1 else "Objective", text.listed([f"{m} {n}" for n, m in objectives]))
+            (
+                "Objectives" if len(objectives) > 1 else "Objective",
+                text.listed([f"{m} {n}" for n, m in objectives]),
+            )
         )
     return rows
 
@@ -143,7 +150,10 @@ def cost(study: Study) -> Facts:
     rows = [
         ("Wall-clock, first start to last end", text.duration(wall)),
         ("Trial time, summed", text.duration(used)),
-        (f"CPU hours ({cpus:g} CPU per trial)", text.number(used * cpus / 3600, 2) if used else text.NOTHING),
+        (
+            f"CPU hours ({cpus:g} CPU per trial)",
+            text.number(used * cpus / 3600, 2) if used else text.NOTHING,
+        ),
     ]
     if gpus:
         rows.append((f"GPU hours ({gpus:g} GPU per trial)", text.number((used or 0.0) * gpus / 3600, 2)))
@@ -152,7 +162,10 @@ def cost(study: Study) -> Facts:
         *rows,
         *planned.rows(trials, study.results.events),
         *([("Early stopping saved", saved)] if saved else []),
-        ("Overhead per trial, start to first step (median)", text.duration(_statistic(trials, "startup_seconds"))),
+        (
+            "Overhead per trial, start to first step (median)",
+            text.duration(_statistic(trials, "startup_seconds")),
+        ),
         ("Training per trial (median)", text.duration(_statistic(trials, "train_seconds"))),
         ("Peak memory of a training process", text.size(_statistic(trials, "peak_memory_bytes", "max"))),
         ("Machines", text.listed(sorted(trials["host"].dropna().unique())) or text.NOTHING),

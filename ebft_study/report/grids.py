@@ -11,9 +11,10 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from ebft_study.report import style, text
+from ebft_study import text
+from ebft_study.analysis.statistics import Interval
+from ebft_study.report import style
 from ebft_study.report.pictures import DIVERGENCE, TITLES, Picture, panel_title, unit_of
-from ebft_study.report.statistics import Interval
 from ebft_study.report.tables import Configuration, Study, order
 
 MAX_AXES = 6

@@ -12,13 +12,14 @@ import jinja2
 import matplotlib
 from markupsafe import Markup
 
-from ebft_study.places import Place
-from ebft_study.report import content, facts, pareto, population, services, text
+from ebft_study import text
+from ebft_study.report import content, facts, pareto, population, services
 from ebft_study.report.claims import judge
 from ebft_study.report.figures import draw_all
 from ebft_study.report.pictures import Picture
 from ebft_study.report.tables import summarize
 from ebft_study.results import load
+from ebft_study.storage import Place
 
 TEMPLATE = "report.html.j2"
 DOTS_PER_INCH = 160

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from ebft_study.report import style, text
+from ebft_study import text
+from ebft_study.report import style
 from ebft_study.report.pictures import Picture
 from ebft_study.report.tables import Configuration, Study
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from ebft_study.report import text
+from ebft_study import text
 
 EVENT = "plan"
 """Kind of the event that holds the forecast of a study."""

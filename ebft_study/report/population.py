@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ebft_study.report import text
+from ebft_study import text
 from ebft_study.report.tables import Study
 from ebft_study.results.lineage import lineage
 

@@ -9,9 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
+from ebft_study.analysis.statistics import mean_interval
 from ebft_study.report import style
 from ebft_study.report.pictures import Picture, protagonists
-from ebft_study.report.statistics import mean_interval
 from ebft_study.report.tables import Configuration, Study
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from ebft_study.report import text
+from ebft_study import text
 
 
 def saved(trials: pd.DataFrame, resources: Mapping[str, Any]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from ebft_study.report import text
+from ebft_study import text
 
 Facts = list[tuple[str, str]]
 

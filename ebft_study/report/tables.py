@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ebft_study.report import text, together
-from ebft_study.report.statistics import Interval, mean_interval, paired_difference
+from ebft_study import text
+from ebft_study.analysis.statistics import Interval, mean_interval, paired_difference
+from ebft_study.report import together
 from ebft_study.results import Results, schema
 
 HELDOUT = "heldout"

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import filelock
 
 from ebft_study.errors import ResultsError
-from ebft_study.places import Location, Place, in_parallel, place
 from ebft_study.results import reader, schema, writer
+from ebft_study.storage import Location, Place, in_parallel, place
 
 if TYPE_CHECKING:
     import pyarrow

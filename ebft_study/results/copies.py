@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 
-from ebft_study.places import Place
+from ebft_study.storage import Place
 
 _HASH_BYTES = 32
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from ebft_study.places import Location
 from ebft_study.results.reader import Results, find_study, read_table
+from ebft_study.storage import Location
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from ebft_study.errors import EbftError, ResultsError
-from ebft_study.places import Location, Place, in_parallel, place
 from ebft_study.results import copies, schema
+from ebft_study.storage import Location, Place, in_parallel, place
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -10,8 +10,8 @@ import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from ebft_study.places import Place
 from ebft_study.results import copies
+from ebft_study.storage import Place
 
 # No trial can be called this: '~' may not be in an identifier.
 _PREFIX = "waiting~"

@@ -19,9 +19,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ebft_study.errors import ResultsError
-from ebft_study.places import Location, Place, place
 from ebft_study.results import copies, schema
 from ebft_study.results.waiting import Waiting
+from ebft_study.storage import Location, Place, place
 
 if TYPE_CHECKING:
     import pyarrow

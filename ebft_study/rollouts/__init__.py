@@ -8,9 +8,9 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from ebft_study.algorithm.anchors import Anchors, find_anchors
-from ebft_study.block_model import Prefix
 from ebft_study.config import RolloutConfig
 from ebft_study.data import Batch
+from ebft_study.networks.blocks import Prefix
 
 
 @dataclass(frozen=True)

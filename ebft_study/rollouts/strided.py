@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ebft_study.algorithm.anchors import Anchors
-from ebft_study.block_model import Blocks, Decoder, Prefix, run_prefix, sample_tokens, states_before
 from ebft_study.data import Batch
+from ebft_study.networks.blocks import Blocks, Decoder, Prefix, run_prefix, sample_tokens, states_before
 from ebft_study.rollouts import Rollouts
 
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ebft_study.models import trained_parameters
+from ebft_study.networks.loading import trained_parameters
 
 
 class WeightAverage:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ebft_study.errors import CheckpointError, StorageError
-from ebft_study.places import Location, place
+from ebft_study.storage import Location, place
 
 STATE, RECORD = "state.pt", "checkpoint.json"
 _FULL_BYTES = 2**20

@@ -11,7 +11,7 @@ from torch import nn
 
 from ebft_study.evaluation import Measured, Moments
 from ebft_study.methods import Tally
-from ebft_study.models import trained_parameters
+from ebft_study.networks.loading import trained_parameters
 from ebft_study.training.sharding import is_sharded, reduce_scatter_gradients
 
 

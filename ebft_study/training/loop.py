@@ -35,7 +35,7 @@ from ebft_study.errors import CheckpointError, ConfigError, NonFiniteError, Pari
 from ebft_study.evaluation import base as base_evaluation
 from ebft_study.methods import Tally, Totals, off_policy
 from ebft_study.methods.sft import ce_mask
-from ebft_study.models import trained_parameters
+from ebft_study.networks.loading import trained_parameters
 from ebft_study.rollouts import anchors_of
 from ebft_study.training import checkpoint, state
 from ebft_study.training.averaging import WeightAverage

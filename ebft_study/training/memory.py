@@ -10,7 +10,7 @@ import torch
 from ebft_study.config import RunConfig
 from ebft_study.cost import Limits, ModelShape, Split, StepShape, largest_split, memory
 from ebft_study.errors import ConfigError
-from ebft_study.lora import ALL
+from ebft_study.networks.lora import ALL
 
 CPU_BUDGET_BYTES = 4 * 2**30
 """Larger passes are no faster on a CPU, and trials share it. A model that needs more gets what the machine has."""
@@ -74,7 +74,9 @@ def budgets(config: RunConfig, device: torch.device) -> list[float]:
 
 def shapes(config: RunConfig) -> tuple[ModelShape, ModelShape]:
     """Of the generator, with its adapters, and of the whole feature network."""
-    from ebft_study.models import read_config  # models' libraries take seconds, which a study's driver may never need
+    from ebft_study.networks.loading import (
+        read_config,  # models' libraries take seconds, which a study's driver may never need
+    )
 
     own = ModelShape.of(read_config(config.model, revision=config.model_revision))
     name = config.features.feature_network

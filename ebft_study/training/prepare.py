@@ -12,7 +12,7 @@ from typing import Any
 
 from ebft_study.config import RunConfig
 from ebft_study.evaluation.base import CONTEXTS
-from ebft_study.models import base_dtype
+from ebft_study.networks.loading import base_dtype
 from ebft_study.paths import cache_folder
 from ebft_study.training.loop import Run
 from ebft_study.training.setup import Parts

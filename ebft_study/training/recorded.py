@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from ebft_study.config import RunConfig
-from ebft_study.places import Place, place
 from ebft_study.results import TrialRecorder
 from ebft_study.results.reader import read_mapping
+from ebft_study.storage import Place, place
 from ebft_study.training.services import Services
 from ebft_study.training.tracking import WandbRecorder
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
 
     from ebft_study.features import FeatureBackend
-    from ebft_study.models import LoadedModel
+    from ebft_study.networks.loading import LoadedModel
     from ebft_study.rollouts import RolloutBackend
 
 
@@ -32,7 +32,7 @@ class Services:
             from ebft_study.rollouts.strided import StridedRollouts
 
             return StridedRollouts()
-        from ebft_study.models import source_of
+        from ebft_study.networks.loading import source_of
         from ebft_study.rollouts import vllm
 
         shared = config.vllm.engine_scope == "study"
@@ -50,7 +50,7 @@ class Services:
     def features(self, config: RunConfig, base: LoadedModel) -> FeatureBackend:
         """Where training and evaluation embed."""
         if config.features.backend != "service":
-            from ebft_study.models import load_feature_network
+            from ebft_study.features.loading import load_feature_network
 
             return load_feature_network(config, base)
         from ebft_study.features.client import ServiceFeatures

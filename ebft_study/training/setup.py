@@ -13,10 +13,11 @@ from ebft_study.data import TextDataset, TokenDataset, load_text, tokenize
 from ebft_study.errors import ConfigError, DataError, ModelError
 from ebft_study.evaluation import Evaluator
 from ebft_study.features import FeatureBackend
+from ebft_study.features.loading import load_feature_network
 from ebft_study.methods import Method
 from ebft_study.methods.build import build_method
 from ebft_study.methods.sft import Sft
-from ebft_study.models import LoadedModel, load_feature_network, load_generator, trained_parameters
+from ebft_study.networks.loading import LoadedModel, load_generator, trained_parameters
 from ebft_study.rollouts import RolloutBackend, anchors_of
 from ebft_study.rollouts.strided import StridedRollouts
 from ebft_study.training.memory import Fit, choose_split

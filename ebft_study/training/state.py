@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ebft_study.errors import CheckpointError
-from ebft_study.models import trained_parameters
+from ebft_study.networks.loading import trained_parameters
 from ebft_study.training.averaging import WeightAverage
 from ebft_study.training.sharding import part_like, whole
 

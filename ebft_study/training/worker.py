@@ -11,7 +11,7 @@ import ray.train
 import torch
 
 from ebft_study.config import RunConfig
-from ebft_study.places import Place, explained, place
+from ebft_study.storage import Place, explained, place
 from ebft_study.training.recorded import Attempt, train_recorded
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ebft_study.places import Place, in_parallel, place
+from ebft_study.storage import Place, in_parallel, place
 
 
 class PlaceContract:

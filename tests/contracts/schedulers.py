@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from ray.tune.schedulers import TrialScheduler
 
-from ebft_study.study import space
-from ebft_study.study.schedulers import StudyScheduler
-from ebft_study.study.spec import StudySpec
+from ebft_study.study.spec import normalize
+from ebft_study.study.spec.study_spec import StudySpec
+from ebft_study.study.stopping.schedulers import StudyScheduler
 
 STEPS, EVERY = 32, 2
 Curves = Mapping[str, list[float]]
@@ -22,7 +22,9 @@ Curves = Mapping[str, list[float]]
 
 def spec_of(section: Mapping[str, Any], mode: str = "min") -> StudySpec:
     objective = {"metric": "cfm_loss", "mode": mode}
-    return space.from_record({"study": "s", "question": "q", "scheduler": section, "objective": objective}, source="t")
+    return normalize.from_record(
+        {"study": "s", "question": "q", "scheduler": section, "objective": objective}, source="t"
+    )
 
 
 def scheduler_of(section: Mapping[str, Any], mode: str = "min", history: Any = None) -> StudyScheduler:

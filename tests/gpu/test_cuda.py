@@ -12,8 +12,8 @@ from ebft_study.algorithm.anchors import Contexts, contexts_of, find_anchors
 from ebft_study.algorithm.attention import block_attention, plan_chunks
 from ebft_study.algorithm.flex_attention import flex_block_attention, flex_mask
 from ebft_study.algorithm.rewards import feature_matching_rewards
-from ebft_study.block_model import Backend, completion_log_probs, run_prefix
 from ebft_study.features.local import LocalFeatures
+from ebft_study.networks.blocks import Backend, completion_log_probs, run_prefix
 from ebft_study.rollouts.strided import StridedRollouts
 from tests.references.dense_attention import dense_block_attention
 from tests.small_models import ARCHITECTURES, small_batch, small_model

@@ -110,7 +110,7 @@ def test_the_cluster_outlives_the_study_and_nothing_of_it_is_left(guest: Guest, 
 def test_a_cluster_of_its_own_is_told_from_another_one_by_its_processes(address: str) -> None:
     program = (
         "import ray\n"
-        "from ebft_study.study import cluster\n"
+        "from ebft_study.study.cluster import own as cluster\n"
         "cluster.set_environment()\n"
         "def actors():\n"
         "    from ray.util.state import list_actors\n"

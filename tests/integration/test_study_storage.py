@@ -14,7 +14,7 @@ import pytest
 
 from ebft_study import results
 from ebft_study.errors import ResultsError
-from ebft_study.places import place
+from ebft_study.storage import place
 from tests import commands
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(560)]

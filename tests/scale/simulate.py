@@ -24,11 +24,15 @@ from typing import Any
 
 from ebft_study import report, results
 from ebft_study.results.writer import now
-from ebft_study.study import early_stopping, history, progress, record, space, trials
-from ebft_study.study.monitor import Monitor
-from ebft_study.study.schedulers import StudyScheduler
-from ebft_study.study.search import ListedSearch
-from ebft_study.study.tuning import Observer, StopWish, StudySearcher
+from ebft_study.study.driver.monitor import Monitor
+from ebft_study.study.driver.tune_hooks import Observer, StopWish, StudySearcher
+from ebft_study.study.folder import history, study_yaml, trial_states
+from ebft_study.study.resolving import study_file
+from ebft_study.study.search.listed import ListedSearch
+from ebft_study.study.spec import normalize, trials
+from ebft_study.study.stopping import rules
+from ebft_study.study.stopping.schedulers import StudyScheduler
+from ebft_study.study.view import display
 
 SECONDS: dict[str, float] = {}
 COMPACTED_EVERY = 500  # trials
@@ -42,7 +46,7 @@ def timed(name: str) -> Iterator[None]:
     SECONDS[name] = SECONDS.get(name, 0.0) + time.process_time() - started
 
 
-def spec_of(n_trials: int, n_reports: int) -> space.StudySpec:
+def spec_of(n_trials: int, n_reports: int) -> study_file.StudySpec:
     rates = [round(1e-5 * (1 + index), 8) for index in range(n_trials)]
     content = {
         "study": "large",
@@ -52,7 +56,7 @@ def spec_of(n_trials: int, n_reports: int) -> space.StudySpec:
         "stopping": {"divergence": {"margin": 0.5, "evaluations": 3}},
         "scheduler": {"kind": "asha", "grace_period_steps": n_reports * 10 - 1, "reduction_factor": 4},
     }
-    return space.from_record(content, source="simulation")
+    return normalize.from_record(content, source="simulation")
 
 
 def settings_of(trial: trials.Trial) -> dict[str, Any]:
@@ -64,9 +68,9 @@ def settings_of(trial: trials.Trial) -> dict[str, Any]:
 class Simulation:
     """Our side of a study, with the events of a cluster of `at_once` places."""
 
-    def __init__(self, folder: Path, spec: space.StudySpec, at_once: int) -> None:
+    def __init__(self, folder: Path, spec: study_file.StudySpec, at_once: int) -> None:
         self.folder, self.spec, self.at_once = folder, spec, at_once
-        self.states: dict[str, progress.TrialState] = {}
+        self.states: dict[str, trial_states.TrialState] = {}
         self.monitor = Monitor(results.StudyRecorder(folder, study=spec.study), self.states, "cfm_loss")
         with timed("enumerating trials"):
             self.waiting = trials.listed(spec)
@@ -75,7 +79,7 @@ class Simulation:
         search = ListedSearch(self.waiting)
         past = history.History({}, {}, {})
         self.scheduler = StudyScheduler(spec, longest=self.waiting[0].run.total_steps, history=past.curves)
-        watch = early_stopping.Watch(spec.stopping, spec.objective, {})
+        watch = rules.Watch(spec.stopping, spec.objective, {})
         self.wish = StopWish(None, watch=watch)
         self.searcher = StudySearcher(search, self.monitor, settings_of)
         self.observer = Observer(search, self.monitor, lambda trial_id, attempt: None, watch.reasons)
@@ -150,7 +154,7 @@ def simulate(folder: Path, options: argparse.Namespace) -> None:
     with timed("reading the study file"):
         spec = spec_of(options.trials, options.reports)
     (folder / "file").write_text("")
-    record.write(folder, spec, profile=None, file=folder / "file", provenance={})
+    study_yaml.write(folder, spec, profile=None, file=folder / "file", provenance={})
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     simulation = Simulation(folder, spec, options.at_once)
 
@@ -177,9 +181,9 @@ def simulate(folder: Path, options: argparse.Namespace) -> None:
         past = history.read(folder, "cfm_loss")
     with timed("scheduler of a resumed study"):
         StudyScheduler(spec, longest=simulation.waiting[0].run.total_steps, history=past.curves)
-    plan = progress.Plan(options.trials, options.at_once)
+    plan = display.Plan(options.trials, options.at_once)
     with timed("live table, once"):
-        progress.render(simulation.states.values(), ("ce_loss", "cfm_loss"), title="large", plan=plan)
+        display.render(simulation.states.values(), ("ce_loss", "cfm_loss"), title="large", plan=plan)
     if options.report:
         with timed("report"):
             report.write_report(folder)

@@ -18,7 +18,7 @@ from ray.tune.execution.tune_controller import TuneController
 from ray.tune.experiment import Trial
 from ray.tune.registry import register_trainable
 
-from ebft_study.study import trials
+from ebft_study.study.spec import trials
 from tests.scale.simulate import settings_of, spec_of
 
 

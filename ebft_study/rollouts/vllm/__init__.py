@@ -26,10 +26,10 @@ from torch import Tensor, nn
 
 from ebft_study import actors
 from ebft_study.algorithm.anchors import Anchors, contexts_of
-from ebft_study.block_model import Prefix
 from ebft_study.config import RunConfig
 from ebft_study.data import Batch
 from ebft_study.errors import ServiceError
+from ebft_study.networks.blocks import Prefix
 from ebft_study.rollouts import Rollouts
 from ebft_study.rollouts.vllm.engine import (
     CPU_ENVIRONMENT,

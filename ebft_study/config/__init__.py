@@ -1,0 +1,67 @@
+"""Everything that one run can be told. Imports neither torch nor ray: it is instant, and works on a login node.
+
+`sections` has the settings, `rules` the rules between them, `keys` their names, `reading` reads YAML and overrides.
+Every setting has one name in YAML, code, Parquet and plots (`keys.short_names`).
+"""
+
+from ebft_study.config.keys import (
+    all_keys,
+    as_number,
+    flatten,
+    merge,
+    nest,
+    resolve_key,
+    set_path,
+    short_name,
+    short_names,
+)
+from ebft_study.config.reading import build_run, load_run, parse, parse_override, read_yaml
+from ebft_study.config.sections import (
+    CheckpointConfig,
+    DataConfig,
+    EvaluationConfig,
+    FeaturesConfig,
+    LoraConfig,
+    LossConfig,
+    OptimizerConfig,
+    RewardConfig,
+    RolloutConfig,
+    RunConfig,
+    Section,
+    TrackingConfig,
+    TrainingConfig,
+    VllmConfig,
+    Whitening,
+)
+
+__all__ = [
+    "CheckpointConfig",
+    "DataConfig",
+    "EvaluationConfig",
+    "FeaturesConfig",
+    "LoraConfig",
+    "LossConfig",
+    "OptimizerConfig",
+    "RewardConfig",
+    "RolloutConfig",
+    "RunConfig",
+    "Section",
+    "TrackingConfig",
+    "TrainingConfig",
+    "VllmConfig",
+    "Whitening",
+    "all_keys",
+    "as_number",
+    "build_run",
+    "flatten",
+    "load_run",
+    "merge",
+    "nest",
+    "parse",
+    "parse_override",
+    "read_yaml",
+    "resolve_key",
+    "set_path",
+    "short_name",
+    "short_names",
+]

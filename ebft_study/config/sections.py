@@ -1,0 +1,267 @@
+"""Every setting of a run: one pydantic model per section. Names are those of the paper."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
+
+Whitening = Literal["none", "variant_i", "variant_ii", "variant_iii", "reference_code"]
+
+
+class Section(BaseModel):
+    """Base of all configuration models: unknown keys are refused, values never change after reading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class DataConfig(Section):
+    """What the model is fine-tuned on."""
+
+    dataset: str = Field("qa", description="stdlib | unstructured | qa | a preset | a .jsonl/.parquet path | a hub id")
+    dataset_config: str | None = Field(None, description="configuration name of a hub data set")
+    dataset_revision: str | None = Field(None, description="commit or tag of a hub data set")
+    text_column: str | None = Field(None, description="raw text: the column with the text")
+    prompt_column: str | None = Field(None, description="prompt and answer: the column with the prompt")
+    answer_column: str | None = Field(None, description="prompt and answer: the column with the answer")
+    max_examples: PositiveInt | None = Field(None, description="use at most this many training examples")
+    sequence_length: int = Field(128, ge=2, description="T, tokens per training sequence")
+    packing: bool = Field(False, description="fill sequences with several documents; no context crosses a boundary")
+
+    @model_validator(mode="after")
+    def _columns_belong_together(self) -> DataConfig:
+        if (self.prompt_column is None) != (self.answer_column is None):
+            raise ValueError("prompt_column and answer_column must be given together")
+        if self.text_column and self.prompt_column:
+            raise ValueError("give text_column (raw text) or prompt_column and answer_column, not both")
+        return self
+
+
+class RolloutConfig(Section):
+    """How completions are sampled (method.md sections 1 and 2)."""
+
+    n_samples: PositiveInt = Field(4, description="n, completions per context")
+    completion_length: PositiveInt = Field(8, description="G, tokens per completion")
+    stride: PositiveInt = Field(8, description="s, distance between anchors")
+    first_context_length: PositiveInt | None = Field(None, description="C, shortest context; default: stride")
+    temperature: float = Field(0.6, gt=0.0, description="tau of the sampling policy")
+    anchor_region: Literal["all", "answer"] = "all"
+    backend: Literal["strided", "vllm"] = Field("strided", description="strided: in process; vllm: an engine beside it")
+    sync_every_steps: PositiveInt = Field(1, description="vllm: updates between two transfers of the weights")
+    max_policy_lag: int = Field(0, ge=0, description="vllm: updates by which the weights that sample may be behind")
+    importance_ratio_clip: float = Field(
+        2.0, ge=1.0, description="vllm: largest weight of a completion, pi_trainer / pi_engine"
+    )
+    parity_threshold: float | None = Field(
+        None,
+        gt=0.0,
+        description="vllm: largest mean difference of log-probabilities, engine against trainer, after a transfer; "
+        "default: 0.0001, or 0.3 in bfloat16",
+    )
+
+    @property
+    def context_length(self) -> int:
+        return self.first_context_length or self.stride
+
+
+class FeaturesConfig(Section):
+    """The frozen feature network (method.md section 3)."""
+
+    feature_network: str = Field("base", description="'base' (the generator before any training), a name, or a path")
+    random_weights: bool = Field(False, description="same architecture, random weights (an ablation)")
+    depths: tuple[float, ...] = Field((0.25, 0.5, 0.75), min_length=1, description="relative depths in (0, 1]")
+    pooling: Literal["last_token", "mean", "concat"] = "last_token"
+    normalize: Literal["per_layer", "joint"] = "per_layer"
+    backend: Literal["auto", "local", "service"] = Field(
+        "auto",
+        description="local: a network per trial; service: one for all trials; auto: whatever the plan finds better",
+    )
+    cache_memory_gib: float = Field(0.5, ge=0.0, description="service: features kept in memory")
+    cache_disk_gib: float = Field(2.0, ge=0.0, description="service: features kept on disk, for later studies too")
+    service_timeout_seconds: float = Field(120.0, gt=0.0, description="service: longest wait for an answer")
+
+    @property
+    def is_base(self) -> bool:
+        """Whether the network is the generator as it was before training."""
+        return self.feature_network == "base" and not self.random_weights
+
+    @model_validator(mode="after")
+    def _depths_in_range(self) -> FeaturesConfig:
+        for depth in self.depths:
+            if not 0.0 < depth <= 1.0:
+                raise ValueError(f"every depth must lie in (0, 1], but got {depth}")
+        if len(set(self.depths)) != len(self.depths):
+            raise ValueError("depths must differ from each other")
+        return self
+
+
+class VllmConfig(Section):
+    """The engine of `rollout.backend: vllm`."""
+
+    engine_scope: Literal["trial", "study"] = Field(
+        "trial", description="trial: an engine each; study: one engine takes turns with the weights of all trials"
+    )
+    placement: Literal["own", "colocated"] = Field(
+        "own", description="own: GPUs of its own; colocated: on the trainer's GPU, asleep while that trains"
+    )
+    tensor_parallel_size: PositiveInt = Field(
+        1, description="GPUs (processes, on a CPU) that share the engine's weights"
+    )
+    longest_request_tokens: PositiveInt | None = Field(
+        None, description="prompt and completion; default: of the trial's sequences, or of all that share the engine"
+    )
+    gpu_memory_utilization: float = Field(0.3, gt=0.0, le=1.0, description="fraction of its GPU that the engine takes")
+    kv_cache_gib: float = Field(1.0, gt=0.0, description="on a CPU: keys and values that the engine keeps")
+    engine_timeout_seconds: float = Field(600.0, gt=0.0, description="longest wait for a batch of rollouts")
+
+
+class RewardConfig(Section):
+    """Rewards and baseline (method.md sections 4 to 6)."""
+
+    alpha: float = Field(1.0, ge=0.0, le=1.0, description="weight of the diversity term; 1 is the proper scoring rule")
+    whitening: Whitening = "none"
+    baseline: Literal["rloo", "naive", "group_norm", "none"] = "rloo"
+
+
+class LossConfig(Section):
+    """How rewards and cross-entropy become one loss (method.md section 6)."""
+
+    gamma: float = Field(0.0, ge=0.0, description="weight of the cross-entropy term")
+    aggregation: Literal["token_mean", "sum"] = "token_mean"
+    kl_coefficient: float = Field(0.0, ge=0.0, description="weight of the KL term to the base model")
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    ce_region: Literal["all", "answer"] = Field("all", description="tokens that carry cross-entropy, SFT included")
+
+
+class OptimizerConfig(Section):
+    """AdamW and its schedule."""
+
+    learning_rate: float = Field(1e-4, ge=0.0)
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup_fraction: float = Field(0.03, ge=0.0, le=1.0)
+    final_learning_rate_fraction: float = Field(0.1, ge=0.0, le=1.0, description="where cosine ends, relative")
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = Field(0.0, ge=0.0)
+    max_grad_norm: float | None = Field(1.0, gt=0.0)
+    ema_decay: float | None = Field(None, gt=0.0, lt=1.0, description="evaluate an exponential average of the weights")
+
+
+class TrainingConfig(Section):
+    """Length and placement of a run."""
+
+    steps: int = Field(100, ge=0, description="optimizer updates by the method, after any warm start")
+    batch_size: PositiveInt = Field(8, description="sequences per optimizer update, over all workers")
+    micro_batch_size: PositiveInt | None = Field(None, description="sequences per pass; default: as many as fit")
+    anchors_at_once: PositiveInt | None = Field(None, description="anchors per pass; default: as many as fit")
+    memory_budget_gib: float | None = Field(
+        None,
+        gt=0.0,
+        description="what one worker may use; default: 90 % of its GPU, or 4 GiB (more if needed) on a CPU",
+    )
+    warm_start_steps: int = Field(0, ge=0, description="SFT updates before the method starts")
+    warm_start_learning_rate: float | None = Field(None, gt=0.0, description="default: learning_rate")
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="type that passes compute in; frozen networks are stored in it"
+    )
+    weight_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="type of trained weights, their gradients and optimizer states; bfloat16 saves memory"
+    )
+    sharding: Literal["none", "fsdp"] = Field(
+        "none", description="fsdp: divide weights and optimizer states among a trial's workers; none: repeat them"
+    )
+    activation_checkpointing: bool = Field(
+        False, description="compute activations again in the backward pass instead of keeping them"
+    )
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    attention: Literal["auto", "chunked", "flex"] = Field("auto", description="auto: flex on a GPU, chunked elsewhere")
+    log_every_steps: PositiveInt = 5
+    sample_every_steps: PositiveInt = Field(50, description="write a few rollouts with their rewards this often")
+
+
+class LoraConfig(Section):
+    """Low-rank adapters: only these are trained, so the model's own weights also serve as feature network."""
+
+    lora_rank: int = Field(0, ge=0, description="rank of the adapters; 0 trains all weights instead")
+    lora_alpha: float = Field(32.0, gt=0.0, description="adapters are scaled by lora_alpha / lora_rank")
+    lora_targets: Annotated[
+        tuple[str, ...], BeforeValidator(lambda given: [given] if isinstance(given, str) else given)
+    ] = Field(("all-linear",), min_length=1, description="names of linear layers; all-linear: all but the head")
+
+    @model_validator(mode="after")
+    def _all_or_some(self) -> LoraConfig:
+        if "all-linear" in self.lora_targets and len(self.lora_targets) > 1:
+            raise ValueError("lora_targets must be all-linear alone, or names of layers without it")
+        return self
+
+
+class EvaluationConfig(Section):
+    """Validation during the run (split `validation`) and before and after it (split `heldout`)."""
+
+    eval_every_steps: PositiveInt = 50
+    validation_sequences: PositiveInt = 64
+    heldout_sequences: PositiveInt = 256
+    cfm_samples: int = Field(4, ge=2, description="completions per context when estimating cfm_loss")
+    profile_lengths: tuple[PositiveInt, ...] = Field((1, 2, 4, 8, 16, 32), min_length=1)
+    evaluation_temperature: float | None = Field(None, gt=0.0, description="default: temperature")
+    evaluation_seed: int = Field(0, ge=0, description="common random numbers: the same in every trial of a study")
+
+
+class CheckpointConfig(Section):
+    """What is kept of a trial, to resume from and to use afterwards."""
+
+    checkpoint_every_steps: PositiveInt = 50
+    keep_checkpoints: PositiveInt = Field(2, description="the newest ones")
+    keep_best: int = Field(1, ge=0, description="the best ones by the study's objective")
+    keep_every_steps: PositiveInt | None = Field(None, description="checkpoints of every so many steps stay for good")
+
+
+class TrackingConfig(Section):
+    """Weights & Biases; nothing is sent unless asked for."""
+
+    wandb: Literal["off", "offline", "online"] = "off"
+    wandb_project: str = "ebft-study"
+    wandb_entity: str | None = Field(None, description="user or team; default: that of the login")
+
+
+class RunConfig(Section):
+    """One run: a method, a model, data and every setting. A study varies these keys."""
+
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    method: Literal["ebft", "sft"] = "ebft"
+    model: str = Field("tiny-1m", description="tiny-1m | tiny-4m | tiny-16m | a hub id | a local folder")
+    model_revision: str | None = None
+    seed: int = Field(0, ge=0)
+    data: DataConfig = DataConfig()
+    rollout: RolloutConfig = RolloutConfig()
+    vllm: VllmConfig = VllmConfig()
+    features: FeaturesConfig = FeaturesConfig()
+    reward: RewardConfig = RewardConfig()
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    training: TrainingConfig = TrainingConfig()
+    lora: LoraConfig = LoraConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @property
+    def uses_engine(self) -> bool:
+        """Whether its rollouts come from an inference engine."""
+        return self.method == "ebft" and self.rollout.backend == "vllm"
+
+    @property
+    def feature_model(self) -> tuple[str, str | None]:
+        """Name and revision of the model that the feature network is made from."""
+        if self.features.feature_network == "base":
+            return self.model, self.model_revision
+        return self.features.feature_network, None
+
+    @property
+    def longest_request(self) -> int:
+        """Tokens of prompt and completion that an engine is asked for at most."""
+        return self.data.sequence_length + self.rollout.completion_length
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer updates of the whole run; `step` counts up to this."""
+        return self.training.warm_start_steps + self.training.steps

@@ -1,0 +1,177 @@
+"""Generators and feature networks: loading, freezing, fingerprints."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
+
+from ebft_study.config import RunConfig
+from ebft_study.errors import ModelError
+from ebft_study.networks.blocks import ATTENTION, Backend, verify
+from ebft_study.networks.lora import BaseModel, add_adapters
+from ebft_study.pretraining.ladder import LADDER, architecture, ensure_tiny_model
+
+transformers_logging.disable_progress_bar()
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A causal LM with block attention, its tokenizer, and what identifies its weights."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast
+    name: str
+    fingerprint: str
+    n_parameters: int
+    folder: str
+
+
+def load_model(
+    name: str,
+    *,
+    revision: str | None = None,
+    random_weights: bool = False,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    attention: Backend = "auto",
+) -> LoadedModel:
+    """A ladder model, hub model or local folder, with weights of type `dtype` and in evaluation mode.
+
+    Args:
+        random_weights: keep the architecture but draw the weights anew from a fixed seed (an ablation of the paper).
+
+    Raises:
+        ModelError: nothing usable at `name`, or an architecture that block-parallel rollouts cannot run.
+    """
+    source = source_of(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+        if random_weights:
+            config = AutoConfig.from_pretrained(source, revision=revision)
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION, dtype=torch.float32)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(
+                source, revision=revision, dtype=dtype, attn_implementation=ATTENTION
+            )
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(_explain(name, error)) from error
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
+        raise ModelError(f"model {name!r}: its tokenizer has neither a padding nor an end token. Add one and save it")
+    model = cast_weights(model, dtype).to(device).eval()
+    verify(model, name=name, backend=attention)
+    return LoadedModel(
+        model, tokenizer, name, fingerprint(model), sum(p.numel() for p in model.parameters()), str(Path(source).name)
+    )
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Name -> parameter, of those that training changes; a tied one once."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def read_config(name: str, *, revision: str | None = None) -> Any:
+    """The Hugging Face configuration of what `load_model` would load; no weights are read, and nothing is trained.
+
+    Raises:
+        ModelError: nothing usable at `name`.
+    """
+    if name in LADDER:
+        return architecture(LADDER[name])
+    try:
+        return AutoConfig.from_pretrained(name, revision=revision)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(_explain(name, error)) from error
+
+
+def source_of(name: str) -> str:
+    """Folder or hub id of a model's files; a model of the ladder is trained first, if need be."""
+    return str(ensure_tiny_model(name)) if name in LADDER else name
+
+
+def cast_weights(model: ModuleT, dtype: torch.dtype) -> ModuleT:
+    """The model with all weights of type `dtype`, in place; buffers, such as rotary frequencies, keep their digits."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Sixteen hex digits of a hash over names, shapes and bytes of all weights, and the configuration.
+
+    The same weights compute something else with another number of heads, norm or rotary base.
+    """
+    digest = hashlib.sha256(json.dumps(_architecture(model), sort_keys=True, default=str).encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def _architecture(model: nn.Module) -> dict[str, Any]:
+    """What the configuration says of the computation: neither types, nor places, nor versions."""
+    config = getattr(model, "config", None)
+    if config is None:
+        return {}
+    left_out = {"transformers_version", "dtype", "torch_dtype", "use_cache"}
+    return {key: value for key, value in config.to_dict().items() if key not in left_out and not key.startswith("_")}
+
+
+def load_generator(config: RunConfig, *, device: torch.device | str = "cpu") -> LoadedModel:
+    """The model that a run trains, with fresh adapters if it trains these; it computes what the base model does.
+
+    Raises:
+        ModelError: see `load_model`, or adapters for layers that the model does not have.
+    """
+    loaded = load_model(
+        config.model,
+        revision=config.model_revision,
+        device=device,
+        dtype=base_dtype(config),
+        attention=config.training.attention,
+    )
+    if config.lora.lora_rank > 0:
+        dtype = getattr(torch, config.training.weight_dtype)
+        add_adapters(loaded.model, config.lora, seed=config.seed, dtype=dtype, name=config.model)
+    return loaded
+
+
+def base_dtype(config: RunConfig) -> torch.dtype:
+    """Type of the weights that a run starts from; frozen ones need no more digits than passes compute with."""
+    training = config.training
+    dtype: torch.dtype = getattr(torch, training.precision if config.lora.lora_rank > 0 else training.weight_dtype)
+    return dtype
+
+
+def frozen_base(config: RunConfig, base: LoadedModel) -> nn.Module:
+    """The generator before any training, a warm start included: a frozen copy, or the generator without adapters."""
+    if config.lora.lora_rank > 0:
+        return BaseModel(base.model)
+    return frozen_copy(config, base)
+
+
+def frozen_copy(config: RunConfig, base: LoadedModel) -> nn.Module:
+    """A copy of the generator as it is now, without gradients, in the precision of the passes."""
+    copied: nn.Module = copy.deepcopy(base.model).eval().requires_grad_(False)
+    return cast_weights(copied, getattr(torch, config.training.precision))
+
+
+def _explain(name: str, error: Exception) -> str:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if name.startswith((".", "/", "~")) or Path(name).exists():
+        return f"model {name!r}: no usable model in this folder ({reason}). Give a folder with config.json and weights"
+    return (
+        f"model {name!r}: cannot be loaded ({reason}). Use one of {', '.join(LADDER)}, a local folder, "
+        "or a hub id that this machine can reach or has cached"
+    )

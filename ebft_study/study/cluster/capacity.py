@@ -1,0 +1,67 @@
+"""What machines have, and how many trials of a kind fit on them side by side. Imports neither Ray nor torch."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Node:
+    """One machine of a cluster, or this one."""
+
+    cpus: float
+    gpus: float = 0.0
+    memory_bytes: float = 0.0
+    """What Ray gives out by request; 0 where nobody asks."""
+
+    def workers(self, cpus: float, gpus: float) -> int:
+        """How many processes fit that take so much each. A part of a GPU is never spread over two."""
+        by_cpu = math.floor(self.cpus / cpus + 1e-9)
+        if not gpus:
+            return by_cpu
+        by_gpu = int(self.gpus) * math.floor(1 / gpus + 1e-9) if gpus < 1 else math.floor(self.gpus / gpus + 1e-9)
+        return min(by_cpu, by_gpu)
+
+
+@dataclass(frozen=True)
+class Machines:
+    """Where the trials of a study run. `joined`: on a cluster that was there before, and stays."""
+
+    nodes: tuple[Node, ...]
+    joined: bool = False
+
+    @property
+    def cpus(self) -> float:
+        return sum(node.cpus for node in self.nodes)
+
+    @property
+    def gpus(self) -> float:
+        return sum(node.gpus for node in self.nodes)
+
+    def without_gpus(self, taken: float) -> Machines:
+        """What is left beside services; a GPU that is taken in part gives room to nobody else."""
+        left, nodes = math.ceil(taken), []
+        for node in sorted(self.nodes, key=lambda node: -node.gpus):
+            here = min(left, int(node.gpus))
+            nodes.append(Node(node.cpus, node.gpus - here, node.memory_bytes))
+            left -= here
+        return Machines(tuple(nodes), self.joined)
+
+
+def this_machine(*, gpus: bool) -> Machines:
+    """What this process may use; GPUs are looked for only where they are asked for, because that takes torch."""
+    return Machines((Node(cpu_count(), gpu_count() if gpus else 0),))
+
+
+def cpu_count() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def gpu_count() -> int:
+    """GPUs that this process may use."""
+    import torch
+
+    return int(torch.cuda.device_count())

@@ -1,0 +1,200 @@
+"""A study on a Ray cluster that was there before, and outlives it."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import logging
+import os
+import secrets
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ebft_study.errors import ConfigError, rule_broken
+from ebft_study.paths import cache_folder
+from ebft_study.study.cluster.capacity import Machines, Node
+from ebft_study.study.cluster.own import ENVIRONMENT, dashboard_line
+
+OPTION = "--address"
+PROCESS_BYTES = 512 * 2**20
+"""Of a trial's own process and its Train controller; what Ray reserves of a machine's memory for a trial's place."""
+_LARGEST_PART = 0.5
+"""Of a machine's memory, for places: trials on small machines, and other users, need some too."""
+_TRAVELS = ("PYTHONPATH", "OMP_NUM_THREADS", "GOMP_SPINCOUNT", "TOKENIZERS_PARALLELISM", "EBFT_STUDY_CACHE", "HF_HOME")
+"""Of the driver's environment. Tokens do not: Ray shows a job's environment to everyone. Nodes have their own."""
+_TRAVELS_TOO = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "WANDB_MODE", "WANDB_DIR")
+_START_SECONDS = 1800  # until a group of workers has its machines: other people's jobs, machines that have yet to boot
+_PROBE_SECONDS, _PATIENCE_SECONDS = 120.0, 10.0
+
+
+def address_of(given: str | None) -> str | None:
+    """The cluster to join: the one given, else the one that `ray job submit` and RAY_ADDRESS name; None for none.
+
+    Raises:
+        ConfigError: an address of Ray Client, through which Tune would not run in this process.
+    """
+    address = given or os.environ.get("RAY_ADDRESS") or None
+    if address in (None, "local"):
+        return None
+    if "://" in address:
+        raise rule_broken(
+            source="command line" if given else "environment",
+            key=OPTION if given else "RAY_ADDRESS",
+            given=address,
+            rule="a study's driver must run on a machine of the cluster",
+            remedy="Run it there with --address auto, or send it: ray job submit --address http://<head>:8265 -- "
+            "ebft-study study ...",
+        )
+    return address
+
+
+@contextlib.contextmanager
+def joined(address: str, *, study: str) -> Iterator[Machines]:
+    """Connected to the cluster at `address`; afterwards nothing of the study is left on it, and it goes on."""
+    import ray
+
+    os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")  # what a job was submitted with is kept, and added to
+    try:
+        ray.init(
+            address=address,
+            # Two studies of one name may run on one cluster.
+            namespace=f"ebft-{study}-{secrets.token_hex(3)}",
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            runtime_env={"env_vars": _environment()},
+        )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise rule_broken(
+            source="command line",
+            key=OPTION,
+            given=address,
+            rule=f"no Ray cluster that this machine belongs to ({reason})",
+            remedy="Start one here (ray start --head), join one (ray start --address=...), or use ray job submit. A "
+            "cluster that asks for a token is joined with --address auto, or with RAY_AUTH_MODE=token",
+        ) from None
+    try:
+        yield machines()
+    finally:
+        ray.shutdown()
+
+
+def _environment() -> dict[str, str]:
+    names = (*_TRAVELS, *_TRAVELS_TOO)
+    own = {name: os.environ[name] for name in names if name in os.environ}
+    ray_train = {name: os.environ.get(name, value) for name, value in ENVIRONMENT.items() if "TRAIN" in name}
+    chdir = {name: os.environ.get(name, ENVIRONMENT[name]) for name in ("RAY_CHDIR_TO_TRIAL_DIR",)}
+    start = os.environ.get("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(_START_SECONDS))
+    return {**own, **ray_train, **chdir, "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": start}
+
+
+def machines() -> Machines:
+    """What the living nodes of the cluster have in all, whoever uses it at present."""
+    import ray
+
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = (Node(r.get("CPU", 0.0), r.get("GPU", 0.0), r.get("memory", 0.0)) for r in alive)
+    return Machines(tuple(nodes), joined=True)
+
+
+def place(machines: Machines, at_once: int) -> dict[str, float]:
+    """What Tune reserves for the process of a trial, whose workers reserve their own CPUs and GPUs.
+
+    Memory, which every cluster has without being told: Ray chooses the machine with the most of it left, so that
+    trials' processes spread out; and a reservation binds nothing, so that it takes nothing from the workers.
+    """
+    room = _LARGEST_PART * sum(node.memory_bytes for node in machines.nodes) / at_once
+    smallest = min(node.memory_bytes for node in machines.nodes)
+    return {"memory": float(max(1, int(min(PROCESS_BYTES, room, smallest))))}
+
+
+# --- is it usable ----------------------------------------------------------------------------------------------
+
+
+def check(folder: Path | None) -> None:
+    """Find out before anything starts whether every machine has this package and sees the study and the cache.
+
+    Args:
+        folder: of the study; None where it is in a store.
+
+    Raises:
+        ConfigError: one has not, in one line that says which and what to do.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    folders = [path for path in (folder, cache_folder()) if path]
+    with contextlib.ExitStack() as probes:
+        files = [str(probes.enter_context(_probe(path))) for path in folders]
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        look = ray.remote(num_cpus=0, max_retries=1)(_look)
+        strategies = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
+        asked = [look.options(scheduling_strategy=strategy).remote(files) for strategy in strategies]
+        for node, reference in zip(nodes, asked, strict=True):
+            _judge(node["NodeManagerAddress"], _answer(reference), folders)
+
+
+@contextlib.contextmanager
+def _probe(folder: Path) -> Iterator[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f".probe-{secrets.token_hex(6)}"
+    path.write_text(socket.gethostname())
+    try:
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _look(files: Sequence[str]) -> dict[str, Any]:
+    """Runs on each machine."""
+    # Folders on a network show what others wrote only after a moment; listing the folder makes most of them look.
+    deadline = time.monotonic() + _PATIENCE_SECONDS
+    while (missing := [file for file in files if not os.path.exists(file)]) and time.monotonic() < deadline:
+        for file in missing:
+            with contextlib.suppress(OSError):
+                os.listdir(os.path.dirname(file))
+        time.sleep(0.5)
+    return {"host": socket.gethostname(), "version": importlib.metadata.version("ebft-study"), "missing": missing}
+
+
+def _answer(reference: Any) -> dict[str, Any] | str:
+    import ray
+
+    try:
+        return dict(ray.get(reference, timeout=_PROBE_SECONDS))
+    except (ray.exceptions.RayError, ImportError) as error:
+        return next((line for line in reversed(str(error).strip().splitlines()) if line.strip()), type(error).__name__)
+
+
+def _judge(address: str, answer: dict[str, Any] | str, folders: Sequence[Path]) -> None:
+    here = importlib.metadata.version("ebft-study")
+    if isinstance(answer, str) or answer["version"] != here:
+        found = answer.strip() if isinstance(answer, str) else f"it has {answer['version']}"
+        raise ConfigError(
+            f"{OPTION}: machine {address} of the cluster cannot run ebft-study {here} ({found}). Install the same "
+            "environment on every machine, or put the package on a shared folder that PYTHONPATH names"
+        )
+    for folder in folders:
+        if any(Path(missing).parent == folder for missing in answer["missing"]):
+            what = "the cache" if folder == cache_folder() else "the study's folder"
+            remedy = "EBFT_STUDY_CACHE" if folder == cache_folder() else "--storage"
+            raise ConfigError(
+                f"{folder}: {what} is not visible on machine {answer['host']} ({address}) of the cluster. "
+                f"Use a folder that all machines share (NFS, or s3:// for studies): {remedy}"
+            )
+
+
+def check_dashboard() -> None:
+    """Ray frees the places of a stopped trial's workers only after asking the dashboard whether their controller lives.
+
+    Raises:
+        ConfigError: the cluster runs without one.
+    """
+    if not dashboard_line():
+        raise ConfigError(
+            f"{OPTION}: the cluster has no dashboard, without which Ray does not free the workers of stopped trials. "
+            "Start its head without --include-dashboard=false, or use resources.workers_per_trial: 0"
+        )

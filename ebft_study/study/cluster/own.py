@@ -1,0 +1,130 @@
+"""The Ray cluster of one session of a study: one of its own on this machine, or one that it joins (`joined`)."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+from collections.abc import Iterator
+
+import psutil
+
+from ebft_study.study.cluster.capacity import Machines, cpu_count, this_machine
+
+CLUSTER_DIED = "Ray's node process died"
+
+ENVIRONMENT = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # also how often a report is fetched
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process per trial, for machines that a cloud takes back
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths in a study mean the folder it was started from
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_DEDUP_LOGS_SKIP_REGEX": ".",  # Ray's own lines; the monitor tells what happens to trials
+    "RAY_USAGE_STATS_ENABLED": "0",  # nothing is sent unless asked for
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # one report without the objective would end the whole study
+    "TUNE_GLOBAL_CHECKPOINT_S": "3600",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+}
+_OBJECT_STORE_BYTES = 200_000_000
+"""Settings, reports, prompts and samples; features come on top."""
+_LARGEST_PART = 0.25
+"""Of the machine's memory, for objects."""
+
+
+def set_environment() -> None:
+    """What Ray reads when it is imported; whatever the user has set stays."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+
+
+def dashboard_line() -> str:
+    """Where Ray's dashboard is, if it runs."""
+    from ray._private.worker import get_dashboard_url
+
+    url = get_dashboard_url()
+    return f"Ray's dashboard: http://{url}" if url else ""
+
+
+def node_is_alive() -> bool:
+    """Whether the process is there that this machine's part of the cluster cannot do without.
+
+    Ray lets a driver wait for ever when it is not.
+    """
+    return any(_is_raylet(process) for process in psutil.Process().children(recursive=True))
+
+
+def _is_raylet(process: psutil.Process) -> bool:
+    try:
+        return bool(process.name() == "raylet" and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.Error:
+        return False
+
+
+@contextlib.contextmanager
+def reached(address: str | None, *, study: str, gpus: bool) -> Iterator[Machines]:
+    """The machines on which a study will run: those of the cluster at `address`, connected to inside, or this one.
+
+    Args:
+        gpus: whether the study has any use for GPUs.
+    """
+    from ebft_study.study.cluster import existing
+
+    address = existing.address_of(address)
+    if address is None:
+        yield this_machine(gpus=gpus)
+        return
+    set_environment()
+    with existing.joined(address, study=study) as machines:
+        yield machines
+
+
+@contextlib.contextmanager
+def running(*, namespace: str, places: int, dashboard: bool, travelling_bytes: float = 0.0) -> Iterator[None]:
+    """A cluster of this machine's resources, gone afterwards with all its actors.
+
+    Args:
+        places: trials at a time, as the resource `slot`.
+        travelling_bytes: of features on their way at a time.
+    """
+    import ray
+
+    most = _LARGEST_PART * psutil.virtual_memory().total
+    with _known_to_its_processes():
+        ray.init(
+            address="local",
+            num_cpus=cpu_count(),
+            resources={"slot": places},
+            namespace=namespace,
+            include_dashboard=dashboard,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            object_store_memory=int(min(_OBJECT_STORE_BYTES + travelling_bytes, max(most, _OBJECT_STORE_BYTES))),
+        )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextlib.contextmanager
+def _known_to_its_processes() -> Iterator[None]:
+    """Tells the processes of a cluster that is started inside which cluster is theirs.
+
+    Ray frees the places of a stopped trial's workers only where it can ask the State API of their cluster, and it does
+    not find that where the machine runs several.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    given = {"RAY_GCS_SERVER_PORT": str(port), "RAY_ADDRESS": f"127.0.0.1:{port}"}
+    before = {name: os.environ.get(name) for name in given}
+    os.environ.update(given)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value

@@ -1,0 +1,258 @@
+"""One trial: a Ray Tune function that runs a Ray Train TorchTrainer and passes its reports on to Tune.
+
+    Tune driver            trial (this module)                 Train controller          workers
+    -----------            -------------------                 ----------------          -------
+    starts the trial  -->  fit() in a thread  ---------------> starts the workers  ----> training loop
+                           waits for the relay <-- put -------- Bridge.after_report <--- ray.train.report
+    decides       <------  ray.tune.report
+
+The loop waits in `ray.train.report` until the controller has polled it, the controller in `put` until the trial has
+taken the item before, the trial in `ray.tune.report` until Tune has decided. A crash anywhere ends `fit`, the trial
+raises, and Tune starts it again, as a new attempt from the newest checkpoint. What a user has to mend (`EbftError`)
+is not a crash: the trial ends normally and reports the failure.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import socket
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.train
+import ray.tune
+import torch
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+
+from ebft_study.config import RunConfig
+from ebft_study.errors import EbftError, StorageError
+from ebft_study.storage import Place, explained, place
+from ebft_study.study.driver import relay
+from ebft_study.study.folder import attempts
+from ebft_study.study.population import exploit
+from ebft_study.study.spec.study_spec import ObjectiveSpec, ResourcesSpec
+from ebft_study.training import checkpoint
+from ebft_study.training.recorded import Attempt, train_recorded
+from ebft_study.training.worker import train_worker
+
+Report = Callable[[dict[str, Any], Place | None], None]
+
+_POINTER = "pointer.json"
+_END = "end"
+_POLL_SECONDS = 10.0
+
+
+class Bridge(ray.train.UserCallback):  # type: ignore[misc]
+    """Lives in the Train controller; hands rank 0's report to the trial."""
+
+    def __init__(self, box: str) -> None:
+        self._box = box
+
+    def after_report(
+        self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: ray.train.Checkpoint | None
+    ) -> None:
+        path = checkpoint.path if checkpoint else None
+        ray.get(relay.find().put.remote(self._box, (metrics[0], path)))
+
+
+def run_trial(settings: dict[str, Any]) -> None:
+    """The Tune trainable.
+
+    `settings`: study, study_folder (a path or a URL), trial_id, label, run (a `RunConfig` as plain values), resources
+    (a `ResourcesSpec`), objective (an `ObjectiveSpec`), line (a `takeover.Line`, or None), loop (where the training
+    loop is). The last report holds `outcome`.
+    """
+    try:
+        _run_attempt(settings)
+    except StorageError as error:
+        ray.tune.report({"step": 0, "attempt": 0, "outcome": _failed(error)})
+
+
+def _run_attempt(settings: dict[str, Any]) -> None:
+    study_folder, trial_id = place(settings["study_folder"]), settings["trial_id"]
+    start_from = _checkpoint_to_start_from(study_folder, trial_id, settings["line"])
+    number = attempts.begin(study_folder, trial_id)
+    attempt = Attempt(
+        attempt=number,
+        start_from=str(start_from) if start_from else None,
+        **{key: settings[key] for key in ("study", "study_folder", "trial_id", "label", "loop")},
+    )
+    fit = _fit_here if settings["resources"]["workers_per_trial"] == 0 else _fit_workers
+    last: dict[str, Any] = {}
+    keep = RunConfig.model_validate(settings["run"]).checkpoint
+    since = settings["line"]["attempt"] if settings["line"] else 0
+    objective = ObjectiveSpec.model_validate(settings["objective"])
+
+    def report(metrics: dict[str, Any], kept: Place | None) -> None:
+        last.update(metrics)
+        if kept is not None:
+            last["best_checkpoint"] = attempts.prune(study_folder, trial_id, keep, objective, since=since)
+        with explained(study_folder):
+            _report({**last, "attempt": number}, kept)
+
+    outcome = fit(settings, attempt, report)
+    ray.tune.report({**last, "attempt": number, "outcome": outcome})
+
+
+def trial_resources(resources: ResourcesSpec, place: Mapping[str, float]) -> dict[str, float]:
+    """What Tune reserves for a trial: one `place`, and whatever no worker group reserves by itself."""
+    if resources.workers_per_trial:
+        return dict(place)
+    gpus = {"GPU": resources.gpus_per_worker} if resources.gpus_per_worker else {}
+    return {**place, "CPU": resources.cpus_per_worker} | gpus
+
+
+# --- training in the trial's own process -----------------------------------------------------------------------
+
+
+def _fit_here(settings: dict[str, Any], attempt: Attempt, report: Report) -> dict[str, Any]:
+    """TorchTrainer's local mode: no controller and no workers to start, for models that are small beside those."""
+    own = attempts.folder(attempt.study_folder, attempt.trial_id, attempt.attempt)
+
+    def on_report(metrics: dict[str, float], written: Path | None) -> None:
+        kept = attempts.keep_checkpoint(own, written, step=int(metrics["step"])) if written else None
+        report({**metrics, "host": socket.gethostname()}, kept)
+
+    def train() -> dict[str, Any]:
+        torch.set_num_threads(settings["resources"]["cpus_per_worker"])
+        return train_recorded(RunConfig.model_validate(settings["run"]), attempt, on_report=on_report)
+
+    trainer = TorchTrainer(
+        train,
+        scaling_config=ray.train.ScalingConfig(num_workers=0),
+        run_config=ray.train.RunConfig(name=own.name, storage_path=str(place(attempt.study_folder).beside / "train")),
+    )
+    try:
+        return dict(trainer.fit().return_value)
+    except EbftError as error:
+        return _failed(error)
+
+
+# --- training in a worker group --------------------------------------------------------------------------------
+
+
+def _fit_workers(settings: dict[str, Any], attempt: Attempt, report: Report) -> dict[str, Any]:
+    """`trainer.fit()` in a thread, while its reports arrive through the relay."""
+    box = f"{attempt.trial_id}-{attempt.attempt}"
+    own = attempts.folder(attempt.study_folder, attempt.trial_id, attempt.attempt)
+    fitting = _Fitting(_trainer(settings, attempt, box), box)
+    for metrics, path in fitting.reports():
+        report(metrics, own / Path(path).name if path else None)
+    return fitting.outcome()
+
+
+class _Trainer(TorchTrainer):  # type: ignore[misc]
+    """A TorchTrainer without Ray Data, whose manager would be one more process for every trial."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        return [c for c in super()._create_default_callbacks() if not isinstance(c, DatasetsCallback)]
+
+
+def _trainer(settings: dict[str, Any], attempt: Attempt, box: str) -> TorchTrainer:
+    resources, run = settings["resources"], settings["run"]
+    gpus = resources["gpus_per_worker"]
+    per_worker = {"CPU": resources["cpus_per_worker"]} | ({"GPU": gpus} if gpus else {})
+    return _Trainer(
+        train_worker,
+        train_loop_config={
+            "run": run,
+            "threads": resources["cpus_per_worker"],
+            "attempt": dataclasses.asdict(attempt),
+        },
+        torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=resources["workers_per_trial"], use_gpu=bool(gpus), resources_per_worker=per_worker
+        ),
+        run_config=ray.train.RunConfig(
+            name=box,
+            **(place(attempt.study_folder) / "train").for_ray,
+            callbacks=[Bridge(box)],  # all checkpoints stay for Ray, which knows one order only; `attempts` prunes
+            # Retries are Tune's alone: with both, a trial would be tried (a+1)(b+1) times. A group that cannot
+            # start is tried three times, and not for ever.
+            failure_config=ray.train.FailureConfig(max_failures=0, controller_failure_limit=3),
+        ),
+    )
+
+
+class _Fitting:
+    """`trainer.fit()` in a thread; its reports arrive through the relay."""
+
+    def __init__(self, trainer: TorchTrainer, box: str) -> None:
+        self._trainer, self._box, self._relay = trainer, box, relay.find()
+        self._error: BaseException | None = None
+        self._returned: dict[str, Any] = {}
+        self._thread = threading.Thread(target=self._fit, daemon=True, name="fit")
+
+    def reports(self) -> Iterator[tuple[dict[str, Any], str | None]]:
+        """Yield (metrics, checkpoint path or None) until the workers have ended."""
+        self._thread.start()
+        while True:
+            item = ray.get(self._relay.take.remote(self._box, _POLL_SECONDS))
+            if item == (_END,) or (item is None and not self._thread.is_alive()):
+                self._thread.join()
+                return
+            if item is not None:
+                yield item[0]
+
+    def outcome(self) -> dict[str, Any]:
+        """What the loop returned; a failure that only the user can mend counts as an outcome, a crash is raised."""
+        if self._error is None:
+            return self._returned
+        mendable = _mendable(self._error)
+        if mendable is None:
+            raise self._error
+        return _failed(mendable)
+
+    def _fit(self) -> None:
+        try:
+            self._returned = self._trainer.fit().return_value
+        except BaseException as error:
+            self._error = error
+        finally:
+            ray.get(self._relay.put.remote(self._box, _END))
+
+
+def _failed(error: EbftError) -> dict[str, Any]:
+    """What a user has to mend is an outcome: trying again would fail the same way.
+
+    A disk or store that takes nothing more is no fault of the trial: it is interrupted, and so is its study.
+    """
+    return {"status": "interrupted" if isinstance(error, StorageError) else "failed", "reason": str(error)}
+
+
+def _mendable(error: BaseException) -> EbftError | None:
+    """The user's error among the errors of the workers, if there is one."""
+    for failure in getattr(error, "worker_failures", {}).values():
+        if isinstance(failure, EbftError):
+            return failure
+    return None
+
+
+def _report(metrics: dict[str, Any], kept: Place | None) -> None:
+    """Report to Tune; its checkpoint is a pointer to the one that Train keeps."""
+    if kept is None:
+        ray.tune.report(metrics)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, _POINTER).write_text(json.dumps({"path": str(kept)}))
+        ray.tune.report(metrics, checkpoint=ray.tune.Checkpoint.from_directory(folder))
+
+
+def _checkpoint_to_start_from(study_folder: Place, trial_id: str, line: dict[str, Any] | None) -> Place | None:
+    """Where Tune's pointer leads (a retry), else the newest complete checkpoint (a resumed study).
+
+    A trial that took over another's state finds it on disk; Tune's pointer may lead to what it had before.
+    """
+    pointer = ray.tune.get_checkpoint() if line is None else None
+    if pointer is not None:
+        with pointer.as_directory() as folder:
+            target = place(json.loads(Path(folder, _POINTER).read_text())["path"])
+        if checkpoint.step_of(target) is not None:
+            return target
+    return exploit.start_from(study_folder, trial_id, line)

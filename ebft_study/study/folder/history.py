@@ -1,0 +1,101 @@
+"""What earlier sessions of a study left in its results tables: all that a resumed study needs to know."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ebft_study import results
+from ebft_study.storage import Location
+from ebft_study.study.folder import study_yaml
+from ebft_study.study.folder.trial_states import OPEN, Ending, Evaluation, TrialState, ending
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Curve = list[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class History:
+    """Per trial: its state, how it ended (if it did), its (step, objective) before its last step, its evaluations."""
+
+    states: dict[str, TrialState]
+    endings: dict[str, Ending]
+    curves: dict[str, Curve]
+    evaluations: dict[str, list[Evaluation]] = field(default_factory=dict)
+
+
+def read(study_folder: Location, objective: str, further: Sequence[str] = ()) -> History:
+    """The history of a study; empty for one that has not started.
+
+    `objective` is the metric that schedulers look at, `further` are others that a search is told of.
+    """
+    rows = results.read_table(study_folder, "trials")
+    by_trial = dict(list(results.read_table(study_folder, "metrics").groupby("trial_id")))
+    states: dict[str, TrialState] = {}
+    endings: dict[str, Ending] = {}
+    curves: dict[str, Curve] = {}
+    evaluations: dict[str, list[Evaluation]] = {}
+    for row in rows.to_dict("records"):
+        measured = by_trial.get(row["trial_id"])
+        state = _state(row, measured)
+        states[state.trial_id] = state
+        if state.status not in OPEN:
+            value, *others = (state.metrics.get(name, math.nan) for name in (objective, *further))
+            endings[state.trial_id] = ending(state.status, state.note, value, state.step, tuple(others))
+        if measured is not None and _text(row["named_baseline"]) == "":
+            evaluations[state.trial_id] = _evaluations(measured)
+            curves[state.trial_id] = _curve(evaluations[state.trial_id], objective, state.total_steps)
+    return History(states, endings, curves, evaluations)
+
+
+def problems(folder: Location) -> list[str]:
+    """Damaged files of a study, and what was changed in its record by hand."""
+    found = study_yaml.changes(folder)
+    for table in results.TABLES:
+        results.read_table(folder, table, found)
+    return found
+
+
+def _state(row: dict[Any, Any], measured: pd.DataFrame | None) -> TrialState:
+    state = TrialState(
+        trial_id=row["trial_id"],
+        label=_text(row["label"]),
+        status=row["status"],
+        attempt=int(row["attempt"]),
+        total_steps=int(row["warm_start_steps"] + row["steps"]),
+        earlier_seconds=0.0 if math.isnan(row["total_seconds"]) else float(row["total_seconds"]),
+        note=_text(row["error"]) or _text(row["stop_reason"]),
+    )
+    if state.status == "running" and row["started_at"] == row["started_at"]:  # NaT differs from itself
+        state.started_at = row["started_at"].timestamp()
+    if measured is not None:
+        state.step = int(measured["step"].max())
+        last = _latest(measured).iloc[-1]
+        state.metrics = {str(name): float(value) for name, value in last.items() if math.isfinite(value)}
+    return state
+
+
+def _latest(measured: pd.DataFrame) -> pd.DataFrame:
+    """At every row, the latest value of each metric so far."""
+    return measured.drop(columns=["study", "trial_id", "attempt", "step", "written_at"]).ffill()
+
+
+def _curve(evaluations: list[Evaluation], objective: str, total_steps: int) -> Curve:
+    """What the scheduler looked at: a trial's last evaluation is not among it."""
+    seen = [(float(e.step), e.get(objective)) for e in evaluations if e.step < total_steps]
+    return [(step, value) for step, value in seen if math.isfinite(value)]
+
+
+def _evaluations(measured: pd.DataFrame) -> list[Evaluation]:
+    """Rows with an evaluation, each with the latest training metrics before it, as reports have them."""
+    evaluated = measured["ce_loss"].notna()
+    rows = zip(measured.loc[evaluated, "step"], _latest(measured)[evaluated].to_dict("records"), strict=True)
+    return [Evaluation(int(step), {str(k): float(v) for k, v in row.items() if math.isfinite(v)}) for step, row in rows]
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else ""

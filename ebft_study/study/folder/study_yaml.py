@@ -1,0 +1,131 @@
+"""`study.yaml` in a study's folder: what was asked, with what, from which file; and comparing it with a file.
+
+A hidden copy beside it stands in for a `study.yaml` that is gone or is no YAML any more, and tells what was changed in
+it since the study began.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import importlib.metadata
+import platform
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ebft_study.errors import ConfigError, ResultsError
+from ebft_study.results import copies
+from ebft_study.results.reader import read_mapping
+from ebft_study.storage import Location, place
+from ebft_study.study.spec import normalize
+from ebft_study.study.spec.study_spec import StudySpec
+
+NAME = "study.yaml"
+PACKAGES = ("ebft-study", "torch", "ray", "transformers", "optuna", "tokenizers", "numpy", "pandas", "pyarrow")
+
+
+def write(folder: Location, spec: StudySpec, *, profile: str | None, file: Path, provenance: Mapping[str, Any]) -> None:
+    """Put study.yaml in place, complete or not at all; a study that has one keeps the moment of its creation."""
+    moment = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    before = content(folder) if copies.either_exists(place(folder) / NAME) else {}
+    new = {
+        **normalize.dump(spec),
+        "profile": profile,
+        "created_at": before.get("created_at", moment),
+        "file": {"name": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()},
+        "versions": versions(),
+        "git_revision": git_revision(),
+        "provenance": _plain(provenance),
+    }
+    text = yaml.safe_dump(new, sort_keys=False, allow_unicode=True, width=110)
+    copies.write(place(folder) / NAME, text.encode())
+
+
+def read(folder: Location) -> StudySpec:
+    """The spec of an existing study."""
+    return normalize.from_record(content(folder), source=str(place(folder) / NAME))
+
+
+def content(folder: Location) -> dict[str, Any]:
+    """All of study.yaml, or of its copy where it cannot be read."""
+    try:
+        found, problem = read_mapping(place(folder) / NAME)
+    except FileNotFoundError:
+        raise ResultsError(
+            f"{folder}: holds no {NAME}, so it is not a study. Check the name, or start it with 'study'"
+        ) from None
+    if found is None:
+        raise ConfigError(f"{problem}, and neither can its copy. Restore it")
+    return found
+
+
+def changes(folder: Location) -> list[str]:
+    """What is wrong with study.yaml, or has been changed in it by hand since the study began; comments do not count."""
+    path = place(folder) / NAME
+    found, problem = read_mapping(path)
+    if problem or found is None:
+        return [problem]
+    saved = copies.read_copy(path)
+    if saved is None:
+        return []
+    before = normalize.from_record(yaml.safe_load(saved), source=str(path))
+    return [
+        f"{path} was changed since the study began: {line}"
+        for line in differences(before, normalize.from_record(found, source=str(path)))
+    ]
+
+
+def differences(old: StudySpec, new: StudySpec) -> list[str]:
+    """Keys in which two specs differ, as `run.training.steps: 40 -> 80`."""
+    before, after = _flat(normalize.dump(old)), _flat(normalize.dump(new))
+    keys = [key for key in {**before, **after} if before.get(key, "absent") != after.get(key, "absent")]
+    return [f"{key}: {before.get(key, 'absent')} -> {after.get(key, 'absent')}" for key in keys]
+
+
+def changed_versions(folder: Location) -> list[str]:
+    """Packages that are not of the version that the study was started with."""
+    then, now = content(folder).get("versions", {}), versions()
+    return [f"{name} {then[name]} -> {now.get(name)}" for name in then if then[name] != now.get(name)]
+
+
+def versions() -> dict[str, str]:
+    """Python and the packages that results depend on."""
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
+
+
+def git_revision() -> str | None:
+    """The commit of the checkout that this package runs from, marked where files differ from it."""
+    here = Path(__file__).parent
+    try:
+        described = subprocess.run(
+            ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40", "--exclude", "*"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+        tracked = subprocess.run(
+            ["git", "-C", str(here), "ls-files", "--error-unmatch", __file__], capture_output=True, timeout=10
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return described.stdout.strip() if tracked.returncode == 0 else None
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, dict) and value:
+        return {k: v for key, inner in value.items() for k, v in _flat(inner, f"{prefix}{key}.").items()}
+    return {prefix.removesuffix("."): value}
+
+
+def _plain(value: Any) -> Any:
+    """Plain YAML values, whatever a provenance holds."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(inner) for inner in value]
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)

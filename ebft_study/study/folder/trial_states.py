@@ -1,0 +1,88 @@
+"""What is known of a trial: its state while it runs, its evaluations, and how it ended."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+OPEN = ("pending", "running", "interrupted")
+
+
+EARLY_STOP = "early stop"
+"""How the `stop_reason` begins of a trial that the scheduler stopped; others stopped by themselves."""
+
+
+@dataclass
+class TrialState:
+    """One line of the table. Times are in seconds since the epoch; `earlier_seconds` were spent in earlier sessions."""
+
+    trial_id: str
+    label: str
+    status: str = "pending"
+    attempt: int = 0
+    step: int = 0
+    total_steps: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+    started_at: float | None = None
+    ended_at: float | None = None
+    earlier_seconds: float = 0.0
+    note: str = ""
+    best_checkpoint: str | None = None
+    stopwatch: float | None = None
+    """When it started by this process's monotonic clock, which nobody sets back; None in another process."""
+    own_seconds: float | None = None
+    """What the stopwatch showed when it ended."""
+
+    @property
+    def seconds(self) -> float | None:
+        if self.started_at is None:
+            return self.earlier_seconds or None
+        if self.own_seconds is not None:
+            return self.earlier_seconds + self.own_seconds
+        if self.stopwatch is not None:
+            return self.earlier_seconds + time.monotonic() - self.stopwatch
+        return self.earlier_seconds + max((self.ended_at or time.time()) - self.started_at, 0.0)
+
+    def begin(self) -> None:
+        """Now."""
+        self.started_at, self.stopwatch = time.time(), time.monotonic()
+        self.ended_at = self.own_seconds = None
+
+    def end(self) -> None:
+        """Now."""
+        self.ended_at = time.time()
+        if self.stopwatch is not None:
+            self.own_seconds = time.monotonic() - self.stopwatch
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A trial's metrics when it was evaluated after `step` updates; step 0 is the base model."""
+
+    step: int
+    metrics: Mapping[str, float]
+
+    def get(self, name: str) -> float:
+        """NaN where it was not measured."""
+        return self.metrics.get(name, math.nan)
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a trial ended, and the objectives it had then (NaN where it has none) at which step."""
+
+    kind: Literal["finished", "early", "failed"]
+    value: float = math.nan
+    step: int = 0
+    further: tuple[float, ...] = ()
+
+
+def ending(status: str, reason: str, value: float, step: int, further: tuple[float, ...] = ()) -> Ending:
+    """From a trial's final state. A trial that stopped because it became non-finite says nothing about its settings."""
+    kinds: dict[str, Literal["finished", "early"]] = {"finished": "finished"}
+    if status == "stopped" and reason.startswith(EARLY_STOP):
+        kinds["stopped"] = "early"
+    return Ending(kinds.get(status, "failed"), value, step, further)

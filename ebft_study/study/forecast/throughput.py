@@ -1,0 +1,195 @@
+"""How fast a machine is, from the trials that finished on it in earlier studies of a storage folder.
+
+What counts is most alike what is planned: of the same model, method and number of workers if there is any such trial.
+Other models and methods reach another part of a machine's speed, and trials side by side share its memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import socket
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pandas as pd
+
+from ebft_study import config, results
+from ebft_study.config import RunConfig
+from ebft_study.cost import StepShape, step_cost
+from ebft_study.errors import EbftError
+from ebft_study.results.reader import read_spec
+from ebft_study.storage import Location, Place, place
+from ebft_study.training.memory import shapes
+
+_MOST_MEASURED = 50  # trials, the newest ones
+_ALIKE: tuple[list[str], ...] = (
+    ["model", "method", "workers", "served", "side_by_side"],
+    ["model", "method", "workers", "served"],
+    ["model", "workers", "served"],
+    ["model"],
+    [],
+)
+"""What trials must have in common, from the strictest to none."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one trial computes, and what decides at which speed."""
+
+    model: str
+    method: str
+    workers: int
+    """0 where a trial trains in its own process, which starts much sooner than a group of one worker."""
+    served: bool
+    """Samples or features come from another process."""
+    flops: float
+    """Of all updates, on all its workers."""
+    evaluations: int
+    evaluation_flops: float
+    """Of all evaluations."""
+
+    @staticmethod
+    def of(run: RunConfig, workers: int) -> Work:
+        served = run.uses_engine or run.features.backend == "service"
+        return Work(run.model, run.method, workers, served, flops(run), evaluations(run), evaluation_flops(run))
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Medians over finished trials of this machine."""
+
+    trials: int
+    flops_per_second: float
+    evaluation_flops_per_second: float
+    """Of all that a trial does between updates: evaluations and checkpoints."""
+    startup_seconds: float
+
+    def seconds(self, work: Work, done: float = 1.0) -> float:
+        """Of a trial, or of the first part of it."""
+        training = work.flops / self.flops_per_second
+        return self.startup_seconds + done * (training + work.evaluation_flops / self.evaluation_flops_per_second)
+
+
+class Pace:
+    """Speeds of earlier trials."""
+
+    def __init__(self, rows: Sequence[dict[str, Any]]) -> None:
+        self._rows = pd.DataFrame(rows)
+
+    def __bool__(self) -> bool:
+        return len(self._rows) > 0
+
+    def of(self, work: Work, *, at_once: int) -> Speed:
+        """By the trials most alike; `at_once`: trials side by side."""
+        wanted = {**vars(work), "side_by_side": at_once}
+        for names in _ALIKE:
+            rows = self._rows
+            for name in names:
+                rows = rows[rows[name] == wanted[name]]
+            if len(rows):
+                break
+        rate, evaluation, startup = (float(rows[name].median()) for name in ("rate", "evaluation_rate", "startup"))
+        return Speed(len(rows), rate, evaluation, startup)
+
+
+def measured(storage: Location) -> Pace:
+    """From the newest finished trials of all studies in a folder that ran on this machine."""
+    rows: list[dict[str, Any]] = []
+    here = place(storage)
+    records = [path for name in here.names() if (path := here / name / "study.yaml").exists()]
+    for path in sorted(records, key=lambda path: path.changed_at() or 0.0, reverse=True):
+        if len(rows) < _MOST_MEASURED:
+            rows += list(_finished(path.parent))
+    return Pace(rows)
+
+
+def flops(run: RunConfig) -> float:
+    """Of all updates of a run, its warm start included."""
+    step, (model, network) = StepShape.of(run), shapes(run)
+    own = step_cost(model, network, step).total.flops
+    warm = step_cost(model, network, replace(step, method="sft")).total.flops
+    return run.training.steps * own + run.training.warm_start_steps * warm
+
+
+def evaluations(run: RunConfig) -> int:
+    """Of the validation split, and one more before and after for the held-out split."""
+    warm = run.training.warm_start_steps > 0
+    return 3 + run.total_steps // run.evaluation.eval_every_steps + int(warm)
+
+
+def evaluation_flops(run: RunConfig) -> float:
+    """Of all evaluations: sampling and features of completions, and cross-entropy."""
+    given, held_out = run.evaluation, 2
+    validation = given.validation_sequences * _flops_per_sequence(run, run.rollout.completion_length)
+    return (evaluations(run) - held_out) * validation + held_out * given.heldout_sequences * _flops_per_sequence(
+        run, max(given.profile_lengths)
+    )
+
+
+def _flops_per_sequence(run: RunConfig, completion_length: int) -> float:
+    changes: dict[str, Any] = {"batch_size": 1, "n_samples": run.evaluation.cfm_samples, "world_size": 1}
+    step = replace(StepShape.of(run), method="ebft", completion_length=completion_length, **changes)
+    model, network = shapes(run)
+    own, prefix = step_cost(model, network, step), step_cost(model, network, replace(step, method="sft"))
+    return own.rollouts.flops + own.features.flops + prefix.scoring_forward.flops
+
+
+# --- reading earlier studies -----------------------------------------------------------------------------------
+
+
+def _finished(folder: Place) -> Iterable[dict[str, Any]]:
+    table = results.read_table(folder, "trials")
+    steps = results.read_table(folder, "metrics").groupby("trial_id")["step_seconds"].mean()
+    with contextlib.suppress(EbftError):
+        asked = read_spec(folder, []).get("resources") or {}
+        here = table[(table["status"] == "finished") & (table["host"].isna() | (table["host"] == socket.gethostname()))]
+        for row in here.to_dict("records"):
+            seconds = float(steps.get(row["trial_id"], math.nan))
+            if not seconds > 0 or not row["train_seconds"] > 0:
+                continue
+            # Settings of another version, or a model that is not there any more, measure nothing.
+            with contextlib.suppress(EbftError):
+                run = _run_of(row)
+                work = Work.of(run, int(asked.get("workers_per_trial", 1)))
+                yield _measurement(work, row, run.total_steps * seconds, side_by_side(table))
+
+
+def _measurement(work: Work, row: dict[Any, Any], updating: float, beside: int) -> dict[str, Any]:
+    between = max(row["train_seconds"] - updating, 1e-3)
+    return {
+        **{name: getattr(work, name) for name in ("model", "method", "workers", "served")},
+        "side_by_side": beside,
+        "rate": work.flops / updating,
+        "evaluation_rate": work.evaluation_flops / between,
+        "startup": max(row["total_seconds"] - row["train_seconds"], 0.0),
+    }
+
+
+def side_by_side(table: pd.DataFrame) -> int:
+    """How many trials of a study ran at a time, on average while any did."""
+    known = table.dropna(subset=["started_at", "finished_at"])
+    spans = sorted(zip(known["started_at"], known["finished_at"], strict=True))
+    busy, end = 0.0, None
+    for start, finish in spans:
+        begin = start if end is None else max(start, end)
+        busy += max((finish - begin).total_seconds(), 0.0)
+        end = finish if end is None else max(end, finish)
+    total = sum((finish - start).total_seconds() for start, finish in spans)
+    return max(1, round(total / busy)) if busy else 1
+
+
+def _run_of(row: dict[Any, Any]) -> RunConfig:
+    """The settings of a trial, from its row; raises `ConfigError` where this version does not know them."""
+    settings = {name: _plain(row[name]) for name in config.short_names() if name in row}
+    given = {name: value for name, value in settings.items() if value is not None}
+    return config.build_run(config.nest(given, source="trials"), source="trials")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return list(value)
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    return None if value is None or value != value else value

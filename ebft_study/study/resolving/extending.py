@@ -1,0 +1,127 @@
+"""`--extend`: a study that has run is given more trials or more steps, and everything that was done stays.
+
+What a study was before is kept in its `grown_from`, because trials are numbered by their place in what they began in
+(`trials.listed`): a resumed study finds the very same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from ebft_study import config
+from ebft_study.config import RunConfig
+from ebft_study.errors import ConfigError, rule_broken
+from ebft_study.study.folder import study_yaml
+from ebft_study.study.folder.history import History
+from ebft_study.study.spec import trials
+from ebft_study.study.spec.axis import Axis
+from ebft_study.study.spec.study_spec import Extent, StudySpec
+
+STEPS = "training.steps"
+_MAY_GROW = "values of axes, seeds, baselines, search.num_configurations and steps"
+
+
+def extended(old: StudySpec, new: StudySpec, runs: Sequence[RunConfig], source: str) -> StudySpec:
+    """`new`, which holds everything that `old` does and more, with the extent of `old` on record.
+
+    Args:
+        runs: the configurations of `new` (`checks.check`).
+
+    Raises:
+        ConfigError: something other than its extent differs, or less is asked than was.
+    """
+    _check_rest(old, new, source)
+    _check_extent(old, new, source)
+    _check_steps(old, new, runs, source)
+    if not differences(old, new):
+        raise ConfigError(f"{source}: --extend: nothing is added to the study. Add to {_MAY_GROW}, or use 'resume'")
+    return new.model_copy(update={"grown_from": (*old.grown_from, Extent.of(old))})
+
+
+def differences(recorded: StudySpec, asked: StudySpec) -> list[str]:
+    """Keys in which a study and a file differ; what the study has grown from is no file's to say."""
+    return study_yaml.differences(recorded, asked.model_copy(update={"grown_from": recorded.grown_from}))
+
+
+def reopened(spec: StudySpec, past: History) -> History:
+    """The past without the ends of trials that have more steps to do now."""
+    if not spec.grown_from:
+        return past
+    lengths = {trial.trial_id: trial.run.total_steps for trial in trials.listed(spec)}
+    done = {
+        trial_id: ending
+        for trial_id, ending in past.endings.items()
+        if ending.kind != "finished" or ending.step >= lengths.get(trial_id, 0)
+    }
+    return replace(past, endings=done)
+
+
+def _steps(spec: StudySpec) -> int:
+    default = RunConfig().training.steps
+    return int(spec.run.get("training", {}).get("steps", default))
+
+
+def _check_rest(old: StudySpec, new: StudySpec, source: str) -> None:
+    """All that does not say how large the study is must be as it was."""
+    length = {"training": {"steps": _steps(old)}}
+    before = old.model_copy(update={"run": config.merge(old.run, length)})
+    run = config.merge(new.run, length)
+    search = new.search.model_copy(update={"num_configurations": old.search.num_configurations})
+    same = {"axes": old.axes, "seeds": old.seeds, "baselines": old.baselines}
+    different = differences(before, new.model_copy(update={**same, "search": search, "run": run}))
+    if different:
+        raise ConfigError(
+            f"{source}: --extend: {different[0]} is another study, for another --name. What may grow: {_MAY_GROW}"
+        )
+
+
+def _check_extent(old: StudySpec, new: StudySpec, source: str) -> None:
+    fixed = {
+        "grid": (),
+        "random": ("axes",),
+        "optuna": ("axes", "seeds", "baselines"),
+    }[old.search.algorithm]
+    for key in fixed:
+        if getattr(old, key) != getattr(new, key):
+            raise ConfigError(
+                f"{source}: --extend: with search.algorithm={old.search.algorithm}, {key} cannot grow, because all "
+                "that was chosen depends on them. Raise search.num_configurations, or use another --name"
+            )
+    if list(old.axes) != list(new.axes):
+        raise ConfigError(f"{source}: --extend: the axes are others ({', '.join(new.axes)}). Use another --name")
+    lost = [f"axes.{name}={value!r}" for name, axis in old.axes.items() for value in _gone(axis, new.axes[name])]
+    lost += [f"seeds={seed}" for seed in old.seeds if seed not in new.seeds]
+    lost += [f"baselines.{name}" for name, given in old.baselines.items() if new.baselines.get(name) != given]
+    if (new.search.num_configurations or 0) < (old.search.num_configurations or 0):
+        lost.append(f"search.num_configurations={old.search.num_configurations}")
+    if lost:
+        raise ConfigError(f"{source}: --extend: {lost[0]} was run and is not in the file. Put it back")
+
+
+def _gone(old: Axis, new: Axis) -> list[Any]:
+    """Values of an axis that its new form lacks; a range must be the same."""
+    if not (old.is_choice and new.is_choice):
+        return [] if old == new else [old.distribution]
+    if old.when != new.when:
+        return list(old.finite or ())
+    if old.choices is None:
+        return [value for value in old.values or () if value not in (new.values or ())]
+    return [name for name, settings in old.choices.items() if (new.choices or {}).get(name) != settings]
+
+
+def _check_steps(old: StudySpec, new: StudySpec, runs: Sequence[RunConfig], source: str) -> None:
+    before, after = _steps(old), _steps(new)
+    if after == before:
+        return
+    problem = ""
+    if after < before:
+        problem, remedy = f"trials have done {before} already", f"Use steps >= {before}"
+    elif old.search.algorithm == "optuna":
+        problem, remedy = "Optuna was told what its configurations reach in fewer", "Use another --name"
+    elif any(run.optimizer.schedule != "constant" for run in runs):
+        problem = f"the learning rate has come to the end of a schedule that was laid out for {before} steps"
+        remedy = "Only trials with schedule: constant can go on; use another --name"
+    if problem:
+        raise rule_broken(source=source, key=f"--extend: {STEPS}", given=after, rule=problem, remedy=remedy)

@@ -1,0 +1,134 @@
+"""Where trials that leave it open (`features.backend: auto`) embed: in their own processes, or in one service."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ebft_study import text
+from ebft_study.config import RunConfig
+from ebft_study.cost import StepShape, step_cost
+from ebft_study.study.spec.study_spec import ResourcesSpec
+from ebft_study.training.memory import shapes
+
+PROCESS_BYTES = 700 * 2**20
+"""Memory of a service's process besides its network and cache (measured: `ebft-study bench features`)."""
+
+
+_MOST_LOOKED_AT = 32  # configurations of a large study
+
+
+_GIB = 2**30
+
+
+@dataclass(frozen=True)
+class FeaturePlan:
+    """Where trials that leave it open (`features.backend: auto`) embed, and why."""
+
+    backend: str
+    reason: str
+    travelling_bytes: float = 0.0
+    """Of requests and replies on their way at a time."""
+
+
+def plan_features(runs: Sequence[RunConfig], resources: ResourcesSpec, *, at_once: int) -> FeaturePlan:
+    """One service for all trials where that takes less memory than a network in each of those that run at a time.
+
+    A service works as fast as a worker does. Where features are a share f of a step's FLOPs, it can serve 1 / f workers
+    without making them wait; with more than that, features stay in the trials.
+
+    Args:
+        runs: the configurations of the study, or a sample of them. at_once: trials side by side.
+    """
+    runs = [run for run in runs[:: max(1, len(runs) // _MOST_LOOKED_AT)] if may_need_a_service(run)]
+    backend, reason = _choose([run for run in runs if run.features.backend == "auto"], resources, at_once)
+    served = [run for run in runs if "service" in (backend, run.features.backend)]
+    return FeaturePlan(backend, reason, at_once * max(map(_reply_bytes, served), default=0.0))
+
+
+def _choose(runs: Sequence[RunConfig], resources: ResourcesSpec, at_once: int) -> tuple[str, str]:
+    """Backend of runs that leave it open, and why; no reason where there is nothing to choose."""
+    if not runs or at_once == 1:
+        return "local", ""
+    if resources.gpus_per_worker and not resources.feature_gpus:
+        return "local", "feature networks are in the trials; a service would need a GPU (resources.feature_gpus)"
+    workers = at_once * resources.processes
+    networks = {network_options(run, resources).service_name: _network_bytes(run, whole=True) for run in runs}
+    largest = max(map(_network_bytes, runs))
+    together = sum(networks.values()) + len(networks) * (PROCESS_BYTES + _cache_bytes(runs))
+    share = max(map(_feature_share, runs))
+    busy = share * workers / len(networks)
+    compared = (
+        f"{workers} networks of {text.size(largest)} in trials, or {len(networks)} in "
+        f"services with {text.size(together)} in all; {100 * share:.0f} % of a step's FLOPs are theirs"
+    )
+    if together >= workers * largest:
+        return "local", f"feature networks are in the trials, which takes less memory ({compared})"
+    if busy > 1:
+        return (
+            "local",
+            f"feature networks are in the trials; a service would have {busy:.1f} times its share of work ({compared})",
+        )
+    return "service", f"one feature service for all trials saves memory ({compared})"
+
+
+def check_cache(runs: Sequence[RunConfig], plan: FeaturePlan, resources: ResourcesSpec) -> None:
+    """Find out before anything starts whether services can keep features.
+
+    Raises:
+        ConfigError: the cache's folder cannot be written.
+    """
+    backends = {run.features.backend: run for run in runs if may_need_a_service(run)}
+    asked = backends.get("service") or (backends.get("auto") if plan.backend == "service" else None)
+    if asked is not None:
+        from ebft_study.features.service import open_cache
+
+        open_cache(network_options(asked, resources), lambda _problem: None).close()
+
+
+def may_need_a_service(run: RunConfig) -> bool:
+    """Whether features may have to travel."""
+    return run.features.backend != "local" and not shares_generator(run)
+
+
+def shares_generator(run: RunConfig) -> bool:
+    """With adapters the generator's own weights are the feature network."""
+    return run.lora.lora_rank > 0 and run.features.is_base
+
+
+def network_options(run: RunConfig, resources: ResourcesSpec) -> Any:
+    from ebft_study.features.service import NetworkOptions
+
+    return NetworkOptions.of(run, device=torch.device(resources.device_of(run)), threads=resources.cpus_per_worker)
+
+
+def _cache_bytes(runs: Sequence[RunConfig]) -> float:
+    return max(run.features.cache_memory_gib for run in runs) * _GIB
+
+
+def _network_bytes(run: RunConfig, *, whole: bool = False) -> float:
+    """Of the network's weights up to the deepest layer that is read; a service keeps the `whole` model."""
+    _, network = shapes(run)
+    width = 4 if run.training.precision == "float32" else 2
+    return float(width * (network.n_parameters if whole else network.cut(run.features.depths).body_parameters))
+
+
+def _reply_bytes(run: RunConfig) -> float:
+    _, network = shapes(run)
+    d = network.hidden_size * len(run.features.depths)
+    contexts = run.training.batch_size * max(run.data.sequence_length // run.rollout.stride, 1)
+    pooled = run.rollout.completion_length if run.features.pooling == "concat" else 1
+    # Request, reply and a copy of it; an evaluation asks for all lengths of its profile.
+    return 4.0 * 3 * contexts * (run.rollout.n_samples + 1) * d * pooled * len(run.evaluation.profile_lengths)
+
+
+def _feature_share(run: RunConfig) -> float:
+    """Part of a step's FLOPs that the feature network takes; 0 for SFT, which has it in evaluations only."""
+    if run.method != "ebft":
+        return 0.0
+    own, network = shapes(run)
+    cost = step_cost(own, network, StepShape.of(run))
+    return cost.features.flops / cost.total.flops

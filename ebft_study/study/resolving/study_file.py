@@ -1,0 +1,183 @@
+"""Reading a study file: profile and overrides applied, everything checked that can be checked before anything runs.
+
+One file describes a study from laptop to cluster. A *profile* (`cpu`, `gpu`) changes model, sizes and resources,
+never what is studied. The result, a resolved `StudySpec`, is what `study.yaml` in the study's folder records.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ebft_study import config
+from ebft_study.errors import ConfigError, rule_broken
+from ebft_study.study.resolving import checks
+from ebft_study.study.spec import normalize
+from ebft_study.study.spec.normalize import dump, normalized
+from ebft_study.study.spec.study_spec import USED_BY, Profile, StudySpec, paths
+
+SECTIONS = ("seeds", "scheduler", "stopping", "objective", "budget", "resources", "search")
+"""What overrides reach beside the settings of a run."""
+
+
+def load_study(
+    path: Path, profile: str | None = None, overrides: Sequence[str] = (), *, name: str | None = None
+) -> StudySpec:
+    """The study in `path` with a profile and `key=value` overrides applied; checked."""
+    spec = with_overrides(read_study(path, profile), overrides)
+    if name is not None:
+        spec = config.parse(StudySpec, {**dump(spec), "study": name}, source="command line")
+    checks.check(spec, str(path))
+    return spec
+
+
+def read_study(path: Path, profile: str | None = None) -> StudySpec:
+    """The study in `path` with a profile applied, before it is checked as a whole."""
+    source = str(path)
+    spec = normalized(config.parse(StudySpec, config.read_yaml(path), source=source), source)
+    if spec.grown_from:
+        raise ConfigError(f"{source}: grown_from: is written by --extend. Remove it from the study file")
+    _check_keys(spec, source)
+    spec = _with_profile(spec, profile, source)
+    _check_keys(spec, source)
+    normalize.check(spec.axes, spec.linked, source)
+    return spec
+
+
+def _check_keys(spec: StudySpec, source: str) -> None:
+    fixed = paths(spec.run)
+    taken = dict.fromkeys(normalize.always_set(spec.axes), "varied under axes")
+    for path, where in {**dict.fromkeys(spec.linked, "follows others under linked"), **taken}.items():
+        if path in fixed:
+            raise rule_broken(
+                source=source,
+                key=f"run.{config.short_name(path)}",
+                given=fixed[path],
+                rule=f"is fixed here and {where}",
+                remedy="Keep one of the two",
+            )
+    for path, remedy in normalize.NEVER_AN_AXIS.items():
+        for where, settings in {"run": spec.run, **spec.baselines}.items():
+            if path in settings:
+                raise ConfigError(f"{source}: {where}: {path}={settings[path]!r}: is set by the study. {remedy}")
+
+
+def _with_profile(spec: StudySpec, profile: str | None, source: str) -> StudySpec:
+    if profile is None and not spec.profiles:
+        return spec
+    if profile is None:
+        raise ConfigError(f"{source}: profile: none was chosen. Add --profile {' or --profile '.join(spec.profiles)}")
+    if profile not in spec.profiles:
+        known = ", ".join(spec.profiles) or "none"
+        raise ConfigError(f"{source}: profile={profile!r}: the file has no such profile. Known profiles: {known}")
+    chosen = _nested_profile(spec, profile, source)
+    sizes = {key: value for key, value in chosen.model_dump().items() if key != "choices"}
+    merged = config.merge({**dump(spec), "scheduler": spec.scheduler.given()}, sizes)
+    for axis, choices in chosen.choices.items():
+        merged["axes"][axis] = config.merge(merged["axes"][axis], {"choices": choices})
+    return normalized(config.parse(StudySpec, merged, source=f"{source}: profiles.{profile}"), source)
+
+
+def _profile_choices(spec: StudySpec, chosen: Profile, where: str) -> dict[str, dict[str, dict[str, Any]]]:
+    """What the choices of axes stand for in a profile; which choices there are is part of what is studied."""
+    found = {}
+    for axis, choices in chosen.choices.items():
+        there = spec.axes[axis].choices if axis in spec.axes else None
+        if there is None:
+            known = ", ".join(name for name, a in spec.axes.items() if a.choices is not None) or "none"
+            raise ConfigError(f"{where}: choices.{axis}: is no axis of choices. The study's are: {known}")
+        for choice in choices:
+            if choice not in there:
+                raise ConfigError(f"{where}: choices.{axis}.{choice}: is no choice of it. It has: {', '.join(there)}")
+        found[axis] = {
+            choice: normalize.choice_settings(settings, f"{where}: choices.{axis}.{choice}")
+            for choice, settings in choices.items()
+        }
+    return found
+
+
+def _nested_profile(spec: StudySpec, name: str, source: str) -> Profile:
+    """A profile with its settings nested by section; refuses one that changes what is studied."""
+    where, chosen = f"{source}: profiles.{name}", spec.profiles[name]
+    baselines = {}
+    for baseline, settings in chosen.baselines.items():
+        if baseline not in spec.baselines:
+            known = ", ".join(spec.baselines) or "none"
+            raise ConfigError(f"{where}: baselines.{baseline}: is no baseline of this study. Its baselines: {known}")
+        baselines[baseline] = config.nest(settings, source=f"{where}.baselines.{baseline}")
+    run = config.nest(chosen.run, source=f"{where}.run")
+    rule = "a profile changes model, sizes and resources"
+    for path in paths(run):
+        _refuse_studied(spec, path, where, rule)
+    for path in {path for settings in baselines.values() for path in paths(settings)}:
+        # No axis varies a baseline, so what it has instead may differ from machine to machine.
+        _refuse_studied(spec.model_copy(update={"axes": {}}), path, where, rule)
+    choices = _profile_choices(spec, chosen, where)
+    return chosen.model_copy(update={"run": run, "baselines": baselines, "choices": choices})
+
+
+def with_overrides(spec: StudySpec, overrides: Sequence[str]) -> StudySpec:
+    """The study with `key=value` laid over its fixed run settings, and over its sections: `budget.max_hours=2`."""
+    of_sections = [item for item in overrides if section_of(item)]
+    of_run = [item.removeprefix("run.") for item in overrides if not section_of(item)]
+    return with_settings(with_sections(spec, of_sections), of_run)
+
+
+def section_of(override: str) -> str:
+    """The part of a study file that an override is about; '' for the settings of a run."""
+    name = override.partition("=")[0].partition(".")[0].strip()
+    return name if name in SECTIONS else ""
+
+
+def with_settings(spec: StudySpec, overrides: Sequence[str]) -> StudySpec:
+    """The study with `key=value` laid over its fixed run settings."""
+    run = spec.run
+    for item in overrides:
+        key, value = config.parse_override(item)
+        path = config.resolve_key(key)
+        _refuse_studied(spec, path, "command line", "an override changes what is fixed")
+        change: dict[str, Any] = {}
+        config.set_path(change, path, value)
+        run = config.merge(run, change)
+    return spec.model_copy(update={"run": run})
+
+
+def with_sections(spec: StudySpec, overrides: Sequence[str]) -> StudySpec:
+    """The study with `section.key=value` laid over it; another kind of scheduler keeps what it has a use for."""
+    changes: dict[str, Any] = {}
+    for item in overrides:
+        changes = config.merge(changes, _nested_override(item))
+    if not changes:
+        return spec
+    if "objective" in changes and spec.objective.further:
+        rule, remedy = "the file has several objectives, of which this names none", "Change the objective in the file"
+        raise rule_broken(source="command line", key="objective", given=overrides, rule=rule, remedy=remedy)
+    kind = changes.get("scheduler", {}).get("kind", spec.scheduler.kind)
+    kept = {k: v for k, v in spec.scheduler.given().items() if kind in USED_BY.get(k, (kind,))}
+    before = {**dump(spec), "scheduler": kept, "stopping": spec.stopping.model_dump(exclude_none=True)}
+    return config.parse(StudySpec, config.merge(before, changes), source="command line")
+
+
+def _nested_override(item: str) -> dict[str, Any]:
+    """`stopping.divergence.margin=0.1` -> {stopping: {divergence: {margin: 0.1}}}."""
+    key, value = config.parse_override(item)
+    section, *path = key.split(".")
+    if not path and section != "seeds":
+        raise ConfigError(f"command line: {item!r}: {section} is a section. Write {section}.key=value")
+    for part in reversed(path):
+        value = {part: value}
+    return {section: value}
+
+
+def _refuse_studied(spec: StudySpec, path: str, source: str, rule: str) -> None:
+    """Profiles and overrides leave alone what the study is about."""
+    if any(path in normalize.settings_of(name, axis) for name, axis in spec.axes.items()):
+        what = "an axis of the study"
+    elif path in spec.linked:
+        what = "linked to others"
+    elif path in ("method", *normalize.NEVER_AN_AXIS):
+        what = "part of what is studied"
+    else:
+        return
+    raise ConfigError(f"{source}: {path}: {rule}, and this is {what}. Edit the study file itself")

@@ -1,0 +1,239 @@
+"""A study file's axes, links and exclusions under one name per thing: dotted paths, numbers as numbers.
+
+Also the rules that hold between them, which no profile changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from ebft_study import config
+from ebft_study.config import RunConfig
+from ebft_study.errors import ConfigError, rule_broken
+from ebft_study.study.spec import links
+from ebft_study.study.spec.axis import Axis
+from ebft_study.study.spec.links import Link
+from ebft_study.study.spec.study_spec import StudySpec, paths
+
+# Identity of a run rather than a setting to study; seeds have their own key.
+NEVER_AN_AXIS = {"name": "Each trial is named by its identifier", "seed": "List the seeds under 'seeds'"}
+
+
+def axes(given: Mapping[str, Axis], source: str) -> dict[str, Axis]:
+    """Axes of a setting under its dotted path, axes of choices under their own name."""
+    found: dict[str, Axis] = {}
+    for key, axis in given.items():
+        name = _own_name(key, source) if axis.choices is not None else config.resolve_key(key, source=f"{source}: axes")
+        if name in found:
+            raise rule_broken(source=source, key="axes", given=key, rule="is listed twice", remedy="Keep one")
+        if name in NEVER_AN_AXIS:
+            raise ConfigError(f"{source}: axes.{name}: cannot be an axis. {NEVER_AN_AXIS[name]}")
+        choices = axis.choices and {
+            choice: choice_settings(settings, f"{source}: axes.{key}.{choice}")
+            for choice, settings in axis.choices.items()
+        }
+        values = None if axis.values is None else _numbers(name, axis.values)
+        when = {
+            (other := _earlier(found, parent, f"{source}: axes.{key}.when")): _values_of(
+                found[other], other, values_there, f"{source}: axes.{key}.when.{parent}"
+            )
+            for parent, values_there in axis.when.items()
+        }
+        found[name] = axis.model_copy(update={"values": values, "choices": choices, "when": when})
+    return found
+
+
+def choice_settings(settings: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """What a choice stands for, as dotted path -> value."""
+    found = paths(config.nest(dict(settings), source=source))
+    for path, remedy in NEVER_AN_AXIS.items():
+        if path in found:
+            raise ConfigError(f"{source}: {path}: cannot be part of an axis. {remedy}")
+    return found
+
+
+def exclusions(
+    given: tuple[dict[str, tuple[Any, ...]], ...], known: Mapping[str, Axis], source: str
+) -> tuple[dict[str, tuple[Any, ...]], ...]:
+    """Exclusions over the names and values of axes."""
+    found = []
+    for index, exclusion in enumerate(given):
+        where = f"{source}: exclude.{index}"
+        named = {key: axis_of(known, key) for key in exclusion}
+        for key, name in named.items():
+            if name is None:
+                there = ", ".join(map(config.short_name, known)) or "none"
+                raise ConfigError(f"{where}: {key}: is no axis of this study. Its axes: {there}")
+        found.append(
+            {
+                name: _values_of(known[name], name, exclusion[key], f"{where}.{key}")
+                for key, name in named.items()
+                if name is not None
+            }
+        )
+    return tuple(found)
+
+
+def linked(given: Mapping[str, Link], source: str) -> dict[str, Link]:
+    """Links under dotted paths, each after those that it follows."""
+    found: dict[str, Link] = {}
+    for key, link in given.items():
+        path = config.resolve_key(key, source=f"{source}: linked")
+        if path in NEVER_AN_AXIS:
+            raise ConfigError(f"{source}: linked.{path}: cannot follow a setting. {NEVER_AN_AXIS[path]}")
+        found[path] = link.resolved(f"{source}: linked.{key}")
+    return links.in_order(found, source)
+
+
+def axis_of(known: Mapping[str, Axis], key: str) -> str | None:
+    """The axis that people call `key`: by its path, its short name, or the name of its choices."""
+    return key if key in known else next((path for path in known if config.short_name(path) == key), None)
+
+
+def settings_of(name: str, axis: Axis, values: Collection[Any] | None = None) -> set[str]:
+    """Dotted paths of all that an axis may set, at some of its values."""
+    if axis.choices is None:
+        return {name}
+    return {path for choice, sets in axis.choices.items() if values is None or choice in values for path in sets}
+
+
+def always_set(known: Mapping[str, Axis]) -> set[str]:
+    """Dotted paths that have a value from the axes in every configuration."""
+    found: set[str] = set()
+    for name, axis in known.items():
+        if not axis.when:
+            found |= settings_of(name, axis).intersection(*map(set, (axis.choices or {name: {name: 0}}).values()))
+    return found
+
+
+def check(known: Mapping[str, Axis], linked: Mapping[str, Link], source: str) -> None:
+    """Refuse two answers to what a setting is, and choices that do not differ."""
+    for index, (name, axis) in enumerate(known.items()):
+        _check_choices(name, axis, known, source)
+        for other in list(known)[:index]:
+            both = settings_of(name, axis) & settings_of(other, known[other], axis.when.get(other))
+            if both and not _never_together(axis, known[other]):
+                raise rule_broken(
+                    source=source,
+                    key=f"axes.{config.short_name(name)}",
+                    given=sorted(both)[0],
+                    rule=f"is also set by axes.{config.short_name(other)}",
+                    remedy="Keep one, or give both a 'when' that never holds at once",
+                )
+        for path in settings_of(name, axis) & set(linked):
+            raise rule_broken(
+                source=source,
+                key=f"linked.{config.short_name(path)}",
+                given=config.short_name(name),
+                rule="follows other settings here and is varied under axes",
+                remedy="Keep one of the two",
+            )
+
+
+def _check_choices(name: str, axis: Axis, known: Mapping[str, Axis], source: str) -> None:
+    """Choices differ, by what they set or by the axes that exist only with one of them."""
+    if axis.choices is None or any(name in other.when for other in known.values()):
+        return
+    everything = settings_of(name, axis)
+    seen: dict[str, str] = {}
+    for choice, settings in axis.choices.items():
+        same = seen.setdefault(repr([settings.get(path, _NOTHING) for path in sorted(everything)]), choice)
+        if same != choice:
+            raise rule_broken(
+                source=source,
+                key=f"axes.{name}",
+                given=[same, choice],
+                rule="stand for the same settings",
+                remedy=f"Say what each stands for, here or under choices.{name} of the profile",
+            )
+
+
+_NOTHING = object()
+
+
+def _never_together(one: Axis, other: Axis) -> bool:
+    return any(
+        not set(map(repr, one.when[key])) & set(map(repr, other.when.get(key, ())))
+        for key in one.when
+        if key in other.when
+    )
+
+
+def _own_name(key: str, source: str) -> str:
+    if key in config.all_keys() or key in config.short_names() or key in RunConfig.model_fields:
+        remedy = "Give the axis a name of its own, or list values of this setting alone"
+        raise rule_broken(source=source, key="axes", given=key, rule="is a setting, but has choices", remedy=remedy)
+    if not key.replace("_", "").replace("-", "").isalnum():
+        remedy = "Use letters, digits, '-' and '_'"
+        raise rule_broken(source=source, key="axes", given=key, rule="is not a name", remedy=remedy)
+    return key
+
+
+def _earlier(found: Mapping[str, Axis], parent: str, source: str) -> str:
+    name = axis_of(found, parent)
+    if name is None:
+        above = ", ".join(map(config.short_name, found)) or "none"
+        raise ConfigError(
+            f"{source}: {parent}: is no axis that stands above this one. List it first; those above are: {above}"
+        )
+    return name
+
+
+def _values_of(axis: Axis, name: str, values: tuple[Any, ...], source: str) -> tuple[Any, ...]:
+    """Some of an axis' own values, by which conditions and exclusions recognise it."""
+    there = axis.finite
+    if there is None:
+        raise ConfigError(
+            f"{source}: {config.short_name(name)} is drawn from a continuous range, where no value comes twice. "
+            "Give it a step, or list its values"
+        )
+    wanted = tuple(map(str, values)) if axis.choices is not None else _numbers(name, values)
+    for value in wanted:
+        if value not in there:
+            raise rule_broken(
+                source=source,
+                key=config.short_name(name),
+                given=value,
+                rule="is no value of this axis",
+                remedy=f"Use some of {', '.join(map(str, there[:12]))}",
+            )
+    return wanted
+
+
+def _numbers(path: str, values: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(paths(config.nest({path: value}, source=path)).get(path, value) for value in values)
+
+
+def from_record(content: Mapping[str, Any], *, source: str) -> StudySpec:
+    """The spec that a study's own study.yaml records, which holds further keys."""
+    known = {key: value for key, value in content.items() if key in StudySpec.model_fields}
+    return normalized(config.parse(StudySpec, known, source=source), source)
+
+
+def dump(spec: StudySpec) -> dict[str, Any]:
+    """The spec as plain values, as it is written to study.yaml."""
+    return spec.model_dump(mode="json", exclude={"profiles"} | (set() if spec.grown_from else {"grown_from"}))
+
+
+def normalized(spec: StudySpec, source: str) -> StudySpec:
+    """Run settings nested by section, axes under their dotted paths, numbers as numbers."""
+    named = axes(spec.axes, source)
+    return spec.model_copy(
+        update={
+            "run": config.nest(spec.run, source=f"{source}: run"),
+            "axes": named,
+            "linked": linked(spec.linked, source),
+            "exclude": exclusions(spec.exclude, named, source),
+            "baselines": {
+                name: config.nest(settings, source=f"{source}: baselines.{name}")
+                for name, settings in spec.baselines.items()
+            },
+            "resources": spec.resources.model_copy(update={"by": _by_short_name(spec, source)}),
+        }
+    )
+
+
+def _by_short_name(spec: StudySpec, source: str) -> dict[str, Any]:
+    where = f"{source}: resources.by"
+    return {config.short_name(config.resolve_key(key, source=where)): of for key, of in spec.resources.by.items()}

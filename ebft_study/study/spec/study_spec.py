@@ -1,0 +1,399 @@
+"""What a study file may say: one pydantic model per section. `space.load_study` reads and checks a file."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import (
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    field_serializer,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
+
+from ebft_study.config import RunConfig, Section, flatten
+from ebft_study.study.spec.axis import Axis, as_axis
+from ebft_study.study.spec.links import Link
+
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+NEVER_IN_A_PROFILE = (
+    "study",
+    "question",
+    "axes",
+    "linked",
+    "exclude",
+    "seeds",
+    "search",
+    "stopping",
+    "objective",
+    "method",
+)
+
+
+class SearchSpec(Section):
+    """How configurations are chosen from the axes."""
+
+    algorithm: Literal["grid", "random", "optuna"] = "grid"
+    num_configurations: PositiveInt | None = Field(None, description="random and optuna: how many to try")
+    sampler: Literal["tpe", "gp", "qmc", "random", "nsga2"] = Field(
+        "tpe",
+        description="optuna: how to suggest; gp: Gaussian process; qmc: evenly spread, whatever the results; nsga2: "
+        "evolution, for several objectives",
+    )
+    population_size: int = Field(10, ge=2, description="nsga2: configurations of a generation")
+    search_seed: int = Field(0, ge=0, description="random and optuna: seed of the choice of configurations")
+
+    @field_validator("sampler", mode="before")
+    @classmethod
+    def _no_grid_sampler(cls, value: Any) -> Any:
+        if value in ("grid", "brute_force"):
+            raise ValueError("an Optuna search cannot be a grid. Use algorithm: grid, or another sampler")
+        return value
+
+    @model_validator(mode="after")
+    def _number_where_needed(self) -> SearchSpec:
+        if self.algorithm == "grid" and self.num_configurations is not None:
+            raise ValueError("a grid runs every combination. Drop num_configurations, or use algorithm: random")
+        if self.algorithm != "grid" and self.num_configurations is None:
+            raise ValueError(f"a {self.algorithm} search needs num_configurations. Say how many to try")
+        return self
+
+
+USED_BY = {
+    "grace_period_steps": ("asha", "hyperband", "median"),
+    "reduction_factor": ("asha", "hyperband"),
+    "brackets": ("asha",),
+    "min_samples_required": ("median",),
+    "perturbation_interval_steps": ("pbt",),
+    "quantile_fraction": ("pbt",),
+    "resample_probability": ("pbt",),
+    "perturbed_axes": ("pbt",),
+    "perturbation_seed": ("pbt",),
+}
+"""Which schedulers look at which of their settings."""
+
+
+class SchedulerSpec(Section):
+    """What happens to trials that fall behind: they stop early, or go on from better ones (pbt). Never to baselines.
+
+    docs/schedulers.md and docs/population.md compare them.
+    """
+
+    kind: Literal["none", "asha", "hyperband", "median", "pbt"] = "none"
+    grace_period_steps: PositiveInt = Field(50, description="no trial is stopped before this step")
+    reduction_factor: int = Field(3, ge=2, description="about one of this many trials goes on at each rung")
+    brackets: PositiveInt = Field(1, description="asha: groups of trials, each with its first rung one later")
+    min_samples_required: PositiveInt = Field(3, description="median: other trials needed before one is stopped")
+    perturbation_interval_steps: PositiveInt = Field(50, description="pbt: trials are compared this often")
+    quantile_fraction: float = Field(
+        0.25, gt=0.0, le=0.5, description="pbt: this part, the worst, goes on from the states of as many of the best"
+    )
+    resample_probability: float = Field(
+        0.25, ge=0.0, le=1.0, description="pbt: a setting is drawn anew rather than moved a little"
+    )
+    perturbed_axes: tuple[str, ...] | None = Field(
+        None, description="pbt: axes that change on the way; default: all. The others are taken over as they are"
+    )
+    perturbation_seed: int = Field(0, ge=0, description="pbt: seed of the choice of donors and settings")
+
+    @model_validator(mode="after")
+    def _only_what_is_used(self) -> SchedulerSpec:
+        """`kind: none` switches off what the section says; any other kind refuses what it would not look at."""
+        for name, kinds in USED_BY.items():
+            if self.kind != "none" and name in self.model_fields_set and self.kind not in kinds:
+                given, users = getattr(self, name), " and ".join(kinds)
+                raise ValueError(f"{name}={given}: is a setting of {users}, and kind is {self.kind}. Drop it")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _what_is_used(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {k: v for k, v in handler(self).items() if self.kind in USED_BY.get(k, (self.kind,))}
+
+    def given(self) -> dict[str, Any]:
+        """What was set, without defaults: what a profile or an override is laid over."""
+        return {name: getattr(self, name) for name in self.model_fields_set}
+
+
+class DivergenceRule(Section):
+    """Cross-entropy above the base model's."""
+
+    margin: float = Field(0.05, ge=0.0, description="nats/token above the base model")
+    evaluations: PositiveInt = Field(3, description="in a row")
+
+
+class CollapseRule(Section):
+    """Samples that are all alike."""
+
+    duplicate_rate: float = Field(0.9, gt=0.0, le=1.0, description="samples that repeat another of their context")
+    entropy: float = Field(0.05, ge=0.0, description="of the policy, nats/token")
+    evaluations: PositiveInt = Field(2, description="in a row")
+
+
+class StagnationRule(Section):
+    """No progress in the objective."""
+
+    improvement: float = Field(0.0, ge=0.0, description="what counts as progress, in units of the objective")
+    evaluations: PositiveInt = Field(5, description="without it")
+
+
+class RewardHackingRule(Section):
+    """Reward and held-out feature-matching loss rise together."""
+
+    evaluations: PositiveInt = Field(3, description="rises in a row")
+
+
+class StoppingSpec(Section):
+    """Rules that look at one trial alone (`early_stopping`); none applies unless it is named. Baselines are spared."""
+
+    divergence: DivergenceRule | None = None
+    collapse: CollapseRule | None = None
+    stagnation: StagnationRule | None = None
+    reward_hacking: RewardHackingRule | None = None
+
+
+class ObjectiveSpec(Section):
+    """The validation metric that search and early stopping look at; a study file may list several."""
+
+    metric: str = "cfm_loss"
+    mode: Literal["min", "max"] = "min"
+    further: tuple[ObjectiveSpec, ...] = ()
+    """The other objectives, where a study file lists several; schedulers and stopping rules look at the first."""
+
+    @property
+    def all(self) -> tuple[ObjectiveSpec, ...]:
+        return (self, *self.further)
+
+    @property
+    def further_metrics(self) -> tuple[str, ...]:
+        return tuple(one.metric for one in self.further)
+
+
+class BudgetSpec(Section):
+    max_concurrent_trials: PositiveInt | None = Field(None, description="default: as many as the machine holds")
+    max_hours: PositiveFloat | None = Field(None, description="trials that run then are stopped, and can be resumed")
+
+
+class TrialResources(Section):
+    """What differs for trials with one value of a setting; what is not given stays as it is for all."""
+
+    workers_per_trial: int | None = Field(None, ge=0)
+    cpus_per_worker: PositiveInt | None = None
+    gpus_per_worker: float | None = Field(None, ge=0.0)
+
+
+class ResourcesSpec(Section):
+    """What one trial occupies."""
+
+    workers_per_trial: int = Field(1, ge=0, description="0: in the trial's own process, which starts much sooner")
+    cpus_per_worker: PositiveInt = 1
+    gpus_per_worker: float = Field(0.0, ge=0.0)
+    feature_gpus: float = Field(0.0, ge=0.0, description="GPUs of a feature service, if trials are on GPUs")
+    max_failures: int = Field(1, ge=0, description="how often a crashed trial is started again from its checkpoint")
+    by: dict[str, dict[str, TrialResources]] = Field(
+        default_factory=dict, description="setting -> value -> what trials with it take, e.g. larger models more GPUs"
+    )
+
+    @field_validator("by", mode="before")
+    @classmethod
+    def _values_as_text(cls, by: Any) -> Any:
+        """Values are keys here, whatever their type."""
+        if not isinstance(by, Mapping):
+            return by
+        return {k: {str(v): r for v, r in of.items()} if isinstance(of, Mapping) else of for k, of in by.items()}
+
+    @field_serializer("by")
+    def _only_what_is_given(self, by: dict[str, dict[str, TrialResources]]) -> dict[str, Any]:
+        return {key: {v: own.model_dump(exclude_none=True) for v, own in of.items()} for key, of in by.items()}
+
+    @model_validator(mode="after")
+    def _gpus_are_whole_above_one(self) -> ResourcesSpec:
+        for gpus in (self.gpus_per_worker, *(r.gpus_per_worker or 0.0 for of in self.by.values() for r in of.values())):
+            if gpus > 1 and not gpus.is_integer():
+                raise ValueError(f"gpus_per_worker={gpus:g}: a part of a GPU, or whole ones. Use 0.5, 1, 2, ...")
+        return self
+
+    def of(self, run: RunConfig) -> ResourcesSpec:
+        """What trials with these settings occupy; of several overrides of one key the last one counts."""
+        if not self.by:
+            return self
+        settings = flatten(run)
+        changes: dict[str, Any] = {"by": {}}
+        for name, values in self.by.items():
+            for value, own in values.items():
+                if is_spelt(value, settings.get(name)):
+                    changes |= own.model_dump(exclude_none=True)
+        return self.model_copy(update=changes)
+
+    def device_of(self, run: RunConfig) -> Literal["cpu", "cuda"]:
+        """What the workers of a trial compute on."""
+        return "cuda" if self.of(run).gpus_per_worker and run.training.device != "cpu" else "cpu"
+
+    @property
+    def has_workers(self) -> bool:
+        """Whether any trial has worker processes of its own."""
+        return bool(self.workers_per_trial) or any(r.workers_per_trial for of in self.by.values() for r in of.values())
+
+    @property
+    def processes(self) -> int:
+        """Processes that train, side by side."""
+        return max(1, self.workers_per_trial)
+
+    @property
+    def gpus(self) -> float:
+        """Of one trial."""
+        return self.processes * self.gpus_per_worker
+
+
+class Profile(Section):
+    """What differs on one kind of machine."""
+
+    run: dict[str, Any] = Field(default_factory=dict)
+    choices: dict[str, dict[str, dict[str, Any]]] = Field(
+        default_factory=dict, description="axis -> choice -> what it stands for here"
+    )
+    baselines: dict[str, dict[str, Any]] = Field(default_factory=dict, description="further settings of baselines")
+    scheduler: dict[str, Any] = Field(default_factory=dict)
+    budget: dict[str, Any] = Field(default_factory=dict)
+    resources: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _only_sizes(cls, given: Any) -> Any:
+        for key in NEVER_IN_A_PROFILE:
+            if isinstance(given, Mapping) and key in given:
+                raise ValueError(f"{key}: is part of what is studied, the same everywhere. Move it out of the profile")
+        return given
+
+
+class Extent(Section):
+    """How large a study was before it was extended."""
+
+    axes: dict[str, Any]
+    seeds: tuple[int, ...]
+    baselines: tuple[str, ...]
+    num_configurations: PositiveInt | None = None
+
+    @classmethod
+    def of(cls, spec: StudySpec) -> Extent:
+        """That of a study as it is now."""
+        return cls(
+            axes=spec.model_dump(mode="json")["axes"],
+            seeds=spec.seeds,
+            baselines=tuple(spec.baselines),
+            num_configurations=spec.search.num_configurations,
+        )
+
+    def applied(self, spec: StudySpec) -> StudySpec:
+        """The study, which has grown since, as it was."""
+        known = spec.model_dump(mode="json", exclude={"profiles", "grown_from"})
+        search = {**known["search"], "num_configurations": self.num_configurations}
+        baselines = {name: known["baselines"][name] for name in self.baselines}
+        return StudySpec.model_validate(
+            {**known, "axes": self.axes, "seeds": self.seeds, "baselines": baselines, "search": search}
+        )
+
+
+class StudySpec(Section):
+    """One study. After `load_study`, `run` and `baselines` are nested by section and `profiles` is empty."""
+
+    study: str = Field(pattern=NAME_PATTERN)
+    question: str = Field(min_length=1)
+    run: dict[str, Any] = Field(default_factory=dict)
+    axes: dict[str, Axis] = Field(default_factory=dict)
+    linked: dict[str, Link] = Field(default_factory=dict, description="setting -> how it follows from others")
+    exclude: tuple[dict[str, tuple[Any, ...]], ...] = Field((), description="what is not run: all of one must match")
+    seeds: tuple[int, ...] = Field((0,), min_length=1)
+    baselines: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    search: SearchSpec = SearchSpec()
+    scheduler: SchedulerSpec = SchedulerSpec()
+    stopping: StoppingSpec = StoppingSpec()
+    objective: ObjectiveSpec = ObjectiveSpec()
+    budget: BudgetSpec = BudgetSpec()
+    resources: ResourcesSpec = ResourcesSpec()
+    profiles: dict[str, Profile] = Field(default_factory=dict)
+    grown_from: tuple[Extent, ...] = Field((), description="what it was before each --extend; not for study files")
+
+    @field_validator("axes", mode="before")
+    @classmethod
+    def _lists_are_choices(cls, axes: Any) -> Any:
+        if not isinstance(axes, Mapping):
+            return axes
+        return {str(key): as_axis(str(key), given) for key, given in axes.items()}
+
+    @field_validator("exclude", mode="before")
+    @classmethod
+    def _one_value_is_a_list(cls, exclude: Any) -> Any:
+        if not isinstance(exclude, list | tuple) or not all(isinstance(given, Mapping) and given for given in exclude):
+            raise ValueError("is a list of mappings. Write - {axis: value, other_axis: [first, second]}")
+        return [
+            {str(key): value if isinstance(value, list | tuple) else (value,) for key, value in given.items()}
+            for given in exclude
+        ]
+
+    @field_serializer("axes")
+    def _choices_are_lists(self, axes: dict[str, Axis]) -> dict[str, Any]:
+        return {key: axis.plain() for key, axis in axes.items()}
+
+    @field_serializer("linked")
+    def _one_form(self, linked: dict[str, Link]) -> dict[str, Any]:
+        return {key: link.model_dump(mode="json", exclude_none=True) for key, link in linked.items()}
+
+    @field_validator("objective", mode="before")
+    @classmethod
+    def _first_and_further(cls, given: Any) -> Any:
+        if isinstance(given, Mapping) and "further" in given:
+            raise ValueError("several objectives are a list. Write - {metric: ..., mode: ...} for each")
+        if not isinstance(given, list | tuple):
+            return given
+        if not given or not all(isinstance(one, Mapping) for one in given):
+            raise ValueError("lists no objectives. Write - {metric: ce_loss, mode: min} for each")
+        return {**given[0], "further": given[1:]}
+
+    @field_serializer("objective")
+    def _several_are_a_list(self, objective: ObjectiveSpec) -> Any:
+        each = [one.model_dump(exclude={"further"}) for one in objective.all]
+        return each if objective.further else each[0]
+
+    @field_validator("seeds")
+    @classmethod
+    def _seeds_differ(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(seeds)) != len(seeds):
+            raise ValueError("lists a seed twice. Statistics need independent seeds: list each once")
+        if min(seeds) < 0:
+            raise ValueError("seeds are not negative. Use 0, 1, 2, ...")
+        return seeds
+
+    @field_validator("baselines")
+    @classmethod
+    def _baseline_names(cls, baselines: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        for name in baselines:
+            if not name.replace("-", "").replace("_", "").isalnum():
+                raise ValueError(f"{name!r} is not a name. Use letters, digits, '-' and '_'")
+        return baselines
+
+
+def is_spelt(text: str, value: Any) -> bool:
+    """Whether `text`, a key in a study file, stands for a setting's value."""
+    if isinstance(value, float):
+        with contextlib.suppress(ValueError):
+            return float(text) == value
+    return text == str(value)
+
+
+def paths(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested settings as dotted path -> value."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= {f"{key}.{leaf}": inner for leaf, inner in value.items()} if isinstance(value, dict) else {key: value}
+    return flat
+
+
+def nested(run: RunConfig) -> dict[str, Any]:
+    """The settings of a run as a study fixes them: without its name and seed, which the study gives."""
+    return run.model_dump(mode="json", exclude={"name", "seed"})

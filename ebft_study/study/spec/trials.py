@@ -1,0 +1,119 @@
+"""From a study's spec to its trials: pure functions, so that a resumed study finds the very same trials.
+
+A *configuration* is one setting of everything but the seed; a *trial* is a configuration with a seed. Trials are
+ordered seed by seed, baselines first, so that a study that ends early holds whole replicates.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from ebft_study import config
+from ebft_study.config import RunConfig
+from ebft_study.study.spec import enumeration, links
+from ebft_study.study.spec.study_spec import StudySpec, paths
+
+Settings = dict[str, Any]  # dotted path -> value
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """Everything but the seed. `label` names it in tables; `baseline` is its name, None on the axes."""
+
+    label: str
+    settings: Settings
+    baseline: str | None = None
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One configuration and seed. `trial_id` is the same in every session of the study."""
+
+    trial_id: str
+    configuration: Configuration
+    seed: int
+    run: RunConfig
+
+    @property
+    def label(self) -> str:
+        return f"{self.configuration.label} seed={self.seed}"
+
+
+def baselines(spec: StudySpec) -> list[Configuration]:
+    return [Configuration(name, paths(settings), baseline=name) for name, settings in spec.baselines.items()]
+
+
+def enumerated(spec: StudySpec) -> list[Configuration]:
+    """All configurations of a grid or random search, baselines first; of an Optuna search only the baselines."""
+    if spec.search.algorithm == "optuna" or (not spec.axes and spec.baselines):
+        return baselines(spec)
+    if spec.search.algorithm == "random":
+        chosen = enumeration.draws(spec, spec.search.num_configurations or 0)
+    else:
+        chosen = enumeration.grid(spec)
+    return [*baselines(spec), *(on_axes(spec, assignment) for assignment in chosen)]
+
+
+def trials_of(spec: StudySpec, configurations: list[Configuration]) -> list[Trial]:
+    """Trials of `configurations` over all seeds, numbered in the order in which they run."""
+    pairs = itertools.product(spec.seeds, configurations)
+    return [trial(spec, configuration, seed, number) for number, (seed, configuration) in enumerate(pairs)]
+
+
+def listed(spec: StudySpec) -> list[Trial]:
+    """All trials that are known from the start. Those of a study that has grown keep the numbers they began with."""
+    if not spec.grown_from:
+        return trials_of(spec, enumerated(spec))
+    seen: dict[tuple[str, int], Trial] = {}
+    for stage in (*(extent.applied(spec) for extent in spec.grown_from), spec):
+        for seed, configuration in itertools.product(stage.seeds, enumerated(stage)):
+            key = (_identity(configuration), seed)
+            seen[key] = seen.get(key) or trial(spec, configuration, seed, len(seen))
+    return list(seen.values())
+
+
+def _identity(configuration: Configuration) -> str:
+    return configuration.baseline or json.dumps(configuration.settings, sort_keys=True, default=str)
+
+
+def number_of_trials(spec: StudySpec) -> int:
+    """Trials of the whole study, those that Optuna has yet to choose included."""
+    chosen_later = spec.search.num_configurations or 0 if spec.search.algorithm == "optuna" else 0
+    return len(spec.seeds) * (len(enumerated(spec)) + chosen_later)
+
+
+def trial(spec: StudySpec, configuration: Configuration, seed: int, number: int) -> Trial:
+    trial_id = f"t{number:04d}"
+    return Trial(trial_id, configuration, seed, build(spec, configuration, seed=seed, name=trial_id))
+
+
+def build(
+    spec: StudySpec, configuration: Configuration, *, seed: int, name: str = "trial", source: str = ""
+) -> RunConfig:
+    """The complete settings of a run; raises `ConfigError` naming the configuration that breaks a rule."""
+    settings = config.merge(spec.run, {"seed": seed, "name": name})
+    for path, value in configuration.settings.items():
+        change: dict[str, Any] = {}
+        config.set_path(change, path, value)
+        settings = config.merge(settings, change)
+    where = f"{source or spec.study}: {configuration.label}"
+    settings = links.follow(spec.linked, settings, given=configuration.settings, source=where)
+    return config.build_run(settings, source=where)
+
+
+def on_axes(spec: StudySpec, assignment: Settings) -> Configuration:
+    """A configuration labelled by the values of its axes: `alpha=0.5 size=small`."""
+    parts = (f"{config.short_name(key)}={spell(value)}" for key, value in assignment.items())
+    return Configuration(" ".join(parts) or "only", enumeration.settings(spec, assignment))
+
+
+def spell(value: Any) -> str:
+    """A value as people write it: 0.1, 1e-05, 0.25,0.5, tiny-1m."""
+    if isinstance(value, list | tuple):
+        return ",".join(map(spell, value))
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "null" if value is None else str(value)

@@ -1,0 +1,137 @@
+"""When a trial is not worth going on with: pure functions from its evaluations so far to a reason, or to ''.
+
+Schedulers compare trials with each other; these rules look at one trial alone, so they also work where all are bad.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+
+from ebft_study.study.folder.trial_states import Evaluation
+from ebft_study.study.spec.study_spec import ObjectiveSpec, StoppingSpec
+
+
+def reason_to_stop(history: Sequence[Evaluation], rules: StoppingSpec, objective: ObjectiveSpec) -> str:
+    """Why the trial should stop by the first rule that says so; '' to go on."""
+    reasons = (
+        diverged(history, margin=rules.divergence.margin, evaluations=rules.divergence.evaluations)
+        if rules.divergence
+        else "",
+        collapsed(
+            history,
+            duplicate_rate=rules.collapse.duplicate_rate,
+            entropy=rules.collapse.entropy,
+            evaluations=rules.collapse.evaluations,
+        )
+        if rules.collapse
+        else "",
+        stagnated(
+            history, objective, improvement=rules.stagnation.improvement, evaluations=rules.stagnation.evaluations
+        )
+        if rules.stagnation
+        else "",
+        hacked(history, evaluations=rules.reward_hacking.evaluations) if rules.reward_hacking else "",
+    )
+    return next((reason for reason in reasons if reason), "")
+
+
+def diverged(history: Sequence[Evaluation], *, margin: float, evaluations: int) -> str:
+    """Cross-entropy above the base model's by more than `margin` nats/token in the last `evaluations` ones.
+
+    What happens with alpha < 1 and gamma = 0 (section 4 of the paper). Without an evaluation of the base model there is
+    nothing to compare with.
+    """
+    last = _last(history, evaluations)
+    if not last or history[0].step != 0:
+        return ""
+    base = history[0].get("ce_loss")
+    if not all(evaluation.get("ce_loss") > base + margin for evaluation in last):
+        return ""
+    return (
+        f"diverged: ce_loss {last[-1].get('ce_loss'):.4g} is above the base model's {base:.4g} by more than {margin:g} "
+        f"for {evaluations} evaluations"
+    )
+
+
+def collapsed(history: Sequence[Evaluation], *, duplicate_rate: float, entropy: float, evaluations: int) -> str:
+    """More than `duplicate_rate` of the samples repeat another of their context, or the policy's entropy is below
+    `entropy` nats/token, in the last `evaluations` ones."""
+    last = _last(history, evaluations)
+    if last and all(evaluation.get("duplicate_rate") > duplicate_rate for evaluation in last):
+        value = last[-1].get("duplicate_rate")
+        return f"collapsed: duplicate_rate {value:.3g} is above {duplicate_rate:g} for {evaluations} evaluations"
+    if last and all(evaluation.get("policy_entropy") < entropy for evaluation in last):
+        value = last[-1].get("policy_entropy")
+        return f"collapsed: policy_entropy {value:.3g} is below {entropy:g} for {evaluations} evaluations"
+    return ""
+
+
+def stagnated(history: Sequence[Evaluation], objective: ObjectiveSpec, *, improvement: float, evaluations: int) -> str:
+    """The best objective of the last `evaluations` ones is not better by `improvement` than the best one before."""
+    last, earlier = _last(history, evaluations), history[:-evaluations]
+    sign = 1.0 if objective.mode == "min" else -1.0
+    before = [sign * value for e in earlier if math.isfinite(value := e.get(objective.metric))]
+    now = [sign * value for e in last if math.isfinite(value := e.get(objective.metric))]
+    if not before or len(now) < evaluations or min(now) <= min(before) - improvement:
+        return ""
+    return (
+        f"no progress: {objective.metric} {sign * min(now):.4g} at best in {evaluations} evaluations, against "
+        f"{sign * min(before):.4g} before"
+    )
+
+
+def hacked(history: Sequence[Evaluation], *, evaluations: int) -> str:
+    """Reward and held-out feature-matching loss both rise from each of the last evaluations to the next.
+
+    The reward is meant to lower that loss: what raises both serves the feature network, not the data. `evaluations`
+    counts the rises.
+    """
+    last = _last(history, evaluations + 1)
+    rises = list(itertools.pairwise(last))
+    both = all(b.get("reward") > a.get("reward") and b.get("cfm_loss") > a.get("cfm_loss") for a, b in rises)
+    if not rises or not both:
+        return ""
+    return (
+        f"reward hacking: reward rose to {last[-1].get('reward'):.4g} and cfm_loss to "
+        f"{last[-1].get('cfm_loss'):.4g}, {evaluations} evaluations in a row"
+    )
+
+
+class Watch:
+    """Collects the evaluations of running trials and applies the rules to each new one."""
+
+    def __init__(
+        self, rules: StoppingSpec, objective: ObjectiveSpec, past: Mapping[str, Sequence[Evaluation]] | None = None
+    ) -> None:
+        """`past`: evaluations of trials in earlier sessions of the study."""
+        self._rules, self._objective = rules, objective
+        self._histories = {trial_id: list(history) for trial_id, history in (past or {}).items()}
+        self.reasons: dict[str, str] = {}
+        """Trials that were stopped, and why."""
+
+    def look(self, trial_id: str, metrics: Mapping[str, float], *, total_steps: int) -> bool:
+        """Whether a trial that has just reported should stop.
+
+        A report that repeats an evaluation (`evaluated_step` lies before `step`) brings nothing new; nor does one of
+        a step that was evaluated before, as a retried trial sends it.
+        """
+        step, history = int(metrics["step"]), self._histories.setdefault(trial_id, [])
+        if metrics.get("evaluated_step") != step or (history and step <= history[-1].step) or step >= total_steps:
+            return False
+        history.append(Evaluation(step, dict(metrics)))
+        reason = reason_to_stop(history, self._rules, self._objective)
+        if reason:
+            self.reasons[trial_id] = f"{reason}; {steps_saved(step, total_steps)}"
+        return bool(reason)
+
+
+def steps_saved(step: float, total_steps: int) -> str:
+    return f"{total_steps - step:g} of {total_steps} steps saved"
+
+
+def _last(history: Sequence[Evaluation], count: int) -> Sequence[Evaluation]:
+    """The last `count` evaluations after step 0; none if there are fewer."""
+    trained = [evaluation for evaluation in history if evaluation.step > 0]
+    return trained[-count:] if len(trained) >= count else []

@@ -1,0 +1,170 @@
+"""What people see of a study: one table, live on a terminal and printed by `status`, plain lines elsewhere.
+
+Imports no Ray: `status` shows a study from its results tables alone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from ebft_study.study.folder.trial_states import TrialState
+
+_STYLES = {"running": "bold", "finished": "green", "stopped": "yellow", "failed": "red", "pending": "dim"}
+_MOST_ROWS, _MOST_NOTES = 40, 8
+_FEWEST_ROWS, _OTHER_LINES = 5, 14  # a live table that is higher than the screen loses its last lines
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How many trials the study will have, some of which a search may still choose, and how many run side by side."""
+
+    trials: int
+    at_once: int = 1
+    trial_seconds: float | None = None
+    """What a trial is expected to take, if earlier studies tell."""
+
+
+class Display(Protocol):
+    """Where progress goes."""
+
+    def changed(self, state: TrialState, what: str) -> None:
+        """`what` happened to a trial, in a few words."""
+
+    def say(self, line: str) -> None:
+        """A line about the study as a whole."""
+
+    def close(self) -> None: ...
+
+
+class Lines:
+    """Plain lines, for logs and pipes."""
+
+    def __init__(self, console: Console, columns: tuple[str, ...]) -> None:
+        self._console, self._columns = console, columns
+
+    def changed(self, state: TrialState, what: str) -> None:
+        numbers = " ".join(f"{name}={state.metrics[name]:.4g}" for name in self._columns if name in state.metrics)
+        self.say(" ".join(f"{state.trial_id} {state.label}: {what} {numbers}".split()))
+
+    def say(self, line: str) -> None:
+        self._console.print(f"{time.strftime('%H:%M:%S')} {line}", markup=False, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """Lines need no closing."""
+
+
+class LiveTable:
+    """One table that updates in place; remarks scroll by above it."""
+
+    def __init__(
+        self, console: Console, columns: tuple[str, ...], states: dict[str, TrialState], title: str, plan: Plan
+    ) -> None:
+        self._columns, self._states, self._title, self._plan = columns, states, title, plan
+        self._console = console
+        self._live = Live(console=console, get_renderable=self._render, refresh_per_second=2, transient=False)
+        self._live.start()
+
+    def changed(self, state: TrialState, what: str) -> None:
+        """The table refreshes by itself."""
+
+    def say(self, line: str) -> None:
+        self._live.console.print(f"{time.strftime('%H:%M:%S')} {line}", markup=False, highlight=False)
+
+    def close(self) -> None:
+        self._live.stop()
+
+    def _render(self) -> RenderableType:
+        most = max(_FEWEST_ROWS, min(_MOST_ROWS, self._console.height - _OTHER_LINES))
+        return render(list(self._states.values()), self._columns, title=self._title, plan=self._plan, most=most)
+
+
+def display(
+    console: Console, columns: tuple[str, ...], states: dict[str, TrialState], *, title: str, plan: Plan
+) -> Display:
+    """A live table on a terminal, plain lines elsewhere."""
+    if console.is_terminal:
+        return LiveTable(console, columns, states, title, plan)
+    return Lines(console, columns)
+
+
+def render(
+    states: Iterable[TrialState], columns: tuple[str, ...], *, title: str, plan: Plan, most: int = _MOST_ROWS
+) -> RenderableType:
+    """The table of trials, what went wrong, and a line that counts and says how long the rest will take."""
+    states = list(states)
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for header in ("trial", "settings", "state", "step", *columns, "time"):
+        left, wraps = header in ("trial", "settings", "state"), header == "settings"
+        table.add_column(header, justify="left" if left else "right", no_wrap=not wraps)
+    for state in _shown(states, most):
+        table.add_row(*_cells(state, columns), style=_STYLES.get(state.status, ""))
+    noted = [s for s in states if s.note and s.status in ("failed", "stopped")]
+    notes = [Text(f"{s.trial_id} {s.status}: {s.note}", style=_STYLES[s.status]) for s in noted[-_MOST_NOTES:]]
+    hidden = [Text(f"and {len(states) - most} more trials", style="dim")] if len(states) > most else []
+    return Group(table, *hidden, *notes, Text(summary(states, plan), style="bold"))
+
+
+def _shown(states: list[TrialState], most: int) -> list[TrialState]:
+    """All trials if they fit; else those that run, then the latest to end, then the next to come."""
+    if len(states) <= most:
+        return states
+    rank = {"running": 0, "failed": 1, "stopped": 1, "finished": 2, "interrupted": 2, "pending": 3}
+    chosen = sorted(states, key=lambda s: (rank[s.status], -(s.ended_at or 0.0), s.trial_id))[:most]
+    return sorted(chosen, key=lambda s: s.trial_id)
+
+
+def _cells(state: TrialState, columns: tuple[str, ...]) -> list[str]:
+    step = f"{state.step}/{state.total_steps}" if state.total_steps else str(state.step)
+    numbers = [f"{state.metrics[name]:.4g}" if name in state.metrics else "" for name in columns]
+    status = state.status if state.attempt <= 1 else f"{state.status} (start {state.attempt})"
+    return [state.trial_id, state.label, status, step, *numbers, duration(state.seconds)]
+
+
+def summary(states: list[TrialState], plan: Plan) -> str:
+    """`7 of 12 trials finished, 2 running, 3 pending; about 4 min left`."""
+    names = dict.fromkeys(state.status for state in states)
+    counts = {name: sum(state.status == name for state in states) for name in names}
+    parts = [f"{counts.pop('finished', 0)} of {max(len(states), plan.trials)} trials finished"]
+    parts += [f"{count} {status}" for status, count in counts.items()]
+    left = seconds_left(states, plan)
+    return ", ".join(parts) + (f"; about {duration(left)} left" if left else "")
+
+
+def seconds_left(states: list[TrialState], plan: Plan) -> float | None:
+    """Expected time until the last trial ends: by those that have, else by the pace of those that run, else as planned.
+
+    None where nothing tells.
+    """
+    ended = [s.seconds for s in states if s.status in ("finished", "stopped") and s.seconds]
+    running = [s for s in states if s.status == "running"]
+    to_come = sum(s.status == "pending" for s in states) + max(plan.trials - len(states), 0)
+    known = ended or [expected for s in running if (expected := _at_its_pace(s)) is not None]
+    mean = sum(known) / len(known) if known else plan.trial_seconds
+    if mean is None or not len(running) + to_come:
+        return None
+    rest = mean * to_come + sum(max((_at_its_pace(s) or mean) - (s.seconds or 0.0), 0.0) for s in running)
+    return rest / min(plan.at_once, len(running) + to_come)
+
+
+def _at_its_pace(state: TrialState) -> float | None:
+    """What a trial that runs will have taken, if its steps go on as so far."""
+    if not state.step or not state.total_steps or not state.seconds:
+        return None
+    return state.seconds * state.total_steps / state.step
+
+
+def duration(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

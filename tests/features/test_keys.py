@@ -1,0 +1,116 @@
+"""Keys of cached features: different whenever anything that a feature depends on is, and equal otherwise."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ebft_study.algorithm.anchors import find_anchors
+from ebft_study.data import Batch
+from ebft_study.features.cache import MemoryCache, TieredCache
+from ebft_study.features.cached import CachedFeatures, FeatureRequest
+from ebft_study.features.client import request_of
+from ebft_study.features.keys import FeatureSpec, sequence_keys
+from ebft_study.networks.loading import fingerprint
+from tests.small_models import small_batch, small_model
+
+SPEC = FeatureSpec((0.25, 0.5, 0.75), "last_token", "per_layer")
+NETWORK: dict[str, Any] = {
+    "indices": [1, 2, 3], "fingerprint": "f", "dtype": "float32", "device": "cpu", "torch_version": "2",
+}  # fmt: skip
+
+
+def test_every_part_of_what_features_are_changes_the_root() -> None:
+    changed = [
+        SPEC.root(**NETWORK),
+        FeatureSpec(SPEC.depths, "mean", "per_layer").root(**NETWORK),
+        FeatureSpec(SPEC.depths, "last_token", "joint").root(**NETWORK),
+        *(SPEC.root(**(NETWORK | {key: [1, 2] if key == "indices" else "other"})) for key in NETWORK),
+    ]
+    assert len(set(changed)) == len(changed)
+    assert FeatureSpec((0.26, 0.5, 0.75), "last_token", "per_layer").root(**NETWORK) == changed[0]
+
+
+def test_the_fingerprint_of_a_network_depends_on_weights_and_on_how_they_are_used() -> None:
+    network, other, wider = small_model(), small_model(seed=1), small_model()
+    wider.config.rms_norm_eps = 0.1  # type: ignore[union-attr]
+    assert fingerprint(network) == fingerprint(small_model())
+    assert len({fingerprint(model) for model in (network, other, wider)}) == 3
+
+
+def plainly(root: bytes, context: np.ndarray, completion: np.ndarray) -> bytes:
+    """The definition: one digest over root, length, context and completion."""
+    content = root + len(completion).to_bytes(8, "little") + context.tobytes() + completion.tobytes()
+    return hashlib.blake2b(content, digest_size=32).digest()
+
+
+def test_keys_of_nested_contexts_are_those_of_each_context_alone() -> None:
+    tokens = np.arange(100, 120)
+    contexts = [(0, 4), (0, 8), (10, 12), (0, 0), (10, 15), (3, 6)]
+    completions = np.random.default_rng(0).integers(0, 50, (len(contexts), 2, 4))
+    for length in (1, 3, 4):
+        keys = sequence_keys(b"root", tokens, contexts, completions, length=length)
+        for b, (start, end) in enumerate(contexts):
+            if start == end:
+                assert keys.truth[b] is None
+                assert keys.samples[b] is None
+                continue
+            assert keys.truth[b] == plainly(b"root", tokens[start:end], tokens[end : end + length])
+            for j in range(2):
+                assert keys.sample(b, j) == plainly(b"root", tokens[start:end], completions[b, j, :length])
+
+
+def test_no_two_pairs_of_context_and_completion_share_a_key() -> None:
+    """All contexts and completions of up to three tokens over two words, in every split of their joint tokens."""
+    words = [np.array(pair) for n in (1, 2, 3) for pair in itertools.product((0, 1), repeat=n)]
+    seen: dict[bytes, tuple[bytes, bytes]] = {}
+    for context, completion in itertools.product(words, words):
+        tokens = np.concatenate([context, completion])
+        keys = sequence_keys(b"root", tokens, [(0, len(context))], completion[None, None], length=len(completion))
+        key, pair = keys.sample(0, 0), (context.tobytes(), completion.tobytes())
+        assert seen.setdefault(key, pair) == pair
+        assert keys.truth[0] == key
+    assert len(seen) == len(words) ** 2
+
+
+def request(batch: Batch, completions: torch.Tensor) -> FeatureRequest:
+    anchors = find_anchors(batch.document_ids, completion_length=4, stride=4, first_context_length=4)
+    return request_of(SPEC, batch, anchors, completions, None)
+
+
+@pytest.fixture
+def cached() -> CachedFeatures:
+    return CachedFeatures(small_model(), TieredCache(MemoryCache(2**24), None), fingerprint="f")
+
+
+def test_what_two_requests_of_one_pass_have_in_common_is_embedded_once(cached: CachedFeatures) -> None:
+    batch = small_batch([[0] * 16])
+    drawn = torch.randint(0, 40, (1, 3, 2, 4), generator=torch.Generator().manual_seed(0))
+    other = drawn.clone()
+    other[0, 1, 1] += 1
+    first, second = cached.embed([request(batch, drawn), request(batch, other % 40)])
+    # A sequence of 16 tokens and six completions of four; then the sequence and the one that differs.
+    assert (first.usage.tokens_embedded, first.usage.tokens_saved) == (16 + 24, 0)
+    assert (second.usage.tokens_embedded, second.usage.tokens_saved) == (16 + 4, 20)
+    np.testing.assert_array_equal(first.psi[0], second.psi[0])
+    same = [(0, 0), (0, 1), (1, 0), (2, 0), (2, 1)]
+    for b, j in same:
+        np.testing.assert_array_equal(first.phi[0][0, b, j], second.phi[0][0, b, j])
+    assert not np.array_equal(first.phi[0][0, 1, 1], second.phi[0][0, 1, 1])
+
+
+def test_a_sequence_of_which_everything_is_known_is_not_run(cached: CachedFeatures) -> None:
+    batch = small_batch([[0] * 16, [0] * 16])
+    drawn = torch.randint(0, 40, (2, 3, 2, 4), generator=torch.Generator().manual_seed(0))
+    cached.embed([request(batch, drawn)])
+    changed = drawn.clone()
+    changed[1, 0, 0] = (changed[1, 0, 0] + 1) % 40
+    (reply,) = cached.embed([request(batch, changed)])
+    assert reply.usage.tokens_embedded == 16 + 4
+    assert reply.usage.truths_found == reply.usage.truths == 6
+    assert reply.usage.samples_found == reply.usage.samples - 1

@@ -1,0 +1,182 @@
+"""The block-parallel passes against plain forward passes of one context and one sample at a time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers import MistralConfig, MistralForCausalLM
+
+from ebft_study.algorithm.anchors import Anchors, completions_at, find_anchors
+from ebft_study.algorithm.sampling import uniforms
+from ebft_study.data import Batch
+from ebft_study.errors import ModelError
+from ebft_study.features.local import LocalFeatures
+from ebft_study.networks import blocks
+from ebft_study.networks.blocks import ATTENTION, completion_log_probs, run_prefix, token_log_probs, verify
+from ebft_study.rollouts.strided import StridedRollouts
+from tests.references import naive_model
+from tests.small_models import ARCHITECTURES, VOCABULARY, small_batch, small_model
+
+LAYOUTS = [
+    [0] * 20,
+    [0] * 14 + [-1] * 6,
+    [0] * 8 + [1] * 12,
+]
+G, S, C, N = 3, 4, 3, 3
+
+
+def anchored(batch: Batch, completion_length: int = G) -> Anchors:
+    return find_anchors(batch.document_ids, completion_length=completion_length, stride=S, first_context_length=C)
+
+
+def contexts(batch: Batch, anchors: Anchors) -> list[tuple[int, int, torch.Tensor]]:
+    """(sequence, anchor, context tokens of the anchor's own document) for every valid anchor."""
+    found = []
+    for s, b in anchors.valid.nonzero().tolist():
+        a = int(anchors.positions[s, b])
+        own = batch.document_ids[s] == batch.document_ids[s, a]
+        start = int(own.nonzero()[0])
+        found.append((s, b, batch.tokens[s, start:a]))
+    return found
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("completion_length", [1, 3])
+def test_rollouts_equal_sampling_each_context_alone(architecture: str, completion_length: int) -> None:
+    model, batch = small_model(architecture), small_batch(LAYOUTS)
+    anchors = anchored(batch, completion_length)
+    B = anchors.positions.shape[1]
+    noise = uniforms((7,), [0, 1, 2], n_anchors=B, n_samples=N, length=completion_length)
+    rollouts = StridedRollouts().sample(model, batch, anchors, noise=noise, temperature=0.8)
+    assert rollouts.completions.shape == (3, B, N, completion_length)
+    for s, b, context in contexts(batch, anchors):
+        for j in range(N):
+            tokens, log_probs = naive_model.sample(model, context, noise[s, b, j], 0.8)
+            assert rollouts.completions[s, b, j].tolist() == tokens
+            torch.testing.assert_close(rollouts.log_probs[s, b, j], torch.tensor(log_probs), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("completion_length", [1, 3])
+def test_log_probs_and_gradients_equal_scoring_each_completion_alone(architecture: str, completion_length: int) -> None:
+    model, batch = small_model(architecture), small_batch(LAYOUTS)
+    anchors = anchored(batch, completion_length)
+    shape = (*anchors.positions.shape, N, completion_length)
+    completions = torch.randint(0, VOCABULARY, shape, generator=torch.Generator().manual_seed(1))
+    weights = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+
+    fast = _fast_log_probs(model, batch, anchors, completions)
+    mask = anchors.valid[..., None, None].expand(shape)
+    torch.where(mask, weights * fast, 0.0).sum().backward()
+    gradients = _take_gradients(model)
+
+    slow = torch.zeros(())
+    for s, b, context in contexts(batch, anchors):
+        for j in range(N):
+            alone = naive_model.completion_log_probs(model, context, completions[s, b, j], 0.7)
+            torch.testing.assert_close(fast[s, b, j].detach(), alone.detach(), atol=1e-5, rtol=1e-5)
+            slow = slow + (weights[s, b, j] * alone).sum()
+    slow.backward()
+    for name, expected in _take_gradients(model).items():
+        scale = float(expected.abs().max())
+        torch.testing.assert_close(gradients[name], expected, atol=1e-4 * scale, rtol=1e-4)
+
+
+def _fast_log_probs(model: nn.Module, batch: Batch, anchors: Anchors, completions: torch.Tensor) -> torch.Tensor:
+    prefix = run_prefix(model, batch.tokens, batch.document_ids)
+    return completion_log_probs(model, prefix, anchors, completions, temperature=0.7)
+
+
+def _take_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    return gradients
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("pooling", ["last_token", "mean", "concat"])
+@pytest.mark.parametrize("normalize", ["per_layer", "joint"])
+@pytest.mark.parametrize("depths", [(0.25, 0.5, 0.75), (0.5, 1.0)])
+def test_features_equal_those_of_each_completion_alone(
+    architecture: str, pooling: str, normalize: str, depths: tuple[float, ...]
+) -> None:
+    model, batch = small_model(architecture), small_batch(LAYOUTS)
+    anchors = anchored(batch)
+    completions = torch.randint(
+        0, VOCABULARY, (*anchors.positions.shape, N, G), generator=torch.Generator().manual_seed(3)
+    )
+    network = LocalFeatures(small_model(architecture), depths=depths, pooling=pooling, normalize=normalize)
+    layers = [max(1, int(depth * 4)) for depth in depths]
+    truth = completions_at(batch.tokens, anchors, G)
+    for length, features in zip([2, G], network.embed(batch, anchors, completions, lengths=[2, G]), strict=True):
+        for s, b, context in contexts(batch, anchors):
+            expected = naive_model.features(model, context, truth[s, b, :length], layers, pooling, normalize)
+            torch.testing.assert_close(features.psi[s, b], expected, atol=1e-5, rtol=1e-5)
+            for j in range(N):
+                one = completions[s, b, j, :length]
+                expected = naive_model.features(model, context, one, layers, pooling, normalize)
+                torch.testing.assert_close(features.phi[s, b, j], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_feature_network_runs_nothing_above_its_deepest_layer() -> None:
+    network = small_model(layers=4)
+    LocalFeatures(network, depths=(0.25, 0.5), pooling="last_token", normalize="per_layer")
+    assert len(network.get_decoder().layers) == 2
+
+
+def test_packed_documents_give_what_each_document_alone_gives() -> None:
+    model = small_model()
+    packed = small_batch([[0] * 9 + [1] * 11])
+    noise = torch.rand(1, 9, N, G, generator=torch.Generator().manual_seed(5))
+    anchors = anchored(packed)
+    together = StridedRollouts().sample(
+        model, packed, anchors, noise=noise[:, : anchors.positions.shape[1]], temperature=1.0
+    )
+    first_count = int((anchors.positions[0] < 9).sum())
+    for begin, end, offset in ((0, 9, 0), (9, 20, first_count)):
+        alone = Batch(
+            packed.tokens[:, begin:end],
+            torch.zeros(1, end - begin).long(),
+            packed.answer_mask[:, begin:end],
+            torch.tensor([0]),
+        )
+        own = anchored(alone)
+        B = own.positions.shape[1]
+        separate = StridedRollouts().sample(model, alone, own, noise=noise[:, offset : offset + B], temperature=1.0)
+        assert torch.equal(separate.completions, together.completions[:, offset : offset + B])
+
+
+def test_a_batch_without_anchors_gives_empty_rollouts() -> None:
+    batch = small_batch([[0] * 4])
+    anchors = anchored(batch)
+    rollouts = StridedRollouts().sample(small_model(), batch, anchors, noise=torch.empty(1, 0, N, G), temperature=1.0)
+    assert rollouts.completions.shape == (1, 0, N, G)
+
+
+def test_log_probs_computed_in_chunks_equal_those_computed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_model()
+    states = torch.randn(2, 5, 32, requires_grad=True)
+    tokens = torch.randint(0, VOCABULARY, (2, 5))
+    whole = token_log_probs(model, states, tokens, temperature=0.6)
+    (expected,) = torch.autograd.grad(whole.sum(), states)
+    monkeypatch.setattr(blocks, "logits_at_once", lambda device: 3 * VOCABULARY)
+    chunked = token_log_probs(model, states, tokens, temperature=0.6)
+    torch.testing.assert_close(chunked, whole)
+    torch.testing.assert_close(torch.autograd.grad(chunked.sum(), states)[0], expected)
+
+
+def test_an_architecture_with_windows_is_refused_with_the_difference() -> None:
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, sliding_window=3, max_position_embeddings=64, initializer_range=0.25,
+    )  # fmt: skip
+    model = MistralForCausalLM._from_config(config, attn_implementation=ATTENTION).eval()
+    with pytest.raises(ModelError, match="differ from a plain forward pass"):
+        verify(model, name="windowed")
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_supported_architectures_pass_verification(architecture: str) -> None:
+    verify(small_model(architecture), name=architecture)

@@ -1,0 +1,134 @@
+"""Places: one contract for disks and stores, and errors that say what to do."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ebft_study import storage
+from ebft_study.errors import ConfigError, StorageError
+from ebft_study.storage import Place, filesystems, place
+from tests.contracts.places import PlaceContract
+
+
+class TestFolder(PlaceContract):
+    @pytest.fixture
+    def here(self, tmp_path: Path) -> Place:
+        return place(tmp_path / "here")
+
+
+class TestFileUrl(PlaceContract):
+    @pytest.fixture
+    def here(self, tmp_path: Path) -> Place:
+        return place(f"file://{tmp_path}/here")
+
+
+class TestS3(PlaceContract):
+    @pytest.fixture
+    def here(self, s3_query: str, request: pytest.FixtureRequest) -> Place:
+        return place(f"s3://studies/{abs(hash(request.node.name))}?{s3_query}")
+
+
+class TestFsspec(PlaceContract):
+    @pytest.fixture
+    def here(self, request: pytest.FixtureRequest) -> Place:
+        return place(f"memory://{abs(hash(request.node.name))}")
+
+
+# --- errors ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "s3://AKIAEXAMPLE:verysecret@bucket/studies",
+        "s3://bucket/studies?access_key=AKIAEXAMPLE&secret_key=verysecret",
+        "s3://bucket/studies?region=eu&session_token=verysecret",
+        "abfs://container@account/x?account_key=verysecret",
+    ],
+)
+def test_credentials_in_a_url_are_refused_and_not_repeated(url: str) -> None:
+    with pytest.raises(ConfigError, match="the URL holds credentials") as caught:
+        place(url)
+    assert "verysecret" not in str(caught.value)
+    assert "AKIAEXAMPLE" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_misspelt_key_of_a_url_is_refused() -> None:
+    with pytest.raises(ConfigError, match="unknown key 'endpoint'"):
+        place("s3://bucket/x?endpoint=localhost")
+
+
+def test_a_url_that_nothing_understands_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no known kind of storage"):
+        place("nowhere://bucket/x")
+
+
+def test_a_bucket_that_does_not_exist_is_said_in_one_line(s3_query: str) -> None:
+    with pytest.raises(StorageError, match="bucket does not exist"):
+        (place(f"s3://elsewhere/x?{s3_query}") / "file").write_bytes(b"x")
+
+
+def test_a_store_that_does_not_answer_is_an_error_within_seconds() -> None:
+    before = time.monotonic()
+    with pytest.raises(StorageError, match="does not answer"):
+        (place("s3://studies/x?endpoint_override=127.0.0.1:9&scheme=http&region=us-east-1") / "file").write_bytes(b"x")
+    assert time.monotonic() - before < 20
+
+
+def test_no_permission_is_said_in_one_line() -> None:
+    told = OSError("When initiating multiple part upload: AWS Error ACCESS_DENIED during PutObject operation: no")
+    assert filesystems.reason_of(told)[0] == "no permission"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A real disk of 64 KiB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(folder)], capture_output=True)
+    if mount.returncode:
+        pytest.skip("needs the right to mount a small disk")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_keeps_what_it_had(small_disk: Path) -> None:
+    target = place(small_disk) / "file"
+    target.write_bytes(b"old")
+    with pytest.raises(StorageError, match=r"No space left on device.*Free some space"):
+        target.write_bytes(bytes(100_000))
+    assert target.read_bytes() == b"old"
+    assert os.listdir(small_disk) == ["file"], "nothing half written stays behind"
+
+
+def test_a_read_only_disk_is_said_in_one_line(small_disk: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with pytest.raises(StorageError, match="Read-only file system"):
+        (place(small_disk) / "file").write_bytes(b"x")
+
+
+def test_a_folder_that_cannot_be_put_in_place_leaves_the_old_one(small_disk: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "state").write_bytes(b"1")
+    kept = place(small_disk) / "kept"
+    kept.upload(source, last="state")
+    (source / "state").write_bytes(bytes(100_000))
+    with pytest.raises(StorageError, match="No space left"):
+        kept.upload(source, last="state")
+    assert (kept / "state").read_bytes() == b"1"
+    assert os.listdir(small_disk) == ["kept"]
+
+
+def test_an_absolute_place_does_not_depend_on_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert storage.absolute(place("x")) == tmp_path / "x"

@@ -1,0 +1,370 @@
+"""The driver's record of its trials, and what the next session reads from it."""
+
+from __future__ import annotations
+
+import io
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from rich.console import Console
+
+from ebft_study import results
+from ebft_study.results.lineage import lineage
+from ebft_study.study.driver.monitor import Monitor
+from ebft_study.study.folder import history
+from ebft_study.study.folder.trial_states import EARLY_STOP, TrialState
+from ebft_study.study.spec import normalize, trials
+from ebft_study.study.view import display
+
+
+class Heard:
+    """A display that remembers."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def changed(self, state: TrialState, what: str) -> None:
+        self.lines.append(f"{state.trial_id} {what}")
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
+
+    def close(self) -> None:
+        self.lines.append("closed")
+
+
+class Session:
+    """A driver's monitor over the trials of a small study."""
+
+    def __init__(self, folder: Path, states: dict[str, TrialState] | None = None) -> None:
+        content = {"study": "s", "question": "q", "run": {"steps": 10}, "axes": {"alpha": [0.0, 0.5, 1.0]}}
+        content["baselines"] = {"sft": {"method": "sft"}}
+        self.folder = folder
+        spec = normalize.from_record(content, source="test")
+        self.trials = trials.trials_of(spec, trials.enumerated(spec))
+        self.states = {} if states is None else states
+        self.monitor = Monitor(results.StudyRecorder(folder, study="s"), self.states, "cfm_loss")
+        self.heard = Heard()
+        self.monitor.display = self.heard
+
+    def train(self, trial_id: str, *, attempt: int = 1, cfm: tuple[float, ...] = (2.0, 1.5, 1.8)) -> None:
+        """What worker and Tune do: rows into the tables, reports to the monitor."""
+        recorder = results.TrialRecorder(self.folder, study="s", trial_id=trial_id, attempt=attempt)
+        for index, value in enumerate(cfm):
+            row = {"cfm_loss": value, "ce_loss": 3.0, "sequences_seen": float(40 * index)}
+            recorder.metrics(5 * index, row)
+            self.monitor.reported(trial_id, {**row, "step": 5.0 * index, "attempt": attempt, "time_total_s": 1})
+
+    def row(self, trial_id: str) -> dict[str, Any]:
+        table = results.read_table(self.folder, "trials").set_index("trial_id")
+        return {str(key): value for key, value in table.loc[trial_id].items()}
+
+
+FINISHED = {"status": "finished", "reason": "", "startup_seconds": 1.5, "train_seconds": 4.0}
+
+
+def test_a_trial_is_on_record_from_plan_to_end(tmp_path: Path) -> None:
+    session = Session(tmp_path)
+    session.monitor.planned(session.trials[1])
+    row = session.row("t0001")
+    assert (row["status"], row["attempt"], row["label"]) == ("pending", 0, "alpha=0 seed=0")
+    assert (row["configuration"], row["alpha"], row["steps"]) == ("alpha=0", 0.0, 10)
+    session.monitor.started("t0001")
+    assert session.row("t0001")["status"] == "running"
+    session.train("t0001")
+    ended = session.monitor.ended("t0001", {**FINISHED, "started_at": time.time()})
+    assert (ended.kind, ended.value, ended.step) == ("finished", 1.8, 10)
+    row = session.row("t0001")
+    assert (row["status"], row["attempt"], row["steps_done"], row["sequences_seen"]) == ("finished", 1, 10, 80)
+    assert (row["final_cfm_loss"], row["best_cfm_loss"], row["final_ce_loss"]) == (1.8, 1.5, 3.0)
+    assert 1.5 <= row["startup_seconds"] < 3.0
+    assert row["train_seconds"] == 4.0
+    assert row["total_seconds"] >= 0.0
+
+
+def test_named_baselines_are_marked(tmp_path: Path) -> None:
+    session = Session(tmp_path)
+    for trial in session.trials:
+        session.monitor.planned(trial)
+    assert session.row("t0000")["named_baseline"] == "sft"
+    assert pd.isna(session.row("t0001")["named_baseline"])
+
+
+def test_failures_and_stops_keep_their_reasons(tmp_path: Path) -> None:
+    session = Session(tmp_path)
+    for trial in session.trials:
+        session.monitor.planned(trial)
+        session.monitor.started(trial.trial_id)
+    session.monitor.ended("t0001", {"status": "failed", "reason": "no such file"})
+    session.monitor.ended("t0002", {"status": "stopped", "reason": "loss became nan at step 3"})
+    session.monitor.retried("t0003", "the worker died")
+    session.monitor.ended("t0000", {"status": "stopped", "reason": f"{EARLY_STOP}: behind"})
+    assert session.row("t0001")["error"] == "no such file"
+    assert session.row("t0002")["stop_reason"] == "loss became nan at step 3"
+    assert session.row("t0003")["status"] == "running"
+    events = results.read_table(tmp_path, "events").set_index("kind")["message"]
+    assert events["failed"] == "no such file"
+    assert events["stopped"] == f"{EARLY_STOP}: behind"
+    assert events["retry"] == "the worker died"
+
+
+def test_an_interrupted_study_knows_what_was_open(tmp_path: Path) -> None:
+    session = Session(tmp_path)
+    for trial in session.trials:
+        session.monitor.planned(trial)
+    for trial_id in ("t0000", "t0001"):
+        session.monitor.started(trial_id)
+    session.train("t0000")
+    session.monitor.ended("t0000", {**FINISHED, "started_at": time.time()})
+    session.monitor.interrupted("Ctrl-C")
+    statuses = results.read_table(tmp_path, "trials").set_index("trial_id")["status"].to_dict()
+    assert statuses == {"t0000": "finished", "t0001": "interrupted", "t0002": "interrupted", "t0003": "interrupted"}
+
+
+def test_the_next_session_reads_how_the_last_one_ended(tmp_path: Path) -> None:
+    session = Session(tmp_path)
+    for trial in session.trials:
+        session.monitor.planned(trial)
+        session.monitor.started(trial.trial_id)
+    session.train("t0000")
+    session.monitor.ended("t0000", {**FINISHED, "started_at": time.time()})
+    session.train("t0001", cfm=(2.0, 1.9))
+    session.monitor.ended("t0001", {"status": "stopped", "reason": f"{EARLY_STOP}: behind"})
+    session.train("t0002", cfm=(2.0, 1.7))  # was running when the driver was killed
+    session.monitor.ended("t0003", {"status": "failed", "reason": "no such file"})
+
+    past = history.read(tmp_path, "cfm_loss")
+    assert {name: ended.kind for name, ended in past.endings.items()} == {
+        "t0000": "finished",
+        "t0001": "early",
+        "t0003": "failed",
+    }
+    assert past.endings["t0000"].value == 1.8
+    assert past.endings["t0001"].step == 5
+    assert math.isnan(past.endings["t0003"].value)
+    assert past.curves == {"t0001": [(0.0, 2.0), (5.0, 1.9)], "t0002": [(0.0, 2.0), (5.0, 1.7)]}
+    running = past.states["t0002"]
+    assert (running.status, running.step, running.total_steps, running.metrics["cfm_loss"]) == ("running", 5, 10, 1.7)
+
+
+def test_all_objectives_reach_the_search_now_and_in_the_next_session(tmp_path: Path) -> None:
+    session = Session(tmp_path)
+    session.monitor = Monitor(
+        results.StudyRecorder(tmp_path, study="s"), session.states, "cfm_loss", ["ce_loss", "reward"]
+    )
+    session.monitor.planned(session.trials[0])
+    session.monitor.started("t0000")
+    session.train("t0000")
+    ended = session.monitor.ended("t0000", {**FINISHED, "started_at": time.time()})
+    read = history.read(tmp_path, "cfm_loss", ["ce_loss", "reward"]).endings["t0000"]
+    for one in (ended, read):
+        assert (one.kind, one.value, one.further[0]) == ("finished", 1.8, 3.0)
+        assert math.isnan(one.further[1])  # it reported none
+
+
+def test_a_trial_that_waits_for_its_turn_is_pending_and_its_time_stands_still(tmp_path: Path) -> None:
+    session = Session(tmp_path)
+    session.monitor.planned(session.trials[1])
+    session.monitor.goes_on("t0001")
+    state = session.states["t0001"]
+    assert state.status == "running"
+    state.started_at, state.stopwatch = time.time() - 20, time.monotonic() - 20
+    session.monitor.goes_on("t0001")  # runs already
+    assert state.seconds == pytest.approx(20, abs=5)
+    session.monitor.paused("t0001", 1)
+    assert session.row("t0001")["status"] == "pending"
+    assert session.row("t0001")["total_seconds"] == pytest.approx(20, abs=5)
+    waited = state.seconds
+    assert (state.seconds, state.started_at) == (waited, None)
+    session.monitor.goes_on("t0001")
+    assert session.row("t0001")["status"] == "running"
+    assert state.seconds == pytest.approx(20, abs=5)
+
+
+def test_a_takeover_is_an_event_that_the_lineage_reads(tmp_path: Path) -> None:
+    session = Session(tmp_path)
+    session.monitor.planned(session.trials[1])
+    details = {
+        "step": 5, "donor": "t0002", "donor_step": 10, "donor_attempt": 0, "score": 2.0, "donor_score": 1.0,
+        "checkpoint": "train/t0001-2/checkpoint_00000010", "before": {"alpha": 0.0}, "after": {"alpha": 0.5},
+    }  # fmt: skip
+    session.monitor.took_over("t0001", 2, details)
+    (row,) = lineage(tmp_path).drop(columns="time").to_dict("records")
+    assert row == {"trial_id": "t0001", "attempt": 2, **details}
+    assert session.heard.lines[-1] == "t0001 at step 5 goes on from t0002's step 10 with alpha=0.5"
+
+
+def test_the_last_report_of_a_trial_is_not_replayed(tmp_path: Path) -> None:
+    session = Session(tmp_path)
+    session.monitor.planned(session.trials[1])
+    session.monitor.started("t0001")
+    session.train("t0001")
+    assert history.read(tmp_path, "cfm_loss").curves["t0001"] == [(0.0, 2.0), (5.0, 1.5)]
+
+
+def test_time_of_earlier_sessions_counts(tmp_path: Path) -> None:
+    session = Session(tmp_path)
+    session.monitor.planned(session.trials[1])
+    session.monitor.started("t0001")
+    session.train("t0001", cfm=(2.0,))
+    session.states["t0001"].stopwatch = time.monotonic() - 100
+    session.monitor.interrupted("Ctrl-C")
+    first_start = session.row("t0001")["started_at"]
+
+    later = Session(tmp_path, history.read(tmp_path, "cfm_loss").states)
+    later.monitor.planned(later.trials[1])
+    later.monitor.started("t0001")
+    later.train("t0001", attempt=2)
+    later.monitor.ended("t0001", {**FINISHED, "started_at": time.time()})
+    row = later.row("t0001")
+    assert 100 <= row["total_seconds"] < 110
+    assert row["attempt"] == 2
+    assert row["started_at"] == first_start
+    assert pd.isna(row["stop_reason"])
+
+
+def test_a_study_that_has_not_started_has_no_history(tmp_path: Path) -> None:
+    past = history.read(tmp_path, "cfm_loss")
+    assert (past.states, past.endings, past.curves) == ({}, {}, {})
+
+
+# --- what people see -------------------------------------------------------------------------------------------
+
+
+def state(number: int, status: str, **more: Any) -> TrialState:
+    return TrialState(f"t{number:04d}", f"alpha={number} seed=0", status, total_steps=10, **more)
+
+
+def text(states: list[TrialState], width: int = 100, **options: Any) -> str:
+    from rich.console import Console
+
+    console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(display.render(states, ("cfm_loss",), title="demo", plan=display.Plan(len(states)), **options))
+    console.file.close()
+    return console.export_text()
+
+
+def test_the_table_shows_every_trial_with_its_numbers() -> None:
+    shown = text([state(0, "finished", step=10, metrics={"cfm_loss": 2.34567}), state(1, "pending")])
+    assert "t0000" in shown
+    assert "alpha=0 seed=0" in shown
+    assert "10/10" in shown
+    assert "2.346" in shown
+    assert "1 of 2 trials finished, 1 pending" in shown
+
+
+def test_the_table_tells_why_trials_failed() -> None:
+    assert "t0000 failed: no such file" in text([state(0, "failed", note="no such file")])
+
+
+def test_a_table_of_many_trials_fits_a_screen_and_shows_what_runs() -> None:
+    many = [state(number, "pending") for number in range(500)]
+    many[321].status = "running"
+    shown = text(many, most=20)
+    assert len(shown.splitlines()) < 30
+    assert "t0321" in shown
+    assert "0 of 500 trials finished" in shown
+
+
+def test_where_there_is_no_terminal_every_change_is_one_line() -> None:
+    import io
+
+    from rich.console import Console
+
+    console = Console(file=io.StringIO(), width=40)
+    shown = display.display(console, ("cfm_loss",), {}, title="demo", plan=display.Plan(1))
+    shown.changed(state(0, "running", metrics={"cfm_loss": 2.34567, "reward": 1.0}), "step 5/10")
+    shown.say("[brackets] stay")
+    shown.close()
+    first, second = console.file.getvalue().splitlines()
+    assert first.endswith(" t0000 alpha=0 seed=0: step 5/10 cfm_loss=2.346")
+    assert second.endswith(" [brackets] stay")
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_numbers_survive_a_narrow_terminal(width: int) -> None:
+    shown = text([state(0, "running", step=5, metrics={"cfm_loss": 2.34567})], width=width)
+    for part in ("t0000", "running", "5/10", "2.346"):
+        assert part in shown
+
+
+def test_time_left_is_the_mean_of_what_ended_over_places() -> None:
+    now, plan = time.time(), display.Plan(6, at_once=2)
+    ended = [state(i, "finished", started_at=now - 100, ended_at=now - 40) for i in range(2)]
+    waiting = [state(i, "pending") for i in range(2, 6)]
+    assert display.seconds_left(ended + waiting, plan) == pytest.approx(4 * 60 / 2)
+    assert display.seconds_left(waiting, plan) is None
+    running = [state(9, "running", started_at=now - 45)]
+    assert display.seconds_left(ended + running, display.Plan(3, at_once=2)) == pytest.approx(15, abs=1)
+
+
+def test_before_the_first_end_the_pace_of_running_trials_tells_or_else_the_plan() -> None:
+    waiting = [state(i, "pending") for i in range(3)]
+    assert display.seconds_left(waiting, display.Plan(3, 1, trial_seconds=50.0)) == 150
+    half = [state(9, "running", started_at=time.time() - 30, step=5)]
+    assert display.seconds_left(half + waiting, display.Plan(4)) == pytest.approx(30 + 3 * 60, rel=0.05)
+
+
+def test_a_live_table_is_not_higher_than_its_screen() -> None:
+    screen = Console(file=io.StringIO(), width=100, height=30, force_terminal=True, color_system=None)
+    states = {f"t{i:04d}": state(i, "running" if i > 1990 else "finished") for i in range(2000)}
+    table = display.LiveTable(screen, (), states, "many", display.Plan(2000))
+    table.close()
+    paper = Console(file=io.StringIO(), width=100)
+    with paper.capture() as captured:
+        paper.print(table._render())
+    lines = captured.get().rstrip().splitlines()
+    assert len(lines) <= 30
+    assert lines[-1].startswith("1991 of 2000 trials finished, 9 running")
+    assert sum(" running " in line for line in lines[:-1]) == 9
+    assert "more trials" in lines[-2]
+
+
+def test_trials_that_a_search_has_yet_to_choose_count() -> None:
+    now = time.time()
+    ended = [state(0, "finished", started_at=now - 100, ended_at=now - 40)]
+    assert display.seconds_left(ended, display.Plan(4, at_once=1)) == pytest.approx(180)
+    assert display.summary(ended, display.Plan(4)) == "1 of 4 trials finished; about 3 min left"
+    assert display.seconds_left(ended, display.Plan(1)) is None
+
+
+@pytest.mark.parametrize(("seconds", "spelt"), [(None, ""), (7.2, "7 s"), (240, "4 min"), (9000, "2.5 h")])
+def test_durations_are_readable(seconds: float | None, spelt: str) -> None:
+    assert display.duration(seconds) == spelt
+
+
+def test_an_early_stop_says_what_it_saved_at_the_trials_own_pace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = Session(tmp_path)
+    clock = [1000.0]
+    monkeypatch.setattr("ebft_study.study.driver.monitor.time.time", lambda: clock[0])
+    monkeypatch.setattr("ebft_study.study.driver.monitor.time.monotonic", lambda: clock[0])
+    for trial in session.trials:
+        session.monitor.planned(trial)
+        session.monitor.started(trial.trial_id)
+
+    def report(trial_id: str, step: int, at: float) -> None:
+        clock[0] = at
+        session.monitor.reported(trial_id, {"step": step, "cfm_loss": 2.0, "attempt": 1})
+
+    report("t0001", 0, 1030.0)  # a start of 30 s, which no stop saves
+    report("t0001", 4, 1038.0)
+    session.monitor.ended("t0001", {"status": "stopped", "reason": f"{EARLY_STOP}: behind"})
+    report("t0002", 6, 1060.0)  # resumed, and stopped at its first report: 60 s for 6 steps is all that is known
+    session.monitor.ended("t0002", {"status": "stopped", "reason": f"{EARLY_STOP}: behind"})
+    report("t0003", 0, 1060.0)
+    report("t0003", 8, 1068.0)
+    session.monitor.retried("t0003", "the worker died")
+    report("t0003", 4, 1100.0)  # the pace is that of the attempt that was stopped
+    report("t0003", 8, 1112.0)
+    session.monitor.ended("t0003", {"status": "stopped", "reason": f"{EARLY_STOP}: behind"})
+    session.monitor.ended("t0000", {"status": "stopped", "reason": "loss became nan at step 3"})
+    table = results.read_table(tmp_path, "trials").set_index("trial_id")
+    assert table.loc[["t0001", "t0002", "t0003"], "steps_saved"].tolist() == [6, 4, 2]
+    assert table.loc[["t0001", "t0002", "t0003"], "seconds_saved"].tolist() == [12.0, 40.0, 6.0]
+    assert pd.isna(table.loc["t0000", "steps_saved"])

@@ -1,0 +1,105 @@
+"""The lock of a study in a store: owners, heartbeats, and what becomes of those that fall silent."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from ebft_study.errors import ResultsError
+from ebft_study.storage import Place, place
+from ebft_study.study.folder import lock
+
+RECORD = "study.yaml"
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "SETTLE_SECONDS", 0.05)
+    monkeypatch.setattr(lock, "BEAT_SECONDS", 0.05)
+
+
+@pytest.fixture
+def folder(s3_query: str, request: pytest.FixtureRequest) -> Place:
+    return place(f"s3://studies/{request.node.name}?{s3_query}")
+
+
+def owner(**changes: object) -> bytes:
+    known = {"token": "other", "pid": 1, "host": "far", "machine": "another", "time": "2020-01-01T00:00:00+00:00"}
+    return json.dumps({**known, **changes}).encode()
+
+
+def test_a_second_driver_is_refused_and_told_who_the_first_is(folder: Place) -> None:
+    (folder / lock.NAME).write_bytes(owner())
+    with pytest.raises(ResultsError, match=r"another process is running this study .process 1 on far"):
+        lock.hold(folder, record=RECORD).__enter__()
+
+
+def test_the_lock_is_given_back(folder: Place) -> None:
+    with lock.hold(folder, record=RECORD):
+        assert lock.is_held(folder)
+        with pytest.raises(ResultsError), lock.hold(folder, record=RECORD):
+            pass
+    assert not lock.is_held(folder)
+    assert folder.names() == []
+
+
+def test_an_owner_that_fell_silent_is_succeeded(folder: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / lock.NAME).write_bytes(owner())
+    time.sleep(2.1)  # the store counts whole seconds
+    monkeypatch.setattr(lock, "STALE_SECONDS", 1.0)
+    with lock.hold(folder, record=RECORD) as held:
+        assert not held.lost
+
+
+def test_a_process_of_this_machine_that_is_gone_is_succeeded_at_once(folder: Place) -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    (folder / lock.NAME).write_bytes(owner(pid=gone.pid, machine=lock._machine()))
+    assert not lock.is_held(folder)
+    with lock.hold(folder, record=RECORD):
+        pass
+
+
+def test_heartbeats_are_measured_by_the_clock_of_the_store_alone(
+    folder: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The owner's clock is years behind, and so is what it wrote."""
+    (folder / lock.NAME).write_bytes(owner(time="1990-01-01T00:00:00+00:00"))
+    with pytest.raises(ResultsError, match="another process"):
+        lock.hold(folder, record=RECORD).__enter__()
+
+
+def test_an_owner_that_was_succeeded_learns_it_and_leaves_the_lock_alone(folder: Place) -> None:
+    with lock.hold(folder, record=RECORD) as held:
+        (folder / lock.NAME).write_bytes(owner())
+        deadline = time.monotonic() + 10
+        while not held.lost:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        told: list[str] = []
+        held.on_lost(told.append)
+        assert told == ["process 1 on far has taken this study over"]
+    assert json.loads((folder / lock.NAME).read_bytes())["token"] == "other"
+
+
+def test_of_two_that_begin_at_once_the_one_that_wrote_last_wins(folder: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = time.sleep
+
+    def overtaken(seconds: float) -> None:
+        (folder / lock.NAME).write_bytes(owner())
+        real(seconds)
+
+    monkeypatch.setattr(lock.time, "sleep", overtaken)
+    with pytest.raises(ResultsError, match="began at the same moment"):
+        lock.hold(folder, record=RECORD).__enter__()
+    assert json.loads((folder / lock.NAME).read_bytes())["token"] == "other"
+
+
+def test_a_lock_that_says_nothing_is_somebodys(folder: Place) -> None:
+    (folder / lock.NAME).write_bytes(b"garbage")
+    with pytest.raises(ResultsError, match="another process"):
+        lock.hold(folder, record=RECORD).__enter__()

@@ -1,0 +1,207 @@
+"""What `plan` says of a study, against counting by hand and against what earlier trials took."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import socket
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+from ebft_study import config
+from ebft_study.cli import app
+from ebft_study.cost import StepShape, step_cost
+from ebft_study.results import StudyRecorder, TrialRecorder
+from ebft_study.study.forecast import expected, throughput
+from ebft_study.study.forecast import plan as planning
+from ebft_study.study.spec.study_spec import StudySpec
+from ebft_study.training.memory import shapes
+from tests.tiny_run import tiny_config
+
+STARTED = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    settings = tiny_config(tmp_path_factory.mktemp("run"), steps=20, warm_start_steps=4, eval_every_steps=5)
+    return settings.model_dump(mode="json", exclude={"name", "seed"})
+
+
+def spec(run: dict[str, Any], **changes: Any) -> StudySpec:
+    given = {"axes": {"reward.alpha": [0.0, 1.0], "rollout.n_samples": [2, 4]}, "seeds": [0, 1, 2]} | changes
+    free = {"reward": {**run["reward"]}, "rollout": {**run["rollout"]}}
+    for path in given["axes"]:
+        section, _, leaf = path.partition(".")
+        free[section].pop(leaf, None)
+    return StudySpec(study="s", question="How long?", run={**run, **free}, **given)
+
+
+def planned(run: dict[str, Any], storage: Path, *, memory_gib: float = 4.0, **changes: Any) -> planning.StudyPlan:
+    return planning.plan(spec(run, **changes), storage=storage, memory_gib=memory_gib)
+
+
+def test_trials_of_one_cost_are_counted_together(run: dict[str, Any], tmp_path: Path) -> None:
+    found = planned(run, tmp_path, baselines={"sft": {"method": "sft"}})
+    # alpha costs nothing; n_samples and the method do.
+    assert sorted(row.kind.number for row in found.kinds) == [3, 6, 6]
+    assert found.n_trials == 15
+    assert {row.kind.run.total_steps for row in found.kinds} == {24}
+    assert {row.tokens for row in found.kinds} == {24.0 * 4 * 24}
+    # At steps 5, 10, 15, 20, at the end of the warm start and of the run, and twice on the held-out split.
+    assert {row.kind.work.evaluations for row in found.kinds} == {8}
+    assert found.hours is None
+
+
+def test_work_is_that_of_the_cost_model_with_the_warm_start(run: dict[str, Any]) -> None:
+    settings = config.build_run(run, source="test")
+    model, network = shapes(settings)
+    own, warm = (
+        step_cost(model, network, StepShape.of(settings, method=method)).total.flops for method in ("ebft", "sft")
+    )
+    assert throughput.flops(settings) == pytest.approx(20 * own + 4 * warm)
+    assert own > 2 * warm
+
+
+def finish(storage: Path, run: dict[str, Any], *, step_seconds: float, train: float, total: float, host: str) -> None:
+    """A finished trial on record."""
+    folder = storage / "earlier"
+    folder.mkdir(parents=True)
+    (folder / "study.yaml").write_text("study: earlier\nquestion: '?'\n")
+    settings = config.build_run(run, source="test")
+    recorder = TrialRecorder(folder, study="earlier", trial_id="t0", attempt=1)
+    for step in (5, 10):
+        recorder.metrics(step, {"step_seconds": step_seconds})
+    StudyRecorder(folder, study="earlier").trial(
+        {
+            "trial_id": "t0", "attempt": 1, "status": "finished", "hyperparameters": config.flatten(settings),
+            "train_seconds": train, "total_seconds": total, "started_at": STARTED, "host": host,
+        }
+    )  # fmt: skip
+
+
+def test_hours_follow_from_what_finished_trials_took(run: dict[str, Any], tmp_path: Path) -> None:
+    # 24 steps of half a second, 8 evaluations of a quarter of one, and 3 s to start.
+    finish(tmp_path, run, step_seconds=0.5, train=14.0, total=17.0, host=socket.gethostname())
+    found = planned(run, tmp_path, axes={"reward.alpha": [0.0, 1.0]}, budget={"max_concurrent_trials": 1})
+    (only,) = found.kinds
+    kind, speed = only.kind, only.speed
+    assert speed is not None
+    assert kind.work.evaluation_flops / speed.evaluation_flops_per_second == pytest.approx(8 * 0.25)
+    assert only.seconds == pytest.approx(17.0)
+    assert found.hours == pytest.approx(6 * 17.0 / 3600)
+    # The cost model scales to other settings.
+    other = planned(run, tmp_path, budget={"max_concurrent_trials": 1})
+    rate = throughput.flops(config.build_run(run, source="test")) / 12.0
+    for row in other.kinds:
+        assert row.seconds == pytest.approx(3 + 8 * 0.25 + row.kind.work.flops / rate)
+
+
+def test_what_is_planned_at_the_start_is_what_the_report_compares(run: dict[str, Any], tmp_path: Path) -> None:
+    study = spec(run, axes={"reward.alpha": [0.0, 1.0]}, baselines={"sft": {"method": "sft"}})
+    assert expected.forecast(study, storage=tmp_path, at_once=2) is None
+    finish(tmp_path, run, step_seconds=0.5, train=14.0, total=17.0, host=socket.gethostname())
+    planned = expected.forecast(study, storage=tmp_path, at_once=2)
+    assert planned is not None
+    sft, ebft = planned["kinds"]
+    assert sft["trials"] == ["t0000", "t0003", "t0006"]
+    assert (ebft["number"], ebft["steps"]) == (6, 24)
+    assert ebft["seconds"] == pytest.approx(17.0, abs=1e-3)
+    assert ebft["startup_seconds"] == pytest.approx(3.0)
+    assert planned["seconds"] == pytest.approx((3 * sft["seconds"] + 6 * ebft["seconds"]) / 2)
+    assert "9 trials, 2 at a time" in expected.message(planned)
+    assert json.loads(json.dumps(planned)) == planned
+
+
+def row(method: str, side_by_side: int, rate: float, **changes: Any) -> dict[str, Any]:
+    alike = {"model": "m", "method": method, "workers": 1, "served": False, "side_by_side": side_by_side}
+    return {**alike, "rate": rate, "evaluation_rate": 10.0, "startup": 1.0, **changes}
+
+
+def test_the_trials_most_alike_decide() -> None:
+    rows = [row("sft", 2, 100.0), row("ebft", 1, 50.0), row("ebft", 2, 30.0), row("ebft", 2, 40.0)]
+    known = throughput.Pace([*rows, row("ebft", 2, 1.0, served=True), row("ebft", 2, 7.0, model="other")])
+
+    def rate(method: str, at_once: int, model: str = "m", served: bool = False) -> float:
+        work = throughput.Work(model, method, 1, served, flops=1.0, evaluations=1, evaluation_flops=1.0)
+        return known.of(work, at_once=at_once).flops_per_second
+
+    assert rate("ebft", 2) == 35.0
+    assert rate("ebft", 1) == 50.0
+    assert rate("ebft", 4) == 40.0  # of any number side by side
+    assert rate("sft", 1) == 100.0
+    assert rate("ebft", 2, served=True) == 1.0
+    assert rate("ebft", 2, model="other") == 7.0
+    assert rate("ebft", 2, model="new") == 35.0  # the median of all six
+
+
+def test_groups_of_workers_start_later_than_trials_in_their_own_process() -> None:
+    known = throughput.Pace(
+        [row("ebft", 2, 10.0, workers=0, startup=4.0), row("ebft", 2, 10.0, workers=1, startup=13.0)]
+    )
+    for workers, startup in ((0, 4.0), (1, 13.0)):
+        work = throughput.Work("m", "ebft", workers, False, flops=1.0, evaluations=1, evaluation_flops=1.0)
+        assert known.of(work, at_once=2).startup_seconds == startup
+
+
+def test_a_part_of_a_trial_starts_as_long_as_a_whole_one() -> None:
+    speed = throughput.Speed(1, flops_per_second=10.0, evaluation_flops_per_second=5.0, startup_seconds=3.0)
+    work = throughput.Work("m", "ebft", 1, False, flops=100.0, evaluations=4, evaluation_flops=20.0)
+    assert speed.seconds(work) == 17.0
+    assert speed.seconds(work, done=0.5) == 10.0
+
+
+def test_trials_side_by_side_are_counted_while_any_runs() -> None:
+    at = lambda *seconds: pd.to_datetime(list(seconds), unit="s", utc=True)  # noqa: E731
+    table = pd.DataFrame({"started_at": at(0, 0, 10, 1000, 1000), "finished_at": at(10, 20, 20, 1010, 1010)})
+    assert throughput.side_by_side(table) == 2
+    assert throughput.side_by_side(table.iloc[:1]) == 1
+    assert throughput.side_by_side(table.iloc[:0]) == 1
+
+
+def test_trials_of_other_machines_measure_nothing_here(run: dict[str, Any], tmp_path: Path) -> None:
+    finish(tmp_path, run, step_seconds=0.5, train=14.0, total=17.0, host="another")
+    assert planned(run, tmp_path).hours is None
+
+
+def test_trials_of_a_model_that_is_gone_measure_nothing(run: dict[str, Any], tmp_path: Path) -> None:
+    gone = {**run, "model": str(tmp_path / "gone")}
+    finish(tmp_path, gone, step_seconds=0.5, train=14.0, total=17.0, host=socket.gethostname())
+    assert planned(run, tmp_path).hours is None
+
+
+def test_what_does_not_fit_is_said_with_the_reason(run: dict[str, Any], tmp_path: Path) -> None:
+    found = planned(run, tmp_path, memory_gib=1e-5)
+    assert not found.fits
+    assert all(math.isnan(row.memory_gib) for row in found.kinds)
+    lines = planning.summary(found, spec(run))
+    assert "12 trials" in lines[0]
+    assert "GiB" in lines[1]
+    assert planned(run, tmp_path).fits
+
+
+def test_trials_that_a_search_has_yet_to_choose_count_as_the_dearest(run: dict[str, Any], tmp_path: Path) -> None:
+    axes = {"rollout.n_samples": {"distribution": "integer", "low": 2, "high": 6}}
+    found = planned(run, tmp_path, axes=axes, search={"algorithm": "optuna", "num_configurations": 5})
+    (kind,) = [row.kind for row in found.kinds]
+    assert (kind.number, kind.label) == (15, "chosen by the search (at most)")
+    six = config.build_run(config.merge(run, {"rollout": {"n_samples": 6}}), source="test")
+    assert kind.work.flops == pytest.approx(throughput.flops(six))
+
+
+def test_the_command_starts_nothing_and_says_whether_all_fits(run: dict[str, Any], tmp_path: Path) -> None:
+    import yaml
+
+    file = tmp_path / "s.yaml"
+    content = {"study": "s", "question": "?", "run": run, "seeds": [0, 1]}
+    file.write_text(yaml.safe_dump(content))
+    given = ["plan", str(file), "--storage", str(tmp_path / "studies")]
+    said = CliRunner().invoke(app, given)
+    assert said.exit_code == 0, said.output
+    assert "2 trials" in said.output
+    assert CliRunner().invoke(app, [*given, "--memory-gib", "0.00001"]).exit_code == 1
+    assert not (tmp_path / "studies").exists()

@@ -1,0 +1,140 @@
+"""Extending a study: what was run keeps its number and its end, what is new comes after it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from ebft_study.errors import ConfigError
+from ebft_study.study.folder.history import History
+from ebft_study.study.folder.trial_states import Ending
+from ebft_study.study.resolving import checks, extending
+from ebft_study.study.spec import normalize, trials
+from ebft_study.study.spec.study_spec import StudySpec
+
+GRID: dict[str, Any] = {
+    "study": "s",
+    "question": "q",
+    "axes": {"alpha": [0.0, 1.0], "gamma": [0.0, 0.1]},
+    "seeds": [0, 1],
+    "baselines": {"sft": {"method": "sft"}},
+    "run": {"steps": 40},
+}
+
+
+def spec(**changes: Any) -> StudySpec:
+    return normalize.from_record(GRID | changes, source="test")
+
+
+def extend(old: StudySpec, new: StudySpec) -> StudySpec:
+    return extending.extended(old, new, checks.check(new, "test"), "test")
+
+
+def numbers(study: StudySpec) -> dict[tuple[str, int], str]:
+    return {(trial.configuration.label, trial.seed): trial.trial_id for trial in trials.listed(study)}
+
+
+GROWTHS: dict[str, dict[str, Any]] = {
+    "a seed": {"seeds": [0, 1, 2]},
+    "a seed in front": {"seeds": [5, 0, 1]},
+    "a value": {"axes": {"alpha": [0.0, 0.5, 1.0], "gamma": [0.0, 0.1]}},
+    "a baseline": {"baselines": {"long": {"method": "sft", "learning_rate": 1e-3}, "sft": {"method": "sft"}}},
+    "everything": {"seeds": [2, 1, 0], "axes": {"alpha": [1.0, 0.0, 0.2], "gamma": [0.3, 0.1, 0.0]}},
+    "steps": {"run": {"steps": 60}},
+}
+
+
+@pytest.mark.parametrize("change", GROWTHS.values(), ids=GROWTHS)
+def test_known_trials_keep_their_numbers_and_new_ones_follow(change: dict[str, Any]) -> None:
+    old, grown = spec(), extend(spec(), spec(**change))
+    before, after = numbers(old), numbers(grown)
+    assert before.items() <= after.items()
+    assert set(after) == set(numbers(spec(**change)))
+    new = sorted(set(after.values()) - set(before.values()))
+    assert new == [f"t{number:04d}" for number in range(len(before), len(after))]
+    assert trials.number_of_trials(grown) == len(after)
+
+
+def test_named_choices_and_conditions_grow_as_well() -> None:
+    small, large = {"n_samples": 2, "steps": 10}, {"n_samples": 8, "steps": 5}
+    choices = {"size": {"choices": {"small": small}}, "alpha": [0.0, 1.0], "gamma": [0.0]}
+    more = {**choices, "size": {"choices": {"large": large, "small": small}}}
+    assert (
+        numbers(spec(axes=choices, run={})).items()
+        <= numbers(extend(spec(axes=choices, run={}), spec(axes=more, run={}))).items()
+    )
+    other = {**choices, "size": {"choices": {"small": large}}}
+    with pytest.raises(ConfigError, match=r"axes.size='small' was run"):
+        extend(spec(axes=choices, run={}), spec(axes=other, run={}))
+    sometimes = {"gamma": [0.0, 0.1], "alpha": {"values": [0.0, 1.0], "when": {"gamma": [0.0]}}}
+    always = {"gamma": [0.0, 0.1], "alpha": [0.0, 1.0]}
+    with pytest.raises(ConfigError, match="was run"):
+        extend(spec(axes=sometimes), spec(axes=always))
+
+
+def test_a_study_grows_again_and_again_and_its_record_says_how() -> None:
+    once = extend(spec(), spec(seeds=[0, 1, 2]))
+    twice = extend(once, spec(seeds=[0, 1, 2], axes={"alpha": [0.0, 1.0], "gamma": [0.0, 0.1, 0.3]}))
+    assert numbers(spec()).items() <= numbers(once).items() <= numbers(twice).items()
+    read = normalize.from_record(normalize.dump(twice), source="study.yaml")
+    assert numbers(read) == numbers(twice)
+    assert "grown_from" not in normalize.dump(spec())
+
+
+def test_the_file_that_a_study_was_extended_to_asks_for_nothing_else() -> None:
+    grown = extend(spec(), spec(seeds=[0, 1, 2]))
+    assert extending.differences(grown, spec(seeds=[0, 1, 2])) == []
+    assert extending.differences(grown, spec()) == ["seeds: [0, 1, 2] -> [0, 1]"]
+
+
+def test_all_trials_of_an_extended_study_have_its_steps() -> None:
+    grown = extend(spec(), spec(run={"steps": 60}))
+    assert {trial.run.training.steps for trial in trials.listed(grown)} == {60}
+
+
+def test_draws_that_were_made_are_not_made_again() -> None:
+    axes = {"alpha": {"distribution": "uniform", "low": 0.0, "high": 1.0}}
+    few, many = ({"algorithm": "random", "num_configurations": number} for number in (2, 5))
+    old = spec(axes=axes, search=few)
+    grown = extend(old, spec(axes=axes, search=many, seeds=[0, 1, 2]))
+    assert numbers(old).items() <= numbers(grown).items()
+    assert len(numbers(grown)) == 3 * (1 + 5)
+
+
+def test_what_ended_before_its_new_length_is_open_again_unless_it_was_stopped() -> None:
+    past = History({}, {"t0000": Ending("finished", 1.0, 40), "t0001": Ending("early", 1.0, 20)}, {})
+    assert extending.reopened(spec(), past) is past
+    assert set(extending.reopened(extend(spec(), spec(seeds=[0, 1, 2])), past).endings) == {"t0000", "t0001"}
+    assert set(extending.reopened(extend(spec(), spec(run={"steps": 60})), past).endings) == {"t0001"}
+
+
+OPTUNA = {"algorithm": "optuna", "num_configurations": 4}
+REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "nothing": ({}, {}, "nothing is added"),
+    "a lost value": ({}, {"axes": {"alpha": [0.0], "gamma": [0.0, 0.1]}}, "axes.reward.alpha=1.0 was run"),
+    "a lost seed": ({}, {"seeds": [1, 2]}, "seeds=0 was run"),
+    "another baseline": ({}, {"baselines": {"sft": {"method": "sft", "steps": 3}}}, "baselines.sft was run"),
+    "a new axis": ({}, {"axes": {**GRID["axes"], "temperature": [0.6, 1.0]}}, "the axes are others"),
+    "another setting": ({}, {"run": {"steps": 60, "n_samples": 8}}, "n_samples: .* is another study"),
+    "fewer steps": ({}, {"run": {"steps": 30}}, "done 40 already"),
+    "a finished schedule": (
+        {"run": {"steps": 40, "schedule": "cosine"}},
+        {"run": {"steps": 60, "schedule": "cosine"}},
+        "end of a schedule",
+    ),
+    "axes of draws": (
+        {"search": {"algorithm": "random", "num_configurations": 2}},
+        {"search": {"algorithm": "random", "num_configurations": 2}, "axes": {"alpha": [0, 1, 2], "gamma": [0.0, 0.1]}},
+        "random, axes cannot grow",
+    ),
+    "seeds of Optuna": ({"search": OPTUNA}, {"search": OPTUNA, "seeds": [0, 1, 2]}, "optuna, seeds cannot grow"),
+}
+
+
+@pytest.mark.parametrize(("before", "after", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_would_not_be_the_same_study_is_refused(
+    before: dict[str, Any], after: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        extend(spec(**before), spec(**after))

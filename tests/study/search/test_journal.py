@@ -1,0 +1,145 @@
+"""Optuna's journal in a study: damaged, gone, or of a study in a store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ebft_study import config, results
+from ebft_study.storage import Place, place
+from ebft_study.study.folder.trial_states import Ending
+from ebft_study.study.search import journal, optuna_search
+from ebft_study.study.search.optuna_search import OptunaSearch
+from ebft_study.study.spec import normalize
+from ebft_study.study.spec.study_spec import StudySpec
+
+SPEC: dict[str, Any] = {
+    "study": "s",
+    "question": "Why?",
+    "run": {"steps": 4},
+    "axes": {
+        "learning_rate": {"distribution": "log_uniform", "low": 1e-5, "high": 1e-2},
+        "n_samples": {"distribution": "integer", "low": 2, "high": 8},
+        "depths": [[0.5], [0.25, 0.75]],
+        "alpha": [0.0, 1.0],
+    },
+    "baselines": {"sft": {"method": "sft"}},
+    "seeds": [0, 1],
+    "search": {"algorithm": "optuna", "num_configurations": 5, "sampler": "random"},
+}
+
+
+RICH: dict[str, Any] = {
+    "axes": {
+        "size": {"choices": {"small": {"n_samples": 2}, "large": {"n_samples": 8, "batch_size": 4}}},
+        "whitening": ["none", "variant_i"],
+        "alpha": {"values": [0.0, 0.5, 1.0], "when": {"whitening": ["variant_i"]}},
+    },
+    "exclude": [{"size": "large", "whitening": "none"}],
+    "search": {"algorithm": "optuna", "num_configurations": 12, "sampler": "random", "search_seed": 1},
+}
+
+
+def spec(**changes: Any) -> StudySpec:
+    return normalize.from_record(SPEC | changes, source="test")
+
+
+def begin(folder: Place, *, trials: int = 8, **changes: Any) -> tuple[Path, list[Any]]:
+    """A search of which three configurations are on record (or as many as that many trials have), the first ended."""
+    working = journal.fetch(folder)
+    inner = OptunaSearch(spec(**changes), working, {})
+    kept = journal.Kept(inner, working, folder)
+    handed = [kept.next() for _ in range(trials)]
+    recorder = results.StudyRecorder(folder, study="s")
+    for trial in handed:
+        assert trial is not None
+        settings = config.flatten(trial.run)
+        row = {"trial_id": trial.trial_id, "status": "pending", "attempt": 0, "hyperparameters": settings}
+        recorder.trial({**row, "configuration": trial.configuration.label})
+    for trial_id in ("t0002", "t0003"):
+        kept.ended(trial_id, Ending("finished", 1.0, 4))
+    return working, handed
+
+
+def resume(folder: Place, **changes: Any) -> tuple[str, dict[str, Any]]:
+    working = journal.fetch(folder)
+    problem = journal.mend(spec(**changes), working, results.read_table(folder, "trials"))
+    endings = {trial_id: Ending("finished", 1.0, 4) for trial_id in ("t0000", "t0001", "t0002", "t0003")}
+    again = OptunaSearch(spec(**changes), working, endings)
+    left = {}
+    while (trial := again.next()) is not None:
+        left[trial.trial_id] = trial
+    return problem, left
+
+
+@pytest.mark.parametrize("damage", ["nothing", "half a last line", "garbage", "flipped value", "gone", "line missing"])
+def test_a_damaged_journal_continues_with_the_same_trials(tmp_path: Path, damage: str) -> None:
+    working, handed = begin(place(tmp_path))
+    content = working.read_bytes()
+    lines = content.splitlines(keepends=True)
+    working.write_bytes(
+        {
+            "nothing": content,
+            "half a last line": content + b'{"op_code": 4, "wor',
+            "garbage": b"".join([*lines[:4], b"\x00\xff garbage\n", *lines[5:]]),
+            "flipped value": content.replace(b'"param_value_internal":', b'"param_value_internal":1', 1),
+            "gone": b"",
+            "line missing": b"".join(lines[:3] + lines[4:]),
+        }[damage]
+    )
+    if damage == "gone":
+        working.unlink()
+    problem, left = resume(place(tmp_path))
+    assert bool(problem) == (damage not in ("nothing", "half a last line")), problem
+    assert len(left) == 8, "five configurations over two seeds, one of them ended"
+    for trial in handed:
+        if trial.trial_id in left:
+            assert left[trial.trial_id].configuration == trial.configuration
+    asked = optuna_search.load_study(spec(), working).get_trials()
+    assert len(asked) == 5
+    assert asked[0].value == 1.0
+
+
+@pytest.mark.parametrize("gone", [False, True], ids=["whole", "gone"])
+def test_choices_conditions_and_exclusions_survive_the_loss_of_a_journal(tmp_path: Path, gone: bool) -> None:
+    working, handed = begin(place(tmp_path), trials=2 + 2 * 9, **RICH)
+    before = [frozen.params for frozen in optuna_search.load_study(spec(**RICH), working).get_trials()]
+    excluded = [
+        n
+        for n, params in enumerate(before)
+        if (params["size"], params[config.resolve_key("whitening")]) == ("large", "none")
+    ]
+    assert excluded, "the test needs a suggestion that is excluded"
+    if gone:
+        working.unlink()
+    problem, left = resume(place(tmp_path), **RICH)
+    assert bool(problem) == gone
+    for trial in handed:
+        if trial.trial_id in left:
+            assert left[trial.trial_id].configuration == trial.configuration
+    assert len(left) == 2 * (12 - 1), "twelve configurations over two seeds, one of them ended"
+    after = [frozen.params for frozen in optuna_search.load_study(spec(**RICH), working).get_trials()][: len(before)]
+    assert [{} if n in excluded and gone else params for n, params in enumerate(before)] == after
+
+
+def test_a_garbled_journal_is_not_over(tmp_path: Path) -> None:
+    working, _ = begin(place(tmp_path))
+    assert not journal.is_over(spec(), place(tmp_path))
+    working.write_bytes(b"garbage\n" + working.read_bytes())
+    assert not journal.is_over(spec(), place(tmp_path))
+
+
+def test_in_a_store_the_journal_is_fetched_and_put_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s3_query: str
+) -> None:
+    folder = place(f"s3://studies/journal?{s3_query}")
+    monkeypatch.setenv("EBFT_STUDY_CACHE", str(tmp_path / "one"))
+    working, handed = begin(folder)
+    assert (folder / optuna_search.JOURNAL).read_bytes() == working.read_bytes()
+    monkeypatch.setenv("EBFT_STUDY_CACHE", str(tmp_path / "two"))  # another machine
+    problem, left = resume(folder)
+    assert problem == ""
+    assert left["t0004"].configuration == handed[4].configuration
+    assert not journal.is_over(spec(), folder)

@@ -1,0 +1,347 @@
+"""Which trial comes next, in one session and across sessions that end without warning."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState
+
+from ebft_study.study.folder import trial_states
+from ebft_study.study.folder.trial_states import Ending
+from ebft_study.study.search import optuna_search
+from ebft_study.study.search.listed import ListedSearch, Search
+from ebft_study.study.search.optuna_search import OptunaSearch
+from ebft_study.study.spec import normalize, trials
+from ebft_study.study.spec.study_spec import StudySpec
+from ebft_study.study.spec.trials import Trial
+
+
+def spec(**changes: Any) -> StudySpec:
+    content = {
+        "study": "s",
+        "question": "q",
+        "run": {"steps": 10},
+        "axes": {"learning_rate": {"distribution": "log_uniform", "low": 1e-5, "high": 1e-2}, "alpha": [0.0, 1.0]},
+        "seeds": [0, 1],
+        "search": {"algorithm": "optuna", "num_configurations": 4},
+        **changes,
+    }
+    return normalize.from_record(content, source="test")
+
+
+def asked(journal: Path) -> list[FrozenTrial]:
+    study = optuna.load_study(study_name="s", storage=JournalStorage(JournalFileBackend(str(journal))))
+    return study.get_trials()
+
+
+def run_all(source: Search, result: Callable[[Trial], Ending]) -> list[Trial]:
+    """Run every trial, one after the other."""
+    done = []
+    while (trial := source.next()) is not None:
+        source.ended(trial.trial_id, result(trial))
+        done.append(trial)
+    assert source.exhausted
+    return done
+
+
+def rate(trial: Trial) -> Ending:
+    """Best at a learning rate of 1e-3; the seed adds what must average out."""
+    distance = math.log10(trial.run.optimizer.learning_rate / 1e-3) ** 2
+    return Ending("finished", distance + (0.1 if trial.seed else -0.1), 10)
+
+
+def test_listed_trials_come_in_order_and_then_no_more() -> None:
+    study = spec(axes={"alpha": [0.0, 1.0]}, search={"algorithm": "grid"})
+    listed = trials.trials_of(study, trials.enumerated(study))
+    assert run_all(ListedSearch(listed), rate) == listed
+
+
+def test_every_configuration_runs_over_all_seeds(tmp_path: Path) -> None:
+    done = run_all(OptunaSearch(spec(), tmp_path / "j", {}), rate)
+    assert [trial.trial_id for trial in done] == [f"t{number:04d}" for number in range(8)]
+    for first, second in zip(done[::2], done[1::2], strict=True):
+        assert (first.seed, second.seed) == (0, 1)
+        assert first.configuration == second.configuration
+    assert len({trial.configuration.label for trial in done}) == 4
+
+
+def test_optuna_is_told_the_mean_over_seeds(tmp_path: Path) -> None:
+    done = run_all(OptunaSearch(spec(), tmp_path / "j", {}), rate)
+    for number, frozen in enumerate(asked(tmp_path / "j")):
+        assert frozen.state is TrialState.COMPLETE
+        mean = (rate(done[2 * number]).value + rate(done[2 * number + 1]).value) / 2
+        assert frozen.value == pytest.approx(mean)
+
+
+def test_optuna_finds_better_settings_than_it_starts_with(tmp_path: Path) -> None:
+    study = spec(search={"algorithm": "optuna", "num_configurations": 40}, seeds=[0])
+    values = [rate(trial).value for trial in run_all(OptunaSearch(study, tmp_path / "j", {}), rate)]
+    assert sum(values[-10:]) < 0.5 * sum(values[:10])
+
+
+def test_baselines_run_first_and_are_none_of_optunas_business(tmp_path: Path) -> None:
+    study = spec(baselines={"sft": {"method": "sft"}})
+    done = run_all(OptunaSearch(study, tmp_path / "j", {}), rate)
+    assert [trial.label for trial in done[:2]] == ["sft seed=0", "sft seed=1"]
+    assert len(done) == 2 + 8
+    assert len(asked(tmp_path / "j")) == 4
+
+
+@pytest.mark.parametrize(
+    ("endings", "state", "value"),
+    [
+        ([Ending("finished", 1.0, 10), Ending("finished", math.nan, 10)], TrialState.FAIL, None),
+        ([Ending("finished", 1.0, 10), Ending("failed")], TrialState.FAIL, None),
+        ([Ending("finished", 1.0, 10), Ending("early", 4.0, 3)], TrialState.PRUNED, 2.5),
+        ([Ending("early", 3.0, 5), Ending("early", 4.0, 3)], TrialState.PRUNED, 3.5),
+    ],
+)
+def test_what_did_not_finish_is_told_as_such(
+    tmp_path: Path, endings: list[Ending], state: TrialState, value: float | None
+) -> None:
+    source = OptunaSearch(spec(search={"algorithm": "optuna", "num_configurations": 1}), tmp_path / "j", {})
+    run_all(source, lambda trial: endings[trial.seed])
+    (frozen,) = asked(tmp_path / "j")
+    assert frozen.state is state
+    assert frozen.value == value
+
+
+def test_only_an_early_stop_counts_as_one() -> None:
+    assert trial_states.ending("stopped", f"{trial_states.EARLY_STOP}: behind", 1.0, 5).kind == "early"
+    assert trial_states.ending("stopped", "loss became nan at step 5", 1.0, 5).kind == "failed"
+    assert trial_states.ending("finished", "", 1.0, 5).kind == "finished"
+    assert trial_states.ending("failed", "no such file", 1.0, 5).kind == "failed"
+
+
+@pytest.mark.parametrize("killed_after", range(9))
+def test_a_killed_search_goes_on_with_the_same_trials(tmp_path: Path, killed_after: int) -> None:
+    """Whatever had ended before the kill is not run again, and nothing that was handed out is forgotten."""
+    journal, endings = tmp_path / "j", dict[str, Ending]()
+    source = OptunaSearch(spec(), journal, endings)
+    before: dict[str, Trial] = {}
+    for number in range(killed_after):
+        trial = source.next()
+        assert trial is not None
+        before[trial.trial_id] = trial
+        if number < killed_after - 2:  # the last two were running
+            endings[trial.trial_id] = rate(trial)
+            if number != killed_after - 3:  # the kill came before Optuna was told
+                source.ended(trial.trial_id, rate(trial))
+    del source
+    after = run_all(OptunaSearch(spec(), journal, endings), rate)
+    assert optuna_search.is_over(spec(), journal)
+    assert sorted([*endings, *(trial.trial_id for trial in after)]) == [f"t{number:04d}" for number in range(8)]
+    for trial in after:
+        assert trial.trial_id not in before or before[trial.trial_id] == trial
+    assert [frozen.state for frozen in asked(journal)] == [TrialState.COMPLETE] * 4
+
+
+def test_a_resumed_search_does_not_repeat_its_draws(tmp_path: Path) -> None:
+    study = spec(seeds=[0], search={"algorithm": "optuna", "num_configurations": 6, "sampler": "random"})
+    journal, endings, drawn = tmp_path / "j", dict[str, Ending](), []
+    for _ in range(6):
+        trial = OptunaSearch(study, journal, endings).next()
+        assert trial is not None
+        drawn.append(trial.run.optimizer.learning_rate)
+        endings[trial.trial_id] = rate(trial)
+    assert len(set(drawn)) == 6
+
+
+@pytest.mark.parametrize("cut", [1, 7, 40])
+def test_a_journal_cut_off_in_the_middle_of_a_line_still_works(tmp_path: Path, cut: int) -> None:
+    journal = tmp_path / "j"
+    source = OptunaSearch(spec(), journal, {})
+    first = source.next()
+    assert first is not None
+    content = journal.read_bytes()
+    journal.write_bytes(content[:-cut])
+    Path(f"{journal}.lock").symlink_to(journal)
+    done = run_all(OptunaSearch(spec(), journal, {}), rate)
+    assert len({trial.trial_id for trial in done}) == len(done)
+    states = [frozen.state for frozen in asked(journal)]
+    assert len(states) == 4
+    assert set(states) <= {TrialState.COMPLETE, TrialState.FAIL}
+    assert states.count(TrialState.FAIL) <= 1
+
+
+def test_a_configuration_that_breaks_a_rule_is_passed_over(tmp_path: Path) -> None:
+    study = spec(
+        axes={"n_samples": [1, 4], "alpha": [0.0, 1.0]},
+        run={"steps": 3, "baseline": "none"},
+        seeds=[0],
+        search={"algorithm": "optuna", "num_configurations": 12, "sampler": "random"},
+    )
+    refused: list[str] = []
+    source = OptunaSearch(study, tmp_path / "j", {}, lambda label, problem: refused.append(f"{label}: {problem}"))
+    done = run_all(source, lambda trial: Ending("finished", 1.0, 3))
+    assert refused
+    assert all("n_samples=1 alpha=1" in line for line in refused)
+    assert len(done) + len(refused) == 12
+    assert [frozen.state for frozen in asked(tmp_path / "j")].count(TrialState.FAIL) == len(refused)
+
+
+def test_all_kinds_of_axes_come_back_as_they_were_meant(tmp_path: Path) -> None:
+    study = spec(
+        axes={
+            "depths": [[0.25, 0.5], [0.5]],
+            "max_grad_norm": [None, 1.0],
+            "n_samples": {"distribution": "integer", "low": 2, "high": 5},
+            "gamma": {"distribution": "uniform", "low": 0.0, "high": 0.1},
+        },
+        seeds=[0],
+        search={"algorithm": "optuna", "num_configurations": 10},
+    )
+    for trial in run_all(OptunaSearch(study, tmp_path / "j", {}), lambda trial: Ending("finished", 1.0, 3)):
+        assert trial.run.features.depths in ((0.25, 0.5), (0.5,))
+        assert trial.run.optimizer.max_grad_norm in (None, 1.0)
+        assert trial.run.rollout.n_samples in range(2, 6)
+        assert 0.0 <= trial.run.loss.gamma <= 0.1
+
+
+def test_several_trials_can_be_out_at_once(tmp_path: Path) -> None:
+    source = OptunaSearch(spec(), tmp_path / "j", {})
+    out = [source.next() for _ in range(3)]
+    assert [trial.trial_id for trial in out if trial] == ["t0000", "t0001", "t0002"]
+    for trial in reversed(out):
+        assert trial is not None
+        source.ended(trial.trial_id, rate(trial))
+    states = [frozen.state for frozen in asked(tmp_path / "j")]
+    assert states == [TrialState.COMPLETE, TrialState.RUNNING]
+    assert not optuna_search.is_over(spec(), tmp_path / "j")
+
+
+def uniform_axis(sampler: str, number: int) -> StudySpec:
+    return spec(
+        axes={"gamma": {"distribution": "uniform", "low": 0.0, "high": 1.0}},
+        seeds=[0],
+        baselines={},
+        search={"algorithm": "optuna", "num_configurations": number, "sampler": sampler, "search_seed": 3},
+    )
+
+
+def gammas(done: list[Trial]) -> list[float]:
+    return [trial.run.loss.gamma for trial in done]
+
+
+def test_qmc_puts_one_configuration_in_each_of_sixteen_equal_parts_also_when_it_is_resumed(tmp_path: Path) -> None:
+    study, endings, done = uniform_axis("qmc", 17), dict[str, Ending](), list[Trial]()
+    while len(done) < 17:
+        # A new driver after every fifth configuration.
+        source = OptunaSearch(study, tmp_path / "j", endings)
+        for _ in range(min(5, 17 - len(done))):
+            trial = source.next()
+            assert trial is not None
+            done.append(trial)
+            endings[trial.trial_id] = Ending("finished", 1.0, 3)
+            source.ended(trial.trial_id, endings[trial.trial_id])
+    # Optuna learns from the first one what there is to spread over.
+    assert sorted(int(gamma * 16) for gamma in gammas(done[1:])) == list(range(16))
+
+
+@pytest.mark.parametrize(("sampler", "number"), [("tpe", 60), ("gp", 24)])
+def test_a_model_of_the_objective_finds_its_minimum_closer_than_chance(
+    tmp_path: Path, sampler: str, number: int
+) -> None:
+    def distance(gamma: float) -> float:
+        return (gamma - 0.3) ** 2
+
+    def rated(trial: Trial) -> Ending:
+        return Ending("finished", distance(trial.run.loss.gamma), 3)
+
+    late = {
+        name: gammas(run_all(OptunaSearch(uniform_axis(name, number), tmp_path / name, {}), rated))[number // 2 :]
+        for name in (sampler, "random")
+    }
+    means = {name: sum(map(distance, found)) / len(found) for name, found in late.items()}
+    assert means[sampler] < 0.5 * means["random"]
+
+
+# --- conditions and exclusions ---------------------------------------------------------------------------------
+
+CONDITIONAL: dict[str, Any] = {
+    "axes": {
+        "whitening": ["none", "variant_i"],
+        "n_samples": {"distribution": "log_integer", "low": 2, "high": 8, "when": {"whitening": "variant_i"}},
+        "gamma": {"distribution": "uniform", "low": 0.0, "high": 0.3, "step": 0.1},
+        "size": {"choices": {"small": {"batch_size": 4}, "large": {"batch_size": 8}}},
+    },
+    "seeds": [0],
+}
+ANY = Ending("finished", 1.0, 3)
+
+
+def exists_as_it_should(trial: Trial) -> bool:
+    return ("n_samples=" in trial.label) == (trial.run.reward.whitening == "variant_i")
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "gp", "qmc", "random"])
+def test_every_sampler_suggests_axes_only_where_they_exist(tmp_path: Path, sampler: str) -> None:
+    study = spec(**CONDITIONAL, search={"algorithm": "optuna", "num_configurations": 16, "sampler": sampler})
+    done = run_all(OptunaSearch(study, tmp_path / "j", {}), lambda trial: Ending("finished", trial.run.loss.gamma, 3))
+    assert len(done) == 16
+    assert all(map(exists_as_it_should, done))
+    assert {trial.run.reward.whitening for trial in done} == {"none", "variant_i"}
+    assert {trial.run.loss.gamma for trial in done} <= {0.0, 0.1, 0.2, 0.3}
+    assert {trial.run.training.batch_size for trial in done} == {4, 8}
+    for frozen, trial in zip(asked(tmp_path / "j"), done, strict=True):
+        assert ("rollout.n_samples" in frozen.params) == (trial.run.reward.whitening == "variant_i")
+
+
+def test_a_conditional_search_goes_on_with_the_same_trials(tmp_path: Path) -> None:
+    study = spec(**CONDITIONAL, search={"algorithm": "optuna", "num_configurations": 6, "sampler": "random"})
+    source = OptunaSearch(study, tmp_path / "j", {})
+    before = {trial.trial_id: trial for _ in range(4) if (trial := source.next())}
+    del source
+    after = run_all(OptunaSearch(study, tmp_path / "j", {}), lambda trial: ANY)
+    assert {trial.trial_id: trial for trial in after[:4]} == before
+    assert len(after) == 6
+
+
+@pytest.mark.parametrize(("whitening", "params", "whole"), [(1, 3, False), (1, 4, True), (0, 3, True)])
+def test_a_driver_killed_while_asking_is_known_by_the_axes_that_should_exist(
+    tmp_path: Path, whitening: int, params: int, whole: bool
+) -> None:
+    """Three axes are all there is without whitening, but one too few with it."""
+    study = spec(**CONDITIONAL, search={"algorithm": "optuna", "num_configurations": 1})
+    given = optuna.create_study(study_name="s", storage=JournalStorage(JournalFileBackend(str(tmp_path / "j")))).ask()
+    given.suggest_categorical("reward.whitening", [["none"], ["variant_i"]][whitening])
+    if whitening:
+        given.suggest_int("rollout.n_samples", 2, 8, log=True)
+    given.suggest_float("loss.gamma", 0.0, 0.3, step=0.1)
+    if params == 3 + whitening:
+        given.suggest_categorical("size", ["small", "large"])
+    done = run_all(OptunaSearch(study, tmp_path / "j", {}), lambda trial: ANY)
+    assert len(done) == int(whole)
+    assert [frozen.state for frozen in asked(tmp_path / "j")] == [TrialState.COMPLETE if whole else TrialState.FAIL]
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "gp", "qmc", "random"])
+def test_excluded_suggestions_cost_no_place_and_asking_ends(tmp_path: Path, sampler: str) -> None:
+    """One configuration of twenty is left: most suggestions are excluded, many times in a row."""
+    study = spec(
+        axes={"alpha": [0.0, 0.25, 0.5, 0.75, 1.0], "gamma": [0.0, 0.1, 0.2, 0.3]},
+        exclude=[{"alpha": [0.0, 0.25, 0.5, 0.75]}, {"gamma": [0.0, 0.1, 0.3]}],
+        seeds=[0],
+        search={"algorithm": "optuna", "num_configurations": 3, "sampler": sampler},
+    )
+    endings: dict[str, Ending] = {}
+    done: list[Trial] = []
+    while not optuna_search.is_over(study, tmp_path / "j"):  # a new driver for every trial
+        source = OptunaSearch(study, tmp_path / "j", endings)
+        trial = source.next()
+        assert trial is not None
+        done.append(trial)
+        endings[trial.trial_id] = ANY
+        source.ended(trial.trial_id, ANY)
+    assert [(trial.run.reward.alpha, trial.run.loss.gamma) for trial in done] == [(1.0, 0.2)] * 3
+    states = [frozen.state for frozen in asked(tmp_path / "j")]
+    assert states.count(TrialState.COMPLETE) == 3
+    assert states.count(TrialState.PRUNED) == len(states) - 3 <= 3 * 10
+    assert OptunaSearch(study, tmp_path / "j", endings).exhausted

@@ -1,0 +1,131 @@
+"""Rules that stop a single trial: on curves whose verdict is plain, and on how reports reach them."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ebft_study import results
+from ebft_study.study.driver.tune_hooks import StopWish
+from ebft_study.study.folder import history
+from ebft_study.study.folder.trial_states import Evaluation
+from ebft_study.study.spec.study_spec import ObjectiveSpec, StoppingSpec
+from ebft_study.study.stopping.rules import Watch, collapsed, diverged, hacked, reason_to_stop, stagnated
+from tests.synthetic_study import PAPER_LIKE, write_study
+
+CFM = ObjectiveSpec()
+
+
+def curve(**metrics: list[float]) -> list[Evaluation]:
+    """Evaluations at steps 0, 10, 20, ..."""
+    length = len(next(iter(metrics.values())))
+    return [Evaluation(10 * i, {name: values[i] for name, values in metrics.items()}) for i in range(length)]
+
+
+@pytest.mark.parametrize(
+    ("ce", "stops"),
+    [
+        ([4.0, 4.2, 4.3, 4.4], True),
+        ([4.0, 4.2, 4.05, 4.4], False),
+        ([4.0, 4.2, 4.3], False),
+        ([4.0, 4.1, 4.1, 4.1], False),
+        ([4.0, 3.0, 3.5, 3.9], False),
+        ([4.0, 4.2, math.nan, 4.4], False),
+    ],
+    ids=["three in a row", "one below", "too few", "exactly the margin", "rises below the base", "one unknown"],
+)
+def test_a_trial_diverges_when_it_stays_above_the_base_model(ce: list[float], stops: bool) -> None:
+    said = diverged(curve(ce_loss=ce), margin=0.1, evaluations=3)
+    assert bool(said) is stops
+    if stops:
+        assert said == "diverged: ce_loss 4.4 is above the base model's 4 by more than 0.1 for 3 evaluations"
+
+
+def test_without_the_base_model_nothing_diverges() -> None:
+    assert diverged(curve(ce_loss=[4.0, 9.0, 9.0, 9.0])[1:], margin=0.1, evaluations=3) == ""
+
+
+def test_samples_that_are_all_alike_are_a_collapse_by_either_sign() -> None:
+    rules = {"duplicate_rate": 0.9, "entropy": 0.1, "evaluations": 2}
+    alike = curve(duplicate_rate=[0.0, 0.95, 0.96], policy_entropy=[1.0, 1.0, 1.0])
+    certain = curve(duplicate_rate=[0.0, 0.1, 0.1], policy_entropy=[1.0, 0.05, 0.04])
+    assert collapsed(alike, **rules).startswith("collapsed: duplicate_rate 0.96")  # type: ignore[arg-type]
+    assert collapsed(certain, **rules).startswith("collapsed: policy_entropy 0.04")  # type: ignore[arg-type]
+    assert collapsed(alike[:2], **rules) == ""  # type: ignore[arg-type]
+    assert collapsed(curve(ce_loss=[1.0, 1.0, 1.0]), **rules) == ""  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("values", "mode", "stops"),
+    [
+        ([2.0, 1.5, 1.6, 1.7], "min", True),
+        ([2.0, 1.5, 1.6, 1.4], "min", False),
+        ([2.0, 1.5, 1.6], "min", False),
+        ([2.0, 1.5, 1.49, 1.495], "min", True),
+        ([0.1, 0.5, 0.4, 0.3], "max", True),
+        ([0.1, 0.5, 0.4, 0.7], "max", False),
+    ],
+)
+def test_no_progress_is_judged_against_the_best_so_far(values: list[float], mode: Any, stops: bool) -> None:
+    objective = ObjectiveSpec(metric="cfm_loss", mode=mode)
+    assert bool(stagnated(curve(cfm_loss=values), objective, improvement=0.05, evaluations=2)) is stops
+
+
+def test_reward_that_rises_with_the_loss_it_should_lower_is_hacking() -> None:
+    up, down = [0.0, 0.1, 0.2, 0.3], [2.5, 2.4, 2.3, 2.2]
+    worse = [2.0, 2.1, 2.2, 2.3]
+    assert hacked(curve(reward=up, cfm_loss=worse), evaluations=2).startswith("reward hacking: reward rose to 0.3")
+    assert hacked(curve(reward=up, cfm_loss=down), evaluations=2) == ""
+    assert hacked(curve(reward=down, cfm_loss=worse), evaluations=2) == ""
+    assert hacked(curve(reward=up, cfm_loss=worse), evaluations=3) == ""
+
+
+def test_no_rule_applies_unless_it_is_named() -> None:
+    bad = curve(ce_loss=[1.0, 9.0, 9.0, 9.0], cfm_loss=[1.0, 2.0, 3.0, 4.0], reward=[0.0, 1.0, 2.0, 3.0])
+    assert reason_to_stop(bad, StoppingSpec(), CFM) == ""
+    assert reason_to_stop(bad, StoppingSpec.model_validate({"divergence": {}}), CFM).startswith("diverged")
+    assert reason_to_stop(bad, StoppingSpec.model_validate({"reward_hacking": {"evaluations": 2}}), CFM)
+
+
+def report(step: int, ce: float, *, evaluated: int | None = None, **more: Any) -> dict[str, Any]:
+    settings = {"trial_id": "t0", "is_baseline": False, "total_steps": 100}
+    seen = step if evaluated is None else evaluated
+    return {"step": step, "evaluated_step": float(seen), "ce_loss": ce, "config": settings, **more}
+
+
+def wish(past: dict[str, list[Evaluation]] | None = None) -> StopWish:
+    rules = StoppingSpec.model_validate({"divergence": {"margin": 0.1, "evaluations": 2}})
+    return StopWish(None, watch=Watch(rules, CFM, past))
+
+
+def test_only_new_evaluations_count() -> None:
+    stopper = wish()
+    reports = [report(0, 4.0), report(10, 5.0), report(15, 5.0, evaluated=10), report(10, 5.0)]
+    assert [stopper("tune-id", one) for one in reports] == [False] * 4
+    assert stopper("tune-id", report(20, 5.0))
+    assert stopper.watch is not None
+    assert stopper.watch.reasons["t0"].endswith("for 2 evaluations; 80 of 100 steps saved")
+
+
+def test_baselines_ends_and_last_steps_are_left_alone() -> None:
+    for last in (report(20, 5.0, outcome={}), report(100, 5.0), report(20, 5.0)):
+        stopper = wish()
+        stopper("tune-id", report(0, 4.0))
+        stopper("tune-id", report(10, 5.0))
+        last["config"]["is_baseline"] = last["step"] == 20 and "outcome" not in last
+        assert not stopper("tune-id", last)
+
+
+def test_a_resumed_study_remembers_earlier_evaluations(tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "s", effects={key: PAPER_LIKE[key] for key in ((1.0, 0.0), None)})
+    past = history.read(folder, "cfm_loss").evaluations
+    trial_id = min(past)
+    measured = results.read_table(folder, "metrics")
+    own = measured[(measured["trial_id"] == trial_id) & measured["ce_loss"].notna()]
+    assert [evaluation.step for evaluation in past[trial_id]] == own["step"].tolist()
+    assert [evaluation.get("ce_loss") for evaluation in past[trial_id]] == own["ce_loss"].tolist()
+    stopper = wish({"t0": [Evaluation(0, {"ce_loss": 4.0}), Evaluation(10, {"ce_loss": 5.0})]})
+    assert stopper("tune-id", report(20, 5.0))

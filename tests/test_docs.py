@@ -1,0 +1,28 @@
+"""Every study file in docs/studies.md loads, under each of its profiles, and has as many trials as the text says."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ebft_study.study.resolving.study_file import load_study
+from ebft_study.study.spec import trials
+
+PAGE = (Path(__file__).parent.parent / "docs" / "studies.md").read_text()
+EXAMPLES = {yaml.safe_load(block)["study"]: block for block in re.findall(r"```yaml\n(.*?)```", PAGE, flags=re.DOTALL)}
+NUMBERS = {"axes": 20, "choices": 4, "conditions": 12, "linked": 3, "exclusions": 6, "baselines": 9, "profiles": 3}
+
+
+def test_these_are_all_the_examples() -> None:
+    assert set(EXAMPLES) == set(NUMBERS)
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_an_example_loads_and_has_the_trials_that_it_should(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "study.yaml"
+    path.write_text(EXAMPLES[name])
+    for profile in yaml.safe_load(EXAMPLES[name]).get("profiles") or [None]:
+        assert trials.number_of_trials(load_study(path, profile)) == NUMBERS[name]

@@ -1,0 +1,114 @@
+"""Training with rollouts of an engine, pretended in process: several workers, and what they do when it is wrong."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import multiprocessing, nn
+
+from ebft_study.config import RunConfig
+from ebft_study.errors import ServiceError
+from ebft_study.features import FeatureBackend
+from ebft_study.features.loading import load_feature_network
+from ebft_study.networks.loading import LoadedModel
+from ebft_study.rollouts import RolloutBackend, Rollouts
+from tests.rollout_backends import WithoutGraph
+from tests.tiny_run import MemoryRecorder, run_tiny, tiny_config
+
+
+class Engine(WithoutGraph):
+    """Samples as the trainer does, knows its weights' version, and may err in what it reports."""
+
+    def __init__(self, error: float, late: int) -> None:
+        self.error, self.late, self.version = error, late, -1
+        self.followed: list[int] = []
+
+    def follow(self, model: nn.Module, version: int) -> None:
+        self.version = version - min(self.late, version)
+        self.followed.append(version)
+
+    def sample(self, *arguments: Any, **keywords: Any) -> Rollouts:
+        drawn = super().sample(*arguments, **keywords)
+        return replace(drawn, log_probs=drawn.log_probs + self.error, policy_version=self.version, sync_seconds=0.5)
+
+
+@dataclass
+class Pretended:
+    """Stands in for `Services`."""
+
+    engine: Engine
+
+    def rollouts(self, config: RunConfig, device: torch.device) -> RolloutBackend:
+        return self.engine
+
+    def features(self, config: RunConfig, base: LoadedModel) -> FeatureBackend:
+        return load_feature_network(config, base)
+
+
+def engine_config(folder: Path, **changes: Any) -> RunConfig:
+    return tiny_config(folder, **{"rollout.backend": "vllm", "warm_start_steps": 2, **changes})
+
+
+def run(config: RunConfig, *, error: float = 0.0, late: int = 0, **keywords: Any) -> tuple[Any, Any, Engine]:
+    engine = Engine(error, late)
+    outcome, recorder = run_tiny(config, services=Pretended(engine), **keywords)
+    return outcome, recorder, engine
+
+
+def test_an_exact_engine_trains_what_strided_rollouts_train(tmp_path: Path) -> None:
+    outcome, served, engine = run(engine_config(tmp_path))
+    _, strided = run_tiny(tiny_config(tmp_path, warm_start_steps=2))
+    assert outcome.status == "finished"
+    assert engine.followed == [2, 3, 4, 5]
+    for name in ("loss", "reward", "grad_norm", "cfm_loss"):
+        assert served.curve(name) == pytest.approx(strided.curve(name), rel=1e-3, abs=1e-5)
+    assert served.curve("sync_seconds") == {3: 0.5, 4: 0.5, 5: 0.5, 6: 0.5}
+    assert not strided.curve("importance_ratio")
+
+
+def test_a_resumed_run_follows_from_its_step_on(tmp_path: Path) -> None:
+    folders: list[Path] = []
+
+    def keep(metrics: dict[str, float], written: Path | None) -> None:
+        if written is not None:
+            folders.append(written.rename(tmp_path / f"kept-{metrics['step']:.0f}"))
+            written.mkdir()
+
+    config = engine_config(tmp_path)
+    _, whole, _ = run(config, on_report=keep)
+    _, rest, engine = run(config, start_from=folders[1])
+    assert engine.followed == [4, 5]
+    for step in (5, 6):
+        assert rest.rows[step]["reward"] == whole.rows[step]["reward"]
+
+
+def test_weights_that_are_too_old_end_the_attempt(tmp_path: Path) -> None:
+    with pytest.raises(ServiceError, match=r"rollouts of policy version 1 at version 2: max_policy_lag=0"):
+        run(engine_config(tmp_path, steps=3), late=1, error=0.0)
+
+
+def _worker(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    error = 0.01 if rank == 0 else 0.0
+    outcome, recorder, _ = run(engine_config(Path(folder)), error=error, rank=rank, world_size=2)
+    said = {"status": outcome.status, "reason": outcome.reason, "step": outcome.step}
+    Path(folder, f"outcome-{rank}.json").write_text(json.dumps(said))
+    assert isinstance(recorder, MemoryRecorder)
+    dist.destroy_process_group()
+
+
+def test_workers_come_to_the_same_end_when_the_engine_disagrees_with_one_of_them(tmp_path: Path) -> None:
+    engine_config(tmp_path)  # writes model and data
+    multiprocessing.spawn(_worker, args=(str(tmp_path),), nprocs=2)
+    first, second = (json.loads(Path(tmp_path, f"outcome-{rank}.json").read_text()) for rank in range(2))
+    assert first == second
+    assert (first["status"], first["step"]) == ("stopped", 2)
+    # One of two workers errs by 0.01, with as many tokens as the other, or nearly so.
+    assert "rollout.parity_threshold" in first["reason"]
