@@ -12,7 +12,7 @@ from benchmarks.rows import Row
 PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 SCALED_UNITS = ("B", "FLOP", "FLOP/s")
 
-Line = tuple[str, ...]
+Lineage = tuple[str, ...]
 
 
 def show(title: str, rows: Sequence[Row]) -> None:
@@ -24,14 +24,14 @@ def show(title: str, rows: Sequence[Row]) -> None:
         _print(*_grid(title, cells))
 
 
-def _line(row: Row) -> Line:
+def _line(row: Row) -> Lineage:
     spread = "" if row.low is None or row.high is None else f"{_number(row.low, '')} to {_number(row.high, '')}"
     target = "" if row.target is None else f"{'<=' if row.at_most else '>='} {_number(row.target, '')}"
     verdict = "FAILED" if row.failed else "missed" if row.holds is False else ""
     return row.name, _value(row), "" if row.low == row.high else spread, target, verdict
 
 
-def _grid(title: str, cells: Sequence[Row]) -> tuple[Line, list[Line]]:
+def _grid(title: str, cells: Sequence[Row]) -> tuple[Lineage, list[Lineage]]:
     values = {tuple(row.name.removeprefix(f"{title}/").rsplit("/", 1)): _value(row) for row in cells}
     names, columns = (list(dict.fromkeys(parts)) for parts in zip(*values, strict=True))
     lines = [(name, *(values.get((name, column), "") for column in columns)) for name in names]
@@ -52,7 +52,7 @@ def _number(value: float, unit: str) -> str:
     return f"{value:.3g} {unit}".strip()
 
 
-def _print(header: Line, lines: Sequence[Line]) -> None:
+def _print(header: Lineage, lines: Sequence[Lineage]) -> None:
     try:
         from rich.console import Console
         from rich.table import Table

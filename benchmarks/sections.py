@@ -144,9 +144,9 @@ def _speed_rows(name: str, taken: list[float], n_tokens: float, flops: float, ce
 
 def memory(settings: Settings) -> list[Row]:
     """What a step on one sequence of the last length needs on top of what lasts from step to step."""
-    at_once = settings.anchors_at_once or max(FEW_TOKENS // settings.n_samples, 1)
+    concurrency = settings.anchors_at_once or max(FEW_TOKENS // settings.n_samples, 1)
     alone = replace(
-        settings.at(settings.sequence_lengths[-1]), batch_size=1, micro_batch_size=1, anchors_at_once=at_once
+        settings.at(settings.sequence_lengths[-1]), batch_size=1, micro_batch_size=1, anchors_at_once=concurrency
     )
     # On a CPU a process knows its own peak only.
     ask = step_peak if device_type(settings) == "cuda" else _ask_fresh_process
@@ -156,7 +156,7 @@ def memory(settings: Settings) -> list[Row]:
         Row(f"{name}/ours", ours, "B"),
         Row(f"{name}/naive", naive, "B"),
         Row(f"{name}/ratio", ours / max(naive, 1), target=_small(alone, {1024: 0.25}), at_most=True),
-        Row(f"{name}/anchors_at_once", at_once),
+        Row(f"{name}/anchors_at_once", concurrency),
     ]
 
 

@@ -14,8 +14,8 @@ from rich.table import Table
 from ebft_study.errors import ConfigError, EbftError
 
 if TYPE_CHECKING:
-    from ebft_study.storage import Place
-    from ebft_study.study.driver.runner import Ended
+    from ebft_study.storage import StoragePath
+    from ebft_study.study.driver.runner import StudyResult
 
 app = typer.Typer(
     name="ebft-study",
@@ -82,7 +82,7 @@ def study(
             runner.extend(spec, file=file, profile=profile, storage=storage, console=console, address=address), console
         )
     ended = runner.run(
-        spec, file=file, profile=profile, storage=storage, console=console, go_on=resume, address=address
+        spec, file=file, profile=profile, storage=storage, console=console, resume_existing=resume, address=address
     )
     _finish(ended, console)
 
@@ -168,7 +168,7 @@ def train(
     run = config.load_run(file, overrides or [])
     folder = output or Path("runs") / run.name
     try:
-        status = run_single(run, file=file, folder=folder, go_on=resume, console=Console())
+        status = run_single(run, file=file, folder=folder, resume_existing=resume, console=Console())
     except KeyboardInterrupt:
         typer.echo("interrupted; add --resume to the same command to continue", err=True)
         raise typer.Exit(130) from None
@@ -216,19 +216,19 @@ def _table(title: str, columns: list[str], rows: list[dict[str, Any]]) -> None:
     Console().print(table)
 
 
-def _folder(name: str, storage: str) -> Place:
+def _folder(name: str, storage: str) -> StoragePath:
     from ebft_study.results import copies, find_study
-    from ebft_study.storage import place
+    from ebft_study.storage import storage_path
 
     if "://" in name:
         return find_study(name)
-    there = place(storage) / name
-    if place(storage).local is None or copies.either_exists(there / "study.yaml"):
+    there = storage_path(storage) / name
+    if storage_path(storage).local is None or copies.either_exists(there / "study.yaml"):
         return find_study(there)
     return find_study(name)
 
 
-def _finish(ended: Ended, console: Console) -> None:
+def _finish(ended: StudyResult, console: Console) -> None:
     """Say how a session of a study ended, and end the process accordingly."""
     from ebft_study.study.view import display
 

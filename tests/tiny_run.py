@@ -12,7 +12,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from ebft_study.config import RunConfig, build_run, nest
 from ebft_study.pretraining.ladder import train_tokenizer
-from ebft_study.training.loop import Outcome, train
+from ebft_study.training.loop import RunResult, train
 
 WORDS = [
     *("def", "return", "value", "index", "self", "list", "of", "the", "name", "and", "for", "in", "range"),
@@ -87,7 +87,7 @@ class MemoryRecorder:
         return {step: row[name] for step, row in self.rows.items() if name in row}
 
 
-def run_tiny(config: RunConfig, **keywords: Any) -> tuple[Outcome, MemoryRecorder]:
+def run_tiny(config: RunConfig, **keywords: Any) -> tuple[RunResult, MemoryRecorder]:
     """Train and keep what was recorded; `on_report` may be given."""
     recorder = MemoryRecorder()
     keywords.setdefault("on_report", lambda _metrics, _folder: None)

@@ -73,12 +73,12 @@ def inner_products(phi: Tensor, psi: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     A few contexts are widened at a time: a float64 copy of all features would be written and read for nothing.
     """
     n, d = phi.shape[-2:]
-    at_once = max(1, NUMBERS_AT_ONCE[phi.device.type] // ((n + 1) * d))
+    concurrency = max(1, NUMBERS_AT_ONCE[phi.device.type] // ((n + 1) * d))
     samples, truth = phi.reshape(-1, n, d), psi.reshape(-1, d)
     joint = torch.empty(len(truth), n + 1, n + 1, dtype=torch.float64, device=phi.device)
-    buffer = torch.empty(min(at_once, len(truth)), n + 1, d, dtype=torch.float64, device=phi.device)
-    for first in range(0, len(truth), at_once):
-        part = slice(first, first + at_once)
+    buffer = torch.empty(min(concurrency, len(truth)), n + 1, d, dtype=torch.float64, device=phi.device)
+    for first in range(0, len(truth), concurrency):
+        part = slice(first, first + concurrency)
         vectors = buffer[: len(truth[part])]
         vectors[:, :n], vectors[:, n] = samples[part], truth[part]
         torch.bmm(vectors, vectors.transpose(-1, -2), out=joint[part])

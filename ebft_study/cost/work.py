@@ -172,8 +172,8 @@ class _Work:
         later_at_once = A * step.n_samples * (1 if step.differentiable_rollouts else step.completion_length - 1)
         calls = [(len(step.anchors), A), (step.block_tokens, later_at_once), (truth, truth)]
         rows = sum(
-            n_rows * (model.backward_factor + (1 if S * at_once > self.limits.logit_rows(model) else 0))
-            for n_rows, at_once in calls
+            n_rows * (model.backward_factor + (1 if S * concurrency > self.limits.logit_rows(model) else 0))
+            for n_rows, concurrency in calls
         )
         return model.head_flops(rows)
 

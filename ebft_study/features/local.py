@@ -71,10 +71,10 @@ class LocalFeatures:
             psi = self._map([gather_rows(states, at) for states in layers], lengths)
             contexts = contexts_of(batch.document_ids, anchors)
             chosen, inverse = distinct_completions(completions, anchors.valid)
-            at_once = max(1, TOKENS_AT_ONCE[completions.device.type] // (len(completions) * G))
+            concurrency = max(1, TOKENS_AT_ONCE[completions.device.type] // (len(completions) * G))
             parts = [
                 self._samples(captured, prefix, contexts, completions, part, lengths)
-                for part in chosen.split(at_once, dim=1)
+                for part in chosen.split(concurrency, dim=1)
             ]
         phi = [gather_rows(torch.cat(distinct, dim=1), inverse) for distinct in zip(*parts, strict=True)]
         return [Features(*pair) for pair in zip(phi, psi, strict=True)]

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ebft_study.storage import Location, Place, place
+from ebft_study.storage import Location, StoragePath, storage_path
 
 
-def write_report(study_folder: Location) -> Path | Place:
+def write_report(study_folder: Location) -> Path | StoragePath:
     """Write `report.html` and `figures/` into the study's folder from its results; returns the HTML file."""
     from ebft_study.report.page import write  # pandas and matplotlib take a second that others need not pay
 
-    return write(place(study_folder))
+    return write(storage_path(study_folder))
 
 
 __all__ = ["write_report"]

@@ -19,13 +19,13 @@ from ebft_study.report.figures import draw_all
 from ebft_study.report.pictures import Picture
 from ebft_study.report.tables import summarize
 from ebft_study.results import load
-from ebft_study.storage import Place
+from ebft_study.storage import StoragePath
 
 TEMPLATE = "report.html.j2"
 DOTS_PER_INCH = 160
 
 
-def write(study_folder: Place) -> Path | Place:
+def write(study_folder: StoragePath) -> Path | StoragePath:
     """Write `report.html` and `figures/` of the study in `study_folder`; returns the HTML file."""
     study = summarize(load(study_folder))
     pictures = draw_all(study)
@@ -99,7 +99,7 @@ def _inline(svg: str, name: str) -> str:
     return re.sub(r"<metadata>.*?</metadata>", "", element, flags=re.DOTALL)
 
 
-def _save_figures(pictures: Sequence[Picture], vectors: dict[str, str], folder: Place) -> None:
+def _save_figures(pictures: Sequence[Picture], vectors: dict[str, str], folder: StoragePath) -> None:
     for picture in pictures:
         buffer = io.BytesIO()
         picture.figure.savefig(buffer, format="png", dpi=DOTS_PER_INCH)

@@ -43,10 +43,10 @@ def rows(trials: pd.DataFrame, events: pd.DataFrame) -> list[tuple[str, str]]:
         return []
     whole = Comparison("", sum(k.trials for k in kinds), sum(k.planned for k in kinds), sum(k.took for k in kinds))
     found = [("Trial time, planned for the steps that were done", str(whole))]
-    wall, beside = _wall(trials), max(1, int(plan["at_once"]))
+    wall, concurrency = _wall(trials), max(1, int(plan["at_once"]))
     if wall is not None:
-        expected = Comparison("", whole.trials, whole.planned / min(beside, whole.trials), wall)
-        found.append((f"Wall-clock, planned for {beside} trials at a time", str(expected)))
+        expected = Comparison("", whole.trials, whole.planned / min(concurrency, whole.trials), wall)
+        found.append((f"Wall-clock, planned for {concurrency} trials at a time", str(expected)))
     if len(kinds) > 1:
         found += [(f"Of which {kind.trials} like {kind.label}", str(kind)) for kind in kinds[:_MOST_KINDS]]
     return found

@@ -20,12 +20,12 @@ def rows(study: Study) -> list[dict[str, str]]:
             "donor_step": text.count(row["donor_step"]),
             "score": text.number(row["score"]),
             "donor_score": text.number(row["donor_score"]),
-            "before": _spelt(row["before"]),
-            "after": _spelt(row["after"]),
+            "before": _formatted(row["before"]),
+            "after": _formatted(row["after"]),
         }
         for row in lineage(study.results).to_dict("records")
     ]
 
 
-def _spelt(settings: Mapping[str, Any]) -> str:
+def _formatted(settings: Mapping[str, Any]) -> str:
     return ", ".join(f"{text.symbol(name)}={text.setting(value)}" for name, value in settings.items())

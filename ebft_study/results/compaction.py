@@ -13,7 +13,7 @@ import filelock
 
 from ebft_study.errors import ResultsError
 from ebft_study.results import reader, schema, writer
-from ebft_study.storage import Location, Place, in_parallel, place
+from ebft_study.storage import Location, StoragePath, in_parallel, storage_path
 
 if TYPE_CHECKING:
     import pyarrow
@@ -30,7 +30,7 @@ def compact(study_folder: Location) -> None:
     file per trial, so that a trial that is started again can replace its row. In a store, only the study's driver,
     which holds the study's lock, may compact.
     """
-    results = place(study_folder) / "results"
+    results = storage_path(study_folder) / "results"
     if not results.exists():
         raise ResultsError(f"{study_folder}: holds no results. Give the folder of a study")
     trials = reader.read_table(study_folder, "trials")
@@ -42,7 +42,7 @@ def compact(study_folder: Location) -> None:
 
 
 @contextlib.contextmanager
-def _alone(results: Place) -> Iterator[None]:
+def _alone(results: StoragePath) -> Iterator[None]:
     if results.local is None:
         yield
     else:
@@ -50,7 +50,7 @@ def _alone(results: Place) -> Iterator[None]:
             yield
 
 
-def _compact_table(folder: Place, table: str, over: set[str]) -> None:
+def _compact_table(folder: StoragePath, table: str, over: set[str]) -> None:
     import pyarrow as pa
 
     files = [folder / name for name in folder.names() if name.endswith(".parquet") and not name.startswith(".")]
@@ -75,12 +75,12 @@ def _compact_table(folder: Place, table: str, over: set[str]) -> None:
     in_parallel(lambda path: path.delete(), readable)
 
 
-def _trial_of(path: Place) -> str | None:
+def _trial_of(path: StoragePath) -> str | None:
     match = _WRITTEN_BY_TRIAL.fullmatch(path.name)
     return match["trial_id"] if match else None
 
 
-def _content(path: Place, table: str) -> pyarrow.Table | None:
+def _content(path: StoragePath, table: str) -> pyarrow.Table | None:
     try:
         return reader.read_file(path, table)
     except ResultsError:

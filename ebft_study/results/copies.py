@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import hashlib
 
-from ebft_study.storage import Place
+from ebft_study.storage import StoragePath
 
 _HASH_BYTES = 32
 
 
-def write(target: Place, content: bytes) -> None:
+def write(target: StoragePath, content: bytes) -> None:
     """Put a file and its copy in place."""
     copy_of(target).write_bytes(hashlib.sha256(content).digest() + content)
     target.write_bytes(content)
 
 
-def copy_of(target: Place) -> Place:
+def copy_of(target: StoragePath) -> StoragePath:
     """Where the copy of a file is. pandas, DuckDB and pyarrow pass over names that begin with a dot."""
     return target.sibling(f".{target.name}.copy")
 
@@ -28,12 +28,12 @@ def name_of_copied(name: str) -> str | None:
     return name[1:-5] if name.startswith(".") and name.endswith(".copy") else None
 
 
-def either_exists(target: Place) -> bool:
+def either_exists(target: StoragePath) -> bool:
     """Whether there is the file or its copy."""
     return target.exists() or copy_of(target).exists()
 
 
-def read_copy(target: Place) -> bytes | None:
+def read_copy(target: StoragePath) -> bytes | None:
     """What the copy holds; None where there is none, or where it is damaged too."""
     try:
         content = copy_of(target).read_bytes()

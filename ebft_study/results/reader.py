@@ -17,7 +17,7 @@ import yaml
 
 from ebft_study.errors import EbftError, ResultsError
 from ebft_study.results import copies, schema
-from ebft_study.storage import Location, Place, in_parallel, place
+from ebft_study.storage import Location, StoragePath, in_parallel, storage_path
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -40,7 +40,7 @@ _KEYS = {
 class Results:
     """The tables of one study. `spec` is study.yaml; `problems` names files that could not be read, and why."""
 
-    folder: Place
+    folder: StoragePath
     spec: dict[str, Any]
     trials: pd.DataFrame
     metrics: pd.DataFrame
@@ -49,7 +49,7 @@ class Results:
     events: pd.DataFrame
     problems: list[str] = field(default_factory=list)
 
-    def best_checkpoint(self, trial_id: str) -> Place | None:
+    def best_checkpoint(self, trial_id: str) -> StoragePath | None:
         """The folder of a trial's best checkpoint by the study's objective; None before it has one."""
         found = self.trials.loc[self.trials["trial_id"] == trial_id, "best_checkpoint"].dropna()
         return functools.reduce(truediv, str(found.iloc[0]).split("/"), self.folder) if len(found) else None
@@ -64,10 +64,10 @@ def load(study: Location) -> Results:
     return Results(folder=folder, spec=spec, problems=problems, **tables)
 
 
-def find_study(study: Location) -> Place:
+def find_study(study: Location) -> StoragePath:
     """The folder of a study given by folder, URL or name."""
-    given = place(study)
-    named = [] if given.local is None else [place(STUDIES_FOLDER / given.local)]
+    given = storage_path(study)
+    named = [] if given.local is None else [storage_path(STUDIES_FOLDER / given.local)]
     for folder in (given, *named):
         if copies.either_exists(folder / "study.yaml") or (folder / "results").exists():
             return folder
@@ -83,7 +83,7 @@ def read_table(study_folder: Location, table: str, problems: list[str] | None = 
     import pyarrow as pa
 
     noted: list[str] = []
-    parts = _read_files(place(study_folder) / "results" / table, table, noted)
+    parts = _read_files(storage_path(study_folder) / "results" / table, table, noted)
     if problems is not None:
         problems.extend(noted)
     empty = schema.arrow_schema(table).empty_table()
@@ -91,7 +91,7 @@ def read_table(study_folder: Location, table: str, problems: list[str] | None = 
     return _resolve_duplicates(together.to_pandas(), table)
 
 
-def read_file(path: Place, table: str) -> pyarrow.Table:
+def read_file(path: StoragePath, table: str) -> pyarrow.Table:
     """One results file under the present schema; raises `ResultsError` when it is not one."""
     import pyarrow as pa
 
@@ -99,7 +99,7 @@ def read_file(path: Place, table: str) -> pyarrow.Table:
     return _parsed(source, path, table)
 
 
-def read_trial(path: Place, problems: list[str]) -> pyarrow.Table | None:
+def read_trial(path: StoragePath, problems: list[str]) -> pyarrow.Table | None:
     """A file of `trials`; a damaged one is named, and its copy stands in for it. None where neither can be read."""
     import pyarrow as pa
 
@@ -116,7 +116,7 @@ def read_trial(path: Place, problems: list[str]) -> pyarrow.Table | None:
     return None if saved is None else _parsed(pa.BufferReader(saved), path, "trials")
 
 
-def trial_rows(path: Place) -> list[dict[str, Any]] | None:
+def trial_rows(path: StoragePath) -> list[dict[str, Any]] | None:
     """The rows of a file of `trials`, of the columns that are known now; None where it cannot be read."""
     found = read_trial(path, [])
     if found is None:
@@ -125,7 +125,7 @@ def trial_rows(path: Place) -> list[dict[str, Any]] | None:
     return [{key: value for key, value in row.items() if key in known} for row in found.to_pylist()]
 
 
-def _parsed(source: Any, path: Place, table: str) -> pyarrow.Table:
+def _parsed(source: Any, path: StoragePath, table: str) -> pyarrow.Table:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -145,7 +145,7 @@ def _parsed(source: Any, path: Place, table: str) -> pyarrow.Table:
         raise ResultsError(f"{path}: does not fit the table {table!r} ({_one_line(error)}). Remove it") from None
 
 
-def merged_files(path: Place) -> set[str]:
+def merged_files(path: StoragePath) -> set[str]:
     """Names of the files whose rows are all in the compacted file `path`; empty for any other file."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -157,7 +157,7 @@ def merged_files(path: Place) -> set[str]:
     return set(json.loads(metadata.get(MERGED_FROM, b"[]")))
 
 
-def _read_files(folder: Place, table: str, problems: list[str]) -> list[pyarrow.Table]:
+def _read_files(folder: StoragePath, table: str, problems: list[str]) -> list[pyarrow.Table]:
     """All readable files; starts over when a compaction takes files away meanwhile."""
     for _ in range(20):
         noted: list[str] = []
@@ -171,7 +171,7 @@ def _read_files(folder: Place, table: str, problems: list[str]) -> list[pyarrow.
     raise ResultsError(f"{folder}: files keep disappearing while they are read. Try again when the study is idle")
 
 
-def visible(folder: Place, table: str) -> list[Place]:
+def visible(folder: StoragePath, table: str) -> list[StoragePath]:
     """Files of a table that are in place, and not already contained in a compacted one."""
     names = folder.names()
     if table == "trials":
@@ -182,7 +182,7 @@ def visible(folder: Place, table: str) -> list[Place]:
     return [folder / name for name in names if name not in merged]
 
 
-def _try_file(path: Place, table: str, problems: list[str]) -> pyarrow.Table | None:
+def _try_file(path: StoragePath, table: str, problems: list[str]) -> pyarrow.Table | None:
     if table == "trials":
         return read_trial(path, problems)
     try:
@@ -220,7 +220,7 @@ def _resolve_duplicates(frame: pd.DataFrame, table: str) -> pd.DataFrame:
     return kept.sort_values(order, kind="stable").reset_index(drop=True)
 
 
-def read_spec(folder: Place, problems: list[str]) -> dict[str, Any]:
+def read_spec(folder: StoragePath, problems: list[str]) -> dict[str, Any]:
     """What a study's record says; empty where it says nothing, and then `problems` says why."""
     path = folder / "study.yaml"
     try:
@@ -233,7 +233,7 @@ def read_spec(folder: Place, problems: list[str]) -> dict[str, Any]:
     return content or {}
 
 
-def read_mapping(path: Place) -> tuple[dict[str, Any] | None, str]:
+def read_mapping(path: StoragePath) -> tuple[dict[str, Any] | None, str]:
     """A YAML mapping that is kept twice, and what is wrong with the first one; None where neither can be read.
 
     Raises:

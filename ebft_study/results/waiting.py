@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from ebft_study.results import copies
-from ebft_study.storage import Place
+from ebft_study.storage import StoragePath
 
 # No trial can be called this: '~' may not be in an identifier.
 _PREFIX = "waiting~"
@@ -23,18 +23,18 @@ Row = dict[str, Any]
 class Waiting:
     """The shared files of a folder; held by the one process that writes them."""
 
-    def __init__(self, folder: Place, write: Callable[[Sequence[Row], Place], None]) -> None:
+    def __init__(self, folder: StoragePath, write: Callable[[Sequence[Row], StoragePath], None]) -> None:
         """`write` puts rows in place as a file."""
         self._folder, self._write = folder, write
-        self._files: dict[Place, dict[str, Row]] = {}
-        self._file_of: dict[str, Place] = {}
+        self._files: dict[StoragePath, dict[str, Row]] = {}
+        self._file_of: dict[str, StoragePath] = {}
         names = folder.names()
         started = {name.removesuffix(".parquet") for name in names}
         for name in names:
             if name.startswith(_PREFIX):
                 self._take_over(folder / name, started)
 
-    def _take_over(self, path: Place, started: set[str]) -> None:
+    def _take_over(self, path: StoragePath, started: set[str]) -> None:
         """What an earlier session left; a damaged file stays where it is, and reading reports it."""
         from ebft_study.results import reader
 
@@ -74,12 +74,12 @@ class Waiting:
             path.delete()
             del self._files[path]
 
-    def _put(self, path: Place, row: Row) -> Place:
+    def _put(self, path: StoragePath, row: Row) -> StoragePath:
         self._files[path][row["trial_id"]] = row
         self._file_of[row["trial_id"]] = path
         return path
 
-    def _with_room(self) -> Place:
+    def _with_room(self) -> StoragePath:
         newest = next(reversed(self._files), None)
         if newest is None or len(self._files[newest]) >= _ROWS:
             newest = self._folder / f"{_PREFIX}{secrets.token_hex(4)}.parquet"

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from ebft_study.errors import ResultsError
 from ebft_study.results import copies, schema
 from ebft_study.results.waiting import Waiting
-from ebft_study.storage import Location, Place, place
+from ebft_study.storage import Location, StoragePath, storage_path
 
 if TYPE_CHECKING:
     import pyarrow
@@ -35,7 +35,7 @@ class _FileSequence:
     """Unique file names of one writer: `<trial>-a<attempt>-<sequence>-<token>.parquet`."""
 
     def __init__(self, study_folder: Location, trial_id: str, attempt: int) -> None:
-        self._results = place(study_folder) / "results"
+        self._results = storage_path(study_folder) / "results"
         self._prefix = f"{_checked_name(trial_id)}-a{attempt:03d}"
         self._token = secrets.token_hex(4)
         self._count = 0
@@ -98,7 +98,7 @@ class StudyRecorder:
 
     def __init__(self, study_folder: Location, *, study: str) -> None:
         self._study, self._clock = study, Clock()
-        self._trials = place(study_folder) / "results" / "trials"
+        self._trials = storage_path(study_folder) / "results" / "trials"
         self._files = _FileSequence(study_folder, _ONLY_IN_DRIVER, os.getpid())
         self._rows: dict[str, dict[str, Any]] = {}
         self._waiting = Waiting(self._trials, _write_trials)
@@ -162,7 +162,7 @@ class StudyRecorder:
         rows = reader.trial_rows(self._file(trial_id))
         return self._waiting.get(trial_id) if rows is None else rows[0]
 
-    def _file(self, trial_id: str) -> Place:
+    def _file(self, trial_id: str) -> StoragePath:
         return self._trials / f"{trial_id}.parquet"
 
 
@@ -173,7 +173,7 @@ def _trial_columns() -> tuple[frozenset[str], frozenset[str]]:
     return settings, frozenset(column.name for column in schema.columns("trials")) - settings
 
 
-def _write_trials(rows: Sequence[Mapping[str, Any]], path: Place) -> None:
+def _write_trials(rows: Sequence[Mapping[str, Any]], path: StoragePath) -> None:
     copies.write(path, as_parquet(build_table("trials", rows)))
 
 
@@ -221,7 +221,7 @@ def build_table(table: str, rows: Sequence[Mapping[str, Any]]) -> pyarrow.Table:
 
 def put_in_place(table: pyarrow.Table, target: Location) -> None:
     """Write `table` so that a reader, or a crash at any moment, finds all of it or nothing."""
-    place(target).write_bytes(as_parquet(table))
+    storage_path(target).write_bytes(as_parquet(table))
 
 
 def as_parquet(table: pyarrow.Table) -> bytes:

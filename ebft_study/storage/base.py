@@ -13,7 +13,7 @@ from ebft_study.errors import StorageError
 from ebft_study.storage.filesystems import reason_of
 
 
-class Place(abc.ABC):
+class StoragePath(abc.ABC):
     """A file or folder. Equal places compare equal; `str` gives back what `place` understands."""
 
     @property
@@ -26,14 +26,14 @@ class Place(abc.ABC):
         """The path on a disk; None in a store."""
 
     @abc.abstractmethod
-    def __truediv__(self, name: str) -> Place: ...
+    def __truediv__(self, name: str) -> StoragePath: ...
 
     @property
     @abc.abstractmethod
-    def parent(self) -> Place:
+    def parent(self) -> StoragePath:
         """The folder that holds this."""
 
-    def sibling(self, name: str) -> Place:
+    def sibling(self, name: str) -> StoragePath:
         """The place `name` in the same folder."""
         return self.parent / name
 
@@ -89,7 +89,7 @@ class Place(abc.ABC):
 
     @property
     @abc.abstractmethod
-    def beside(self) -> Path:
+    def local_dir(self) -> Path:
         """A folder of this machine for what need not travel with a study: the study's folder itself on a disk."""
 
     @property
@@ -98,11 +98,11 @@ class Place(abc.ABC):
         """The arguments `storage_path` and `storage_filesystem` of Ray's `RunConfig`."""
 
 
-Location: TypeAlias = "str | os.PathLike[str] | Place"
+Location: TypeAlias = "str | os.PathLike[str] | StoragePath"
 
 
 @contextlib.contextmanager
-def explained(where: Place, done: str = "written") -> Iterator[None]:
+def storage_errors(where: StoragePath, done: str = "written") -> Iterator[None]:
     """An `OSError` on the way becomes one line for people; a file that is not there to be read stays what it is."""
     try:
         yield

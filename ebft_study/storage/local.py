@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ebft_study.storage.base import Place, explained
+from ebft_study.storage.base import StoragePath, storage_errors
 
 
-class OnDisk(Place):
+class LocalPath(StoragePath):
     """A path on a disk that this machine has mounted."""
 
     def __init__(self, path: Path) -> None:
@@ -29,19 +29,19 @@ class OnDisk(Place):
         return self._path
 
     @property
-    def beside(self) -> Path:
+    def local_dir(self) -> Path:
         return self._path
 
     @property
     def for_ray(self) -> dict[str, Any]:
         return {"storage_path": str(self._path)}
 
-    def __truediv__(self, name: str) -> OnDisk:
-        return OnDisk(self._path / name)
+    def __truediv__(self, name: str) -> LocalPath:
+        return LocalPath(self._path / name)
 
     @property
-    def parent(self) -> OnDisk:
-        return OnDisk(self._path.parent)
+    def parent(self) -> LocalPath:
+        return LocalPath(self._path.parent)
 
     def for_arrow(self) -> str:
         return str(self._path)
@@ -64,14 +64,14 @@ class OnDisk(Place):
         return self._path.exists()
 
     def read_bytes(self) -> bytes:
-        with explained(self, "read"):
+        with storage_errors(self, "read"):
             return self._path.read_bytes()
 
     def write_bytes(self, data: bytes) -> None:
         folder = self._path.parent
         # Hidden, and not ending in .parquet: neither pandas nor a DuckDB glob picks it up.
         temporary = folder / f".{self._path.name}.{secrets.token_hex(4)}.tmp"
-        with explained(self, "written"):
+        with storage_errors(self, "written"):
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 with temporary.open("wb") as file:
@@ -85,14 +85,14 @@ class OnDisk(Place):
             _sync_folder(folder)
 
     def names(self) -> list[str]:
-        with explained(self, "listed"):
+        with storage_errors(self, "listed"):
             try:
                 return sorted(os.listdir(self._path))
             except (FileNotFoundError, NotADirectoryError):
                 return []
 
     def delete(self) -> None:
-        with explained(self, "removed"):
+        with storage_errors(self, "removed"):
             if self._path.is_dir() and not self._path.is_symlink():
                 shutil.rmtree(self._path)
             else:
@@ -100,7 +100,7 @@ class OnDisk(Place):
 
     def upload(self, folder: Path, *, last: str) -> None:
         arriving = self._path.parent / f".{self._path.name}.{secrets.token_hex(4)}.tmp"
-        with explained(self, "written"):
+        with storage_errors(self, "written"):
             try:
                 shutil.copytree(folder, arriving)
                 shutil.rmtree(self._path, ignore_errors=True)

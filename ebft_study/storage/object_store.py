@@ -11,12 +11,12 @@ from typing import Any
 
 from ebft_study import paths
 from ebft_study.storage import filesystems
-from ebft_study.storage.base import Place, explained
+from ebft_study.storage.base import StoragePath, storage_errors
 
 _READ_BYTES = 2**23
 
 
-class InStore(Place):
+class ObjectStorePath(StoragePath):
     """A path in a `pyarrow.fs` file system. `url` names it for people and for other processes, without its query."""
 
     def __init__(self, url: str, query: str, path: str) -> None:
@@ -35,7 +35,7 @@ class InStore(Place):
         return None
 
     @property
-    def beside(self) -> Path:
+    def local_dir(self) -> Path:
         known = hashlib.sha256(str(self).encode()).hexdigest()[:12]
         return paths.cache_folder() / "stores" / f"{self.name}-{known}"
 
@@ -43,22 +43,22 @@ class InStore(Place):
     def for_ray(self) -> dict[str, Any]:
         return {"storage_path": self._path, "storage_filesystem": self._store}
 
-    def __truediv__(self, name: str) -> InStore:
-        return InStore(f"{self._url}/{name}", self._query, f"{self._path}/{name}")
+    def __truediv__(self, name: str) -> ObjectStorePath:
+        return ObjectStorePath(f"{self._url}/{name}", self._query, f"{self._path}/{name}")
 
     @property
-    def parent(self) -> InStore:
-        return InStore(self._url.rpartition("/")[0], self._query, self._path.rpartition("/")[0])
+    def parent(self) -> ObjectStorePath:
+        return ObjectStorePath(self._url.rpartition("/")[0], self._query, self._path.rpartition("/")[0])
 
     def for_arrow(self) -> Any:
-        with explained(self, "read"):
+        with storage_errors(self, "read"):
             return self._store.open_input_file(self._path)
 
     def __str__(self) -> str:
         return self._url + (f"?{self._query}" if self._query else "")
 
     def __eq__(self, other: object) -> bool:
-        return str(other) == str(self) if isinstance(other, InStore) else NotImplemented
+        return str(other) == str(self) if isinstance(other, ObjectStorePath) else NotImplemented
 
     def __hash__(self) -> int:
         return hash(str(self))
@@ -66,11 +66,11 @@ class InStore(Place):
     __repr__ = __str__
 
     def exists(self) -> bool:
-        with explained(self, "read"):
+        with storage_errors(self, "read"):
             return bool(self._store.get_file_info(self._path).type.name != "NotFound")
 
     def read_bytes(self) -> bytes:
-        with explained(self, "read"):
+        with storage_errors(self, "read"):
             while True:
                 with self._store.open_input_file(self._path) as file:
                     # In one request: several might see different versions of a file that is being replaced.
@@ -80,7 +80,7 @@ class InStore(Place):
                     return content
 
     def write_bytes(self, data: bytes) -> None:
-        with explained(self, "written"):
+        with storage_errors(self, "written"):
             self._ready_for_files()
             with self._store.open_output_stream(self._path) as stream:
                 stream.write(data)
@@ -88,12 +88,12 @@ class InStore(Place):
     def names(self) -> list[str]:
         from pyarrow.fs import FileSelector
 
-        with explained(self, "listed"):
+        with storage_errors(self, "listed"):
             found = self._store.get_file_info(FileSelector(self._path, allow_not_found=True))
         return sorted(info.base_name for info in found)
 
     def delete(self) -> None:
-        with explained(self, "removed"):
+        with storage_errors(self, "removed"):
             kind = self._store.get_file_info(self._path).type.name
             if kind == "Directory":
                 self._store.delete_dir(self._path)
@@ -106,7 +106,7 @@ class InStore(Place):
             (self / file.name)._send(file)
 
     def _send(self, file: Path) -> None:
-        with explained(self, "written"), file.open("rb") as source:
+        with storage_errors(self, "written"), file.open("rb") as source:
             self._ready_for_files()
             with self._store.open_output_stream(self._path) as target:
                 while part := source.read(_READ_BYTES):
@@ -122,7 +122,7 @@ class InStore(Place):
             yield Path(folder)
 
     def changed_at(self) -> float | None:
-        with explained(self, "read"):
+        with storage_errors(self, "read"):
             moment = self._store.get_file_info(self._path).mtime
         return moment.timestamp() if moment else None
 
@@ -133,7 +133,7 @@ class InStore(Place):
         return digest.hexdigest()
 
     def _parts(self) -> Iterator[bytes]:
-        with explained(self, "read"), self._store.open_input_stream(self._path) as stream:
+        with storage_errors(self, "read"), self._store.open_input_stream(self._path) as stream:
             while part := stream.read(_READ_BYTES):
                 yield part
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ebft_study.errors import CheckpointError, StorageError
-from ebft_study.storage import Location, place
+from ebft_study.storage import Location, storage_path
 
 STATE, RECORD = "state.pt", "checkpoint.json"
 _FULL_BYTES = 2**20
@@ -53,7 +53,7 @@ def load(folder: Path) -> dict[str, Any]:
 
 def step_of(folder: Location) -> int | None:
     """The step of a complete checkpoint, None for anything else. Reads all of it."""
-    here = place(folder)
+    here = storage_path(folder)
     try:
         record = json.loads((here / RECORD).read_bytes())
         complete = record["sha256"] == (here / STATE).sha256()
@@ -65,7 +65,7 @@ def step_of(folder: Location) -> int | None:
 def recorded(folder: Location) -> tuple[int, dict[str, float]] | None:
     """Step and metrics as a checkpoint says them, unverified; None where nothing says any."""
     try:
-        record = json.loads((place(folder) / RECORD).read_bytes())
+        record = json.loads((storage_path(folder) / RECORD).read_bytes())
         return int(record["step"]), dict(record.get("metrics", {}))
     except (OSError, StorageError, ValueError, KeyError, TypeError):
         return None

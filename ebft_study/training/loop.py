@@ -41,7 +41,7 @@ from ebft_study.training import checkpoint, state
 from ebft_study.training.averaging import WeightAverage
 from ebft_study.training.distributed import sum_gradients, sum_measured, sum_over_workers, sum_tally
 from ebft_study.training.metrics import TALLIED, row_of
-from ebft_study.training.outcome import Outcome
+from ebft_study.training.run_result import RunResult
 from ebft_study.training.samples import sample_rows
 from ebft_study.training.services import Services
 from ebft_study.training.setup import build_optimizer, build_parts, learning_rate_at, scale_out
@@ -70,7 +70,7 @@ def train(
     rank: int = 0,
     world_size: int = 1,
     services: Services | None = None,
-) -> Outcome:
+) -> RunResult:
     """Run `config` from the beginning or from a checkpoint folder to its last step.
 
     Args:
@@ -215,14 +215,14 @@ class Run:
             self._evaluate_heldout()
             self._record_event("finished", f"{self.step} steps")
 
-    def stop(self, reason: str) -> Outcome:
+    def stop(self, reason: str) -> RunResult:
         """End early, with the reason on record."""
         self._record_event("stopped", reason, step=self.step)
         self.on_report({**self.latest, "step": float(self.step)}, None)
         return self.outcome("stopped", reason)
 
-    def outcome(self, status: Literal["finished", "stopped"], reason: str) -> Outcome:
-        return Outcome(status, reason, self.step, dict(self.latest), self.startup_seconds)
+    def outcome(self, status: Literal["finished", "stopped"], reason: str) -> RunResult:
+        return RunResult(status, reason, self.step, dict(self.latest), self.startup_seconds)
 
     # --- one update --------------------------------------------------------------------------------------------
 

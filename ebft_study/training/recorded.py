@@ -14,7 +14,7 @@ from typing import Any
 from ebft_study.config import RunConfig
 from ebft_study.results import TrialRecorder
 from ebft_study.results.reader import read_mapping
-from ebft_study.storage import Place, place
+from ebft_study.storage import StoragePath, storage_path
 from ebft_study.training.services import Services
 from ebft_study.training.tracking import WandbRecorder
 
@@ -43,7 +43,7 @@ class Attempt:
         if self.start_from is None:
             yield None
         else:
-            with place(self.start_from).on_disk() as folder:
+            with storage_path(self.start_from).on_disk() as folder:
                 yield folder
 
 
@@ -72,16 +72,16 @@ def train_recorded(
 
 def _recorder(config: RunConfig, attempt: Attempt) -> Any:
     """The tables, with W&B beside them when the configuration asks for it."""
-    folder, study, trial_id = place(attempt.study_folder), attempt.study, attempt.trial_id
+    folder, study, trial_id = storage_path(attempt.study_folder), attempt.study, attempt.trial_id
     rows = TrialRecorder(folder, study=study, trial_id=trial_id, attempt=attempt.attempt)
     if config.tracking.wandb == "off":
         return rows
-    folder.beside.mkdir(parents=True, exist_ok=True)
+    folder.local_dir.mkdir(parents=True, exist_ok=True)
     run_id = f"{study}-{trial_id}-{_begun(folder)}"
-    return WandbRecorder(rows, config, study=study, run_id=run_id, label=attempt.label, folder=folder.beside)
+    return WandbRecorder(rows, config, study=study, run_id=run_id, label=attempt.label, folder=folder.local_dir)
 
 
-def _begun(folder: Place) -> str:
+def _begun(folder: StoragePath) -> str:
     """Tells a study from others of its name, which began at other moments."""
     record, _ = read_mapping(folder / "study.yaml")
     return hashlib.sha256(str((record or {}).get("created_at")).encode()).hexdigest()[:8]

@@ -11,7 +11,7 @@ import ray.train
 import torch
 
 from ebft_study.config import RunConfig
-from ebft_study.storage import Place, explained, place
+from ebft_study.storage import StoragePath, storage_errors, storage_path
 from ebft_study.training.recorded import Attempt, train_recorded
 
 
@@ -26,15 +26,15 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     return train_recorded(
         RunConfig.model_validate(settings["run"]),
         Attempt(**settings["attempt"]),
-        on_report=functools.partial(_report, place(settings["attempt"]["study_folder"])),
+        on_report=functools.partial(_report, storage_path(settings["attempt"]["study_folder"])),
         rank=context.get_world_rank(),
         world_size=context.get_world_size(),
     )
 
 
-def _report(study_folder: Place, metrics: dict[str, float], checkpoint_folder: Path | None) -> None:
+def _report(study_folder: StoragePath, metrics: dict[str, float], checkpoint_folder: Path | None) -> None:
     """Pass a report on to Ray Train, which copies the checkpoint into the attempt's folder before it returns."""
     checkpoint = ray.train.Checkpoint.from_directory(str(checkpoint_folder)) if checkpoint_folder else None
     name = f"checkpoint_{int(metrics['step']):08d}"
-    with explained(study_folder):
+    with storage_errors(study_folder):
         ray.train.report({**metrics, "host": socket.gethostname()}, checkpoint=checkpoint, checkpoint_dir_name=name)

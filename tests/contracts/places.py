@@ -9,26 +9,26 @@ from pathlib import Path
 
 import pytest
 
-from ebft_study.storage import Place, in_parallel, place
+from ebft_study.storage import StoragePath, in_parallel, storage_path
 
 
 class PlaceContract:
     """Subclasses give `here`: an empty place."""
 
-    def test_what_is_written_is_read(self, here: Place) -> None:
+    def test_what_is_written_is_read(self, here: StoragePath) -> None:
         for content in (b"", b"some bytes", bytes(range(256)) * 40_000):
             (here / "file").write_bytes(content)
             assert (here / "file").read_bytes() == content
             assert (here / "file").sha256() == hashlib.sha256(content).hexdigest()
 
-    def test_folders_on_the_way_need_not_exist(self, here: Place) -> None:
+    def test_folders_on_the_way_need_not_exist(self, here: StoragePath) -> None:
         (here / "a" / "b" / "file").write_bytes(b"x")
         assert here.names() == ["a"]
         assert (here / "a").names() == ["b"]
         assert (here / "a" / "b").exists()
         assert (here / "a" / "b" / "file").name == "file"
 
-    def test_what_is_missing(self, here: Place) -> None:
+    def test_what_is_missing(self, here: StoragePath) -> None:
         assert not (here / "nothing").exists()
         assert (here / "nothing").names() == []
         with pytest.raises(FileNotFoundError):
@@ -36,12 +36,12 @@ class PlaceContract:
         (here / "nothing").delete()
 
     @pytest.mark.parametrize("name", ["ä ö.parquet", "名前", "a+b=c&d.txt", "100%25"])
-    def test_names_may_hold_any_letter(self, here: Place, name: str) -> None:
+    def test_names_may_hold_any_letter(self, here: StoragePath, name: str) -> None:
         (here / name).write_bytes(b"x")
         assert here.names() == [name]
-        assert place(str(here / name)).read_bytes() == b"x"
+        assert storage_path(str(here / name)).read_bytes() == b"x"
 
-    def test_a_file_or_a_folder_is_removed(self, here: Place) -> None:
+    def test_a_file_or_a_folder_is_removed(self, here: StoragePath) -> None:
         for name in ("keep", "file", "folder/one", "folder/two"):
             target = here
             for part in name.split("/"):
@@ -52,7 +52,7 @@ class PlaceContract:
         assert here.names() == ["keep"]
         assert not (here / "folder").exists()
 
-    def test_a_reader_never_sees_half_of_a_file(self, here: Place) -> None:
+    def test_a_reader_never_sees_half_of_a_file(self, here: StoragePath) -> None:
         target, contents = here / "file", [bytes([value]) * 300_000 for value in (1, 2)]
         target.write_bytes(contents[0])
         seen: list[bytes] = []
@@ -71,7 +71,7 @@ class PlaceContract:
         assert seen
         assert all(content in contents for content in seen)
 
-    def test_a_folder_goes_up_and_comes_back(self, here: Place, tmp_path: Path) -> None:
+    def test_a_folder_goes_up_and_comes_back(self, here: StoragePath, tmp_path: Path) -> None:
         source = tmp_path / "source"
         source.mkdir()
         for name, size in (("large.bin", 12_000_000), ("a.json", 10), ("zz", 0)):
@@ -86,15 +86,15 @@ class PlaceContract:
             }
         assert here.names() == ["kept"]
 
-    def test_a_place_is_known_by_its_name_alone(self, here: Place) -> None:
+    def test_a_place_is_known_by_its_name_alone(self, here: StoragePath) -> None:
         (here / "file").write_bytes(b"x")
-        again = place(str(here / "file"))
+        again = storage_path(str(here / "file"))
         assert again == here / "file"
         assert hash(again) == hash(here / "file")
         assert again.read_bytes() == b"x"
         assert copy.deepcopy(again) == again
 
-    def test_many_files_are_read_in_order(self, here: Place) -> None:
+    def test_many_files_are_read_in_order(self, here: StoragePath) -> None:
         for number in range(5):
             (here / f"{number}").write_bytes(str(number).encode())
         assert in_parallel(lambda one: one.read_bytes(), [here / name for name in here.names()]) == [

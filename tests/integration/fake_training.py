@@ -23,7 +23,7 @@ import torch
 from ebft_study.config import RunConfig
 from ebft_study.errors import DataError
 from ebft_study.training import checkpoint
-from ebft_study.training.outcome import Outcome
+from ebft_study.training.run_result import RunResult
 
 
 def train(
@@ -35,7 +35,7 @@ def train(
     rank: int = 0,
     world_size: int = 1,
     services: Any = None,
-) -> Outcome:
+) -> RunResult:
     started = time.perf_counter()
     first = step = 0 if start_from is None else checkpoint.load(start_from)["step"]
     if recorder:
@@ -62,7 +62,7 @@ def train(
                 if rank == 0:
                     checkpoint.save(Path(folder), {"step": step, "weights": torch.zeros(3)}, step=step, metrics=metrics)
                 on_report({**metrics, "step": float(step)}, Path(folder) if rank == 0 else None)
-    return Outcome("finished", "", step, metrics, startup)
+    return RunResult("finished", "", step, metrics, startup)
 
 
 def _metrics(config: RunConfig, step: int) -> dict[str, float]:

@@ -14,7 +14,7 @@ import pytest
 
 from ebft_study import results
 from ebft_study.errors import ResultsError
-from ebft_study.storage import place
+from ebft_study.storage import storage_path
 from tests import commands
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(560)]
@@ -42,7 +42,7 @@ class Study:
 
     @property
     def address(self) -> str:
-        return str(place(self.storage) / "far")
+        return str(storage_path(self.storage) / "far")
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         return commands.start(*arguments, cwd=self.cwd, program=commands.FAKE)
@@ -169,9 +169,9 @@ def test_the_best_checkpoint_of_a_trial_is_there(study: Study) -> None:
 
 def test_a_study_in_a_store_needs_no_folder_here(store: Study) -> None:
     assert not (store.cwd / "studies").exists()
-    assert {"study.yaml", "results", "train", "report.html"} <= set(place(store.address).names())
+    assert {"study.yaml", "results", "train", "report.html"} <= set(storage_path(store.address).names())
     assert "3 of 3 trials finished" in store.said["status"]
-    assert ".lock" not in place(store.address).names()
+    assert ".lock" not in storage_path(store.address).names()
 
 
 def test_a_full_disk_stops_the_study_with_the_reason(disk: Study) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from ebft_study import config
 from ebft_study.results import StudyRecorder, TrialRecorder, compact, copies, load, read_table, reader, writer
-from ebft_study.storage import place
+from ebft_study.storage import storage_path
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def test_no_flipped_or_missing_bytes_change_a_trial_unnoticed(study: Path) -> No
     cuts = generator.sample(range(len(whole)), 10)
     for damaged in [_flipped(whole, at, generator) for at in hits] + [whole[:at] for at in cuts]:
         file_of(study).write_bytes(damaged)
-        row = reader.read_trial(place(file_of(study)), [])
+        row = reader.read_trial(storage_path(file_of(study)), [])
         assert row is not None
         assert row.to_pylist()[0].items() >= before[watched].to_dict().items()
 
@@ -73,8 +73,8 @@ def test_the_next_change_of_a_damaged_row_mends_it(study: Path) -> None:
 
 
 def test_a_damaged_copy_is_not_used(study: Path) -> None:
-    copies.copy_of(place(file_of(study))).write_bytes(b"x" * 100)
-    assert copies.read_copy(place(file_of(study))) is None
+    copies.copy_of(storage_path(file_of(study))).write_bytes(b"x" * 100)
+    assert copies.read_copy(storage_path(file_of(study))) is None
     assert len(read_table(study, "trials")) == 2
     file_of(study).write_bytes(b"half")
     found = load(study)
@@ -113,7 +113,7 @@ def test_a_clock_that_is_set_back_loses_no_report(tmp_path: Path, monkeypatch: p
 
 
 def test_tables_in_a_store_are_written_compacted_and_read_like_those_on_a_disk(tmp_path: Path, s3_query: str) -> None:
-    folders = [place(tmp_path / "disk"), place(f"s3://studies/tables?{s3_query}")]
+    folders = [storage_path(tmp_path / "disk"), storage_path(f"s3://studies/tables?{s3_query}")]
     for folder in folders:
         (folder / "study.yaml").write_bytes(b"question: q\n")
         study = StudyRecorder(folder, study="s")

@@ -27,7 +27,7 @@ from ebft_study.rollouts import Rollouts
 from ebft_study.rollouts.vllm import VllmRollouts, options_of, shared_name, start_engine
 from ebft_study.rollouts.vllm.engine import EngineOptions
 from ebft_study.rollouts.vllm.weights import SHARED_MEMORY
-from ebft_study.training.loop import Outcome
+from ebft_study.training.loop import RunResult
 from ebft_study.training.services import Services
 from tests.contracts.rollouts import LONGEST, RolloutContract
 from tests.references import naive_model
@@ -149,7 +149,7 @@ def config(folder: Path, **changes: Any) -> Any:
     return tiny_config(folder, **settings | changes)
 
 
-def trained(folder: Path, owner: str, **changes: Any) -> tuple[Outcome, MemoryRecorder]:
+def trained(folder: Path, owner: str, **changes: Any) -> tuple[RunResult, MemoryRecorder]:
     return run_tiny(config(folder, **changes), services=Services(owner))
 
 

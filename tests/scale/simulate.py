@@ -25,7 +25,7 @@ from typing import Any
 from ebft_study import report, results
 from ebft_study.results.writer import now
 from ebft_study.study.driver.monitor import Monitor
-from ebft_study.study.driver.tune_hooks import Observer, StopWish, StudySearcher
+from ebft_study.study.driver.tune_hooks import Observer, StudySearcher, StudyStopper
 from ebft_study.study.folder import history, study_yaml, trial_states
 from ebft_study.study.resolving import study_file
 from ebft_study.study.search.listed import ListedSearch
@@ -68,8 +68,8 @@ def settings_of(trial: trials.Trial) -> dict[str, Any]:
 class Simulation:
     """Our side of a study, with the events of a cluster of `at_once` places."""
 
-    def __init__(self, folder: Path, spec: study_file.StudySpec, at_once: int) -> None:
-        self.folder, self.spec, self.at_once = folder, spec, at_once
+    def __init__(self, folder: Path, spec: study_file.StudySpec, concurrency: int) -> None:
+        self.folder, self.spec, self.concurrency = folder, spec, concurrency
         self.states: dict[str, trial_states.TrialState] = {}
         self.monitor = Monitor(results.StudyRecorder(folder, study=spec.study), self.states, "cfm_loss")
         with timed("enumerating trials"):
@@ -79,8 +79,8 @@ class Simulation:
         search = ListedSearch(self.waiting)
         past = history.History({}, {}, {})
         self.scheduler = StudyScheduler(spec, longest=self.waiting[0].run.total_steps, history=past.curves)
-        watch = rules.Watch(spec.stopping, spec.objective, {})
-        self.wish = StopWish(None, watch=watch)
+        watch = rules.RuleMonitor(spec.stopping, spec.objective, {})
+        self.request_stop = StudyStopper(None, watch=watch)
         self.searcher = StudySearcher(search, self.monitor, settings_of)
         self.observer = Observer(search, self.monitor, lambda trial_id, attempt: None, watch.reasons)
         self.running: deque[Any] = deque()
@@ -89,7 +89,7 @@ class Simulation:
     def run(self, compact: Callable[[], None]) -> None:
         ended = 0
         while True:
-            while len(self.running) < self.at_once and self._start():
+            while len(self.running) < self.concurrency and self._start():
                 pass
             if not self.running:
                 return
@@ -123,7 +123,7 @@ class Simulation:
         over = step >= trial.config["total_steps"]
         with timed("driver, per report"):
             self.scheduler.on_trial_result(None, trial, result)
-            self.wish("", result)
+            self.request_stop("", result)
             self.observer.on_trial_result(0, [], trial, result)
         trial.last_result = result
         if over:
@@ -156,7 +156,7 @@ def simulate(folder: Path, options: argparse.Namespace) -> None:
     (folder / "file").write_text("")
     study_yaml.write(folder, spec, profile=None, file=folder / "file", provenance={})
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    simulation = Simulation(folder, spec, options.at_once)
+    simulation = Simulation(folder, spec, options.concurrency)
 
     def compact() -> None:
         with timed("compaction"):
@@ -181,7 +181,7 @@ def simulate(folder: Path, options: argparse.Namespace) -> None:
         past = history.read(folder, "cfm_loss")
     with timed("scheduler of a resumed study"):
         StudyScheduler(spec, longest=simulation.waiting[0].run.total_steps, history=past.curves)
-    plan = display.Plan(options.trials, options.at_once)
+    plan = display.Plan(options.trials, options.concurrency)
     with timed("live table, once"):
         display.render(simulation.states.values(), ("ce_loss", "cfm_loss"), title="large", plan=plan)
     if options.report:
@@ -190,7 +190,7 @@ def simulate(folder: Path, options: argparse.Namespace) -> None:
     for name, seconds in SECONDS.items():
         per = options.trials if "per trial" in name else simulation.reports if "per report" in name else 0
         print(f"{name:35} {seconds:9.2f} s" + (f"   {1000 * seconds / per:8.3f} ms each" if per else ""))
-    print(f"{options.trials} trials of {options.reports} reports, {options.at_once} at once")
+    print(f"{options.trials} trials of {options.reports} reports, {options.concurrency} at once")
     print(f"simulated in {wall:.0f} s; memory grew by {grown / 2**10:.0f} MiB")
 
 

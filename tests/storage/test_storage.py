@@ -12,32 +12,32 @@ import pytest
 
 from ebft_study import storage
 from ebft_study.errors import ConfigError, StorageError
-from ebft_study.storage import Place, filesystems, place
+from ebft_study.storage import StoragePath, filesystems, storage_path
 from tests.contracts.places import PlaceContract
 
 
 class TestFolder(PlaceContract):
     @pytest.fixture
-    def here(self, tmp_path: Path) -> Place:
-        return place(tmp_path / "here")
+    def here(self, tmp_path: Path) -> StoragePath:
+        return storage_path(tmp_path / "here")
 
 
 class TestFileUrl(PlaceContract):
     @pytest.fixture
-    def here(self, tmp_path: Path) -> Place:
-        return place(f"file://{tmp_path}/here")
+    def here(self, tmp_path: Path) -> StoragePath:
+        return storage_path(f"file://{tmp_path}/here")
 
 
 class TestS3(PlaceContract):
     @pytest.fixture
-    def here(self, s3_query: str, request: pytest.FixtureRequest) -> Place:
-        return place(f"s3://studies/{abs(hash(request.node.name))}?{s3_query}")
+    def here(self, s3_query: str, request: pytest.FixtureRequest) -> StoragePath:
+        return storage_path(f"s3://studies/{abs(hash(request.node.name))}?{s3_query}")
 
 
 class TestFsspec(PlaceContract):
     @pytest.fixture
-    def here(self, request: pytest.FixtureRequest) -> Place:
-        return place(f"memory://{abs(hash(request.node.name))}")
+    def here(self, request: pytest.FixtureRequest) -> StoragePath:
+        return storage_path(f"memory://{abs(hash(request.node.name))}")
 
 
 # --- errors ----------------------------------------------------------------------------------------------------
@@ -54,7 +54,7 @@ class TestFsspec(PlaceContract):
 )
 def test_credentials_in_a_url_are_refused_and_not_repeated(url: str) -> None:
     with pytest.raises(ConfigError, match="the URL holds credentials") as caught:
-        place(url)
+        storage_path(url)
     assert "verysecret" not in str(caught.value)
     assert "AKIAEXAMPLE" not in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -62,23 +62,25 @@ def test_credentials_in_a_url_are_refused_and_not_repeated(url: str) -> None:
 
 def test_a_misspelt_key_of_a_url_is_refused() -> None:
     with pytest.raises(ConfigError, match="unknown key 'endpoint'"):
-        place("s3://bucket/x?endpoint=localhost")
+        storage_path("s3://bucket/x?endpoint=localhost")
 
 
 def test_a_url_that_nothing_understands_is_refused() -> None:
     with pytest.raises(ConfigError, match="no known kind of storage"):
-        place("nowhere://bucket/x")
+        storage_path("nowhere://bucket/x")
 
 
 def test_a_bucket_that_does_not_exist_is_said_in_one_line(s3_query: str) -> None:
     with pytest.raises(StorageError, match="bucket does not exist"):
-        (place(f"s3://elsewhere/x?{s3_query}") / "file").write_bytes(b"x")
+        (storage_path(f"s3://elsewhere/x?{s3_query}") / "file").write_bytes(b"x")
 
 
 def test_a_store_that_does_not_answer_is_an_error_within_seconds() -> None:
     before = time.monotonic()
     with pytest.raises(StorageError, match="does not answer"):
-        (place("s3://studies/x?endpoint_override=127.0.0.1:9&scheme=http&region=us-east-1") / "file").write_bytes(b"x")
+        (
+            storage_path("s3://studies/x?endpoint_override=127.0.0.1:9&scheme=http&region=us-east-1") / "file"
+        ).write_bytes(b"x")
     assert time.monotonic() - before < 20
 
 
@@ -100,7 +102,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_full_disk_keeps_what_it_had(small_disk: Path) -> None:
-    target = place(small_disk) / "file"
+    target = storage_path(small_disk) / "file"
     target.write_bytes(b"old")
     with pytest.raises(StorageError, match=r"No space left on device.*Free some space"):
         target.write_bytes(bytes(100_000))
@@ -111,14 +113,14 @@ def test_a_full_disk_keeps_what_it_had(small_disk: Path) -> None:
 def test_a_read_only_disk_is_said_in_one_line(small_disk: Path) -> None:
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     with pytest.raises(StorageError, match="Read-only file system"):
-        (place(small_disk) / "file").write_bytes(b"x")
+        (storage_path(small_disk) / "file").write_bytes(b"x")
 
 
 def test_a_folder_that_cannot_be_put_in_place_leaves_the_old_one(small_disk: Path, tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
     (source / "state").write_bytes(b"1")
-    kept = place(small_disk) / "kept"
+    kept = storage_path(small_disk) / "kept"
     kept.upload(source, last="state")
     (source / "state").write_bytes(bytes(100_000))
     with pytest.raises(StorageError, match="No space left"):
@@ -131,4 +133,4 @@ def test_an_absolute_place_does_not_depend_on_the_current_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert storage.absolute(place("x")) == tmp_path / "x"
+    assert storage.absolute(storage_path("x")) == tmp_path / "x"

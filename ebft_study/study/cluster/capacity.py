@@ -26,11 +26,11 @@ class Node:
 
 
 @dataclass(frozen=True)
-class Machines:
+class ClusterCapacity:
     """Where the trials of a study run. `joined`: on a cluster that was there before, and stays."""
 
     nodes: tuple[Node, ...]
-    joined: bool = False
+    is_existing: bool = False
 
     @property
     def cpus(self) -> float:
@@ -40,19 +40,19 @@ class Machines:
     def gpus(self) -> float:
         return sum(node.gpus for node in self.nodes)
 
-    def without_gpus(self, taken: float) -> Machines:
+    def without_gpus(self, taken: float) -> ClusterCapacity:
         """What is left beside services; a GPU that is taken in part gives room to nobody else."""
         left, nodes = math.ceil(taken), []
         for node in sorted(self.nodes, key=lambda node: -node.gpus):
             here = min(left, int(node.gpus))
             nodes.append(Node(node.cpus, node.gpus - here, node.memory_bytes))
             left -= here
-        return Machines(tuple(nodes), self.joined)
+        return ClusterCapacity(tuple(nodes), self.is_existing)
 
 
-def this_machine(*, gpus: bool) -> Machines:
+def this_machine(*, gpus: bool) -> ClusterCapacity:
     """What this process may use; GPUs are looked for only where they are asked for, because that takes torch."""
-    return Machines((Node(cpu_count(), gpu_count() if gpus else 0),))
+    return ClusterCapacity((Node(cpu_count(), gpu_count() if gpus else 0),))
 
 
 def cpu_count() -> int:

@@ -15,7 +15,7 @@ from typing import Any
 
 from ebft_study.errors import ConfigError, rule_broken
 from ebft_study.paths import cache_folder
-from ebft_study.study.cluster.capacity import Machines, Node
+from ebft_study.study.cluster.capacity import ClusterCapacity, Node
 from ebft_study.study.cluster.own import ENVIRONMENT, dashboard_line
 
 OPTION = "--address"
@@ -52,7 +52,7 @@ def address_of(given: str | None) -> str | None:
 
 
 @contextlib.contextmanager
-def joined(address: str, *, study: str) -> Iterator[Machines]:
+def connected(address: str, *, study: str) -> Iterator[ClusterCapacity]:
     """Connected to the cluster at `address`; afterwards nothing of the study is left on it, and it goes on."""
     import ray
 
@@ -77,7 +77,7 @@ def joined(address: str, *, study: str) -> Iterator[Machines]:
             "cluster that asks for a token is joined with --address auto, or with RAY_AUTH_MODE=token",
         ) from None
     try:
-        yield machines()
+        yield capacity()
     finally:
         ray.shutdown()
 
@@ -91,23 +91,23 @@ def _environment() -> dict[str, str]:
     return {**own, **ray_train, **chdir, "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": start}
 
 
-def machines() -> Machines:
+def capacity() -> ClusterCapacity:
     """What the living nodes of the cluster have in all, whoever uses it at present."""
     import ray
 
     alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     nodes = (Node(r.get("CPU", 0.0), r.get("GPU", 0.0), r.get("memory", 0.0)) for r in alive)
-    return Machines(tuple(nodes), joined=True)
+    return ClusterCapacity(tuple(nodes), is_existing=True)
 
 
-def place(machines: Machines, at_once: int) -> dict[str, float]:
+def place(capacity: ClusterCapacity, concurrency: int) -> dict[str, float]:
     """What Tune reserves for the process of a trial, whose workers reserve their own CPUs and GPUs.
 
     Memory, which every cluster has without being told: Ray chooses the machine with the most of it left, so that
     trials' processes spread out; and a reservation binds nothing, so that it takes nothing from the workers.
     """
-    room = _LARGEST_PART * sum(node.memory_bytes for node in machines.nodes) / at_once
-    smallest = min(node.memory_bytes for node in machines.nodes)
+    room = _LARGEST_PART * sum(node.memory_bytes for node in capacity.nodes) / concurrency
+    smallest = min(node.memory_bytes for node in capacity.nodes)
     return {"memory": float(max(1, int(min(PROCESS_BYTES, room, smallest))))}
 
 

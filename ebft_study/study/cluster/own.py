@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import psutil
 
-from ebft_study.study.cluster.capacity import Machines, cpu_count, this_machine
+from ebft_study.study.cluster.capacity import ClusterCapacity, cpu_count, this_machine
 
 CLUSTER_DIED = "Ray's node process died"
 
@@ -63,7 +63,7 @@ def _is_raylet(process: psutil.Process) -> bool:
 
 
 @contextlib.contextmanager
-def reached(address: str | None, *, study: str, gpus: bool) -> Iterator[Machines]:
+def reached(address: str | None, *, study: str, gpus: bool) -> Iterator[ClusterCapacity]:
     """The machines on which a study will run: those of the cluster at `address`, connected to inside, or this one.
 
     Args:
@@ -76,8 +76,8 @@ def reached(address: str | None, *, study: str, gpus: bool) -> Iterator[Machines
         yield this_machine(gpus=gpus)
         return
     set_environment()
-    with existing.joined(address, study=study) as machines:
-        yield machines
+    with existing.connected(address, study=study) as capacity:
+        yield capacity
 
 
 @contextlib.contextmanager

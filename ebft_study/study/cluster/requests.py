@@ -8,12 +8,12 @@ from fractions import Fraction
 from typing import Any
 
 from ebft_study.config import RunConfig
-from ebft_study.study.cluster.capacity import Machines, this_machine
+from ebft_study.study.cluster.capacity import ClusterCapacity, this_machine
 from ebft_study.study.spec.study_spec import ResourcesSpec, StudySpec
 
 
 @dataclass(frozen=True)
-class Need:
+class ResourceRequest:
     """What a trial of one kind takes: its processes, CPUs and GPUs of each, and GPUs of an engine of its own."""
 
     processes: int
@@ -25,43 +25,43 @@ class Need:
     def all_gpus(self) -> float:
         return self.processes * self.gpus + self.engine_gpus
 
-    def fit(self, machines: Machines) -> int:
+    def fit(self, capacity: ClusterCapacity) -> int:
         """Trials of this kind side by side; 0 where not even one fits. Its processes may be on several machines."""
-        fits = sum(node.workers(self.cpus, self.gpus) for node in machines.nodes) // self.processes
+        fits = sum(node.workers(self.cpus, self.gpus) for node in capacity.nodes) // self.processes
         if not self.engine_gpus:
             return fits
-        return min(fits, int(machines.gpus / self.all_gpus + 1e-9))
+        return min(fits, int(capacity.gpus / self.all_gpus + 1e-9))
 
-    def share(self, machines: Machines) -> Fraction:
+    def share(self, capacity: ClusterCapacity) -> Fraction:
         """The part of the machines that one such trial takes; at most all of it."""
-        return Fraction(1, max(1, self.fit(machines)))
+        return Fraction(1, max(1, self.fit(capacity)))
 
 
-def most(needs: Iterable[Need], machines: Machines) -> int:
+def most(resource_requests: Iterable[ResourceRequest], capacity: ClusterCapacity) -> int:
     """Trials at a time if all are of the smallest kind; at least one."""
-    return max([1, *(need.fit(machines) for need in needs)])
+    return max([1, *(need.fit(capacity) for need in resource_requests)])
 
 
-def needs(resources: ResourcesSpec, runs: Sequence[RunConfig]) -> dict[Need, RunConfig | None]:
+def resource_requests(resources: ResourcesSpec, runs: Sequence[RunConfig]) -> dict[ResourceRequest, RunConfig | None]:
     """What trials take, by kind, each with a run that takes so much; that of no particular run where there is none."""
     if not runs:
         return {_need(resources, None): None}
-    found: dict[Need, RunConfig | None] = {}
+    found: dict[ResourceRequest, RunConfig | None] = {}
     for run in runs:
-        found.setdefault(need_of(resources, run), run)
+        found.setdefault(request_of(resources, run), run)
     return found
 
 
-def need_of(resources: ResourcesSpec, run: RunConfig) -> Need:
+def request_of(resources: ResourcesSpec, run: RunConfig) -> ResourceRequest:
     """What a trial with these settings takes, with an engine of its own."""
     return _need(resources.of(run), run)
 
 
-def _need(own: ResourcesSpec, run: RunConfig | None) -> Need:
+def _need(own: ResourcesSpec, run: RunConfig | None) -> ResourceRequest:
     engine = 0
     if run and own.gpus_per_worker and _is_apart(run) and run.vllm.engine_scope == "trial":
         engine = run.vllm.tensor_parallel_size
-    return Need(own.processes, own.cpus_per_worker, own.gpus_per_worker, engine)
+    return ResourceRequest(own.processes, own.cpus_per_worker, own.gpus_per_worker, engine)
 
 
 def wants_gpus(resources: ResourcesSpec) -> bool:
@@ -91,11 +91,11 @@ def _engine_of(run: RunConfig) -> tuple[Any, ...]:
     return (run.model, run.model_revision, run.training.precision, *vllm.values())
 
 
-def trials_at_once(spec: StudySpec, runs: Sequence[RunConfig], machines: Machines | None = None) -> int:
+def concurrent_trials(spec: StudySpec, runs: Sequence[RunConfig], capacity: ClusterCapacity | None = None) -> int:
     """As many as fit on the machines, if all are of the smallest kind, and as the budget allows.
 
     Engines and services take no CPU cores of their own: a trial waits while they work for it.
     """
-    machines = machines or this_machine(gpus=wants_gpus(spec.resources))
-    fits = most(needs(spec.resources, runs), machines.without_gpus(shared_gpus(spec.resources, runs)))
+    capacity = capacity or this_machine(gpus=wants_gpus(spec.resources))
+    fits = most(resource_requests(spec.resources, runs), capacity.without_gpus(shared_gpus(spec.resources, runs)))
     return min(fits, spec.budget.max_concurrent_trials or fits)

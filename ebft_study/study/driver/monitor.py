@@ -11,8 +11,8 @@ from typing import Any
 from ebft_study import config
 from ebft_study.results import StudyRecorder
 from ebft_study.results.lineage import EXPLOIT
-from ebft_study.study.folder.trial_states import EARLY_STOP, OPEN, Ending, TrialState, ending
-from ebft_study.study.spec.trials import Trial, spell
+from ebft_study.study.folder.trial_states import EARLY_STOP, OPEN, TrialResult, TrialState, trial_result
+from ebft_study.study.spec.trials import Trial, format_value
 from ebft_study.study.view.display import Display
 
 COUNTED = ("sequences_seen", "tokens_seen", "peak_memory_bytes")
@@ -95,21 +95,21 @@ class Monitor:
         state.status = "pending"
         self._record(trial_id, total_seconds=state.seconds)
 
-    def goes_on(self, trial_id: str) -> None:
+    def resumed(self, trial_id: str) -> None:
         """A place is free for a trial that waited."""
         if self._states[trial_id].status == "pending":
             self.started(trial_id)
 
-    def took_over(self, trial_id: str, attempt: int, details: Mapping[str, Any]) -> None:
+    def exploited(self, trial_id: str, attempt: int, details: Mapping[str, Any]) -> None:
         """The trial continues from another one's checkpoint with new settings, from `attempt` on."""
-        after = " ".join(f"{name}={spell(value)}" for name, value in details["after"].items())
+        after = " ".join(f"{name}={format_value(value)}" for name, value in details["after"].items())
         message = (
             f"at step {details['step']} goes on from {details['donor']}'s step {details['donor_step']} with {after}"
         )
         self._recorder.event(EXPLOIT, message, trial_id=trial_id, attempt=attempt, **details)
         self._changed(self._states[trial_id], message)
 
-    def ended(self, trial_id: str, outcome: Mapping[str, Any]) -> Ending:
+    def ended(self, trial_id: str, outcome: Mapping[str, Any]) -> TrialResult:
         """The trial is over. `outcome`: status, reason, and what `worker.train_worker` returned."""
         state = self._states[trial_id]
         status, reason = outcome["status"], outcome.get("reason", "")
@@ -122,7 +122,7 @@ class Monitor:
             self._recorder.event(status, reason, trial_id=trial_id, attempt=state.attempt)
         self._changed(state, f"{status}{f' ({reason})' if reason else ''}")
         value, *further = (state.metrics.get(name, math.nan) for name in (self._objective, *self._further))
-        return ending(status, reason, value, state.step, tuple(further))
+        return trial_result(status, reason, value, state.step, tuple(further))
 
     def interrupted(self, reason: str) -> None:
         """The driver ends before these trials; `resume` continues them."""

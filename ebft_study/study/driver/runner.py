@@ -19,9 +19,9 @@ from ebft_study import report
 from ebft_study.config import RunConfig
 from ebft_study.errors import EbftError, ResultsError, rule_broken
 from ebft_study.results import copies
-from ebft_study.storage import Location, Place, absolute, place
+from ebft_study.storage import Location, StoragePath, absolute, storage_path
 from ebft_study.study.cluster import own, requests
-from ebft_study.study.cluster.capacity import Machines
+from ebft_study.study.cluster.capacity import ClusterCapacity
 from ebft_study.study.cluster.own import CLUSTER_DIED
 from ebft_study.study.cluster.watchdog import CLUSTER_GONE
 from ebft_study.study.driver.session import STORAGE_FAILED
@@ -37,13 +37,13 @@ INTERRUPTED = 130
 
 
 @dataclass(frozen=True)
-class Ended:
+class StudyResult:
     """How a session of a study ended. `reason` is empty when every trial is over."""
 
-    folder: Place
+    folder: StoragePath
     states: dict[str, TrialState]
     reason: str = ""
-    report: Path | Place | None = None
+    report: Path | StoragePath | None = None
 
     @property
     def address(self) -> str:
@@ -68,45 +68,49 @@ def run(
     profile: str | None,
     storage: Location,
     console: Console,
-    go_on: bool = False,
+    resume_existing: bool = False,
     address: str | None = None,
-) -> Ended:
+) -> StudyResult:
     """Run a study from its beginning; with `go_on`, continue it where an earlier session left it.
 
     Args:
         address: of a Ray cluster to join, instead of one of its own on this machine.
     """
-    folder = absolute(place(storage)) / spec.study
+    folder = absolute(storage_path(storage)) / spec.study
     _check_place(folder, spec)
     if copies.either_exists(folder / study_yaml.NAME):
-        return _existing(folder, spec, console, go_on, address)
+        return _existing(folder, spec, console, resume_existing, address)
     configurations = checks.check(spec, str(file))
-    with _occupied(folder, spec, configurations, address) as (machines, held):
+    with _occupied(folder, spec, configurations, address) as (capacity, held):
         provenance = _prepare(configurations, console)
         study_yaml.write(folder, spec, profile=profile, file=file, provenance=provenance)
-        return _session(folder, spec, configurations, History({}, {}, {}), console, machines, held)
+        return _session(folder, spec, configurations, History({}, {}, {}), console, capacity, held)
 
 
-def resume(location: Location, *, console: Console, retry_failed: bool = False, address: str | None = None) -> Ended:
+def resume(
+    location: Location, *, console: Console, retry_failed: bool = False, address: str | None = None
+) -> StudyResult:
     """Continue a study from its folder alone."""
-    folder = absolute(place(location))
+    folder = absolute(storage_path(location))
     spec = study_yaml.read(folder)
     configurations = checks.check(spec, str(folder / study_yaml.NAME))
-    with _occupied(folder, spec, configurations, address) as (machines, held):
+    with _occupied(folder, spec, configurations, address) as (capacity, held):
         for problem in history.problems(folder):
             console.print(f"note: {problem}", markup=False, highlight=False, soft_wrap=True)
         past = _past(folder, spec)
         if retry_failed:
             failed = [trial_id for trial_id, state in past.states.items() if state.status == "failed"]
-            endings = {i: e for i, e in past.endings.items() if i not in failed}
-            past = replace(past, endings=endings)
+            trial_results = {i: e for i, e in past.trial_results.items() if i not in failed}
+            past = replace(past, trial_results=trial_results)
         if _is_over(folder, spec, past):
             existing = folder / "report.html"
-            return Ended(folder, past.states, report=existing if existing.exists() else _write_report(folder, console))
+            return StudyResult(
+                folder, past.states, report=existing if existing.exists() else _write_report(folder, console)
+            )
         for change in study_yaml.changed_versions(folder):
             console.print(f"note: the study was started with {change}", markup=False, highlight=False)
         _prepare(configurations, console)
-        return _session(folder, spec, configurations, past, console, machines, held)
+        return _session(folder, spec, configurations, past, console, capacity, held)
 
 
 def extend(
@@ -117,18 +121,18 @@ def extend(
     storage: Location,
     console: Console,
     address: str | None = None,
-) -> Ended:
+) -> StudyResult:
     """Give an existing study the further trials or steps that its file now asks for, and run them."""
-    folder = absolute(place(storage)) / spec.study
+    folder = absolute(storage_path(storage)) / spec.study
     configurations = checks.check(spec, str(file))
     spec = extending.extended(study_yaml.read(folder), spec, configurations, str(file))
-    with _occupied(folder, spec, configurations, address) as (machines, held):
+    with _occupied(folder, spec, configurations, address) as (capacity, held):
         provenance = _prepare(configurations, console)
         study_yaml.write(folder, spec, profile=profile, file=file, provenance=provenance)
-        return _session(folder, spec, configurations, _past(folder, spec), console, machines, held)
+        return _session(folder, spec, configurations, _past(folder, spec), console, capacity, held)
 
 
-def _check_place(folder: Place, spec: StudySpec) -> None:
+def _check_place(folder: StoragePath, spec: StudySpec) -> None:
     """What only a disk can do."""
     if spec.scheduler.kind == "pbt" and folder.local is None:
         raise rule_broken(
@@ -142,37 +146,39 @@ def _check_place(folder: Place, spec: StudySpec) -> None:
 
 @contextlib.contextmanager
 def _occupied(
-    folder: Place, spec: StudySpec, runs: Sequence[RunConfig], address: str | None
-) -> Iterator[tuple[Machines, lock.Held]]:
+    folder: StoragePath, spec: StudySpec, runs: Sequence[RunConfig], address: str | None
+) -> Iterator[tuple[ClusterCapacity, lock.LockHandle]]:
     """The machines of a study, found fit for each of its trials, and its lock."""
-    with own.reached(address, study=spec.study, gpus=requests.wants_gpus(spec.resources)) as machines:
-        checks.check_machine(spec, runs, machines)
+    with own.reached(address, study=spec.study, gpus=requests.wants_gpus(spec.resources)) as capacity:
+        checks.check_machine(spec, runs, capacity)
         with lock.hold(folder, record=study_yaml.NAME) as held:
-            _check_cluster(folder, spec, runs, machines)
-            yield machines, held
+            _check_cluster(folder, spec, runs, capacity)
+            yield capacity, held
 
 
-def _check_cluster(folder: Place, spec: StudySpec, runs: Sequence[RunConfig], machines: Machines) -> None:
+def _check_cluster(folder: StoragePath, spec: StudySpec, runs: Sequence[RunConfig], capacity: ClusterCapacity) -> None:
     """What only a cluster that others started may lack."""
-    if machines.joined:
+    if capacity.is_existing:
         from ebft_study.study.cluster import existing
 
-        checks.check_population(spec, runs, machines)
+        checks.check_population(spec, runs, capacity)
         existing.check(folder.local)
         if spec.resources.has_workers:
             existing.check_dashboard()
 
 
-def _existing(folder: Place, spec: StudySpec, console: Console, go_on: bool, address: str | None) -> Ended:
+def _existing(
+    folder: StoragePath, spec: StudySpec, console: Console, resume_existing: bool, address: str | None
+) -> StudyResult:
     recorded = study_yaml.read(folder)
     different = extending.differences(recorded, spec)
     if different:
         shown = "; ".join(different[:3]) + (f"; and {len(different) - 3} more" if len(different) > 3 else "")
         raise ResultsError(f"{folder}: holds a study of this name with other settings ({shown}). Choose another --name")
-    if go_on:
+    if resume_existing:
         return resume(folder, console=console, address=address)
     past = _past(folder, recorded)
-    known_as = Ended(folder, past.states).address
+    known_as = StudyResult(folder, past.states).address
     if _is_over(folder, recorded, past):
         raise ResultsError(
             f"{folder}: this study is finished. See 'ebft-study status {known_as}', or use another --name"
@@ -180,14 +186,14 @@ def _existing(folder: Place, spec: StudySpec, console: Console, go_on: bool, add
     raise ResultsError(f"{folder}: this study was started before. Continue it with 'ebft-study resume {known_as}'")
 
 
-def _past(folder: Place, spec: StudySpec) -> History:
+def _past(folder: StoragePath, spec: StudySpec) -> History:
     """What earlier sessions left on record; trials that were given more steps since are open again."""
     return extending.reopened(spec, history.read(folder, spec.objective.metric, spec.objective.further_metrics))
 
 
-def _is_over(folder: Place, spec: StudySpec, past: History) -> bool:
+def _is_over(folder: StoragePath, spec: StudySpec, past: History) -> bool:
     known = trials.listed(spec)
-    if any(trial.trial_id not in past.endings for trial in known):
+    if any(trial.trial_id not in past.trial_results for trial in known):
         return False
     return spec.search.algorithm != "optuna" or journal.is_over(spec, folder)
 
@@ -201,21 +207,21 @@ def _prepare(configurations: Sequence[RunConfig], console: Console) -> dict[str,
 
 
 def _session(
-    folder: Place,
+    folder: StoragePath,
     spec: StudySpec,
     runs: Sequence[RunConfig],
     past: History,
     console: Console,
-    machines: Machines,
-    held: lock.Held,
-) -> Ended:
+    capacity: ClusterCapacity,
+    held: lock.LockHandle,
+) -> StudyResult:
     from ebft_study.study.driver.session import run_session
 
-    reason = run_session(folder, spec, runs, past, console, machines, held)
-    return Ended(folder, past.states, reason, _write_report(folder, console))
+    reason = run_session(folder, spec, runs, past, console, capacity, held)
+    return StudyResult(folder, past.states, reason, _write_report(folder, console))
 
 
-def _write_report(folder: Place, console: Console) -> Path | Place | None:
+def _write_report(folder: StoragePath, console: Console) -> Path | StoragePath | None:
     """The report; one that cannot be written (no trial has results yet) does not spoil the study."""
     try:
         return report.write_report(folder)

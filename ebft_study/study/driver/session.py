@@ -17,15 +17,15 @@ from ebft_study import results
 from ebft_study.config import RunConfig
 from ebft_study.errors import EbftError, StorageError
 from ebft_study.report import planned
-from ebft_study.storage import Place
+from ebft_study.storage import StoragePath
 from ebft_study.study.cluster import own, requests
-from ebft_study.study.cluster.capacity import Machines
+from ebft_study.study.cluster.capacity import ClusterCapacity
 from ebft_study.study.cluster.watchdog import CLUSTER_GONE, watching_the_cluster
 from ebft_study.study.driver import services
 from ebft_study.study.driver.background_compaction import housekeeping
 from ebft_study.study.driver.monitor import Monitor
 from ebft_study.study.folder.history import History
-from ebft_study.study.folder.lock import Held
+from ebft_study.study.folder.lock import LockHandle
 from ebft_study.study.forecast import expected
 from ebft_study.study.population import exploit, explore
 from ebft_study.study.resolving import feature_plan
@@ -43,13 +43,13 @@ STORAGE_FAILED = "the study's storage failed"
 
 
 def run_session(
-    folder: Place,
+    folder: StoragePath,
     spec: StudySpec,
     runs: Sequence[RunConfig],
     past: History,
     console: Console,
-    machines: Machines,
-    held: Held | None = None,
+    capacity: ClusterCapacity,
+    held: LockHandle | None = None,
 ) -> str:
     """Run what is left of a study; `past.states` is kept up to date. Returns why it ended early, '' if it did not.
 
@@ -59,48 +59,50 @@ def run_session(
         held: the study's lock; the session ends when it is lost.
     """
     own.set_environment()
-    from ebft_study.study.driver.tune_hooks import StopWish
+    from ebft_study.study.driver.tune_hooks import StudyStopper
 
     if folder.local:
         exploit.tidy(folder.local)
     recorder = results.StudyRecorder(folder, study=spec.study)
     monitor = Monitor(recorder, past.states, spec.objective.metric, spec.objective.further_metrics)
-    at_once = requests.trials_at_once(spec, runs, machines)
-    search = _admitted(_search(folder, spec, past, monitor, at_once), spec, runs, machines)
-    plan = display.Plan(trials.number_of_trials(spec), at_once, _announce(folder, spec, at_once, recorder, console))
+    concurrency = requests.concurrent_trials(spec, runs, capacity)
+    search = _admitted(_search(folder, spec, past, monitor, concurrency), spec, runs, capacity)
+    plan = display.Plan(
+        trials.number_of_trials(spec), concurrency, _announce(folder, spec, concurrency, recorder, console)
+    )
     columns = tuple(dict.fromkeys(("ce_loss", "cfm_loss", *(one.metric for one in spec.objective.all))))
-    watch = rules.Watch(spec.stopping, spec.objective, past.evaluations)
-    wish = StopWish(spec.budget.max_hours, (lambda: True) if machines.joined else own.node_is_alive, watch)
+    watch = rules.RuleMonitor(spec.stopping, spec.objective, past.evaluations)
+    stopper = StudyStopper(spec.budget.max_hours, (lambda: True) if capacity.is_existing else own.node_is_alive, watch)
     if held is not None:
-        held.on_lost(wish.wish)
-    with _signals(wish.wish):
+        held.on_lost(stopper.request_stop)
+    with _signals(stopper.request_stop):
         monitor.display = display.display(console, columns, past.states, title=spec.study, plan=plan)
         monitor.note("session", f"{spec.study}: {display.summary(list(past.states.values()), plan)}")
         try:
-            with _watched(machines, wish, monitor, folder), housekeeping(folder, monitor.number_ended):
-                _tune(folder, spec, past, runs, search, monitor, wish, plan.at_once, machines)
+            with _watched(capacity, stopper, monitor, folder), housekeeping(folder, monitor.number_ended):
+                _tune(folder, spec, past, runs, search, monitor, stopper, plan.concurrency, capacity)
         except StorageError as error:  # of the driver itself; what trials meet comes as a wish
-            wish.wish(f"{STORAGE_FAILED}: {error}")
+            stopper.request_stop(f"{STORAGE_FAILED}: {error}")
         except BaseException as error:
-            wish.wish(f"the driver failed: {type(error).__name__}: {error}")
+            stopper.request_stop(f"the driver failed: {type(error).__name__}: {error}")
             raise
         finally:
-            _wind_up(folder, monitor, wish)
-    return str(wish.reason)
+            _wind_up(folder, monitor, stopper)
+    return str(stopper.reason)
 
 
-def _wind_up(folder: Place, monitor: Monitor, wish: Any) -> None:
+def _wind_up(folder: StoragePath, monitor: Monitor, stopper: Any) -> None:
     """Leave a study that can be resumed, as far as its place still takes anything."""
     try:
-        monitor.interrupted(wish.reason or "the driver ended")
+        monitor.interrupted(stopper.reason or "the driver ended")
         results.compact(folder)
     except StorageError as error:
-        wish.wish(f"{STORAGE_FAILED}: {error}")
+        stopper.request_stop(f"{STORAGE_FAILED}: {error}")
     if monitor.display:
         monitor.display.close()
 
 
-def _search(folder: Place, spec: StudySpec, past: History, monitor: Monitor, places: int) -> Search:
+def _search(folder: StoragePath, spec: StudySpec, past: History, monitor: Monitor, places: int) -> Search:
     """The trials that have not ended, in order; all that are known by now go on record as pending."""
     if spec.search.algorithm == "optuna":
 
@@ -108,25 +110,25 @@ def _search(folder: Place, spec: StudySpec, past: History, monitor: Monitor, pla
             monitor.note("refused", f"{label}: {problem}")
 
         working = journal.fetch(folder)
-        mended = journal.mend(spec, working, results.read_table(folder, "trials"))
-        if mended:
-            monitor.note("damaged", mended)
-        return journal.Kept(OptunaSearch(spec, working, past.endings, refused), working, folder)
-    waiting = [t for t in trials.listed(spec) if t.trial_id not in past.endings]
+        repaired = journal.repair(spec, working, results.read_table(folder, "trials"))
+        if repaired:
+            monitor.note("damaged", repaired)
+        return journal.SyncedSearch(OptunaSearch(spec, working, past.trial_results, refused), working, folder)
+    waiting = [t for t in trials.listed(spec) if t.trial_id not in past.trial_results]
     monitor.all_planned(waiting)
     return PopulationSearch(waiting, places=places) if spec.scheduler.kind == "pbt" else ListedSearch(waiting)
 
 
-def _admitted(search: Search, spec: StudySpec, runs: Sequence[RunConfig], machines: Machines) -> Search:
+def _admitted(search: Search, spec: StudySpec, runs: Sequence[RunConfig], capacity: ClusterCapacity) -> Search:
     """The search, with large trials in their turn; where all are of one size, Ray's order is that of the search."""
-    if len(requests.needs(spec.resources, runs)) == 1:
+    if len(requests.resource_requests(spec.resources, runs)) == 1:
         return search
-    left = machines.without_gpus(requests.shared_gpus(spec.resources, runs))
-    return Admission(search, lambda trial: requests.need_of(spec.resources, trial.run).share(left))
+    left = capacity.without_gpus(requests.shared_gpus(spec.resources, runs))
+    return Admission(search, lambda trial: requests.request_of(spec.resources, trial.run).share(left))
 
 
 def _announce(
-    folder: Place, spec: StudySpec, at_once: int, recorder: results.StudyRecorder, console: Console
+    folder: StoragePath, spec: StudySpec, concurrency: int, recorder: results.StudyRecorder, console: Console
 ) -> float | None:
     """Say what the study is expected to take, on record once, and where its search can be watched.
 
@@ -138,7 +140,7 @@ def _announce(
     if planned.EVENT in set(results.read_table(folder, "events")["kind"]):
         return None
     with contextlib.suppress(EbftError, OSError):  # a study is no worse without
-        forecast = expected.forecast(spec, storage=folder.parent, at_once=at_once)
+        forecast = expected.forecast(spec, storage=folder.parent, concurrency=concurrency)
         if forecast is not None:
             recorder.event(planned.EVENT, expected.message(forecast), **forecast)
             console.print(f"planned: {expected.message(forecast)}", markup=False, highlight=False)
@@ -147,9 +149,9 @@ def _announce(
 
 
 @contextlib.contextmanager
-def _watched(machines: Machines, wish: Any, monitor: Monitor, folder: Place) -> Iterator[None]:
+def _watched(capacity: ClusterCapacity, stopper: Any, monitor: Monitor, folder: StoragePath) -> Iterator[None]:
     """A cluster that was joined may go away by itself, and Ray would end this process then without a word."""
-    if not machines.joined:
+    if not capacity.is_existing:
         yield
         return
 
@@ -157,20 +159,20 @@ def _watched(machines: Machines, wish: Any, monitor: Monitor, folder: Place) -> 
         monitor.interrupted(CLUSTER_GONE)
         monitor.note("interrupted", f"{CLUSTER_GONE}; resume with: ebft-study resume {folder}")
 
-    with watching_the_cluster(lambda: wish.wish(CLUSTER_GONE), last_words):
+    with watching_the_cluster(lambda: stopper.request_stop(CLUSTER_GONE), last_words):
         yield
 
 
 def _tune(
-    folder: Place,
+    folder: StoragePath,
     spec: StudySpec,
     past: History,
     runs: Sequence[RunConfig],
     search: Search,
     monitor: Monitor,
-    wish: Any,
-    at_once: int,
-    machines: Machines,
+    stopper: Any,
+    concurrency: int,
+    capacity: ClusterCapacity,
 ) -> None:
     """Start Ray, unless it was joined, and let Tune run the search to its end, or until `wish` says stop."""
     import ray.tune
@@ -179,14 +181,14 @@ def _tune(
     from ebft_study.study.driver.trial import run_trial, trial_resources
     from ebft_study.study.driver.tune_hooks import Observer, StudySearcher
 
-    plan = feature_plan.plan_features(runs, spec.resources, at_once=at_once)
+    plan = feature_plan.plan_features(runs, spec.resources, concurrency=concurrency)
     if plan.reason:
         monitor.note("features", plan.reason)
     feature_plan.check_cache(runs, plan, spec.resources)
     shared = services.StudyServices(spec.resources, plan, runs)
     lines, take_turns = exploit.lines(folder), spec.scheduler.kind == "pbt"
     # Ray's start puts a handler of its own for SIGTERM in place of ours, which ends the process there and then.
-    with _ray(spec, machines, at_once, plan.travelling_bytes) as place, _signals(wish.wish):
+    with _ray(spec, capacity, concurrency, plan.travelling_bytes) as place, _signals(stopper.request_stop):
         monitor.say(own.dashboard_line())
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
         post = relay.start()
@@ -201,9 +203,9 @@ def _tune(
             shared.released(owner)
 
         def give_up(reason: str) -> None:
-            wish.wish(f"{STORAGE_FAILED}: {reason}")
+            stopper.request_stop(f"{STORAGE_FAILED}: {reason}")
 
-        scheduler = _scheduler(folder, spec, runs, past, monitor, at_once, released)
+        scheduler = _scheduler(folder, spec, runs, past, monitor, concurrency, released)
         tuner = ray.tune.Tuner(
             ray.tune.with_resources(run_trial, resources_of),
             tune_config=ray.tune.TuneConfig(
@@ -215,7 +217,7 @@ def _tune(
                 ),
                 scheduler=scheduler,
                 num_samples=-1,
-                max_concurrent_trials=trials.number_of_trials(spec) if take_turns else at_once,
+                max_concurrent_trials=trials.number_of_trials(spec) if take_turns else concurrency,
                 reuse_actors=False,
                 trial_name_creator=_trial_name,
                 trial_dirname_creator=_trial_name,
@@ -224,8 +226,8 @@ def _tune(
                 name=time.strftime("%Y%m%d-%H%M%S"),
                 **(folder / "tune").for_ray,
                 verbose=0,
-                stop=wish,
-                callbacks=[Observer(search, monitor, released, _reasons(wish.watch, scheduler), give_up)],
+                stop=stopper,
+                callbacks=[Observer(search, monitor, released, _reasons(stopper.watch, scheduler), give_up)],
                 failure_config=ray.tune.FailureConfig(max_failures=spec.resources.max_failures),
                 checkpoint_config=ray.tune.CheckpointConfig(num_to_keep=3),
             ),
@@ -238,16 +240,18 @@ def _tune(
 
 
 @contextlib.contextmanager
-def _ray(spec: StudySpec, machines: Machines, at_once: int, travelling_bytes: float) -> Iterator[dict[str, float]]:
+def _ray(
+    spec: StudySpec, capacity: ClusterCapacity, concurrency: int, travelling_bytes: float
+) -> Iterator[dict[str, float]]:
     """Ray runs; yields what a trial takes of it as its place."""
-    if machines.joined:
+    if capacity.is_existing:
         from ebft_study.study.cluster import existing
 
-        yield existing.place(machines, at_once)
+        yield existing.place(capacity, concurrency)
         return
     # Ray frees the places of a stopped trial's workers only after asking the dashboard whether their controller lives.
     dashboard = spec.resources.has_workers
-    with own.running(namespace=spec.study, places=at_once, dashboard=dashboard, travelling_bytes=travelling_bytes):
+    with own.running(namespace=spec.study, places=concurrency, dashboard=dashboard, travelling_bytes=travelling_bytes):
         yield {"slot": 1}
 
 
@@ -256,7 +260,7 @@ def _trial_name(trial: Any) -> str:
 
 
 def _scheduler(
-    folder: Place,
+    folder: StoragePath,
     spec: StudySpec,
     runs: Sequence[RunConfig],
     past: History,
@@ -279,13 +283,13 @@ def _scheduler(
     return StudyScheduler(spec, longest=longest, history=past.curves)
 
 
-def _reasons(watch: rules.Watch, scheduler: Any) -> ChainMap[str, str]:
+def _reasons(watch: rules.RuleMonitor, scheduler: Any) -> ChainMap[str, str]:
     """Why trials were stopped; a rule for single trials is asked before the scheduler."""
     return ChainMap(watch.reasons, getattr(scheduler, "reasons", {}))
 
 
 def _settings(
-    folder: Place, spec: StudySpec, shared: services.StudyServices, trial: Trial, line: exploit.Line | None
+    folder: StoragePath, spec: StudySpec, shared: services.StudyServices, trial: Trial, line: exploit.Lineage | None
 ) -> dict[str, Any]:
     """What a trial's processes are told: plain values only. What it shares with others is started.
 
@@ -314,12 +318,12 @@ def _settings(
 
 
 @contextlib.contextmanager
-def _signals(wish: Any) -> Iterator[None]:
+def _signals(stopper: Any) -> Iterator[None]:
     """The first Ctrl-C, or a polite kill, asks the study to stop; the next Ctrl-C ends it at once."""
 
     def handle(number: int, frame: Any) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        wish("Ctrl-C" if number == signal.SIGINT else "Ctrl-C (terminated)")
+        stopper("Ctrl-C" if number == signal.SIGINT else "Ctrl-C (terminated)")
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -27,13 +27,13 @@ COLUMNS = ("ce_loss", "cfm_loss", "reward")
 _MAY_GROW = "run.training.steps:"
 
 
-def run_single(run: RunConfig, *, file: Path, folder: Path, go_on: bool, console: Console) -> str:
+def run_single(run: RunConfig, *, file: Path, folder: Path, resume_existing: bool, console: Console) -> str:
     """Train `run` in this process; returns its status. `go_on`: from the newest checkpoint in `folder`, if any."""
     from ebft_study.training.prepare import prepare
 
     folder = folder.resolve()
     spec = StudySpec(study=run.name, question=f"A single run of {file.name}.", run=nested(run), seeds=(run.seed,))
-    _check_folder(folder, spec, go_on)
+    _check_folder(folder, spec, resume_existing)
     provenance = prepare([run])
     folder.mkdir(parents=True, exist_ok=True)
     study_yaml.write(folder, spec, profile=None, file=file, provenance=provenance)
@@ -65,7 +65,7 @@ def _services(run: RunConfig, monitor: Monitor) -> Iterator[None]:
     own.set_environment()
     _check_gpus(run, choose_device(run).type)
     resources = ResourcesSpec()
-    plan = feature_plan.plan_features([run], resources, at_once=1)
+    plan = feature_plan.plan_features([run], resources, concurrency=1)
     feature_plan.check_cache([run], plan, resources)
     with own.running(namespace=run.name, places=1, dashboard=False, travelling_bytes=plan.travelling_bytes):
         shared = services.StudyServices(resources, plan)
@@ -110,7 +110,7 @@ def _train(run: RunConfig, folder: Path, monitor: Monitor) -> dict[str, Any]:
     return train_recorded(run, this, on_report=on_report)
 
 
-def _check_folder(folder: Path, spec: StudySpec, go_on: bool) -> None:
+def _check_folder(folder: Path, spec: StudySpec, resume_existing: bool) -> None:
     """Refuse a folder that holds another run, or the same one without being asked to go on."""
     if not (folder / study_yaml.NAME).exists():
         return
@@ -121,5 +121,5 @@ def _check_folder(folder: Path, spec: StudySpec, go_on: bool) -> None:
         raise ResultsError(
             f"{folder}: holds a run with other settings ({'; '.join(different[:3])}). Use another --output"
         )
-    if not go_on:
+    if not resume_existing:
         raise ResultsError(f"{folder}: holds this run already. Add --resume to continue it, or use another --output")

@@ -32,7 +32,7 @@ from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 
 from ebft_study.config import RunConfig
 from ebft_study.errors import EbftError, StorageError
-from ebft_study.storage import Place, explained, place
+from ebft_study.storage import StoragePath, storage_errors, storage_path
 from ebft_study.study.driver import relay
 from ebft_study.study.folder import attempts
 from ebft_study.study.population import exploit
@@ -41,7 +41,7 @@ from ebft_study.training import checkpoint
 from ebft_study.training.recorded import Attempt, train_recorded
 from ebft_study.training.worker import train_worker
 
-Report = Callable[[dict[str, Any], Place | None], None]
+Report = Callable[[dict[str, Any], StoragePath | None], None]
 
 _POINTER = "pointer.json"
 _END = "end"
@@ -75,7 +75,7 @@ def run_trial(settings: dict[str, Any]) -> None:
 
 
 def _run_attempt(settings: dict[str, Any]) -> None:
-    study_folder, trial_id = place(settings["study_folder"]), settings["trial_id"]
+    study_folder, trial_id = storage_path(settings["study_folder"]), settings["trial_id"]
     start_from = _checkpoint_to_start_from(study_folder, trial_id, settings["line"])
     number = attempts.begin(study_folder, trial_id)
     attempt = Attempt(
@@ -89,11 +89,11 @@ def _run_attempt(settings: dict[str, Any]) -> None:
     since = settings["line"]["attempt"] if settings["line"] else 0
     objective = ObjectiveSpec.model_validate(settings["objective"])
 
-    def report(metrics: dict[str, Any], kept: Place | None) -> None:
+    def report(metrics: dict[str, Any], kept: StoragePath | None) -> None:
         last.update(metrics)
         if kept is not None:
             last["best_checkpoint"] = attempts.prune(study_folder, trial_id, keep, objective, since=since)
-        with explained(study_folder):
+        with storage_errors(study_folder):
             _report({**last, "attempt": number}, kept)
 
     outcome = fit(settings, attempt, report)
@@ -126,7 +126,9 @@ def _fit_here(settings: dict[str, Any], attempt: Attempt, report: Report) -> dic
     trainer = TorchTrainer(
         train,
         scaling_config=ray.train.ScalingConfig(num_workers=0),
-        run_config=ray.train.RunConfig(name=own.name, storage_path=str(place(attempt.study_folder).beside / "train")),
+        run_config=ray.train.RunConfig(
+            name=own.name, storage_path=str(storage_path(attempt.study_folder).local_dir / "train")
+        ),
     )
     try:
         return dict(trainer.fit().return_value)
@@ -171,7 +173,7 @@ def _trainer(settings: dict[str, Any], attempt: Attempt, box: str) -> TorchTrain
         ),
         run_config=ray.train.RunConfig(
             name=box,
-            **(place(attempt.study_folder) / "train").for_ray,
+            **(storage_path(attempt.study_folder) / "train").for_ray,
             callbacks=[Bridge(box)],  # all checkpoints stay for Ray, which knows one order only; `attempts` prunes
             # Retries are Tune's alone: with both, a trial would be tried (a+1)(b+1) times. A group that cannot
             # start is tried three times, and not for ever.
@@ -204,10 +206,10 @@ class _Fitting:
         """What the loop returned; a failure that only the user can mend counts as an outcome, a crash is raised."""
         if self._error is None:
             return self._returned
-        mendable = _mendable(self._error)
-        if mendable is None:
+        user_error = _user_error(self._error)
+        if user_error is None:
             raise self._error
-        return _failed(mendable)
+        return _failed(user_error)
 
     def _fit(self) -> None:
         try:
@@ -226,7 +228,7 @@ def _failed(error: EbftError) -> dict[str, Any]:
     return {"status": "interrupted" if isinstance(error, StorageError) else "failed", "reason": str(error)}
 
 
-def _mendable(error: BaseException) -> EbftError | None:
+def _user_error(error: BaseException) -> EbftError | None:
     """The user's error among the errors of the workers, if there is one."""
     for failure in getattr(error, "worker_failures", {}).values():
         if isinstance(failure, EbftError):
@@ -234,7 +236,7 @@ def _mendable(error: BaseException) -> EbftError | None:
     return None
 
 
-def _report(metrics: dict[str, Any], kept: Place | None) -> None:
+def _report(metrics: dict[str, Any], kept: StoragePath | None) -> None:
     """Report to Tune; its checkpoint is a pointer to the one that Train keeps."""
     if kept is None:
         ray.tune.report(metrics)
@@ -244,7 +246,9 @@ def _report(metrics: dict[str, Any], kept: Place | None) -> None:
         ray.tune.report(metrics, checkpoint=ray.tune.Checkpoint.from_directory(folder))
 
 
-def _checkpoint_to_start_from(study_folder: Place, trial_id: str, line: dict[str, Any] | None) -> Place | None:
+def _checkpoint_to_start_from(
+    study_folder: StoragePath, trial_id: str, line: dict[str, Any] | None
+) -> StoragePath | None:
     """Where Tune's pointer leads (a retry), else the newest complete checkpoint (a resumed study).
 
     A trial that took over another's state finds it on disk; Tune's pointer may lead to what it had before.
@@ -252,7 +256,7 @@ def _checkpoint_to_start_from(study_folder: Place, trial_id: str, line: dict[str
     pointer = ray.tune.get_checkpoint() if line is None else None
     if pointer is not None:
         with pointer.as_directory() as folder:
-            target = place(json.loads(Path(folder, _POINTER).read_text())["path"])
+            target = storage_path(json.loads(Path(folder, _POINTER).read_text())["path"])
         if checkpoint.step_of(target) is not None:
             return target
     return exploit.start_from(study_folder, trial_id, line)

@@ -20,7 +20,7 @@ from ebft_study.study.driver.monitor import Monitor
 from ebft_study.study.folder.trial_states import EARLY_STOP
 from ebft_study.study.search.listed import Search
 from ebft_study.study.spec.trials import Trial
-from ebft_study.study.stopping.rules import Watch
+from ebft_study.study.stopping.rules import RuleMonitor
 
 Settings = dict[str, Any]
 _ALIVE_SECONDS = 3.0
@@ -76,7 +76,7 @@ class Observer(Callback):  # type: ignore[misc]
         self._reasons, self._give_up = {} if reasons is None else reasons, give_up
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._monitor.goes_on(_id(trial))
+        self._monitor.resumed(_id(trial))
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
@@ -110,11 +110,11 @@ class Observer(Callback):  # type: ignore[misc]
         return {}
 
 
-class StopWish(Stopper):  # type: ignore[misc]
+class StudyStopper(Stopper):  # type: ignore[misc]
     """Ends the whole study when asked to, or when its time is over."""
 
     def __init__(
-        self, max_hours: float | None, alive: Callable[[], bool] = lambda: True, watch: Watch | None = None
+        self, max_hours: float | None, alive: Callable[[], bool] = lambda: True, watch: RuleMonitor | None = None
     ) -> None:
         """
         Args:
@@ -125,7 +125,7 @@ class StopWish(Stopper):  # type: ignore[misc]
         self._alive, self._asked = alive, time.monotonic()
         self._deadline = time.monotonic() + max_hours * 3600 if max_hours else None
 
-    def wish(self, reason: str) -> None:
+    def request_stop(self, reason: str) -> None:
         self.reason = self.reason or reason
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
@@ -136,11 +136,11 @@ class StopWish(Stopper):  # type: ignore[misc]
 
     def stop_all(self) -> bool:
         if self._deadline is not None and time.monotonic() >= self._deadline:
-            self.wish("budget.max_hours is used up")
+            self.request_stop("budget.max_hours is used up")
         if time.monotonic() - self._asked > _ALIVE_SECONDS:
             self._asked = time.monotonic()
             if not self._alive():
-                self.wish(CLUSTER_DIED)
+                self.request_stop(CLUSTER_DIED)
         return bool(self.reason)
 
     def __getstate__(self) -> dict[str, Any]:

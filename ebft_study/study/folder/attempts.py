@@ -10,21 +10,21 @@ import re
 from pathlib import Path
 
 from ebft_study.config import CheckpointConfig
-from ebft_study.storage import Location, Place, explained, in_parallel, place
+from ebft_study.storage import Location, StoragePath, in_parallel, storage_errors, storage_path
 from ebft_study.study.spec.study_spec import ObjectiveSpec
 from ebft_study.training import checkpoint, retention
 
 _BEGUN = ".begun"
 
 
-def folder(study_folder: Location, trial_id: str, attempt: int) -> Place:
-    return place(study_folder) / "train" / f"{trial_id}-{attempt}"
+def folder(study_folder: Location, trial_id: str, attempt: int) -> StoragePath:
+    return storage_path(study_folder) / "train" / f"{trial_id}-{attempt}"
 
 
 def numbers(study_folder: Location, trial_id: str) -> list[int]:
     """The attempts that were started so far, in order."""
     pattern = re.compile(rf"{re.escape(trial_id)}-(\d+)")
-    names = (place(study_folder) / "train").names()
+    names = (storage_path(study_folder) / "train").names()
     return sorted(int(match[1]) for name in names if (match := pattern.fullmatch(name)))
 
 
@@ -37,7 +37,7 @@ def begin(study_folder: Location, trial_id: str) -> int:
         if own.local is None:  # stores have no empty folders, and the study's lock leaves one driver
             (own / _BEGUN).write_bytes(b"")
             return attempt
-        with explained(own):
+        with storage_errors(own):
             try:
                 own.local.mkdir(parents=True)
             except FileExistsError:
@@ -45,13 +45,13 @@ def begin(study_folder: Location, trial_id: str) -> int:
         return attempt
 
 
-def newest_checkpoint(study_folder: Location, trial_id: str, *, since: int = 0) -> Place | None:
+def newest_checkpoint(study_folder: Location, trial_id: str, *, since: int = 0) -> StoragePath | None:
     """The complete checkpoint of the highest step over all attempts, or over those from `since` on."""
     recorded = _recorded(study_folder, trial_id, since)
     return next((one for _, one in sorted(recorded, reverse=True, key=_order) if checkpoint.step_of(one)), None)
 
 
-def keep_checkpoint(own: Place, written: Path, *, step: int) -> Place:
+def keep_checkpoint(own: StoragePath, written: Path, *, step: int) -> StoragePath:
     """Move a temporary checkpoint into its attempt's folder, whole or not at all."""
     kept = own / checkpoint_name(step)
     kept.upload(written, last=checkpoint.RECORD)
@@ -67,7 +67,7 @@ def prune(
     path below the study's folder; None where the objective was not measured at any.
     """
     values: dict[int, float] = {}
-    places: dict[int, Place] = {}
+    places: dict[int, StoragePath] = {}
     everything = sorted(_recorded(study_folder, trial_id, 0), key=_order)
     found = [one for one in everything if _attempt(one[1]) >= since]
     for (step, metrics), where in found:  # of a step that two attempts did, the later one
@@ -91,7 +91,7 @@ def checkpoint_name(step: int) -> str:
     return f"checkpoint_{step:08d}"
 
 
-Recorded = tuple[tuple[int, dict[str, float]], Place]
+Recorded = tuple[tuple[int, dict[str, float]], StoragePath]
 
 
 def _recorded(study_folder: Location, trial_id: str, since: int) -> list[Recorded]:
@@ -109,15 +109,15 @@ def _order(one: Recorded) -> tuple[int, int]:
     return step, _attempt(where)
 
 
-def _attempt(where: Place) -> int:
+def _attempt(where: StoragePath) -> int:
     return int(where.parent.name.rpartition("-")[2])
 
 
-def _remove(where: Place) -> None:
+def _remove(where: StoragePath) -> None:
     """First what makes it a checkpoint: a crash in between leaves nothing that looks like one."""
     (where / checkpoint.RECORD).delete()
     where.delete()
 
 
-def _below_study(where: Place) -> str:
+def _below_study(where: StoragePath) -> str:
     return f"train/{where.parent.name}/{where.name}"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ebft_study import results
 from ebft_study.storage import Location
 from ebft_study.study.folder import study_yaml
-from ebft_study.study.folder.trial_states import OPEN, Ending, Evaluation, TrialState, ending
+from ebft_study.study.folder.trial_states import OPEN, Evaluation, TrialResult, TrialState, trial_result
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,7 +23,7 @@ class History:
     """Per trial: its state, how it ended (if it did), its (step, objective) before its last step, its evaluations."""
 
     states: dict[str, TrialState]
-    endings: dict[str, Ending]
+    trial_results: dict[str, TrialResult]
     curves: dict[str, Curve]
     evaluations: dict[str, list[Evaluation]] = field(default_factory=dict)
 
@@ -36,7 +36,7 @@ def read(study_folder: Location, objective: str, further: Sequence[str] = ()) ->
     rows = results.read_table(study_folder, "trials")
     by_trial = dict(list(results.read_table(study_folder, "metrics").groupby("trial_id")))
     states: dict[str, TrialState] = {}
-    endings: dict[str, Ending] = {}
+    trial_results: dict[str, TrialResult] = {}
     curves: dict[str, Curve] = {}
     evaluations: dict[str, list[Evaluation]] = {}
     for row in rows.to_dict("records"):
@@ -45,11 +45,11 @@ def read(study_folder: Location, objective: str, further: Sequence[str] = ()) ->
         states[state.trial_id] = state
         if state.status not in OPEN:
             value, *others = (state.metrics.get(name, math.nan) for name in (objective, *further))
-            endings[state.trial_id] = ending(state.status, state.note, value, state.step, tuple(others))
+            trial_results[state.trial_id] = trial_result(state.status, state.note, value, state.step, tuple(others))
         if measured is not None and _text(row["named_baseline"]) == "":
             evaluations[state.trial_id] = _evaluations(measured)
             curves[state.trial_id] = _curve(evaluations[state.trial_id], objective, state.total_steps)
-    return History(states, endings, curves, evaluations)
+    return History(states, trial_results, curves, evaluations)
 
 
 def problems(folder: Location) -> list[str]:

@@ -26,14 +26,14 @@ import filelock
 import psutil
 
 from ebft_study.errors import ResultsError, StorageError
-from ebft_study.storage import Place, explained
+from ebft_study.storage import StoragePath, storage_errors
 
 NAME = ".lock"
 BEAT_SECONDS, STALE_SECONDS, SETTLE_SECONDS = 10.0, 60.0, 1.0
 
 
 @dataclass
-class Held:
+class LockHandle:
     """A held lock. `on_lost` is called, from another thread, with the reason when someone else has taken it."""
 
     lost: str = ""
@@ -51,14 +51,14 @@ class Held:
 
 
 @contextlib.contextmanager
-def hold(folder: Place, *, record: str) -> Iterator[Held]:
+def hold(folder: StoragePath, *, record: str) -> Iterator[LockHandle]:
     """Hold the study for this driver; a folder in which no `record` came to be is removed again."""
     holding = _hold_file(folder, folder.local, record) if folder.local else _hold_object(folder)
     with holding as held:
         yield held
 
 
-def is_held(folder: Place) -> bool:
+def is_held(folder: StoragePath) -> bool:
     """Whether a driver holds the study, as far as one can tell without writing anything."""
     if folder.local is None:
         owner = _owner(folder / NAME)
@@ -75,7 +75,7 @@ def is_held(folder: Place) -> bool:
         return False
 
 
-def _refused(folder: Place, more: str = "") -> ResultsError:
+def _refused(folder: StoragePath, more: str = "") -> ResultsError:
     return ResultsError(
         f"{folder}: another process is running this study{more}. Watch it with 'ebft-study status', or wait for its end"
     )
@@ -85,17 +85,17 @@ def _refused(folder: Place, more: str = "") -> ResultsError:
 
 
 @contextlib.contextmanager
-def _hold_file(folder: Place, path: Path, record: str) -> Iterator[Held]:
+def _hold_file(folder: StoragePath, path: Path, record: str) -> Iterator[LockHandle]:
     new = not path.exists()
     lock = filelock.FileLock(path / NAME, timeout=0)
-    with explained(folder):
+    with storage_errors(folder):
         path.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire()
         except filelock.Timeout:
             raise _refused(folder) from None
     try:
-        yield Held()
+        yield LockHandle()
     finally:
         if new and not (path / record).exists():
             with contextlib.suppress(OSError):  # someone else put something there
@@ -109,7 +109,7 @@ def _hold_file(folder: Place, path: Path, record: str) -> Iterator[Held]:
 
 
 @contextlib.contextmanager
-def _hold_object(folder: Place) -> Iterator[Held]:
+def _hold_object(folder: StoragePath) -> Iterator[LockHandle]:
     path, token = folder / NAME, secrets.token_hex(8)
     owner = _owner(path)
     if owner is not None and not _is_over(owner):
@@ -120,7 +120,7 @@ def _hold_object(folder: Place) -> Iterator[Held]:
     time.sleep(SETTLE_SECONDS)
     if (_owner(path) or {}).get("token") != token:
         raise _refused(folder, ", which began at the same moment")
-    held, over = Held(), threading.Event()
+    held, over = LockHandle(), threading.Event()
     thread = threading.Thread(target=_beat, args=(path, token, held, over), daemon=True, name="heartbeat")
     thread.start()
     try:
@@ -133,7 +133,7 @@ def _hold_object(folder: Place) -> Iterator[Held]:
                 path.delete()
 
 
-def _beat(path: Place, token: str, held: Held, over: threading.Event) -> None:
+def _beat(path: StoragePath, token: str, held: LockHandle, over: threading.Event) -> None:
     heard = time.monotonic()
     while not over.wait(BEAT_SECONDS):
         try:
@@ -149,7 +149,7 @@ def _beat(path: Place, token: str, held: Held, over: threading.Event) -> None:
                 return
 
 
-def _owner(path: Place) -> dict[str, Any] | None:
+def _owner(path: StoragePath) -> dict[str, Any] | None:
     try:
         owner = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -159,7 +159,7 @@ def _owner(path: Place) -> dict[str, Any] | None:
     return owner if isinstance(owner, dict) else {"pid": "?", "host": "?"}
 
 
-def _write(path: Place, token: str) -> None:
+def _write(path: StoragePath, token: str) -> None:
     now = datetime.datetime.now(datetime.UTC).isoformat()
     owner = {"token": token, "pid": os.getpid(), "host": socket.gethostname(), "machine": _machine(), "time": now}
     path.write_bytes(json.dumps(owner).encode())
@@ -179,7 +179,7 @@ def _is_over(owner: dict[str, Any]) -> bool:
     return owner.get("machine") == _machine() and not psutil.pid_exists(int(owner["pid"]))
 
 
-def _seconds_silent(folder: Place) -> float:
+def _seconds_silent(folder: StoragePath) -> float:
     """Since the last heartbeat, by the store's own clock where it has one: no two machines agree about the time."""
     probe = folder / f".clock-{secrets.token_hex(4)}"
     probe.write_bytes(b"")

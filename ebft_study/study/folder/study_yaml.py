@@ -20,7 +20,7 @@ import yaml
 from ebft_study.errors import ConfigError, ResultsError
 from ebft_study.results import copies
 from ebft_study.results.reader import read_mapping
-from ebft_study.storage import Location, place
+from ebft_study.storage import Location, storage_path
 from ebft_study.study.spec import normalize
 from ebft_study.study.spec.study_spec import StudySpec
 
@@ -31,7 +31,7 @@ PACKAGES = ("ebft-study", "torch", "ray", "transformers", "optuna", "tokenizers"
 def write(folder: Location, spec: StudySpec, *, profile: str | None, file: Path, provenance: Mapping[str, Any]) -> None:
     """Put study.yaml in place, complete or not at all; a study that has one keeps the moment of its creation."""
     moment = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    before = content(folder) if copies.either_exists(place(folder) / NAME) else {}
+    before = content(folder) if copies.either_exists(storage_path(folder) / NAME) else {}
     new = {
         **normalize.dump(spec),
         "profile": profile,
@@ -42,18 +42,18 @@ def write(folder: Location, spec: StudySpec, *, profile: str | None, file: Path,
         "provenance": _plain(provenance),
     }
     text = yaml.safe_dump(new, sort_keys=False, allow_unicode=True, width=110)
-    copies.write(place(folder) / NAME, text.encode())
+    copies.write(storage_path(folder) / NAME, text.encode())
 
 
 def read(folder: Location) -> StudySpec:
     """The spec of an existing study."""
-    return normalize.from_record(content(folder), source=str(place(folder) / NAME))
+    return normalize.from_record(content(folder), source=str(storage_path(folder) / NAME))
 
 
 def content(folder: Location) -> dict[str, Any]:
     """All of study.yaml, or of its copy where it cannot be read."""
     try:
-        found, problem = read_mapping(place(folder) / NAME)
+        found, problem = read_mapping(storage_path(folder) / NAME)
     except FileNotFoundError:
         raise ResultsError(
             f"{folder}: holds no {NAME}, so it is not a study. Check the name, or start it with 'study'"
@@ -65,7 +65,7 @@ def content(folder: Location) -> dict[str, Any]:
 
 def changes(folder: Location) -> list[str]:
     """What is wrong with study.yaml, or has been changed in it by hand since the study began; comments do not count."""
-    path = place(folder) / NAME
+    path = storage_path(folder) / NAME
     found, problem = read_mapping(path)
     if problem or found is None:
         return [problem]

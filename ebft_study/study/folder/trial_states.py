@@ -71,7 +71,7 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class Ending:
+class TrialResult:
     """How a trial ended, and the objectives it had then (NaN where it has none) at which step."""
 
     kind: Literal["finished", "early", "failed"]
@@ -80,9 +80,9 @@ class Ending:
     further: tuple[float, ...] = ()
 
 
-def ending(status: str, reason: str, value: float, step: int, further: tuple[float, ...] = ()) -> Ending:
+def trial_result(status: str, reason: str, value: float, step: int, further: tuple[float, ...] = ()) -> TrialResult:
     """From a trial's final state. A trial that stopped because it became non-finite says nothing about its settings."""
     kinds: dict[str, Literal["finished", "early"]] = {"finished": "finished"}
     if status == "stopped" and reason.startswith(EARLY_STOP):
         kinds["stopped"] = "early"
-    return Ending(kinds.get(status, "failed"), value, step, further)
+    return TrialResult(kinds.get(status, "failed"), value, step, further)

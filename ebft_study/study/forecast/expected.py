@@ -12,15 +12,15 @@ from ebft_study.study.forecast.trial_groups import Kind, kinds, wall_seconds
 from ebft_study.study.spec.study_spec import StudySpec
 
 
-def forecast(spec: StudySpec, *, storage: Location, at_once: int) -> dict[str, Any] | None:
+def forecast(spec: StudySpec, *, storage: Location, concurrency: int) -> dict[str, Any] | None:
     """Seconds of the study and of each kind of trial as plain values; None where nothing was measured here yet."""
     known = throughput.measured(storage)
     if not known:
         return None
-    rows = [_row(kind, known, at_once) for kind in kinds(spec)]
-    at_once = min(at_once, sum(row["number"] for row in rows))
-    seconds = wall_seconds([(row["number"], row["seconds"]) for row in rows], at_once)
-    return {"at_once": at_once, "seconds": seconds, "kinds": rows}
+    rows = [_row(kind, known, concurrency) for kind in kinds(spec)]
+    concurrency = min(concurrency, sum(row["number"] for row in rows))
+    seconds = wall_seconds([(row["number"], row["seconds"]) for row in rows], concurrency)
+    return {"at_once": concurrency, "seconds": seconds, "kinds": rows}
 
 
 def message(found: dict[str, Any]) -> str:
@@ -35,8 +35,8 @@ def mean_seconds(found: dict[str, Any]) -> float:
     return float(sum(row["number"] * row["seconds"] for row in rows) / sum(row["number"] for row in rows))
 
 
-def _row(kind: Kind, known: Pace, at_once: int) -> dict[str, Any]:
-    speed = known.of(kind.work, at_once=at_once)
+def _row(kind: Kind, known: Pace, concurrency: int) -> dict[str, Any]:
+    speed = known.of(kind.work, concurrency=concurrency)
     return {
         "label": kind.label,
         "steps": kind.run.total_steps,

@@ -60,7 +60,7 @@ class StudyPlan:
     """`hours` is None where nothing was measured yet."""
 
     kinds: list[PlannedKind]
-    at_once: int
+    concurrency: int
 
     @property
     def n_trials(self) -> int:
@@ -74,7 +74,7 @@ class StudyPlan:
     def hours(self) -> float | None:
         """From the first start to the last end."""
         known = [(row.kind.number, row.seconds) for row in self.kinds if row.seconds is not None]
-        return wall_seconds(known, self.at_once) / 3600 if known else None
+        return wall_seconds(known, self.concurrency) / 3600 if known else None
 
     @property
     def gpu_hours(self) -> float:
@@ -85,13 +85,15 @@ class StudyPlan:
 def plan(spec: StudySpec, *, storage: Location, memory_gib: float) -> StudyPlan:
     """The plan of a study; `memory_gib` is what a worker may use where the study does not say."""
     found = kinds(spec)
-    at_once = min(requests.trials_at_once(spec, [kind.run for kind in found]), sum(kind.number for kind in found))
+    concurrency = min(
+        requests.concurrent_trials(spec, [kind.run for kind in found]), sum(kind.number for kind in found)
+    )
     known = throughput.measured(storage)
     rows = []
     for kind in found:
-        speed = known.of(kind.work, at_once=at_once) if known else None
+        speed = known.of(kind.work, concurrency=concurrency) if known else None
         rows.append(PlannedKind(kind, *_memory(spec, kind, memory_gib), speed))
-    return StudyPlan(rows, at_once)
+    return StudyPlan(rows, concurrency)
 
 
 def usual_memory_gib(spec: StudySpec) -> float:
@@ -99,7 +101,7 @@ def usual_memory_gib(spec: StudySpec) -> float:
     if spec.resources.gpus_per_worker:
         return 80.0
     here = float(psutil.virtual_memory().total) / _GIB
-    return here / (requests.trials_at_once(spec, []) * spec.resources.processes)
+    return here / (requests.concurrent_trials(spec, []) * spec.resources.processes)
 
 
 def _memory(spec: StudySpec, kind: Kind, memory_gib: float) -> tuple[float, str]:
@@ -140,7 +142,7 @@ def show(planned: StudyPlan, spec: StudySpec, console: Console) -> None:
 def summary(planned: StudyPlan, spec: StudySpec) -> list[str]:
     """How many, where, and how long."""
     places = dict.fromkeys(_place(row.kind.resources) for row in planned.kinds)
-    lines = [f"{planned.n_trials} trials, {planned.at_once} at a time, {' or '.join(places)} each"]
+    lines = [f"{planned.n_trials} trials, {planned.concurrency} at a time, {' or '.join(places)} each"]
     lines += [f"{row.kind.label}: {row.problem}" for row in planned.kinds if not row.fits]
     if planned.hours is None:
         return [*lines, "no time predicted: no trial has finished here yet to measure this machine by"]

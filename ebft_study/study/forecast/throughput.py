@@ -20,7 +20,7 @@ from ebft_study.config import RunConfig
 from ebft_study.cost import StepShape, step_cost
 from ebft_study.errors import EbftError
 from ebft_study.results.reader import read_spec
-from ebft_study.storage import Location, Place, place
+from ebft_study.storage import Location, StoragePath, storage_path
 from ebft_study.training.memory import shapes
 
 _MOST_MEASURED = 50  # trials, the newest ones
@@ -81,9 +81,9 @@ class Pace:
     def __bool__(self) -> bool:
         return len(self._rows) > 0
 
-    def of(self, work: Work, *, at_once: int) -> Speed:
+    def of(self, work: Work, *, concurrency: int) -> Speed:
         """By the trials most alike; `at_once`: trials side by side."""
-        wanted = {**vars(work), "side_by_side": at_once}
+        wanted = {**vars(work), "side_by_side": concurrency}
         for names in _ALIKE:
             rows = self._rows
             for name in names:
@@ -97,7 +97,7 @@ class Pace:
 def measured(storage: Location) -> Pace:
     """From the newest finished trials of all studies in a folder that ran on this machine."""
     rows: list[dict[str, Any]] = []
-    here = place(storage)
+    here = storage_path(storage)
     records = [path for name in here.names() if (path := here / name / "study.yaml").exists()]
     for path in sorted(records, key=lambda path: path.changed_at() or 0.0, reverse=True):
         if len(rows) < _MOST_MEASURED:
@@ -139,7 +139,7 @@ def _flops_per_sequence(run: RunConfig, completion_length: int) -> float:
 # --- reading earlier studies -----------------------------------------------------------------------------------
 
 
-def _finished(folder: Place) -> Iterable[dict[str, Any]]:
+def _finished(folder: StoragePath) -> Iterable[dict[str, Any]]:
     table = results.read_table(folder, "trials")
     steps = results.read_table(folder, "metrics").groupby("trial_id")["step_seconds"].mean()
     with contextlib.suppress(EbftError):
@@ -153,21 +153,21 @@ def _finished(folder: Place) -> Iterable[dict[str, Any]]:
             with contextlib.suppress(EbftError):
                 run = _run_of(row)
                 work = Work.of(run, int(asked.get("workers_per_trial", 1)))
-                yield _measurement(work, row, run.total_steps * seconds, side_by_side(table))
+                yield _measurement(work, row, run.total_steps * seconds, concurrency(table))
 
 
-def _measurement(work: Work, row: dict[Any, Any], updating: float, beside: int) -> dict[str, Any]:
+def _measurement(work: Work, row: dict[Any, Any], updating: float, local_dir: int) -> dict[str, Any]:
     between = max(row["train_seconds"] - updating, 1e-3)
     return {
         **{name: getattr(work, name) for name in ("model", "method", "workers", "served")},
-        "side_by_side": beside,
+        "side_by_side": local_dir,
         "rate": work.flops / updating,
         "evaluation_rate": work.evaluation_flops / between,
         "startup": max(row["total_seconds"] - row["train_seconds"], 0.0),
     }
 
 
-def side_by_side(table: pd.DataFrame) -> int:
+def concurrency(table: pd.DataFrame) -> int:
     """How many trials of a study ran at a time, on average while any did."""
     known = table.dropna(subset=["started_at", "finished_at"])
     spans = sorted(zip(known["started_at"], known["finished_at"], strict=True))

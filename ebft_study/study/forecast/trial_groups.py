@@ -48,11 +48,11 @@ def kinds(spec: StudySpec) -> list[Kind]:
     return found
 
 
-def wall_seconds(numbers_and_seconds: Iterable[tuple[int, float]], at_once: int) -> float:
+def wall_seconds(numbers_and_seconds: Iterable[tuple[int, float]], concurrency: int) -> float:
     """From the first start to the last end: full places all the time, and never less than the longest trial."""
     given = list(numbers_and_seconds)
     longest = max((seconds for _, seconds in given), default=0.0)
-    return max(sum(number * seconds for number, seconds in given) / at_once, longest)
+    return max(sum(number * seconds for number, seconds in given) / concurrency, longest)
 
 
 def _kind(spec: StudySpec, label: str, run: RunConfig, number: int, trial_ids: tuple[str, ...]) -> Kind:

@@ -21,17 +21,17 @@ from ray.tune.schedulers import FIFOScheduler, PopulationBasedTraining, TrialSch
 
 from ebft_study import config
 from ebft_study.study.population import exploit
-from ebft_study.study.population.exploit import Line, Standing
+from ebft_study.study.population.exploit import LastScore, Lineage
 from ebft_study.study.population.explore import applied, explore
 from ebft_study.study.spec.study_spec import StudySpec
 
 _WAITING = ("PENDING", "PAUSED")
 
 
-class Told(Protocol):
+class PopulationListener(Protocol):
     """Who learns of what the scheduler does to trials (`monitor.Monitor`)."""
 
-    def took_over(self, trial_id: str, attempt: int, details: Mapping[str, Any]) -> None: ...
+    def exploited(self, trial_id: str, attempt: int, details: Mapping[str, Any]) -> None: ...
     def paused(self, trial_id: str, attempt: int) -> None: ...
 
 
@@ -57,7 +57,7 @@ class Populations(FIFOScheduler):  # type: ignore[misc]
         self,
         spec: StudySpec,
         folder: Path,
-        told: Told,
+        told: PopulationListener,
         *,
         warm_start_steps: int,
         places: int,
@@ -73,7 +73,9 @@ class Populations(FIFOScheduler):  # type: ignore[misc]
         self._released = released
         self._warm_start_steps = warm_start_steps
         interval = spec.scheduler.perturbation_interval_steps
-        self._past = exploit.standings(folder, metric=spec.objective.metric, interval=interval, after=warm_start_steps)
+        self._past = exploit.last_scores(
+            folder, metric=spec.objective.metric, interval=interval, after=warm_start_steps
+        )
         self._of_seed: dict[int, _Population] = {}
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
@@ -125,7 +127,13 @@ class _Population(PopulationBasedTraining):  # type: ignore[misc]
     """The trials of one seed."""
 
     def __init__(
-        self, spec: StudySpec, folder: Path, told: Told, *, warm_start_steps: int, past: Mapping[str, Standing]
+        self,
+        spec: StudySpec,
+        folder: Path,
+        told: PopulationListener,
+        *,
+        warm_start_steps: int,
+        past: Mapping[str, LastScore],
     ) -> None:
         scheduler = spec.scheduler
         super().__init__(
@@ -140,7 +148,7 @@ class _Population(PopulationBasedTraining):  # type: ignore[misc]
         )
         self._spec, self._folder, self._told, self._past = spec, folder, told, past
         self._warm_start_steps = warm_start_steps
-        self._taken: dict[str, Line] = {}
+        self._taken: dict[str, Lineage] = {}
 
     def time(self, trial: Any) -> int:
         """The step at which a trial was last compared."""
@@ -148,12 +156,12 @@ class _Population(PopulationBasedTraining):  # type: ignore[misc]
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         super().on_trial_add(tune_controller, trial)
-        state, standing = self._trial_state[trial], self._past.get(_id(trial))
+        state, last_score = self._trial_state[trial], self._past.get(_id(trial))
         state.last_perturbation_time = self._compared_at(self._warm_start_steps)
-        if standing is not None:
-            state.last_score = self._metric_op * standing.value if math.isfinite(standing.value) else None
-            state.last_train_time = standing.step
-            state.last_perturbation_time = self._compared_at(standing.step)
+        if last_score is not None:
+            state.last_score = self._metric_op * last_score.value if math.isfinite(last_score.value) else None
+            state.last_train_time = last_score.step
+            state.last_perturbation_time = self._compared_at(last_score.step)
 
     def _compared_at(self, step: int) -> int:
         """The last multiple of the interval: comparisons are at these, whatever step a donor's checkpoint is of."""
@@ -181,12 +189,12 @@ class _Population(PopulationBasedTraining):  # type: ignore[misc]
         members = [trial for trial in tune_controller.get_trials() if not trial.is_finished()]
         return all(self._trial_state[trial].last_score is not None for trial in members)
 
-    def _take_over(self, trial: Any, donor: Any) -> Line | None:
+    def _take_over(self, trial: Any, donor: Any) -> Lineage | None:
         """Put the donor's checkpoint into the trial's folder and the takeover on record."""
         generator = _generator(self._spec, trial, self.time(trial), "settings")
         before, theirs = trial.config["settings"], donor.config["settings"]
         after = explore(self._spec, trial.config["run"], theirs, generator)
-        donor_attempt = (donor.config["line"] or asdict(Line()))["attempt"]
+        donor_attempt = (donor.config["line"] or asdict(Lineage()))["attempt"]
         scores = [self._metric_op * self._trial_state[t].last_score for t in (trial, donor)]
 
         def record(attempt: int, checkpoint: Path, step: int) -> None:
@@ -196,7 +204,7 @@ class _Population(PopulationBasedTraining):  # type: ignore[misc]
                 "checkpoint": str(checkpoint.relative_to(self._folder)),
                 "before": _short(before), "after": _short(after),
             }  # fmt: skip
-            self._told.took_over(_id(trial), attempt, details)
+            self._told.exploited(_id(trial), attempt, details)
 
         taken = exploit.take_over(
             self._folder, _id(trial), donor=_id(donor), donor_attempt=donor_attempt, record=record
@@ -204,7 +212,7 @@ class _Population(PopulationBasedTraining):  # type: ignore[misc]
         if taken is None:
             return None
         attempt, _, step = taken
-        return Line(attempt, _id(donor), step, donor_attempt, scores[0], after)
+        return Lineage(attempt, _id(donor), step, donor_attempt, scores[0], after)
 
     def _get_new_config(self, trial: Any, trial_to_clone: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         """The trial stays who it is; its line and the settings on the axes are new."""

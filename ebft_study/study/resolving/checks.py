@@ -12,11 +12,11 @@ from ebft_study import config
 from ebft_study.config import RunConfig
 from ebft_study.errors import ConfigError, rule_broken
 from ebft_study.results import METRICS
-from ebft_study.study.cluster.capacity import Machines, this_machine
-from ebft_study.study.cluster.requests import needs, shared_gpus, trials_at_once, wants_gpus
+from ebft_study.study.cluster.capacity import ClusterCapacity, this_machine
+from ebft_study.study.cluster.requests import concurrent_trials, resource_requests, shared_gpus, wants_gpus
 from ebft_study.study.resolving import population_rules
 from ebft_study.study.spec import enumeration, trials
-from ebft_study.study.spec.study_spec import ObjectiveSpec, StudySpec, is_spelt
+from ebft_study.study.spec.study_spec import ObjectiveSpec, StudySpec, key_matches
 from ebft_study.study.spec.trials import Configuration
 
 OBJECTIVES = ("cfm_loss", "ce_loss", "ce_answer_loss", "perplexity", "reward")
@@ -206,25 +206,25 @@ def _is_raw_text(run: RunConfig) -> bool:
     return run.data.dataset in ("stdlib", "unstructured") or run.data.text_column is not None
 
 
-def check_machine(spec: StudySpec, runs: Sequence[RunConfig], machines: Machines | None = None) -> None:
+def check_machine(spec: StudySpec, runs: Sequence[RunConfig], capacity: ClusterCapacity | None = None) -> None:
     """Refuse a study of which some trial does not even fit alone on these machines, by default on this one."""
-    machines = machines or this_machine(gpus=wants_gpus(spec.resources))
+    capacity = capacity or this_machine(gpus=wants_gpus(spec.resources))
     shared = shared_gpus(spec.resources, runs)
-    left = machines.without_gpus(shared)
-    for need, run in needs(spec.resources, runs).items():
+    left = capacity.without_gpus(shared)
+    for need, run in resource_requests(spec.resources, runs).items():
         if need.fit(left):
             continue
         own = spec.resources.of(run) if run else spec.resources
         cpus = need.processes * need.cpus
-        key = "cpus_per_worker" if replace(need, gpus=0.0, engine_gpus=0.0).fit(machines) == 0 else "gpus_per_worker"
+        key = "cpus_per_worker" if replace(need, gpus=0.0, engine_gpus=0.0).fit(capacity) == 0 else "gpus_per_worker"
         needed, there, what = (
-            (cpus, machines.cpus, "CPU cores")
+            (cpus, capacity.cpus, "CPU cores")
             if key == "cpus_per_worker"
-            else (need.all_gpus + shared, machines.gpus, "GPUs")
+            else (need.all_gpus + shared, capacity.gpus, "GPUs")
         )
         of_services = needed - need.processes * need.gpus if what == "GPUs" else 0
         services = f" (of which {of_services:g} for services)" if of_services else ""
-        spread = f", on {len(machines.nodes)} machines" if len(machines.nodes) > 1 else ""
+        spread = f", on {len(capacity.nodes)} machines" if len(capacity.nodes) > 1 else ""
         raise rule_broken(
             source=spec.study,
             key=f"resources.{key}",
@@ -232,7 +232,7 @@ def check_machine(spec: StudySpec, runs: Sequence[RunConfig], machines: Machines
             rule=f"a trial of {own.processes} worker(s) needs {needed:g} {what}{services}; here are {there:g}{spread}",
             remedy="Use another --profile, fewer workers_per_trial, or a larger machine",
         )
-    if len(machines.nodes) > 1:
+    if len(capacity.nodes) > 1:
         _check_engines(spec, runs)
 
 
@@ -251,9 +251,9 @@ def _check_engines(spec: StudySpec, runs: Sequence[RunConfig]) -> None:
         raise rule_broken(source=spec.study, key=key, given=given, rule=rule, remedy=f"{remedy}, or one machine")
 
 
-def check_population(spec: StudySpec, runs: Sequence[RunConfig], machines: Machines) -> None:
+def check_population(spec: StudySpec, runs: Sequence[RunConfig], capacity: ClusterCapacity) -> None:
     """On a cluster that was joined nothing counts places, so that all trials of a population run at once."""
-    needed, there = trials.number_of_trials(spec), trials_at_once(spec, runs, machines)
+    needed, there = trials.number_of_trials(spec), concurrent_trials(spec, runs, capacity)
     if spec.scheduler.kind == "pbt" and needed > there:
         raise rule_broken(
             source=spec.study,
@@ -266,7 +266,7 @@ def check_population(spec: StudySpec, runs: Sequence[RunConfig], machines: Machi
 
 def check_resources_by(spec: StudySpec, runs: Sequence[RunConfig], source: str) -> None:
     """Overrides of resources must name settings and values that trials of the study have."""
-    if spec.scheduler.kind == "pbt" and len(needs(spec.resources, runs)) > 1:
+    if spec.scheduler.kind == "pbt" and len(resource_requests(spec.resources, runs)) > 1:
         raise rule_broken(
             source=source,
             key="resources.by",
@@ -278,7 +278,7 @@ def check_resources_by(spec: StudySpec, runs: Sequence[RunConfig], source: str) 
     for name, values in spec.resources.by.items():
         existing = [*(given[name] for given in settings), *_on_axes(spec, config.short_names()[name])]
         for value in values:
-            if not any(is_spelt(value, given) for given in existing):
+            if not any(key_matches(value, given) for given in existing):
                 there = ", ".join(dict.fromkeys(map(str, existing)))
                 raise rule_broken(
                     source=source,

@@ -1,6 +1,6 @@
 """`--extend`: a study that has run is given more trials or more steps, and everything that was done stays.
 
-What a study was before is kept in its `grown_from`, because trials are numbered by their place in what they began in
+What a study was before is kept in its `extended_from`, because trials are numbered by their place in what they began in
 (`trials.listed`): a resumed study finds the very same numbers.
 """
 
@@ -17,7 +17,7 @@ from ebft_study.study.folder import study_yaml
 from ebft_study.study.folder.history import History
 from ebft_study.study.spec import trials
 from ebft_study.study.spec.axis import Axis
-from ebft_study.study.spec.study_spec import Extent, StudySpec
+from ebft_study.study.spec.study_spec import StudySize, StudySpec
 
 STEPS = "training.steps"
 _MAY_GROW = "values of axes, seeds, baselines, search.num_configurations and steps"
@@ -37,25 +37,25 @@ def extended(old: StudySpec, new: StudySpec, runs: Sequence[RunConfig], source: 
     _check_steps(old, new, runs, source)
     if not differences(old, new):
         raise ConfigError(f"{source}: --extend: nothing is added to the study. Add to {_MAY_GROW}, or use 'resume'")
-    return new.model_copy(update={"grown_from": (*old.grown_from, Extent.of(old))})
+    return new.model_copy(update={"extended_from": (*old.extended_from, StudySize.of(old))})
 
 
 def differences(recorded: StudySpec, asked: StudySpec) -> list[str]:
     """Keys in which a study and a file differ; what the study has grown from is no file's to say."""
-    return study_yaml.differences(recorded, asked.model_copy(update={"grown_from": recorded.grown_from}))
+    return study_yaml.differences(recorded, asked.model_copy(update={"extended_from": recorded.extended_from}))
 
 
 def reopened(spec: StudySpec, past: History) -> History:
     """The past without the ends of trials that have more steps to do now."""
-    if not spec.grown_from:
+    if not spec.extended_from:
         return past
     lengths = {trial.trial_id: trial.run.total_steps for trial in trials.listed(spec)}
     done = {
-        trial_id: ending
-        for trial_id, ending in past.endings.items()
-        if ending.kind != "finished" or ending.step >= lengths.get(trial_id, 0)
+        trial_id: trial_result
+        for trial_id, trial_result in past.trial_results.items()
+        if trial_result.kind != "finished" or trial_result.step >= lengths.get(trial_id, 0)
     }
-    return replace(past, endings=done)
+    return replace(past, trial_results=done)
 
 
 def _steps(spec: StudySpec) -> int:

@@ -34,7 +34,7 @@ class FeaturePlan:
     """Of requests and replies on their way at a time."""
 
 
-def plan_features(runs: Sequence[RunConfig], resources: ResourcesSpec, *, at_once: int) -> FeaturePlan:
+def plan_features(runs: Sequence[RunConfig], resources: ResourcesSpec, *, concurrency: int) -> FeaturePlan:
     """One service for all trials where that takes less memory than a network in each of those that run at a time.
 
     A service works as fast as a worker does. Where features are a share f of a step's FLOPs, it can serve 1 / f workers
@@ -44,18 +44,18 @@ def plan_features(runs: Sequence[RunConfig], resources: ResourcesSpec, *, at_onc
         runs: the configurations of the study, or a sample of them. at_once: trials side by side.
     """
     runs = [run for run in runs[:: max(1, len(runs) // _MOST_LOOKED_AT)] if may_need_a_service(run)]
-    backend, reason = _choose([run for run in runs if run.features.backend == "auto"], resources, at_once)
+    backend, reason = _choose([run for run in runs if run.features.backend == "auto"], resources, concurrency)
     served = [run for run in runs if "service" in (backend, run.features.backend)]
-    return FeaturePlan(backend, reason, at_once * max(map(_reply_bytes, served), default=0.0))
+    return FeaturePlan(backend, reason, concurrency * max(map(_reply_bytes, served), default=0.0))
 
 
-def _choose(runs: Sequence[RunConfig], resources: ResourcesSpec, at_once: int) -> tuple[str, str]:
+def _choose(runs: Sequence[RunConfig], resources: ResourcesSpec, concurrency: int) -> tuple[str, str]:
     """Backend of runs that leave it open, and why; no reason where there is nothing to choose."""
-    if not runs or at_once == 1:
+    if not runs or concurrency == 1:
         return "local", ""
     if resources.gpus_per_worker and not resources.feature_gpus:
         return "local", "feature networks are in the trials; a service would need a GPU (resources.feature_gpus)"
-    workers = at_once * resources.processes
+    workers = concurrency * resources.processes
     networks = {network_options(run, resources).service_name: _network_bytes(run, whole=True) for run in runs}
     largest = max(map(_network_bytes, runs))
     together = sum(networks.values()) + len(networks) * (PROCESS_BYTES + _cache_bytes(runs))

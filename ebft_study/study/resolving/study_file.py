@@ -36,8 +36,8 @@ def read_study(path: Path, profile: str | None = None) -> StudySpec:
     """The study in `path` with a profile applied, before it is checked as a whole."""
     source = str(path)
     spec = normalized(config.parse(StudySpec, config.read_yaml(path), source=source), source)
-    if spec.grown_from:
-        raise ConfigError(f"{source}: grown_from: is written by --extend. Remove it from the study file")
+    if spec.extended_from:
+        raise ConfigError(f"{source}: extended_from: is written by --extend. Remove it from the study file")
     _check_keys(spec, source)
     spec = _with_profile(spec, profile, source)
     _check_keys(spec, source)

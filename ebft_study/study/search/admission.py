@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from fractions import Fraction
 
-from ebft_study.study.folder.trial_states import Ending
+from ebft_study.study.folder.trial_states import TrialResult
 from ebft_study.study.search.listed import Search
 from ebft_study.study.spec.trials import Trial
 
@@ -36,9 +36,9 @@ class Admission:
         self._taken[trial.trial_id] = needed
         return trial
 
-    def ended(self, trial_id: str, ending: Ending) -> None:
+    def ended(self, trial_id: str, trial_result: TrialResult) -> None:
         self._taken.pop(trial_id, None)
-        self._search.ended(trial_id, ending)
+        self._search.ended(trial_id, trial_result)
 
     @property
     def exhausted(self) -> bool:

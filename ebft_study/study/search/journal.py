@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ebft_study import config
-from ebft_study.storage import Place, explained, place
-from ebft_study.study.folder.trial_states import Ending
+from ebft_study.storage import StoragePath, storage_errors, storage_path
+from ebft_study.study.folder.trial_states import TrialResult
 from ebft_study.study.search import optuna_search
 from ebft_study.study.search.listed import Search
 from ebft_study.study.search.optuna_search import JOURNAL
@@ -31,10 +31,10 @@ _UNREADABLE = (ValueError, KeyError, AttributeError, TypeError, AssertionError, 
 """What Optuna raises at a journal that is none."""
 
 
-class Kept:
+class SyncedSearch:
     """A search whose journal is put back into the study's place whenever it has changed."""
 
-    def __init__(self, inner: Search, journal: Path, folder: Place) -> None:
+    def __init__(self, inner: Search, journal: Path, folder: StoragePath) -> None:
         self._inner, self._journal, self._place = inner, journal, folder / JOURNAL
         self._seen = -1
         self._keep()
@@ -44,8 +44,8 @@ class Kept:
         self._keep()
         return found
 
-    def ended(self, trial_id: str, ending: Ending) -> None:
-        self._inner.ended(trial_id, ending)
+    def ended(self, trial_id: str, trial_result: TrialResult) -> None:
+        self._inner.ended(trial_id, trial_result)
         self._keep()
 
     @property
@@ -59,24 +59,24 @@ class Kept:
             self._seen = size
 
 
-def working_copy(folder: Place) -> Path:
+def working_copy(folder: StoragePath) -> Path:
     """Where the journal is on a disk."""
-    return folder.beside / JOURNAL
+    return folder.local_dir / JOURNAL
 
 
-def fetch(folder: Place) -> Path:
+def fetch(folder: StoragePath) -> Path:
     """The journal on a disk, for the study's one driver."""
     journal = working_copy(folder)
     if folder.local is None:
         journal.parent.mkdir(parents=True, exist_ok=True)
         try:
-            place(journal).write_bytes((folder / JOURNAL).read_bytes())
+            storage_path(journal).write_bytes((folder / JOURNAL).read_bytes())
         except FileNotFoundError:
-            place(journal).delete()
+            storage_path(journal).delete()
     return journal
 
 
-def is_over(spec: StudySpec, folder: Place) -> bool:
+def is_over(spec: StudySpec, folder: StoragePath) -> bool:
     """Whether every configuration was asked for and told; only reads, so a driver may be running."""
     try:
         with _read_only(folder) as journal:
@@ -86,7 +86,7 @@ def is_over(spec: StudySpec, folder: Place) -> bool:
 
 
 @contextlib.contextmanager
-def _read_only(folder: Place) -> Iterator[Path]:
+def _read_only(folder: StoragePath) -> Iterator[Path]:
     if folder.local is not None:
         yield folder.local / JOURNAL
         return
@@ -96,11 +96,11 @@ def _read_only(folder: Place) -> Iterator[Path]:
         yield Path(temporary, JOURNAL)
 
 
-def mend(spec: StudySpec, journal: Path, rows: pd.DataFrame) -> str:
+def repair(spec: StudySpec, journal: Path, rows: pd.DataFrame) -> str:
     """Write a journal anew that does not agree with the table of trials; returns what was wrong, '' for nothing."""
-    with explained(place(journal)):
+    with storage_errors(storage_path(journal)):
         journal.parent.mkdir(parents=True, exist_ok=True)
-        optuna_search.mend_journal(journal)
+        optuna_search.repair_journal(journal)
         chosen = _chosen(spec, rows)
         problem = _problem(spec, journal, chosen)
         if not problem:

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Protocol
 
-from ebft_study.study.folder.trial_states import Ending
+from ebft_study.study.folder.trial_states import TrialResult
 from ebft_study.study.spec.trials import Trial
 
 
@@ -15,7 +15,7 @@ class Search(Protocol):
 
     def next(self) -> Trial | None: ...
 
-    def ended(self, trial_id: str, ending: Ending) -> None: ...
+    def ended(self, trial_id: str, trial_result: TrialResult) -> None: ...
 
     @property
     def exhausted(self) -> bool:
@@ -32,7 +32,7 @@ class ListedSearch:
     def next(self) -> Trial | None:
         return self._waiting.popleft() if self._waiting else None
 
-    def ended(self, trial_id: str, ending: Ending) -> None:
+    def ended(self, trial_id: str, trial_result: TrialResult) -> None:
         """Nothing depends on how a listed trial ended."""
 
     @property
@@ -57,5 +57,5 @@ class PopulationSearch(ListedSearch):
         self._out.add(trial.trial_id)
         return trial
 
-    def ended(self, trial_id: str, ending: Ending) -> None:
+    def ended(self, trial_id: str, trial_result: TrialResult) -> None:
         self._out.discard(trial_id)

@@ -16,7 +16,7 @@ from ebft_study.study.spec.study_spec import ObjectiveSpec
 if TYPE_CHECKING:
     import optuna
 
-    from ebft_study.study.folder.trial_states import Ending
+    from ebft_study.study.folder.trial_states import TrialResult
 
 STOPPED_EARLY = "stopped_early"
 """Attribute of an Optuna trial: the step, and the objectives at that step."""
@@ -27,15 +27,17 @@ def directions(objective: ObjectiveSpec) -> list[str]:
     return ["minimize" if one.mode == "min" else "maximize" for one in objective.all]
 
 
-def means(endings: Sequence[Ending]) -> list[float]:
+def means(trial_results: Sequence[TrialResult]) -> list[float]:
     """Each objective's mean over trials; nothing when there is a trial without a finite value."""
-    values = [(ending.value, *ending.further) for ending in endings if ending.kind != "failed"]
-    if len(values) < len(endings) or not all(map(math.isfinite, [value for own in values for value in own])):
+    values = [
+        (trial_result.value, *trial_result.further) for trial_result in trial_results if trial_result.kind != "failed"
+    ]
+    if len(values) < len(trial_results) or not all(map(math.isfinite, [value for own in values for value in own])):
         return []
     return [math.fsum(one) / len(values) for one in zip(*values, strict=True)]
 
 
-def tell(study: optuna.Study, number: int, endings: Sequence[Ending]) -> None:
+def tell(study: optuna.Study, number: int, trial_results: Sequence[TrialResult]) -> None:
     """End Optuna's trial `number` by how all of its seeds ended."""
     from optuna.trial import Trial as OptunaTrial
     from optuna.trial import TrialState
@@ -43,13 +45,13 @@ def tell(study: optuna.Study, number: int, endings: Sequence[Ending]) -> None:
     frozen = study.get_trials(deepcopy=False)[number]
     if frozen.state.is_finished():
         return
-    values = means(endings)
+    values = means(trial_results)
     if not values:
         study.tell(number, state=TrialState.FAIL)
-    elif all(ending.kind == "finished" for ending in endings):
+    elif all(trial_result.kind == "finished" for trial_result in trial_results):
         study.tell(number, values)
     else:
-        trial, step = OptunaTrial(study, frozen._trial_id), min(e.step for e in endings)
+        trial, step = OptunaTrial(study, frozen._trial_id), min(e.step for e in trial_results)
         if len(values) == 1:
             trial.report(values[0], step)  # Optuna takes the value of a pruned trial from what it reported last
         else:

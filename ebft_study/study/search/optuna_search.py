@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ebft_study.errors import ConfigError
-from ebft_study.study.folder.trial_states import Ending
+from ebft_study.study.folder.trial_states import TrialResult
 from ebft_study.study.search import objectives
 from ebft_study.study.spec import enumeration, trials
 from ebft_study.study.spec.axis import Axis
@@ -44,18 +44,18 @@ class OptunaSearch:
         self,
         spec: StudySpec,
         journal: Path,
-        endings: Mapping[str, Ending],
+        trial_results: Mapping[str, TrialResult],
         on_refused: Callable[[str, str], None] = lambda label, problem: None,
     ) -> None:
         """`endings`: of the trials that earlier sessions of the study brought to an end."""
         self._spec = spec
         self._on_refused = on_refused
         self._study = _open_study(spec, journal)
-        self._endings = dict(endings)
+        self._endings = dict(trial_results)
         self._of_trial: dict[str, int] = {}
         baselines = trials.trials_of(spec, trials.baselines(spec))
         self._first = len(baselines)
-        self._waiting = deque(trial for trial in baselines if trial.trial_id not in endings)
+        self._waiting = deque(trial for trial in baselines if trial.trial_id not in trial_results)
         self._excluded: set[int] = set()
         for frozen in self._study.get_trials(deepcopy=False):
             self._take_over(frozen)
@@ -66,7 +66,7 @@ class OptunaSearch:
         if _is_left_out(self._spec, frozen):
             self._exclude(frozen.number)
         elif assignment is None:  # the driver was killed while asking
-            self._tell(frozen.number, [Ending("failed")])
+            self._tell(frozen.number, [TrialResult("failed")])
         elif not frozen.state.is_finished():
             self._open(frozen.number, assignment)
 
@@ -102,8 +102,8 @@ class OptunaSearch:
         if not self._study.get_trials(deepcopy=False)[number].state.is_finished():
             self._study.tell(number, state=TrialState.PRUNED)
 
-    def ended(self, trial_id: str, ending: Ending) -> None:
-        self._endings[trial_id] = ending
+    def ended(self, trial_id: str, trial_result: TrialResult) -> None:
+        self._endings[trial_id] = trial_result
         if trial_id in self._of_trial:
             self._tell_if_complete(self._of_trial[trial_id])
 
@@ -129,17 +129,17 @@ class OptunaSearch:
                     self._waiting.append(trials.trial(self._spec, configuration, seed, int(trial_id[1:])))
         except ConfigError as error:
             self._on_refused(configuration.label, str(error))
-            self._tell(number, [Ending("failed")])
+            self._tell(number, [TrialResult("failed")])
         else:
             self._tell_if_complete(number)
 
     def _tell_if_complete(self, number: int) -> None:
-        endings = [self._endings.get(trial_id) for trial_id in self._ids(number)]
-        if all(endings):
-            self._tell(number, [ending for ending in endings if ending])
+        trial_results = [self._endings.get(trial_id) for trial_id in self._ids(number)]
+        if all(trial_results):
+            self._tell(number, [trial_result for trial_result in trial_results if trial_result])
 
-    def _tell(self, number: int, endings: list[Ending]) -> None:
-        objectives.tell(self._study, number, endings)
+    def _tell(self, number: int, trial_results: list[TrialResult]) -> None:
+        objectives.tell(self._study, number, trial_results)
 
 
 def configuration_of(spec: StudySpec, params: Mapping[str, Any]) -> trials.Configuration | None:
@@ -194,7 +194,7 @@ def load_study(spec: StudySpec, journal: Path) -> optuna.Study:
 
 
 def _open_study(spec: StudySpec, journal: Path) -> optuna.Study:
-    mend_journal(journal)
+    repair_journal(journal)
     study = load_study(spec, journal)
     # A resumed search with the same seed would draw again what it drew before.
     asked = len(study.get_trials(deepcopy=False))
@@ -241,7 +241,7 @@ def _fixed(params: dict[str, Any], sampler: BaseSampler) -> BaseSampler:
         return PartialFixedSampler(params, sampler)
 
 
-def mend_journal(journal: Path) -> None:
+def repair_journal(journal: Path) -> None:
     """Undo what a killed writer leaves behind: half a last line, and its lock. Only for the study's one driver."""
     Path(f"{journal}.lock").unlink(missing_ok=True)
     if not journal.exists():

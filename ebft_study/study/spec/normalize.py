@@ -208,12 +208,14 @@ def _numbers(path: str, values: tuple[Any, ...]) -> tuple[Any, ...]:
 def from_record(content: Mapping[str, Any], *, source: str) -> StudySpec:
     """The spec that a study's own study.yaml records, which holds further keys."""
     known = {key: value for key, value in content.items() if key in StudySpec.model_fields}
+    if "grown_from" in content:  # what versions before 0.2 called it
+        known["extended_from"] = content["grown_from"]
     return normalized(config.parse(StudySpec, known, source=source), source)
 
 
 def dump(spec: StudySpec) -> dict[str, Any]:
     """The spec as plain values, as it is written to study.yaml."""
-    return spec.model_dump(mode="json", exclude={"profiles"} | (set() if spec.grown_from else {"grown_from"}))
+    return spec.model_dump(mode="json", exclude={"profiles"} | (set() if spec.extended_from else {"extended_from"}))
 
 
 def normalized(spec: StudySpec, source: str) -> StudySpec:

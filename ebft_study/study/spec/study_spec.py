@@ -226,7 +226,7 @@ class ResourcesSpec(Section):
         changes: dict[str, Any] = {"by": {}}
         for name, values in self.by.items():
             for value, own in values.items():
-                if is_spelt(value, settings.get(name)):
+                if key_matches(value, settings.get(name)):
                     changes |= own.model_dump(exclude_none=True)
         return self.model_copy(update=changes)
 
@@ -271,7 +271,7 @@ class Profile(Section):
         return given
 
 
-class Extent(Section):
+class StudySize(Section):
     """How large a study was before it was extended."""
 
     axes: dict[str, Any]
@@ -280,7 +280,7 @@ class Extent(Section):
     num_configurations: PositiveInt | None = None
 
     @classmethod
-    def of(cls, spec: StudySpec) -> Extent:
+    def of(cls, spec: StudySpec) -> StudySize:
         """That of a study as it is now."""
         return cls(
             axes=spec.model_dump(mode="json")["axes"],
@@ -291,7 +291,7 @@ class Extent(Section):
 
     def applied(self, spec: StudySpec) -> StudySpec:
         """The study, which has grown since, as it was."""
-        known = spec.model_dump(mode="json", exclude={"profiles", "grown_from"})
+        known = spec.model_dump(mode="json", exclude={"profiles", "extended_from"})
         search = {**known["search"], "num_configurations": self.num_configurations}
         baselines = {name: known["baselines"][name] for name in self.baselines}
         return StudySpec.model_validate(
@@ -317,7 +317,9 @@ class StudySpec(Section):
     budget: BudgetSpec = BudgetSpec()
     resources: ResourcesSpec = ResourcesSpec()
     profiles: dict[str, Profile] = Field(default_factory=dict)
-    grown_from: tuple[Extent, ...] = Field((), description="what it was before each --extend; not for study files")
+    extended_from: tuple[StudySize, ...] = Field(
+        (), description="what it was before each --extend; not for study files"
+    )
 
     @field_validator("axes", mode="before")
     @classmethod
@@ -378,7 +380,7 @@ class StudySpec(Section):
         return baselines
 
 
-def is_spelt(text: str, value: Any) -> bool:
+def key_matches(text: str, value: Any) -> bool:
     """Whether `text`, a key in a study file, stands for a setting's value."""
     if isinstance(value, float):
         with contextlib.suppress(ValueError):

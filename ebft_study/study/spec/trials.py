@@ -65,10 +65,10 @@ def trials_of(spec: StudySpec, configurations: list[Configuration]) -> list[Tria
 
 def listed(spec: StudySpec) -> list[Trial]:
     """All trials that are known from the start. Those of a study that has grown keep the numbers they began with."""
-    if not spec.grown_from:
+    if not spec.extended_from:
         return trials_of(spec, enumerated(spec))
     seen: dict[tuple[str, int], Trial] = {}
-    for stage in (*(extent.applied(spec) for extent in spec.grown_from), spec):
+    for stage in (*(extent.applied(spec) for extent in spec.extended_from), spec):
         for seed, configuration in itertools.product(stage.seeds, enumerated(stage)):
             key = (_identity(configuration), seed)
             seen[key] = seen.get(key) or trial(spec, configuration, seed, len(seen))
@@ -106,14 +106,14 @@ def build(
 
 def on_axes(spec: StudySpec, assignment: Settings) -> Configuration:
     """A configuration labelled by the values of its axes: `alpha=0.5 size=small`."""
-    parts = (f"{config.short_name(key)}={spell(value)}" for key, value in assignment.items())
+    parts = (f"{config.short_name(key)}={format_value(value)}" for key, value in assignment.items())
     return Configuration(" ".join(parts) or "only", enumeration.settings(spec, assignment))
 
 
-def spell(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A value as people write it: 0.1, 1e-05, 0.25,0.5, tiny-1m."""
     if isinstance(value, list | tuple):
-        return ",".join(map(spell, value))
+        return ",".join(map(format_value, value))
     if isinstance(value, float):
         return f"{value:.4g}"
     return "null" if value is None else str(value)

@@ -22,7 +22,7 @@ from ebft_study.storage import Location
 from ebft_study.study.folder import history
 from ebft_study.study.folder.trial_states import EARLY_STOP, Evaluation
 from ebft_study.study.spec.study_spec import ObjectiveSpec, StudySpec
-from ebft_study.study.stopping.rules import Watch
+from ebft_study.study.stopping.rules import RuleMonitor
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -151,7 +151,7 @@ class _Judges:
         from ebft_study.study.stopping.schedulers import StudyScheduler
 
         longest = max((trial.total_steps for trial in trials), default=0)
-        self._metric, self._watch = spec.objective.metric, Watch(spec.stopping, spec.objective)
+        self._metric, self._watch = spec.objective.metric, RuleMonitor(spec.stopping, spec.objective)
         kind = spec.scheduler.kind
         self._scheduler = None if kind == "none" else StudyScheduler(spec, longest=longest, history={})
         self._scheduler_reasons = self._scheduler.reasons if self._scheduler else {}

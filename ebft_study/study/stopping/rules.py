@@ -99,7 +99,7 @@ def hacked(history: Sequence[Evaluation], *, evaluations: int) -> str:
     )
 
 
-class Watch:
+class RuleMonitor:
     """Collects the evaluations of running trials and applies the rules to each new one."""
 
     def __init__(

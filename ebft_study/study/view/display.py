@@ -28,7 +28,7 @@ class Plan:
     """How many trials the study will have, some of which a search may still choose, and how many run side by side."""
 
     trials: int
-    at_once: int = 1
+    concurrency: int = 1
     trial_seconds: float | None = None
     """What a trial is expected to take, if earlier studies tell."""
 
@@ -152,7 +152,7 @@ def seconds_left(states: list[TrialState], plan: Plan) -> float | None:
     if mean is None or not len(running) + to_come:
         return None
     rest = mean * to_come + sum(max((_at_its_pace(s) or mean) - (s.seconds or 0.0), 0.0) for s in running)
-    return rest / min(plan.at_once, len(running) + to_come)
+    return rest / min(plan.concurrency, len(running) + to_come)
 
 
 def _at_its_pace(state: TrialState) -> float | None:

@@ -15,7 +15,7 @@ from ebft_study import config, text
 from ebft_study.config import Section
 from ebft_study.errors import ResultsError, rule_broken
 from ebft_study.results import copies
-from ebft_study.storage import Location, place
+from ebft_study.storage import Location, storage_path
 from ebft_study.study.folder import study_yaml
 from ebft_study.study.resolving import checks, study_file
 from ebft_study.study.spec import normalize, trials
@@ -46,7 +46,7 @@ def what_if(
     file: Path, *, profile: str | None, overrides: Sequence[str], name: str | None, storage: Location
 ) -> tuple[StudySpec, WhatIf]:
     """Replay the study that `file` describes; it lies in `storage`, under `name` if it ran under another one."""
-    folder = place(storage) / (name or str(config.read_yaml(file).get("study")))
+    folder = storage_path(storage) / (name or str(config.read_yaml(file).get("study")))
     if not copies.either_exists(folder / study_yaml.NAME):
         remedy = f"Run it first, or name the study with --name (and --storage, now {storage})"
         raise ResultsError(f"{folder}: is no study, and a what-if replays a finished one. {remedy}")
@@ -128,7 +128,7 @@ def _describe(spec: StudySpec) -> str:
 
 def _with_settings(name: str, section: Section) -> str:
     settings = {key: value for key, value in section.model_dump().items() if key != "kind"}
-    return f"{name} ({', '.join(f'{key} {trials.spell(value)}' for key, value in settings.items())})"
+    return f"{name} ({', '.join(f'{key} {trials.format_value(value)}' for key, value in settings.items())})"
 
 
 # --- for people ------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from rich.console import Console
 from ebft_study import results
 from ebft_study.report import savings, services
 from ebft_study.results.lineage import EXPLOIT
-from ebft_study.storage import Location, place
+from ebft_study.storage import Location, storage_path
 from ebft_study.study.folder import history, lock, study_yaml, trial_states
 from ebft_study.study.spec import trials
 from ebft_study.study.view import display
@@ -25,7 +25,7 @@ def show(folder: Location, console: Console) -> None:
     spec = study_yaml.read(folder)
     metric = spec.objective.metric
     states = list(history.read(folder, metric).states.values())
-    alive = lock.is_held(place(folder))
+    alive = lock.is_held(storage_path(folder))
     for state in states:
         if state.status == "running" and not alive:
             state.status, state.started_at, state.note = "interrupted", None, "its driver is gone"

@@ -8,7 +8,7 @@ import pytest
 
 from ebft_study.errors import ConfigError
 from ebft_study.study.cluster import existing
-from ebft_study.study.cluster.capacity import Machines, Node
+from ebft_study.study.cluster.capacity import ClusterCapacity, Node
 
 
 def test_an_address_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,13 +39,13 @@ def test_no_secret_of_the_driver_is_shown_on_the_cluster(monkeypatch: pytest.Mon
     assert travels["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] == "0.2"
 
 
-@pytest.mark.parametrize(("memory_gib", "at_once"), [((64, 64), 16), ((1, 1), 16), ((0.25,), 4)])
-def test_places_leave_half_of_the_memory_and_fit_on_a_machine(memory_gib: tuple[float, ...], at_once: int) -> None:
-    machines = Machines(tuple(Node(8, 0, gib * 2**30) for gib in memory_gib))
-    claim = existing.place(machines, at_once)["memory"]
+@pytest.mark.parametrize(("memory_gib", "concurrency"), [((64, 64), 16), ((1, 1), 16), ((0.25,), 4)])
+def test_places_leave_half_of_the_memory_and_fit_on_a_machine(memory_gib: tuple[float, ...], concurrency: int) -> None:
+    capacity = ClusterCapacity(tuple(Node(8, 0, gib * 2**30) for gib in memory_gib))
+    claim = existing.place(capacity, concurrency)["memory"]
     assert 1 <= claim <= existing.PROCESS_BYTES
-    assert at_once * claim <= sum(memory_gib) * 2**30 / 2
-    assert sum(int(gib * 2**30 / claim) for gib in memory_gib) >= at_once
+    assert concurrency * claim <= sum(memory_gib) * 2**30 / 2
+    assert sum(int(gib * 2**30 / claim) for gib in memory_gib) >= concurrency
 
 
 def answered(**changes: object) -> dict[str, object]:

@@ -138,14 +138,14 @@ def test_the_next_session_reads_how_the_last_one_ended(tmp_path: Path) -> None:
     session.monitor.ended("t0003", {"status": "failed", "reason": "no such file"})
 
     past = history.read(tmp_path, "cfm_loss")
-    assert {name: ended.kind for name, ended in past.endings.items()} == {
+    assert {name: ended.kind for name, ended in past.trial_results.items()} == {
         "t0000": "finished",
         "t0001": "early",
         "t0003": "failed",
     }
-    assert past.endings["t0000"].value == 1.8
-    assert past.endings["t0001"].step == 5
-    assert math.isnan(past.endings["t0003"].value)
+    assert past.trial_results["t0000"].value == 1.8
+    assert past.trial_results["t0001"].step == 5
+    assert math.isnan(past.trial_results["t0003"].value)
     assert past.curves == {"t0001": [(0.0, 2.0), (5.0, 1.9)], "t0002": [(0.0, 2.0), (5.0, 1.7)]}
     running = past.states["t0002"]
     assert (running.status, running.step, running.total_steps, running.metrics["cfm_loss"]) == ("running", 5, 10, 1.7)
@@ -160,7 +160,7 @@ def test_all_objectives_reach_the_search_now_and_in_the_next_session(tmp_path: P
     session.monitor.started("t0000")
     session.train("t0000")
     ended = session.monitor.ended("t0000", {**FINISHED, "started_at": time.time()})
-    read = history.read(tmp_path, "cfm_loss", ["ce_loss", "reward"]).endings["t0000"]
+    read = history.read(tmp_path, "cfm_loss", ["ce_loss", "reward"]).trial_results["t0000"]
     for one in (ended, read):
         assert (one.kind, one.value, one.further[0]) == ("finished", 1.8, 3.0)
         assert math.isnan(one.further[1])  # it reported none
@@ -169,18 +169,18 @@ def test_all_objectives_reach_the_search_now_and_in_the_next_session(tmp_path: P
 def test_a_trial_that_waits_for_its_turn_is_pending_and_its_time_stands_still(tmp_path: Path) -> None:
     session = Session(tmp_path)
     session.monitor.planned(session.trials[1])
-    session.monitor.goes_on("t0001")
+    session.monitor.resumed("t0001")
     state = session.states["t0001"]
     assert state.status == "running"
     state.started_at, state.stopwatch = time.time() - 20, time.monotonic() - 20
-    session.monitor.goes_on("t0001")  # runs already
+    session.monitor.resumed("t0001")  # runs already
     assert state.seconds == pytest.approx(20, abs=5)
     session.monitor.paused("t0001", 1)
     assert session.row("t0001")["status"] == "pending"
     assert session.row("t0001")["total_seconds"] == pytest.approx(20, abs=5)
     waited = state.seconds
     assert (state.seconds, state.started_at) == (waited, None)
-    session.monitor.goes_on("t0001")
+    session.monitor.resumed("t0001")
     assert session.row("t0001")["status"] == "running"
     assert state.seconds == pytest.approx(20, abs=5)
 
@@ -192,7 +192,7 @@ def test_a_takeover_is_an_event_that_the_lineage_reads(tmp_path: Path) -> None:
         "step": 5, "donor": "t0002", "donor_step": 10, "donor_attempt": 0, "score": 2.0, "donor_score": 1.0,
         "checkpoint": "train/t0001-2/checkpoint_00000010", "before": {"alpha": 0.0}, "after": {"alpha": 0.5},
     }  # fmt: skip
-    session.monitor.took_over("t0001", 2, details)
+    session.monitor.exploited("t0001", 2, details)
     (row,) = lineage(tmp_path).drop(columns="time").to_dict("records")
     assert row == {"trial_id": "t0001", "attempt": 2, **details}
     assert session.heard.lines[-1] == "t0001 at step 5 goes on from t0002's step 10 with alpha=0.5"
@@ -229,7 +229,7 @@ def test_time_of_earlier_sessions_counts(tmp_path: Path) -> None:
 
 def test_a_study_that_has_not_started_has_no_history(tmp_path: Path) -> None:
     past = history.read(tmp_path, "cfm_loss")
-    assert (past.states, past.endings, past.curves) == ({}, {}, {})
+    assert (past.states, past.trial_results, past.curves) == ({}, {}, {})
 
 
 # --- what people see -------------------------------------------------------------------------------------------
@@ -293,13 +293,13 @@ def test_numbers_survive_a_narrow_terminal(width: int) -> None:
 
 
 def test_time_left_is_the_mean_of_what_ended_over_places() -> None:
-    now, plan = time.time(), display.Plan(6, at_once=2)
+    now, plan = time.time(), display.Plan(6, concurrency=2)
     ended = [state(i, "finished", started_at=now - 100, ended_at=now - 40) for i in range(2)]
     waiting = [state(i, "pending") for i in range(2, 6)]
     assert display.seconds_left(ended + waiting, plan) == pytest.approx(4 * 60 / 2)
     assert display.seconds_left(waiting, plan) is None
     running = [state(9, "running", started_at=now - 45)]
-    assert display.seconds_left(ended + running, display.Plan(3, at_once=2)) == pytest.approx(15, abs=1)
+    assert display.seconds_left(ended + running, display.Plan(3, concurrency=2)) == pytest.approx(15, abs=1)
 
 
 def test_before_the_first_end_the_pace_of_running_trials_tells_or_else_the_plan() -> None:
@@ -327,7 +327,7 @@ def test_a_live_table_is_not_higher_than_its_screen() -> None:
 def test_trials_that_a_search_has_yet_to_choose_count() -> None:
     now = time.time()
     ended = [state(0, "finished", started_at=now - 100, ended_at=now - 40)]
-    assert display.seconds_left(ended, display.Plan(4, at_once=1)) == pytest.approx(180)
+    assert display.seconds_left(ended, display.Plan(4, concurrency=1)) == pytest.approx(180)
     assert display.summary(ended, display.Plan(4)) == "1 of 4 trials finished; about 3 min left"
     assert display.seconds_left(ended, display.Plan(1)) is None
 

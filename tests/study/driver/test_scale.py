@@ -62,7 +62,7 @@ def test_ten_thousand_trials_are_planned_recorded_and_interrupted_in_little_time
     past = history.read(tmp_path, spec.objective.metric)
     assert len(past.states) == TRIALS
     assert {state.status for state in past.states.values()} == {"interrupted"}
-    assert past.endings == {}
+    assert past.trial_results == {}
     assert time.perf_counter() - begun < SLOW_SECONDS
 
 

@@ -14,8 +14,8 @@ from ray.tune.search import Searcher
 from ebft_study.errors import DataError, EbftError
 from ebft_study.study.driver import trial
 from ebft_study.study.driver.relay import Relay
-from ebft_study.study.driver.tune_hooks import Observer, StopWish, StudySearcher
-from ebft_study.study.folder.trial_states import Ending
+from ebft_study.study.driver.tune_hooks import Observer, StudySearcher, StudyStopper
+from ebft_study.study.folder.trial_states import TrialResult
 from ebft_study.study.search.listed import ListedSearch
 from ebft_study.study.spec import normalize, trials
 from ebft_study.study.spec.study_spec import ResourcesSpec
@@ -77,7 +77,7 @@ def test_closing_a_box_lets_its_senders_go() -> None:
 # --- adapters --------------------------------------------------------------------------------------------------
 
 
-class Told:
+class PopulationListener:
     """A monitor that remembers what it was told."""
 
     def __init__(self) -> None:
@@ -89,7 +89,7 @@ class Told:
     def started(self, trial_id: str) -> None:
         self.calls.append(("started", trial_id))
 
-    def goes_on(self, trial_id: str) -> None:
+    def resumed(self, trial_id: str) -> None:
         self.calls.append(("goes_on", trial_id))
 
     def reported(self, trial_id: str, metrics: dict[str, Any]) -> None:
@@ -98,9 +98,9 @@ class Told:
     def retried(self, trial_id: str, problem: str) -> None:
         self.calls.append(("retried", trial_id, problem))
 
-    def ended(self, trial_id: str, outcome: dict[str, Any]) -> Ending:
+    def ended(self, trial_id: str, outcome: dict[str, Any]) -> TrialResult:
         self.calls.append(("ended", trial_id, outcome["status"], outcome["reason"]))
-        return Ending("finished", 1.0, 4)
+        return TrialResult("finished", 1.0, 4)
 
 
 def listed() -> ListedSearch:
@@ -118,7 +118,7 @@ def observer(told: Any) -> tuple[Observer, list[tuple[str, int]]]:
 
 
 def test_the_searcher_hands_out_trials_and_then_says_that_is_all() -> None:
-    told: Any = Told()
+    told: Any = PopulationListener()
     searcher = StudySearcher(listed(), told, lambda trial: {"trial_id": trial.trial_id})
     assert searcher.suggest("x") == {"trial_id": "t0000"}
     assert searcher.suggest("y") == {"trial_id": "t0001"}
@@ -127,7 +127,7 @@ def test_the_searcher_hands_out_trials_and_then_says_that_is_all() -> None:
 
 
 def test_trials_that_take_turns_start_when_tune_starts_them() -> None:
-    told: Any = Told()
+    told: Any = PopulationListener()
     searcher = StudySearcher(listed(), told, lambda trial: {"trial_id": trial.trial_id}, take_turns=True)
     assert searcher.suggest("x") == {"trial_id": "t0000"}
     observer(told)[0].on_trial_start(1, [], tune_trial())
@@ -135,7 +135,7 @@ def test_trials_that_take_turns_start_when_tune_starts_them() -> None:
 
 
 def test_reports_and_the_final_outcome_reach_the_monitor() -> None:
-    told: Any = Told()
+    told: Any = PopulationListener()
     watching, released = observer(told)
     watching.on_trial_result(1, [], tune_trial(), {"step": 2.0})
     outcome = {"status": "finished", "reason": ""}
@@ -146,13 +146,13 @@ def test_reports_and_the_final_outcome_reach_the_monitor() -> None:
 
 
 def test_a_trial_that_ends_without_outcome_was_stopped_early() -> None:
-    told: Any = Told()
+    told: Any = PopulationListener()
     observer(told)[0].on_trial_complete(1, [], tune_trial(step=6.0, attempt=1))
     assert told.calls == [("ended", "t0007", "stopped", "early stop: behind other trials at step 6")]
 
 
 def test_a_crash_is_told_by_its_last_line(tmp_path: Path) -> None:
-    told: Any = Told()
+    told: Any = PopulationListener()
     noted = tmp_path / "error.txt"
     noted.write_text("Traceback\n  File\nRuntimeError: out of memory\n\n")
     watching, _ = observer(told)
@@ -165,25 +165,25 @@ def test_a_crash_is_told_by_its_last_line(tmp_path: Path) -> None:
 
 
 def test_what_tune_pickles_holds_nothing() -> None:
-    told: Any = Told()
+    told: Any = PopulationListener()
     told.unpicklable = lambda: None
-    for thing in (StudySearcher(listed(), told, lambda trial: {}), observer(told)[0], StopWish(None)):
+    for thing in (StudySearcher(listed(), told, lambda trial: {}), observer(told)[0], StudyStopper(None)):
         assert vars(pickle.loads(pickle.dumps(thing))) == {}
 
 
 def test_the_first_wish_to_stop_counts() -> None:
-    wish = StopWish(None)
-    assert not wish.stop_all()
-    wish.wish("Ctrl-C")
-    wish.wish("later")
-    assert wish.stop_all()
-    assert wish.reason == "Ctrl-C"
-    assert not wish("t", {})
+    stopper = StudyStopper(None)
+    assert not stopper.stop_all()
+    stopper.request_stop("Ctrl-C")
+    stopper.request_stop("later")
+    assert stopper.stop_all()
+    assert stopper.reason == "Ctrl-C"
+    assert not stopper("t", {})
 
 
 def test_a_budget_of_time_ends_the_study() -> None:
-    assert not StopWish(1.0).stop_all()
-    over = StopWish(1e-15)
+    assert not StudyStopper(1.0).stop_all()
+    over = StudyStopper(1e-15)
     assert over.stop_all()
     assert over.reason == "budget.max_hours is used up"
 
@@ -197,9 +197,9 @@ def test_the_users_error_is_found_among_the_workers() -> None:
             self.worker_failures = failures
 
     mine = DataError("no such file. Use another")
-    assert trial._mendable(GroupError({0: RuntimeError("killed"), 1: mine})) is mine
-    assert trial._mendable(GroupError({0: RuntimeError("killed")})) is None
-    assert trial._mendable(RuntimeError("controller died")) is None
+    assert trial._user_error(GroupError({0: RuntimeError("killed"), 1: mine})) is mine
+    assert trial._user_error(GroupError({0: RuntimeError("killed")})) is None
+    assert trial._user_error(RuntimeError("controller died")) is None
 
 
 def test_errors_for_people_survive_their_way_between_processes() -> None:

@@ -16,7 +16,7 @@ from rich.console import Console
 from ebft_study import results
 from ebft_study.config import CheckpointConfig
 from ebft_study.errors import EbftError, ResultsError
-from ebft_study.storage import place
+from ebft_study.storage import storage_path
 from ebft_study.study.driver import runner
 from ebft_study.study.folder import attempts, study_yaml
 from ebft_study.study.spec import normalize
@@ -87,7 +87,7 @@ def test_the_best_and_regular_checkpoints_of_all_attempts_stay(tmp_path: Path) -
 
 
 def test_attempts_and_checkpoints_in_a_store(tmp_path: Path, s3_query: str) -> None:
-    study = place(f"s3://studies/attempts?{s3_query}")
+    study = storage_path(f"s3://studies/attempts?{s3_query}")
     assert [attempts.begin(study, "t0001") for _ in range(2)] == [1, 2]
     assert attempts.newest_checkpoint(study, "t0001") is None
     own = attempts.folder(study, "t0001", 2)
@@ -188,9 +188,9 @@ def test_a_finished_trial_with_a_damaged_row_is_not_run_again(existing: Path, mo
     (existing / "results" / "trials" / "t0000.parquet").write_bytes(b"half")
     seen: list[Any] = []
 
-    def session(folder: Path, study: StudySpec, runs: Any, past: Any, *rest: Any) -> runner.Ended:
-        seen.append(set(past.endings))
-        return runner.Ended(folder, past.states)
+    def session(folder: Path, study: StudySpec, runs: Any, past: Any, *rest: Any) -> runner.StudyResult:
+        seen.append(set(past.trial_results))
+        return runner.StudyResult(folder, past.states)
 
     monkeypatch.setattr(runner, "_session", session)
     monkeypatch.setattr(runner, "_prepare", lambda configurations, console: {})
@@ -241,9 +241,11 @@ def quiet() -> Console:
     return Console(file=io.StringIO(), width=120)
 
 
-def start(folder: Path, study: StudySpec, *, go_on: bool = False) -> runner.Ended:
+def start(folder: Path, study: StudySpec, *, resume_existing: bool = False) -> runner.StudyResult:
     file = written_file(folder.parent.parent)
-    return runner.run(study, file=file, profile=None, storage=folder.parent, console=quiet(), go_on=go_on)
+    return runner.run(
+        study, file=file, profile=None, storage=folder.parent, console=quiet(), resume_existing=resume_existing
+    )
 
 
 def test_a_name_taken_by_other_settings_is_refused(existing: Path) -> None:
@@ -262,7 +264,7 @@ def test_a_finished_study_says_so(existing: Path) -> None:
     results.StudyRecorder(existing, study="s").trial({"trial_id": "t0001", "status": "finished", "attempt": 1})
     with pytest.raises(ResultsError, match="this study is finished"):
         start(existing, spec())
-    ended = start(existing, spec(), go_on=True)
+    ended = start(existing, spec(), resume_existing=True)
     assert ended.exit_code == 0
     assert ended.reason == ""
 
@@ -296,9 +298,9 @@ def test_failed_trials_count_as_over_unless_asked_for(existing: Path, monkeypatc
     assert runner.resume(existing, console=quiet()).exit_code == 1
     left: list[set[str]] = []
 
-    def session(folder: Path, study: StudySpec, runs: Any, past: Any, *rest: Any) -> runner.Ended:
-        left.append({"t0000", "t0001"} - set(past.endings))
-        return runner.Ended(folder, past.states)
+    def session(folder: Path, study: StudySpec, runs: Any, past: Any, *rest: Any) -> runner.StudyResult:
+        left.append({"t0000", "t0001"} - set(past.trial_results))
+        return runner.StudyResult(folder, past.states)
 
     monkeypatch.setattr(runner, "_session", session)
     monkeypatch.setattr(runner, "_prepare", lambda configurations, console: {})
@@ -308,7 +310,7 @@ def test_failed_trials_count_as_over_unless_asked_for(existing: Path, monkeypatc
 
 @pytest.mark.parametrize(("reason", "code"), [("", 0), ("Ctrl-C", 130), ("budget.max_hours is used up", 0)])
 def test_exit_codes(tmp_path: Path, reason: str, code: int) -> None:
-    assert runner.Ended(tmp_path, {}, reason).exit_code == code
+    assert runner.StudyResult(tmp_path, {}, reason).exit_code == code
 
 
 # --- status ----------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from ebft_study.errors import ResultsError
-from ebft_study.storage import Place, place
+from ebft_study.storage import StoragePath, storage_path
 from ebft_study.study.folder import lock
 
 RECORD = "study.yaml"
@@ -23,8 +23,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def folder(s3_query: str, request: pytest.FixtureRequest) -> Place:
-    return place(f"s3://studies/{request.node.name}?{s3_query}")
+def folder(s3_query: str, request: pytest.FixtureRequest) -> StoragePath:
+    return storage_path(f"s3://studies/{request.node.name}?{s3_query}")
 
 
 def owner(**changes: object) -> bytes:
@@ -32,13 +32,13 @@ def owner(**changes: object) -> bytes:
     return json.dumps({**known, **changes}).encode()
 
 
-def test_a_second_driver_is_refused_and_told_who_the_first_is(folder: Place) -> None:
+def test_a_second_driver_is_refused_and_told_who_the_first_is(folder: StoragePath) -> None:
     (folder / lock.NAME).write_bytes(owner())
     with pytest.raises(ResultsError, match=r"another process is running this study .process 1 on far"):
         lock.hold(folder, record=RECORD).__enter__()
 
 
-def test_the_lock_is_given_back(folder: Place) -> None:
+def test_the_lock_is_given_back(folder: StoragePath) -> None:
     with lock.hold(folder, record=RECORD):
         assert lock.is_held(folder)
         with pytest.raises(ResultsError), lock.hold(folder, record=RECORD):
@@ -47,7 +47,7 @@ def test_the_lock_is_given_back(folder: Place) -> None:
     assert folder.names() == []
 
 
-def test_an_owner_that_fell_silent_is_succeeded(folder: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_owner_that_fell_silent_is_succeeded(folder: StoragePath, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / lock.NAME).write_bytes(owner())
     time.sleep(2.1)  # the store counts whole seconds
     monkeypatch.setattr(lock, "STALE_SECONDS", 1.0)
@@ -55,7 +55,7 @@ def test_an_owner_that_fell_silent_is_succeeded(folder: Place, monkeypatch: pyte
         assert not held.lost
 
 
-def test_a_process_of_this_machine_that_is_gone_is_succeeded_at_once(folder: Place) -> None:
+def test_a_process_of_this_machine_that_is_gone_is_succeeded_at_once(folder: StoragePath) -> None:
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     (folder / lock.NAME).write_bytes(owner(pid=gone.pid, machine=lock._machine()))
@@ -65,7 +65,7 @@ def test_a_process_of_this_machine_that_is_gone_is_succeeded_at_once(folder: Pla
 
 
 def test_heartbeats_are_measured_by_the_clock_of_the_store_alone(
-    folder: Place, monkeypatch: pytest.MonkeyPatch
+    folder: StoragePath, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The owner's clock is years behind, and so is what it wrote."""
     (folder / lock.NAME).write_bytes(owner(time="1990-01-01T00:00:00+00:00"))
@@ -73,7 +73,7 @@ def test_heartbeats_are_measured_by_the_clock_of_the_store_alone(
         lock.hold(folder, record=RECORD).__enter__()
 
 
-def test_an_owner_that_was_succeeded_learns_it_and_leaves_the_lock_alone(folder: Place) -> None:
+def test_an_owner_that_was_succeeded_learns_it_and_leaves_the_lock_alone(folder: StoragePath) -> None:
     with lock.hold(folder, record=RECORD) as held:
         (folder / lock.NAME).write_bytes(owner())
         deadline = time.monotonic() + 10
@@ -86,7 +86,9 @@ def test_an_owner_that_was_succeeded_learns_it_and_leaves_the_lock_alone(folder:
     assert json.loads((folder / lock.NAME).read_bytes())["token"] == "other"
 
 
-def test_of_two_that_begin_at_once_the_one_that_wrote_last_wins(folder: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_two_that_begin_at_once_the_one_that_wrote_last_wins(
+    folder: StoragePath, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = time.sleep
 
     def overtaken(seconds: float) -> None:
@@ -99,7 +101,7 @@ def test_of_two_that_begin_at_once_the_one_that_wrote_last_wins(folder: Place, m
     assert json.loads((folder / lock.NAME).read_bytes())["token"] == "other"
 
 
-def test_a_lock_that_says_nothing_is_somebodys(folder: Place) -> None:
+def test_a_lock_that_says_nothing_is_somebodys(folder: StoragePath) -> None:
     (folder / lock.NAME).write_bytes(b"garbage")
     with pytest.raises(ResultsError, match="another process"):
         lock.hold(folder, record=RECORD).__enter__()

@@ -103,9 +103,9 @@ def test_hours_follow_from_what_finished_trials_took(run: dict[str, Any], tmp_pa
 
 def test_what_is_planned_at_the_start_is_what_the_report_compares(run: dict[str, Any], tmp_path: Path) -> None:
     study = spec(run, axes={"reward.alpha": [0.0, 1.0]}, baselines={"sft": {"method": "sft"}})
-    assert expected.forecast(study, storage=tmp_path, at_once=2) is None
+    assert expected.forecast(study, storage=tmp_path, concurrency=2) is None
     finish(tmp_path, run, step_seconds=0.5, train=14.0, total=17.0, host=socket.gethostname())
-    planned = expected.forecast(study, storage=tmp_path, at_once=2)
+    planned = expected.forecast(study, storage=tmp_path, concurrency=2)
     assert planned is not None
     sft, ebft = planned["kinds"]
     assert sft["trials"] == ["t0000", "t0003", "t0006"]
@@ -117,8 +117,8 @@ def test_what_is_planned_at_the_start_is_what_the_report_compares(run: dict[str,
     assert json.loads(json.dumps(planned)) == planned
 
 
-def row(method: str, side_by_side: int, rate: float, **changes: Any) -> dict[str, Any]:
-    alike = {"model": "m", "method": method, "workers": 1, "served": False, "side_by_side": side_by_side}
+def row(method: str, concurrency: int, rate: float, **changes: Any) -> dict[str, Any]:
+    alike = {"model": "m", "method": method, "workers": 1, "served": False, "side_by_side": concurrency}
     return {**alike, "rate": rate, "evaluation_rate": 10.0, "startup": 1.0, **changes}
 
 
@@ -126,9 +126,9 @@ def test_the_trials_most_alike_decide() -> None:
     rows = [row("sft", 2, 100.0), row("ebft", 1, 50.0), row("ebft", 2, 30.0), row("ebft", 2, 40.0)]
     known = throughput.Pace([*rows, row("ebft", 2, 1.0, served=True), row("ebft", 2, 7.0, model="other")])
 
-    def rate(method: str, at_once: int, model: str = "m", served: bool = False) -> float:
+    def rate(method: str, concurrency: int, model: str = "m", served: bool = False) -> float:
         work = throughput.Work(model, method, 1, served, flops=1.0, evaluations=1, evaluation_flops=1.0)
-        return known.of(work, at_once=at_once).flops_per_second
+        return known.of(work, concurrency=concurrency).flops_per_second
 
     assert rate("ebft", 2) == 35.0
     assert rate("ebft", 1) == 50.0
@@ -145,7 +145,7 @@ def test_groups_of_workers_start_later_than_trials_in_their_own_process() -> Non
     )
     for workers, startup in ((0, 4.0), (1, 13.0)):
         work = throughput.Work("m", "ebft", workers, False, flops=1.0, evaluations=1, evaluation_flops=1.0)
-        assert known.of(work, at_once=2).startup_seconds == startup
+        assert known.of(work, concurrency=2).startup_seconds == startup
 
 
 def test_a_part_of_a_trial_starts_as_long_as_a_whole_one() -> None:
@@ -158,9 +158,9 @@ def test_a_part_of_a_trial_starts_as_long_as_a_whole_one() -> None:
 def test_trials_side_by_side_are_counted_while_any_runs() -> None:
     at = lambda *seconds: pd.to_datetime(list(seconds), unit="s", utc=True)  # noqa: E731
     table = pd.DataFrame({"started_at": at(0, 0, 10, 1000, 1000), "finished_at": at(10, 20, 20, 1010, 1010)})
-    assert throughput.side_by_side(table) == 2
-    assert throughput.side_by_side(table.iloc[:1]) == 1
-    assert throughput.side_by_side(table.iloc[:0]) == 1
+    assert throughput.concurrency(table) == 2
+    assert throughput.concurrency(table.iloc[:1]) == 1
+    assert throughput.concurrency(table.iloc[:0]) == 1
 
 
 def test_trials_of_other_machines_measure_nothing_here(run: dict[str, Any], tmp_path: Path) -> None:

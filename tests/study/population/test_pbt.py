@@ -16,9 +16,9 @@ from ebft_study.config import RunConfig, short_name
 from ebft_study.results import StudyRecorder, TrialRecorder
 from ebft_study.results.lineage import EXPLOIT, lineage
 from ebft_study.study.folder import attempts
-from ebft_study.study.folder.trial_states import Ending
+from ebft_study.study.folder.trial_states import TrialResult
 from ebft_study.study.population import exploit
-from ebft_study.study.population.exploit import Line
+from ebft_study.study.population.exploit import Lineage
 from ebft_study.study.population.pbt import Populations
 from ebft_study.study.search.listed import PopulationSearch
 from ebft_study.study.spec import normalize, trials
@@ -51,7 +51,7 @@ class Manager:
 class TuneTrial:
     """A trial as Tune hands it over."""
 
-    def __init__(self, folder: Path, trial: trials.Trial, line: Line | None = None) -> None:
+    def __init__(self, folder: Path, trial: trials.Trial, line: Lineage | None = None) -> None:
         run = trial.run.model_dump(mode="json")
         self.config = {
             "trial_id": trial.trial_id, "is_baseline": trial.configuration.baseline is not None, "total_steps": STEPS,
@@ -122,7 +122,7 @@ class Cluster:
 
     # the monitor
 
-    def took_over(self, trial_id: str, attempt: int, details: Mapping[str, Any]) -> None:
+    def exploited(self, trial_id: str, attempt: int, details: Mapping[str, Any]) -> None:
         self.recorder.event(EXPLOIT, "", trial_id=trial_id, attempt=attempt, **details)
 
     def paused(self, trial_id: str, attempt: int) -> None: ...
@@ -354,7 +354,7 @@ def test_a_new_population_begins_when_there_are_places() -> None:
     assert [trial and trial.seed for trial in out] == [0, 0, 0, 0, None]
     for trial in out[:3]:
         assert trial
-        source.ended(trial.trial_id, Ending("finished", 1.0, STEPS))
+        source.ended(trial.trial_id, TrialResult("finished", 1.0, STEPS))
     rest = [source.next() for _ in range(5)]
     assert [trial and trial.seed for trial in rest] == [1, 1, 1, 1, None]
     assert source.exhausted

@@ -8,7 +8,7 @@ import pytest
 
 from ebft_study.errors import ConfigError
 from ebft_study.study.folder.history import History
-from ebft_study.study.folder.trial_states import Ending
+from ebft_study.study.folder.trial_states import TrialResult
 from ebft_study.study.resolving import checks, extending
 from ebft_study.study.spec import normalize, trials
 from ebft_study.study.spec.study_spec import StudySpec
@@ -79,7 +79,7 @@ def test_a_study_grows_again_and_again_and_its_record_says_how() -> None:
     assert numbers(spec()).items() <= numbers(once).items() <= numbers(twice).items()
     read = normalize.from_record(normalize.dump(twice), source="study.yaml")
     assert numbers(read) == numbers(twice)
-    assert "grown_from" not in normalize.dump(spec())
+    assert "extended_from" not in normalize.dump(spec())
 
 
 def test_the_file_that_a_study_was_extended_to_asks_for_nothing_else() -> None:
@@ -103,10 +103,10 @@ def test_draws_that_were_made_are_not_made_again() -> None:
 
 
 def test_what_ended_before_its_new_length_is_open_again_unless_it_was_stopped() -> None:
-    past = History({}, {"t0000": Ending("finished", 1.0, 40), "t0001": Ending("early", 1.0, 20)}, {})
+    past = History({}, {"t0000": TrialResult("finished", 1.0, 40), "t0001": TrialResult("early", 1.0, 20)}, {})
     assert extending.reopened(spec(), past) is past
-    assert set(extending.reopened(extend(spec(), spec(seeds=[0, 1, 2])), past).endings) == {"t0000", "t0001"}
-    assert set(extending.reopened(extend(spec(), spec(run={"steps": 60})), past).endings) == {"t0001"}
+    assert set(extending.reopened(extend(spec(), spec(seeds=[0, 1, 2])), past).trial_results) == {"t0000", "t0001"}
+    assert set(extending.reopened(extend(spec(), spec(run={"steps": 60})), past).trial_results) == {"t0001"}
 
 
 OPTUNA = {"algorithm": "optuna", "num_configurations": 4}

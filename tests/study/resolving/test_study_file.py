@@ -11,11 +11,11 @@ import yaml
 from ebft_study import config
 from ebft_study.errors import ConfigError
 from ebft_study.study.cluster import requests
-from ebft_study.study.cluster.capacity import Machines, Node
+from ebft_study.study.cluster.capacity import ClusterCapacity, Node
 from ebft_study.study.resolving import checks, study_file
 from ebft_study.study.resolving.study_file import load_study
 from ebft_study.study.spec import normalize
-from ebft_study.study.spec.study_spec import ResourcesSpec, StudySpec, is_spelt
+from ebft_study.study.spec.study_spec import ResourcesSpec, StudySpec, key_matches
 
 BASE: dict[str, Any] = {
     "study": "probe",
@@ -265,8 +265,8 @@ def test_a_file_without_profiles_needs_none(tmp_path: Path) -> None:
     assert load_study(write(tmp_path, profiles=None)).run["training"]["steps"] == 20
 
 
-def machine(cpus: int, gpus: int) -> Machines:
-    return Machines((Node(cpus, gpus),))
+def machine(cpus: int, gpus: int) -> ClusterCapacity:
+    return ClusterCapacity((Node(cpus, gpus),))
 
 
 def test_a_trial_must_fit_on_the_machine(tmp_path: Path) -> None:
@@ -289,12 +289,12 @@ def test_trials_of_one_study_may_need_different_resources(tmp_path: Path) -> Non
     spec = load_study(write(tmp_path, **BY_MODEL), "cpu")
     runs = checks.check(spec, "test")
     assert {run.method: spec.resources.of(run).workers_per_trial for run in runs} == {"ebft": 1, "sft": 2}
-    assert {need.processes for need in requests.needs(spec.resources, runs)} == {1, 2}
+    assert {need.processes for need in requests.resource_requests(spec.resources, runs)} == {1, 2}
     assert normalize.from_record(normalize.dump(spec), source="record") == spec
     checks.check_machine(spec, runs, machine(2, 0))
     with pytest.raises(ConfigError, match=r"a trial of 2 worker\(s\) needs 2 CPU cores; here are 1"):
         checks.check_machine(spec, runs, machine(1, 0))
-    assert requests.trials_at_once(spec, runs, machine(8, 0)) == 8
+    assert requests.concurrent_trials(spec, runs, machine(8, 0)) == 8
 
 
 @pytest.mark.parametrize(
@@ -314,14 +314,14 @@ def test_resources_of_trials_that_do_not_exist_are_refused(tmp_path: Path, by: A
 
 
 def test_values_of_settings_are_found_however_they_are_spelt() -> None:
-    assert is_spelt("1e-05", 0.00001)
-    assert is_spelt("0.50", 0.5)
-    assert is_spelt("Qwen/Qwen2.5-7B", "Qwen/Qwen2.5-7B")
-    assert not is_spelt("1", "1b")
+    assert key_matches("1e-05", 0.00001)
+    assert key_matches("0.50", 0.5)
+    assert key_matches("Qwen/Qwen2.5-7B", "Qwen/Qwen2.5-7B")
+    assert not key_matches("1", "1b")
 
 
 def test_engines_stay_on_one_machine_with_their_trial(tmp_path: Path) -> None:
-    cluster = Machines((Node(8, 8), Node(8, 8)))
+    cluster = ClusterCapacity((Node(8, 8), Node(8, 8)))
     served = {"rollout": {"backend": "vllm"}, "model": "tiny-1m"}
     for settings, refused in (
         ({"engine_scope": "study"}, "vllm.engine_scope"),
@@ -330,7 +330,7 @@ def test_engines_stay_on_one_machine_with_their_trial(tmp_path: Path) -> None:
     ):
         run = config.build_run({**served, "vllm": settings}, source="test")
         spec = StudySpec(study="s", question="?", resources=ResourcesSpec(gpus_per_worker=1))
-        checks.check_machine(spec, [run], Machines(cluster.nodes[:1]))
+        checks.check_machine(spec, [run], ClusterCapacity(cluster.nodes[:1]))
         if not refused:
             checks.check_machine(spec, [run], cluster)
             continue

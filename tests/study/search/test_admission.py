@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from ebft_study.study.folder.trial_states import Ending
+from ebft_study.study.folder.trial_states import TrialResult
 from ebft_study.study.search.admission import Admission
 from ebft_study.study.search.listed import ListedSearch, Search
 
@@ -35,7 +35,7 @@ class WhateverFits:
             self._gpus[found.trial_id] = found.gpus
         return found
 
-    def ended(self, trial_id: str, ending: Ending) -> None:
+    def ended(self, trial_id: str, trial_result: TrialResult) -> None:
         self._free += self._gpus.pop(trial_id)
 
     @property
@@ -52,7 +52,7 @@ def starts(search: Search) -> tuple[dict[str, float], float]:
             heapq.heappush(running, (now + found.seconds, found.trial_id, found.gpus))
         assert sum(gpus for _, _, gpus in running) <= GPUS
         now, trial_id, _ = heapq.heappop(running)
-        search.ended(trial_id, Ending("finished"))
+        search.ended(trial_id, TrialResult("finished"))
     return begun, now
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from ebft_study import config, results
-from ebft_study.storage import Place, place
-from ebft_study.study.folder.trial_states import Ending
+from ebft_study.storage import StoragePath, storage_path
+from ebft_study.study.folder.trial_states import TrialResult
 from ebft_study.study.search import journal, optuna_search
 from ebft_study.study.search.optuna_search import OptunaSearch
 from ebft_study.study.spec import normalize
@@ -46,11 +46,11 @@ def spec(**changes: Any) -> StudySpec:
     return normalize.from_record(SPEC | changes, source="test")
 
 
-def begin(folder: Place, *, trials: int = 8, **changes: Any) -> tuple[Path, list[Any]]:
+def begin(folder: StoragePath, *, trials: int = 8, **changes: Any) -> tuple[Path, list[Any]]:
     """A search of which three configurations are on record (or as many as that many trials have), the first ended."""
     working = journal.fetch(folder)
     inner = OptunaSearch(spec(**changes), working, {})
-    kept = journal.Kept(inner, working, folder)
+    kept = journal.SyncedSearch(inner, working, folder)
     handed = [kept.next() for _ in range(trials)]
     recorder = results.StudyRecorder(folder, study="s")
     for trial in handed:
@@ -59,15 +59,15 @@ def begin(folder: Place, *, trials: int = 8, **changes: Any) -> tuple[Path, list
         row = {"trial_id": trial.trial_id, "status": "pending", "attempt": 0, "hyperparameters": settings}
         recorder.trial({**row, "configuration": trial.configuration.label})
     for trial_id in ("t0002", "t0003"):
-        kept.ended(trial_id, Ending("finished", 1.0, 4))
+        kept.ended(trial_id, TrialResult("finished", 1.0, 4))
     return working, handed
 
 
-def resume(folder: Place, **changes: Any) -> tuple[str, dict[str, Any]]:
+def resume(folder: StoragePath, **changes: Any) -> tuple[str, dict[str, Any]]:
     working = journal.fetch(folder)
-    problem = journal.mend(spec(**changes), working, results.read_table(folder, "trials"))
-    endings = {trial_id: Ending("finished", 1.0, 4) for trial_id in ("t0000", "t0001", "t0002", "t0003")}
-    again = OptunaSearch(spec(**changes), working, endings)
+    problem = journal.repair(spec(**changes), working, results.read_table(folder, "trials"))
+    trial_results = {trial_id: TrialResult("finished", 1.0, 4) for trial_id in ("t0000", "t0001", "t0002", "t0003")}
+    again = OptunaSearch(spec(**changes), working, trial_results)
     left = {}
     while (trial := again.next()) is not None:
         left[trial.trial_id] = trial
@@ -76,7 +76,7 @@ def resume(folder: Place, **changes: Any) -> tuple[str, dict[str, Any]]:
 
 @pytest.mark.parametrize("damage", ["nothing", "half a last line", "garbage", "flipped value", "gone", "line missing"])
 def test_a_damaged_journal_continues_with_the_same_trials(tmp_path: Path, damage: str) -> None:
-    working, handed = begin(place(tmp_path))
+    working, handed = begin(storage_path(tmp_path))
     content = working.read_bytes()
     lines = content.splitlines(keepends=True)
     working.write_bytes(
@@ -91,7 +91,7 @@ def test_a_damaged_journal_continues_with_the_same_trials(tmp_path: Path, damage
     )
     if damage == "gone":
         working.unlink()
-    problem, left = resume(place(tmp_path))
+    problem, left = resume(storage_path(tmp_path))
     assert bool(problem) == (damage not in ("nothing", "half a last line")), problem
     assert len(left) == 8, "five configurations over two seeds, one of them ended"
     for trial in handed:
@@ -104,7 +104,7 @@ def test_a_damaged_journal_continues_with_the_same_trials(tmp_path: Path, damage
 
 @pytest.mark.parametrize("gone", [False, True], ids=["whole", "gone"])
 def test_choices_conditions_and_exclusions_survive_the_loss_of_a_journal(tmp_path: Path, gone: bool) -> None:
-    working, handed = begin(place(tmp_path), trials=2 + 2 * 9, **RICH)
+    working, handed = begin(storage_path(tmp_path), trials=2 + 2 * 9, **RICH)
     before = [frozen.params for frozen in optuna_search.load_study(spec(**RICH), working).get_trials()]
     excluded = [
         n
@@ -114,7 +114,7 @@ def test_choices_conditions_and_exclusions_survive_the_loss_of_a_journal(tmp_pat
     assert excluded, "the test needs a suggestion that is excluded"
     if gone:
         working.unlink()
-    problem, left = resume(place(tmp_path), **RICH)
+    problem, left = resume(storage_path(tmp_path), **RICH)
     assert bool(problem) == gone
     for trial in handed:
         if trial.trial_id in left:
@@ -125,16 +125,16 @@ def test_choices_conditions_and_exclusions_survive_the_loss_of_a_journal(tmp_pat
 
 
 def test_a_garbled_journal_is_not_over(tmp_path: Path) -> None:
-    working, _ = begin(place(tmp_path))
-    assert not journal.is_over(spec(), place(tmp_path))
+    working, _ = begin(storage_path(tmp_path))
+    assert not journal.is_over(spec(), storage_path(tmp_path))
     working.write_bytes(b"garbage\n" + working.read_bytes())
-    assert not journal.is_over(spec(), place(tmp_path))
+    assert not journal.is_over(spec(), storage_path(tmp_path))
 
 
 def test_in_a_store_the_journal_is_fetched_and_put_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, s3_query: str
 ) -> None:
-    folder = place(f"s3://studies/journal?{s3_query}")
+    folder = storage_path(f"s3://studies/journal?{s3_query}")
     monkeypatch.setenv("EBFT_STUDY_CACHE", str(tmp_path / "one"))
     working, handed = begin(folder)
     assert (folder / optuna_search.JOURNAL).read_bytes() == working.read_bytes()

@@ -18,7 +18,7 @@ from optuna.trial import TrialState
 
 from ebft_study.errors import ConfigError
 from ebft_study.report.pareto import front
-from ebft_study.study.folder.trial_states import Ending
+from ebft_study.study.folder.trial_states import TrialResult
 from ebft_study.study.resolving import checks
 from ebft_study.study.search import objectives, optuna_search
 from ebft_study.study.search.optuna_search import OptunaSearch
@@ -48,7 +48,7 @@ def plain_optuna(journal: Path) -> optuna.Study:
     return optuna.load_study(study_name="s", storage=JournalStorage(JournalFileBackend(str(journal))))
 
 
-def run_all(source: OptunaSearch, result: Callable[[Trial], Ending]) -> list[Trial]:
+def run_all(source: OptunaSearch, result: Callable[[Trial], TrialResult]) -> list[Trial]:
     done = []
     while (trial := source.next()) is not None:
         source.ended(trial.trial_id, result(trial))
@@ -56,11 +56,11 @@ def run_all(source: OptunaSearch, result: Callable[[Trial], Ending]) -> list[Tri
     return done
 
 
-def rated(trial: Trial) -> Ending:
+def rated(trial: Trial) -> TrialResult:
     """The front is kl_coefficient = 0, where the objectives are x and (1 - sqrt(x))^2 or so: Deb's ZDT1 with two."""
     x, distance = trial.run.loss.gamma, 1 + 9 * trial.run.loss.kl_coefficient
     shift = 0.01 if trial.seed else -0.01  # seeds must average out
-    return Ending("finished", x + shift, 10, (distance * (1 - math.sqrt(x / distance)) - shift,))
+    return TrialResult("finished", x + shift, 10, (distance * (1 - math.sqrt(x / distance)) - shift,))
 
 
 # --- the study file --------------------------------------------------------------------------------------------
@@ -108,22 +108,30 @@ def test_what_cannot_work_is_refused_when_the_file_is_read(changes: dict[str, An
 
 
 @pytest.mark.parametrize(
-    ("endings", "state", "values"),
+    ("trial_results", "state", "values"),
     [
-        ([Ending("finished", 1.0, 10, (3.0,)), Ending("finished", 2.0, 10, (5.0,))], TrialState.COMPLETE, [1.5, 4.0]),
-        ([Ending("finished", 1.0, 10, (3.0,)), Ending("early", 4.0, 3, (5.0,))], TrialState.PRUNED, None),
-        ([Ending("finished", 1.0, 10, (3.0,)), Ending("finished", 2.0, 10, (math.nan,))], TrialState.FAIL, None),
-        ([Ending("finished", 1.0, 10, (3.0,)), Ending("failed")], TrialState.FAIL, None),
+        (
+            [TrialResult("finished", 1.0, 10, (3.0,)), TrialResult("finished", 2.0, 10, (5.0,))],
+            TrialState.COMPLETE,
+            [1.5, 4.0],
+        ),
+        ([TrialResult("finished", 1.0, 10, (3.0,)), TrialResult("early", 4.0, 3, (5.0,))], TrialState.PRUNED, None),
+        (
+            [TrialResult("finished", 1.0, 10, (3.0,)), TrialResult("finished", 2.0, 10, (math.nan,))],
+            TrialState.FAIL,
+            None,
+        ),
+        ([TrialResult("finished", 1.0, 10, (3.0,)), TrialResult("failed")], TrialState.FAIL, None),
     ],
 )
 def test_the_means_over_seeds_are_told_or_that_there_are_none(
-    tmp_path: Path, endings: list[Ending], state: TrialState, values: list[float] | None
+    tmp_path: Path, trial_results: list[TrialResult], state: TrialState, values: list[float] | None
 ) -> None:
     source = OptunaSearch(spec(seeds=[0, 1]), tmp_path / "j", {})
-    for ending in endings:
+    for trial_result in trial_results:
         trial = source.next()
         assert trial
-        source.ended(trial.trial_id, ending)
+        source.ended(trial.trial_id, trial_result)
     told = plain_optuna(tmp_path / "j").trials[0]
     assert (told.state, told.values) == (state, values)
     early = {"stopped_early": {"step": 3, "values": [2.5, 4.0]}}
@@ -135,9 +143,13 @@ def test_every_sampler_copes_with_several_objectives_early_stops_and_failures(tm
     kinds = ("finished", "finished", "finished", "early", "failed")
     study = spec(search={"sampler": sampler, "num_configurations": 15})
 
-    def ended(trial: Trial) -> Ending:
+    def ended(trial: Trial) -> TrialResult:
         kind: Any = kinds[int(trial.trial_id[1:]) % 5]
-        return Ending(kind, rated(trial).value, 5, rated(trial).further) if kind != "failed" else Ending("failed")
+        return (
+            TrialResult(kind, rated(trial).value, 5, rated(trial).further)
+            if kind != "failed"
+            else TrialResult("failed")
+        )
 
     assert len(run_all(OptunaSearch(study, tmp_path / "j", {}), ended)) == 15
     states = [frozen.state for frozen in plain_optuna(tmp_path / "j").trials]
@@ -186,20 +198,20 @@ def test_evolution_comes_near_the_true_front(found: dict[str, float]) -> None:
 
 @pytest.mark.parametrize("killed_after", [1, 5, 9])
 def test_a_killed_evolution_goes_on_and_ends_with_as_many_trials(tmp_path: Path, killed_after: int) -> None:
-    journal, endings = tmp_path / "j", dict[str, Ending]()
-    source = OptunaSearch(spec(), journal, endings)
+    journal, trial_results = tmp_path / "j", dict[str, TrialResult]()
+    source = OptunaSearch(spec(), journal, trial_results)
     drawn: list[Any] = []
     for number in range(killed_after):
         trial = source.next()
         assert trial
         drawn.append(trial.configuration.settings)
         if number < killed_after - 1:  # the last one was running
-            endings[trial.trial_id] = rated(trial)
+            trial_results[trial.trial_id] = rated(trial)
             source.ended(trial.trial_id, rated(trial))
     del source
-    after = run_all(OptunaSearch(spec(), journal, endings), rated)
+    after = run_all(OptunaSearch(spec(), journal, trial_results), rated)
     assert after[0].configuration.settings == drawn.pop()
-    assert sorted([*endings, *(trial.trial_id for trial in after)]) == [f"t{number:04d}" for number in range(12)]
+    assert sorted([*trial_results, *(trial.trial_id for trial in after)]) == [f"t{number:04d}" for number in range(12)]
     assert optuna_search.is_over(spec(), journal)
     assert all(trial.configuration.settings not in drawn for trial in after)  # the seed does not repeat itself
     generations = [f.system_attrs for f in plain_optuna(journal).trials]

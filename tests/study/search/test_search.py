@@ -14,7 +14,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from ebft_study.study.folder import trial_states
-from ebft_study.study.folder.trial_states import Ending
+from ebft_study.study.folder.trial_states import TrialResult
 from ebft_study.study.search import optuna_search
 from ebft_study.study.search.listed import ListedSearch, Search
 from ebft_study.study.search.optuna_search import OptunaSearch
@@ -41,7 +41,7 @@ def asked(journal: Path) -> list[FrozenTrial]:
     return study.get_trials()
 
 
-def run_all(source: Search, result: Callable[[Trial], Ending]) -> list[Trial]:
+def run_all(source: Search, result: Callable[[Trial], TrialResult]) -> list[Trial]:
     """Run every trial, one after the other."""
     done = []
     while (trial := source.next()) is not None:
@@ -51,10 +51,10 @@ def run_all(source: Search, result: Callable[[Trial], Ending]) -> list[Trial]:
     return done
 
 
-def rate(trial: Trial) -> Ending:
+def rate(trial: Trial) -> TrialResult:
     """Best at a learning rate of 1e-3; the seed adds what must average out."""
     distance = math.log10(trial.run.optimizer.learning_rate / 1e-3) ** 2
-    return Ending("finished", distance + (0.1 if trial.seed else -0.1), 10)
+    return TrialResult("finished", distance + (0.1 if trial.seed else -0.1), 10)
 
 
 def test_listed_trials_come_in_order_and_then_no_more() -> None:
@@ -95,49 +95,49 @@ def test_baselines_run_first_and_are_none_of_optunas_business(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("endings", "state", "value"),
+    ("trial_results", "state", "value"),
     [
-        ([Ending("finished", 1.0, 10), Ending("finished", math.nan, 10)], TrialState.FAIL, None),
-        ([Ending("finished", 1.0, 10), Ending("failed")], TrialState.FAIL, None),
-        ([Ending("finished", 1.0, 10), Ending("early", 4.0, 3)], TrialState.PRUNED, 2.5),
-        ([Ending("early", 3.0, 5), Ending("early", 4.0, 3)], TrialState.PRUNED, 3.5),
+        ([TrialResult("finished", 1.0, 10), TrialResult("finished", math.nan, 10)], TrialState.FAIL, None),
+        ([TrialResult("finished", 1.0, 10), TrialResult("failed")], TrialState.FAIL, None),
+        ([TrialResult("finished", 1.0, 10), TrialResult("early", 4.0, 3)], TrialState.PRUNED, 2.5),
+        ([TrialResult("early", 3.0, 5), TrialResult("early", 4.0, 3)], TrialState.PRUNED, 3.5),
     ],
 )
 def test_what_did_not_finish_is_told_as_such(
-    tmp_path: Path, endings: list[Ending], state: TrialState, value: float | None
+    tmp_path: Path, trial_results: list[TrialResult], state: TrialState, value: float | None
 ) -> None:
     source = OptunaSearch(spec(search={"algorithm": "optuna", "num_configurations": 1}), tmp_path / "j", {})
-    run_all(source, lambda trial: endings[trial.seed])
+    run_all(source, lambda trial: trial_results[trial.seed])
     (frozen,) = asked(tmp_path / "j")
     assert frozen.state is state
     assert frozen.value == value
 
 
 def test_only_an_early_stop_counts_as_one() -> None:
-    assert trial_states.ending("stopped", f"{trial_states.EARLY_STOP}: behind", 1.0, 5).kind == "early"
-    assert trial_states.ending("stopped", "loss became nan at step 5", 1.0, 5).kind == "failed"
-    assert trial_states.ending("finished", "", 1.0, 5).kind == "finished"
-    assert trial_states.ending("failed", "no such file", 1.0, 5).kind == "failed"
+    assert trial_states.trial_result("stopped", f"{trial_states.EARLY_STOP}: behind", 1.0, 5).kind == "early"
+    assert trial_states.trial_result("stopped", "loss became nan at step 5", 1.0, 5).kind == "failed"
+    assert trial_states.trial_result("finished", "", 1.0, 5).kind == "finished"
+    assert trial_states.trial_result("failed", "no such file", 1.0, 5).kind == "failed"
 
 
 @pytest.mark.parametrize("killed_after", range(9))
 def test_a_killed_search_goes_on_with_the_same_trials(tmp_path: Path, killed_after: int) -> None:
     """Whatever had ended before the kill is not run again, and nothing that was handed out is forgotten."""
-    journal, endings = tmp_path / "j", dict[str, Ending]()
-    source = OptunaSearch(spec(), journal, endings)
+    journal, trial_results = tmp_path / "j", dict[str, TrialResult]()
+    source = OptunaSearch(spec(), journal, trial_results)
     before: dict[str, Trial] = {}
     for number in range(killed_after):
         trial = source.next()
         assert trial is not None
         before[trial.trial_id] = trial
         if number < killed_after - 2:  # the last two were running
-            endings[trial.trial_id] = rate(trial)
+            trial_results[trial.trial_id] = rate(trial)
             if number != killed_after - 3:  # the kill came before Optuna was told
                 source.ended(trial.trial_id, rate(trial))
     del source
-    after = run_all(OptunaSearch(spec(), journal, endings), rate)
+    after = run_all(OptunaSearch(spec(), journal, trial_results), rate)
     assert optuna_search.is_over(spec(), journal)
-    assert sorted([*endings, *(trial.trial_id for trial in after)]) == [f"t{number:04d}" for number in range(8)]
+    assert sorted([*trial_results, *(trial.trial_id for trial in after)]) == [f"t{number:04d}" for number in range(8)]
     for trial in after:
         assert trial.trial_id not in before or before[trial.trial_id] == trial
     assert [frozen.state for frozen in asked(journal)] == [TrialState.COMPLETE] * 4
@@ -145,12 +145,12 @@ def test_a_killed_search_goes_on_with_the_same_trials(tmp_path: Path, killed_aft
 
 def test_a_resumed_search_does_not_repeat_its_draws(tmp_path: Path) -> None:
     study = spec(seeds=[0], search={"algorithm": "optuna", "num_configurations": 6, "sampler": "random"})
-    journal, endings, drawn = tmp_path / "j", dict[str, Ending](), []
+    journal, trial_results, drawn = tmp_path / "j", dict[str, TrialResult](), []
     for _ in range(6):
-        trial = OptunaSearch(study, journal, endings).next()
+        trial = OptunaSearch(study, journal, trial_results).next()
         assert trial is not None
         drawn.append(trial.run.optimizer.learning_rate)
-        endings[trial.trial_id] = rate(trial)
+        trial_results[trial.trial_id] = rate(trial)
     assert len(set(drawn)) == 6
 
 
@@ -180,7 +180,7 @@ def test_a_configuration_that_breaks_a_rule_is_passed_over(tmp_path: Path) -> No
     )
     refused: list[str] = []
     source = OptunaSearch(study, tmp_path / "j", {}, lambda label, problem: refused.append(f"{label}: {problem}"))
-    done = run_all(source, lambda trial: Ending("finished", 1.0, 3))
+    done = run_all(source, lambda trial: TrialResult("finished", 1.0, 3))
     assert refused
     assert all("n_samples=1 alpha=1" in line for line in refused)
     assert len(done) + len(refused) == 12
@@ -198,7 +198,7 @@ def test_all_kinds_of_axes_come_back_as_they_were_meant(tmp_path: Path) -> None:
         seeds=[0],
         search={"algorithm": "optuna", "num_configurations": 10},
     )
-    for trial in run_all(OptunaSearch(study, tmp_path / "j", {}), lambda trial: Ending("finished", 1.0, 3)):
+    for trial in run_all(OptunaSearch(study, tmp_path / "j", {}), lambda trial: TrialResult("finished", 1.0, 3)):
         assert trial.run.features.depths in ((0.25, 0.5), (0.5,))
         assert trial.run.optimizer.max_grad_norm in (None, 1.0)
         assert trial.run.rollout.n_samples in range(2, 6)
@@ -231,16 +231,16 @@ def gammas(done: list[Trial]) -> list[float]:
 
 
 def test_qmc_puts_one_configuration_in_each_of_sixteen_equal_parts_also_when_it_is_resumed(tmp_path: Path) -> None:
-    study, endings, done = uniform_axis("qmc", 17), dict[str, Ending](), list[Trial]()
+    study, trial_results, done = uniform_axis("qmc", 17), dict[str, TrialResult](), list[Trial]()
     while len(done) < 17:
         # A new driver after every fifth configuration.
-        source = OptunaSearch(study, tmp_path / "j", endings)
+        source = OptunaSearch(study, tmp_path / "j", trial_results)
         for _ in range(min(5, 17 - len(done))):
             trial = source.next()
             assert trial is not None
             done.append(trial)
-            endings[trial.trial_id] = Ending("finished", 1.0, 3)
-            source.ended(trial.trial_id, endings[trial.trial_id])
+            trial_results[trial.trial_id] = TrialResult("finished", 1.0, 3)
+            source.ended(trial.trial_id, trial_results[trial.trial_id])
     # Optuna learns from the first one what there is to spread over.
     assert sorted(int(gamma * 16) for gamma in gammas(done[1:])) == list(range(16))
 
@@ -252,8 +252,8 @@ def test_a_model_of_the_objective_finds_its_minimum_closer_than_chance(
     def distance(gamma: float) -> float:
         return (gamma - 0.3) ** 2
 
-    def rated(trial: Trial) -> Ending:
-        return Ending("finished", distance(trial.run.loss.gamma), 3)
+    def rated(trial: Trial) -> TrialResult:
+        return TrialResult("finished", distance(trial.run.loss.gamma), 3)
 
     late = {
         name: gammas(run_all(OptunaSearch(uniform_axis(name, number), tmp_path / name, {}), rated))[number // 2 :]
@@ -274,7 +274,7 @@ CONDITIONAL: dict[str, Any] = {
     },
     "seeds": [0],
 }
-ANY = Ending("finished", 1.0, 3)
+ANY = TrialResult("finished", 1.0, 3)
 
 
 def exists_as_it_should(trial: Trial) -> bool:
@@ -284,7 +284,9 @@ def exists_as_it_should(trial: Trial) -> bool:
 @pytest.mark.parametrize("sampler", ["tpe", "gp", "qmc", "random"])
 def test_every_sampler_suggests_axes_only_where_they_exist(tmp_path: Path, sampler: str) -> None:
     study = spec(**CONDITIONAL, search={"algorithm": "optuna", "num_configurations": 16, "sampler": sampler})
-    done = run_all(OptunaSearch(study, tmp_path / "j", {}), lambda trial: Ending("finished", trial.run.loss.gamma, 3))
+    done = run_all(
+        OptunaSearch(study, tmp_path / "j", {}), lambda trial: TrialResult("finished", trial.run.loss.gamma, 3)
+    )
     assert len(done) == 16
     assert all(map(exists_as_it_should, done))
     assert {trial.run.reward.whitening for trial in done} == {"none", "variant_i"}
@@ -331,17 +333,17 @@ def test_excluded_suggestions_cost_no_place_and_asking_ends(tmp_path: Path, samp
         seeds=[0],
         search={"algorithm": "optuna", "num_configurations": 3, "sampler": sampler},
     )
-    endings: dict[str, Ending] = {}
+    trial_results: dict[str, TrialResult] = {}
     done: list[Trial] = []
     while not optuna_search.is_over(study, tmp_path / "j"):  # a new driver for every trial
-        source = OptunaSearch(study, tmp_path / "j", endings)
+        source = OptunaSearch(study, tmp_path / "j", trial_results)
         trial = source.next()
         assert trial is not None
         done.append(trial)
-        endings[trial.trial_id] = ANY
+        trial_results[trial.trial_id] = ANY
         source.ended(trial.trial_id, ANY)
     assert [(trial.run.reward.alpha, trial.run.loss.gamma) for trial in done] == [(1.0, 0.2)] * 3
     states = [frozen.state for frozen in asked(tmp_path / "j")]
     assert states.count(TrialState.COMPLETE) == 3
     assert states.count(TrialState.PRUNED) == len(states) - 3 <= 3 * 10
-    assert OptunaSearch(study, tmp_path / "j", endings).exhausted
+    assert OptunaSearch(study, tmp_path / "j", trial_results).exhausted

@@ -115,4 +115,4 @@ def test_trials_carry_complete_settings() -> None:
     [(0.0, "0"), (1e-5, "1e-05"), (0.3, "0.3"), ("tiny-1m", "tiny-1m"), (None, "null"), (True, "True"), (4, "4")],
 )
 def test_values_are_spelt_as_people_write_them(value: Any, spelt: str) -> None:
-    assert trials.spell(value) == spelt
+    assert trials.format_value(value) == spelt

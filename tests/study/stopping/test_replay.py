@@ -13,7 +13,7 @@ from ebft_study.study.folder.trial_states import Evaluation
 from ebft_study.study.spec import normalize
 from ebft_study.study.spec.study_spec import StudySpec
 from ebft_study.study.stopping.replay import RecordedTrial, best_configuration, replay
-from ebft_study.study.stopping.rules import Watch
+from ebft_study.study.stopping.rules import RuleMonitor
 from ebft_study.study.stopping.schedulers import StudyScheduler
 from tests.contracts.schedulers import random_curves
 
@@ -159,7 +159,7 @@ def test_several_places_are_a_clock_that_ticks(kind: str, places: int) -> None:
         for number, one in enumerate(random_trials(places))
     ]
     found = replay(ran, asked, places=places)
-    live, watch = StudyScheduler(asked, longest=32, history={}), Watch(asked.stopping, asked.objective)
+    live, watch = StudyScheduler(asked, longest=32, history={}), RuleMonitor(asked.stopping, asked.objective)
     waiting, running, expected, clock = list(ran), dict[str, tuple[RecordedTrial, float]](), [], 0.0
     while waiting or running:
         while waiting and len(running) < places:

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from ebft_study import results
-from ebft_study.study.driver.tune_hooks import StopWish
+from ebft_study.study.driver.tune_hooks import StudyStopper
 from ebft_study.study.folder import history
 from ebft_study.study.folder.trial_states import Evaluation
 from ebft_study.study.spec.study_spec import ObjectiveSpec, StoppingSpec
-from ebft_study.study.stopping.rules import Watch, collapsed, diverged, hacked, reason_to_stop, stagnated
+from ebft_study.study.stopping.rules import RuleMonitor, collapsed, diverged, hacked, reason_to_stop, stagnated
 from tests.synthetic_study import PAPER_LIKE, write_study
 
 CFM = ObjectiveSpec()
@@ -96,13 +96,13 @@ def report(step: int, ce: float, *, evaluated: int | None = None, **more: Any) -
     return {"step": step, "evaluated_step": float(seen), "ce_loss": ce, "config": settings, **more}
 
 
-def wish(past: dict[str, list[Evaluation]] | None = None) -> StopWish:
+def build_stopper(past: dict[str, list[Evaluation]] | None = None) -> StudyStopper:
     rules = StoppingSpec.model_validate({"divergence": {"margin": 0.1, "evaluations": 2}})
-    return StopWish(None, watch=Watch(rules, CFM, past))
+    return StudyStopper(None, watch=RuleMonitor(rules, CFM, past))
 
 
 def test_only_new_evaluations_count() -> None:
-    stopper = wish()
+    stopper = build_stopper()
     reports = [report(0, 4.0), report(10, 5.0), report(15, 5.0, evaluated=10), report(10, 5.0)]
     assert [stopper("tune-id", one) for one in reports] == [False] * 4
     assert stopper("tune-id", report(20, 5.0))
@@ -112,7 +112,7 @@ def test_only_new_evaluations_count() -> None:
 
 def test_baselines_ends_and_last_steps_are_left_alone() -> None:
     for last in (report(20, 5.0, outcome={}), report(100, 5.0), report(20, 5.0)):
-        stopper = wish()
+        stopper = build_stopper()
         stopper("tune-id", report(0, 4.0))
         stopper("tune-id", report(10, 5.0))
         last["config"]["is_baseline"] = last["step"] == 20 and "outcome" not in last
@@ -127,5 +127,5 @@ def test_a_resumed_study_remembers_earlier_evaluations(tmp_path: Path) -> None:
     own = measured[(measured["trial_id"] == trial_id) & measured["ce_loss"].notna()]
     assert [evaluation.step for evaluation in past[trial_id]] == own["step"].tolist()
     assert [evaluation.get("ce_loss") for evaluation in past[trial_id]] == own["ce_loss"].tolist()
-    stopper = wish({"t0": [Evaluation(0, {"ce_loss": 4.0}), Evaluation(10, {"ce_loss": 5.0})]})
+    stopper = build_stopper({"t0": [Evaluation(0, {"ce_loss": 4.0}), Evaluation(10, {"ce_loss": 5.0})]})
     assert stopper("tune-id", report(20, 5.0))
