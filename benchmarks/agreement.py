@@ -13,7 +13,7 @@ from benchmarks.rows import Row, judged
 from benchmarks.settings import Settings
 from benchmarks.shapes import Inputs, random_inputs
 from benchmarks.sides import Naive, Networks, Ours
-from ebft_study.methods import Tally
+from ebft_study.methods import MetricAccumulator
 from ebft_study.rollouts import Rollouts
 from ebft_study.rollouts.strided import StridedRollouts
 
@@ -42,7 +42,7 @@ class _Remembering(StridedRollouts):
 def agreement(settings: Settings) -> list[Row]:
     """Differences of the two sides on the completions that ours drew, and whether naive sampling draws the same."""
     alone = replace(settings.at(settings.sequence_length), batch_size=1, precision="float32", micro_batch_size=None)
-    networks, inputs = Networks.of(alone), random_inputs(alone)
+    networks, inputs = Networks.from_settings(alone), random_inputs(alone)
     return compare(Ours(alone, networks, inputs), Naive(alone, networks, inputs))
 
 
@@ -50,7 +50,7 @@ def compare(ours: Ours, naive: Naive) -> list[Row]:
     """See `agreement`; both sides hold the same inputs in one micro-batch."""
     inputs, valid = ours.inputs, ours.inputs.anchors.valid
     sampler = _Remembering()
-    ours.backward(Tally(), sampler)
+    ours.backward(MetricAccumulator(), sampler)
     gradients = _take_gradients(ours.networks)
     completions, log_probs = sampler.joined()
     naive.backward(completions)

@@ -140,7 +140,7 @@ class Contest:
         return rollouts
 
     def from_engine(self) -> Rollouts:
-        self.engine.follow(self.model, next(_VERSIONS))
+        self.engine.update_weights(self.model, next(_VERSIONS))
         self.drawn = self._sample(self.engine)
         self.sync_seconds.append(self.drawn.sync_seconds)
         return self.drawn

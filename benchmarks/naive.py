@@ -28,7 +28,7 @@ from ebft_study.algorithm.sampling import draw
 from ebft_study.algorithm.whitening import RELATIVE_TOLERANCE
 from ebft_study.config import RunConfig
 from ebft_study.data import Batch
-from ebft_study.methods import Totals, differentiate
+from ebft_study.methods import LossDenominators, differentiate
 
 Attention = Literal["sdpa", "eager"]
 
@@ -207,7 +207,7 @@ def naive_backward(
     anchors: Anchors,
     *,
     noise: Tensor,
-    totals: Totals,
+    denominators: LossDenominators,
     config: RunConfig,
     completions: Tensor | None = None,
 ) -> float:
@@ -231,8 +231,8 @@ def naive_backward(
         advantages,
         anchors.valid,
         aggregation=config.loss.aggregation,
-        denominator=totals.contexts * advantages.shape[-1],
+        denominator=denominators.contexts * advantages.shape[-1],
     )
     mask = next_token_mask(batch.document_ids)
-    cross_entropy = cross_entropy_loss(truth, mask, denominator=totals.ce_tokens)
+    cross_entropy = cross_entropy_loss(truth, mask, denominator=denominators.ce_tokens)
     return differentiate(policy + config.loss.gamma * cross_entropy)

@@ -41,7 +41,7 @@ def _small(settings: Settings, targets: dict[int, float]) -> float | None:
 
 def rollouts(settings: Settings) -> list[Row]:
     """Sampling alone."""
-    networks = Networks.of(settings)
+    networks = Networks.from_settings(settings)
     sides = {"ours": Ours(settings, networks).rollouts, "naive": Naive(settings, networks).rollouts}
     times = in_turn(sides, repeats=settings.repeats, device=settings.device)
     return compared("rollouts", times, target=_small(settings, {512: 10.0}))
@@ -49,7 +49,7 @@ def rollouts(settings: Settings) -> list[Row]:
 
 def features(settings: Settings) -> list[Row]:
     """Features of random completions."""
-    networks = Networks.of(settings)
+    networks = Networks.from_settings(settings)
     ours, naive = Ours(settings, networks), Naive(settings, networks)
     vocabulary = model_config(settings.model).vocab_size
     completions = (ours.inputs.noise * vocabulary).long()
@@ -88,7 +88,7 @@ def step(settings: Settings) -> list[Row]:
     """Gradient and update at every sequence length, phase by phase, and how far from the machine's ceiling."""
     ceiling = matmul_ceiling(settings.device, compute_dtype(settings))
     rows = [Row("step/matmul_ceiling", ceiling, "FLOP/s")]
-    networks = Networks.of(settings)
+    networks = Networks.from_settings(settings)
     for length in settings.sequence_lengths:
         at = settings.at(length)
         ours, naive = Ours(at, networks), Naive(at, networks)
@@ -117,7 +117,7 @@ def _step_rows(name: str, ours: Ours, times: Mapping[str, list[float]], ceiling:
 
 
 def _phase_rows(name: str, ours: Ours, ceiling: float) -> Iterator[Row]:
-    cost, shape = cost_of(ours.settings, counting="needed"), StepShape.of(ours.config)
+    cost, shape = cost_of(ours.settings, counting="needed"), StepShape.from_config(ours.config)
     differentiated = shape.batch_size * (shape.sequence_length + shape.block_tokens)
     n_tokens = {
         "rollouts": cost.rollouts.token_forwards,
@@ -125,7 +125,7 @@ def _phase_rows(name: str, ours: Ours, ceiling: float) -> Iterator[Row]:
         "scoring": differentiated,
     }
     for phase, timed_as in PHASES.items():
-        taken = [tally.sums[timed_as] for tally in ours.tallies[-ours.settings.repeats :]]
+        taken = [accumulator.sums[timed_as] for accumulator in ours.tallies[-ours.settings.repeats :]]
         flops = getattr(cost, phase).flops
         yield measured(f"{name}/{phase}/seconds", taken, "s", cell=True)
         if phase in n_tokens:
@@ -168,7 +168,7 @@ def step_peak(side: str, settings: Settings) -> int:
     """Bytes by which memory rises during one step of `ours` or `naive`."""
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    networks = Networks.of(settings)
+    networks = Networks.from_settings(settings)
     sides: dict[str, type[Ours] | type[Naive]] = {"ours": Ours, "naive": Naive}
     # The shortest sequence that has an anchor loads libraries and makes the optimizer's states.
     sides[side](settings.at(settings.stride + settings.completion_length), networks).step()
@@ -184,7 +184,9 @@ def growth(settings: Settings) -> list[Row]:
     The model's FLOPs become seconds by the measured speed of the settings themselves.
     """
     points = _points(settings)
-    networks = {name: Networks.of(replace(settings, model=name)) for name in {p.model for p in points.values()}}
+    networks = {
+        name: Networks.from_settings(replace(settings, model=name)) for name in {p.model for p in points.values()}
+    }
     steps = {point: Ours(point, networks[point.model]).step for point in points.values()}
     times = in_turn(steps, repeats=settings.repeats, device=settings.device)
     own = settings.at(settings.sequence_length)
@@ -220,7 +222,7 @@ def _points(settings: Settings) -> dict[str, Settings]:
 
 def profile(settings: Settings) -> list[Row]:
     """The operations of one of our steps with the most time of their own, without what they call."""
-    ours, cuda = Ours(settings, Networks.of(settings)), device_type(settings) == "cuda"
+    ours, cuda = Ours(settings, Networks.from_settings(settings)), device_type(settings) == "cuda"
     ours.step()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     with torch.profiler.profile(activities=activities) as profiler:

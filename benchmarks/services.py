@@ -177,7 +177,7 @@ def service_side(grid: Grid, folder: Path) -> Side:
 
     run = grid.settings.run()
     options: NetworkOptions = replace(
-        NetworkOptions.of(run, device=torch.device("cpu"), threads=torch.get_num_threads()), name=str(folder)
+        NetworkOptions.from_config(run, device=torch.device("cpu"), threads=torch.get_num_threads()), name=str(folder)
     )
     # The service lives as long as this handle.
     handle = start_service(options)

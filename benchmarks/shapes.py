@@ -17,9 +17,9 @@ from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 from benchmarks.settings import MODELS, Settings, ladder
 from ebft_study.algorithm.anchors import Anchors, find_anchors
 from ebft_study.algorithm.losses import next_token_mask
-from ebft_study.cost import Limits, ModelShape, Split, StepCost, StepShape, largest_split, step_cost
+from ebft_study.cost import Limits, MicroBatchPlan, ModelShape, StepCost, StepShape, largest_plan, step_cost
 from ebft_study.data import Batch
-from ebft_study.methods import Totals
+from ebft_study.methods import LossDenominators
 from ebft_study.networks.blocks import ATTENTION
 
 CPU_TOKENS = 512
@@ -62,22 +62,24 @@ def random_model(settings: Settings) -> PreTrainedModel:
 # --- what a step costs -----------------------------------------------------------------------------------------
 
 
-def split_of(settings: Settings) -> Split:
+def split_of(settings: Settings) -> MicroBatchPlan:
     """How our step is cut: as asked for; else to fill a CPU's matrix products, or a GPU's memory."""
-    step, shape = StepShape.of(settings.run()), ModelShape.of(model_config(settings.model))
-    split = Split.whole(step)
+    step, shape = StepShape.from_config(settings.run()), ModelShape.from_config(model_config(settings.model))
+    split = MicroBatchPlan.whole(step)
     if device_type(settings) == "cuda":
         memory = torch.cuda.get_device_properties(settings.device).total_memory
-        split = largest_split(shape, shape, step, budget_bytes=MEMORY_SHARE * memory)
+        split = largest_plan(shape, shape, step, budget_bytes=MEMORY_SHARE * memory)
     else:
         fitting = max(CPU_TOKENS // (settings.batch_size * settings.n_samples), 1)
         split = replace(split, anchors_at_once=min(fitting, split.anchors_at_once))
-    return Split(settings.micro_batch_size or split.micro_batch_size, settings.anchors_at_once or split.anchors_at_once)
+    return MicroBatchPlan(
+        settings.micro_batch_size or split.micro_batch_size, settings.anchors_at_once or split.anchors_at_once
+    )
 
 
 def cost_of(settings: Settings, *, counting: Literal["needed", "executed"]) -> StepCost:
     """The cost model's account of our step."""
-    shape, step = ModelShape.of(model_config(settings.model)), StepShape.of(settings.run())
+    shape, step = ModelShape.from_config(model_config(settings.model)), StepShape.from_config(settings.run())
     limits = Limits.on(device_type(settings))
     return step_cost(shape, shape, step, split=split_of(settings), limits=limits, counting=counting)
 
@@ -102,9 +104,9 @@ class Inputs:
             yield Inputs(self.batch.select(rows), Anchors(*(t[rows] for t in self.anchors)), self.noise[rows])
 
     @property
-    def totals(self) -> Totals:
+    def denominators(self) -> LossDenominators:
         ce_tokens = next_token_mask(self.batch.document_ids).sum()
-        return Totals(contexts=float(self.anchors.valid.sum()), ce_tokens=float(ce_tokens))
+        return LossDenominators(contexts=float(self.anchors.valid.sum()), ce_tokens=float(ce_tokens))
 
 
 def random_inputs(settings: Settings) -> Inputs:

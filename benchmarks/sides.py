@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from benchmarks.naive import attending, naive_backward, naive_features, naive_rollouts
 from benchmarks.settings import DEPTHS, Settings
 from benchmarks.shapes import Inputs, autocast, compute_dtype, random_inputs, random_model, split_of
-from ebft_study.cost import Split
+from ebft_study.cost import MicroBatchPlan
 from ebft_study.features.local import LocalFeatures
-from ebft_study.methods import Tally
+from ebft_study.methods import MetricAccumulator
 from ebft_study.methods.ebft import Ebft
 from ebft_study.rollouts.strided import StridedRollouts
 
@@ -33,7 +33,7 @@ class Networks:
         self.parameters = list(generator.parameters())
 
     @staticmethod
-    def of(settings: Settings) -> Networks:
+    def from_settings(settings: Settings) -> Networks:
         """Random ones. Frozen weights have the type that passes compute in, as in training."""
         return Networks(random_model(settings), frozen_dtype=compute_dtype(settings))
 
@@ -69,12 +69,12 @@ class Ours:
     def __init__(self, settings: Settings, networks: Networks, inputs: Inputs | None = None) -> None:
         self.settings, self.networks, self.config = settings, networks, settings.run()
         self.inputs = inputs or random_inputs(settings)
-        self.totals = self.inputs.totals
-        self.tallies: list[Tally] = []
+        self.denominators = self.inputs.denominators
+        self.tallies: list[MetricAccumulator] = []
         """Seconds by phase of every step so far."""
 
     @cached_property
-    def split(self) -> Split:
+    def split(self) -> MicroBatchPlan:
         """How a step is cut."""
         return split_of(self.settings)
 
@@ -96,7 +96,7 @@ class Ours:
             embedded = self.networks.features.embed(fresh.batch, fresh.anchors, completions)[0]
         return embedded.phi, embedded.psi
 
-    def backward(self, tally: Tally, sampler: StridedRollouts | None = None) -> None:
+    def backward(self, accumulator: MetricAccumulator, sampler: StridedRollouts | None = None) -> None:
         """The gradient of all sequences."""
         method = Ebft(
             self.config,
@@ -108,16 +108,21 @@ class Ours:
         for part in self.inputs.parts(self.split.micro_batch_size):
             with autocast(self.settings):
                 method.backward(
-                    self.networks.generator, part.batch, part.anchors, noise=part.noise, totals=self.totals, tally=tally
+                    self.networks.generator,
+                    part.batch,
+                    part.anchors,
+                    noise=part.noise,
+                    denominators=self.denominators,
+                    accumulator=accumulator,
                 )
 
     def step(self) -> None:
         """Gradient and update."""
-        tally = Tally()
-        self.backward(tally)
-        with tally.seconds("optimizer_seconds", self.inputs.noise.device):
+        accumulator = MetricAccumulator()
+        self.backward(accumulator)
+        with accumulator.seconds("optimizer_seconds", self.inputs.noise.device):
             self.networks.update()
-        self.tallies.append(tally)
+        self.tallies.append(accumulator)
 
 
 class Naive:
@@ -126,7 +131,7 @@ class Naive:
     def __init__(self, settings: Settings, networks: Networks, inputs: Inputs | None = None) -> None:
         self.settings, self.networks, self.config = settings, networks, settings.run()
         self.inputs = inputs or random_inputs(settings)
-        self.totals = self.inputs.totals
+        self.denominators = self.inputs.denominators
 
     def _attention(self) -> AbstractContextManager[None]:
         return attending(self.settings.naive_attention, self.networks.generator, self.networks.whole)
@@ -163,7 +168,7 @@ class Naive:
                     part.batch,
                     part.anchors,
                     noise=part.noise,
-                    totals=self.totals,
+                    denominators=self.denominators,
                     config=self.config,
                     completions=own,
                 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -13,29 +14,39 @@ import ebft_study
 from ebft_study.config import all_keys, short_names
 
 ROOT = Path(ebft_study.__file__).parent
-LAYERS = [
-    {"algorithm", "errors", "paths", "places", "config", "rules", "cost", "results", "report", "progress"},
-    {"data", "ngram", "block_model", "lora", "actors"},
-    {"rollouts", "features", "pretraining", "models", "evaluation"},
+FLOORS = [
+    {"errors", "paths", "progress", "algorithm"},
+    {"config", "storage"},
+    {"cost", "results", "analysis", "data", "text"},
+    {"pretraining", "report"},
+    {"networks", "actors"},
+    {"rollouts", "features"},
+    {"evaluation"},
     {"methods"},
     {"training"},
-    {"study", "bench", "diagnostics"},
-    {"cli", "__main__"},
+    {"study.spec"},
+    {"study.cluster", "study.folder"},
+    {"study.resolving"},
+    {"study.forecast", "study.search", "study.stopping", "study.population"},
+    {"study.view"},
+    {"study.driver"},
+    {"api"},
+    {"__init__", "cli"},
+    {"__main__"},
 ]
-"""A module may import from its own layer and from those above it in this list."""
-EXCEPTIONS = {"evaluation": {"methods"}}
-"""Evaluation shares the cross-entropy of the sft method."""
-RAY_ALLOWED = {
-    *("study", "training/worker.py", "actors.py", "rollouts/vllm", "features/service.py"),
-    "bench/services.py",
-}
+"""Rooms of the package, from the ground up. A module imports from its own floor and from those below."""
+RAY_ALLOWED = (
+    *("study/driver", "study/cluster", "study/stopping", "study/population", "actors.py"),
+    *("training/worker.py", "rollouts/vllm", "features/service.py"),
+)
 
 
 def modules() -> list[Path]:
     return sorted(ROOT.rglob("*.py"))
 
 
-def imported(path: Path) -> set[str]:
+@functools.cache
+def imported(path: Path) -> frozenset[str]:
     """Absolute names that a module imports, function bodies included."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -43,28 +54,71 @@ def imported(path: Path) -> set[str]:
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return names
+    return frozenset(names)
 
 
-def room(path: Path) -> str:
-    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+def module_name(path: Path) -> str:
+    return ".".join(("ebft_study", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__")
 
 
-def rank(name: str) -> int:
-    return next(index for index, layer in enumerate(LAYERS) if name in layer)
+@functools.cache
+def imports() -> dict[str, set[str]]:
+    """Module -> modules of the package that it imports; a package that a module is part of does not count."""
+    known = {module_name(path): path for path in modules()}
+    graph: dict[str, set[str]] = {}
+    for name, path in known.items():
+        graph[name] = set()
+        for target in imported(path):
+            while target and target not in known:
+                target = target.rpartition(".")[0]
+            if target and target != name and not name.startswith(f"{target}."):
+                graph[name].add(target)
+    return graph
 
 
-@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_go_one_way(path: Path) -> None:
-    if path.parent == ROOT and path.name == "__init__.py":
+def room(module: str) -> str:
+    """`ebft_study.study.spec.axis` -> `study.spec`, `ebft_study.results.reader` -> `results`."""
+    parts = module.split(".")[1:] or ["__init__"]
+    return ".".join(parts[:2]) if parts[0] == "study" and len(parts) > 1 else parts[0]
+
+
+def floor(name: str) -> int:
+    return next(index for index, rooms in enumerate(FLOORS) if name in rooms)
+
+
+def circles(graph: dict[str, set[str]]) -> list[set[str]]:
+    def reachable(start: str) -> set[str]:
+        found: set[str] = set()
+        left = list(graph[start])
+        while left:
+            name = left.pop()
+            if name not in found:
+                found.add(name)
+                left += graph[name]
+        return found
+
+    reach = {name: reachable(name) for name in graph}
+    return [{other for other in reach[name] if name in reach[other]} for name in graph if name in reach[name]]
+
+
+@pytest.mark.parametrize("name", sorted(imports()))
+def test_imports_go_one_way(name: str) -> None:
+    if room(name) == "study":
         return
-    own = room(path)
-    for name in imported(path):
-        package, _, rest = name.partition(".")
-        other = rest.split(".")[0]
-        if package == "ebft_study" and other not in ("", "__version__"):
-            allowed = rank(other) <= rank(own) or other in EXCEPTIONS.get(own, set())
-            assert allowed, f"{own} imports {name}"
+    for target in imports()[name]:
+        assert floor(room(target)) <= floor(room(name)), f"{name} imports {target}"
+
+
+def test_no_module_and_no_room_is_part_of_a_circle() -> None:
+    assert circles(imports()) == []
+    rooms: dict[str, set[str]] = {room(name): set() for name in imports()}
+    for name, targets in imports().items():
+        rooms[room(name)] |= {room(target) for target in targets} - {room(name)}
+    assert circles(rooms) == []
+
+
+def test_circles_are_found() -> None:
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}})[0] == {"a", "b", "c"}
 
 
 def test_the_algorithm_imports_nothing_of_the_package_but_itself() -> None:
@@ -73,11 +127,18 @@ def test_the_algorithm_imports_nothing_of_the_package_but_itself() -> None:
         assert all(name.startswith("ebft_study.algorithm") for name in ours), path
 
 
+def test_the_package_needs_nothing_of_the_checkout_around_it() -> None:
+    for path in modules():
+        names = {name.split(".")[0] for name in imported(path)}
+        assert "tests" not in names, path
+        assert "benchmarks" not in names or path == ROOT / "cli.py", path
+
+
 def test_ray_appears_only_where_it_belongs() -> None:
     for path in modules():
-        place = str(path.relative_to(ROOT))
+        where = str(path.relative_to(ROOT))
         if any(name.split(".")[0] == "ray" for name in imported(path)):
-            assert place.startswith(tuple(RAY_ALLOWED)), place
+            assert where.startswith(RAY_ALLOWED), where
 
 
 def test_vllm_appears_only_in_the_process_that_holds_it() -> None:
@@ -88,7 +149,8 @@ def test_vllm_appears_only_in_the_process_that_holds_it() -> None:
 def test_configuration_and_results_import_quickly_without_heavy_libraries() -> None:
     program = (
         "import sys, time; start = time.perf_counter()\n"
-        "import ebft_study.config, ebft_study.cost, ebft_study.errors, ebft_study.results, ebft_study.report\n"
+        "import ebft_study, ebft_study.config, ebft_study.cost, ebft_study.errors, ebft_study.storage\n"
+        "import ebft_study.results, ebft_study.analysis, ebft_study.report\n"
         "heavy = {'torch', 'ray', 'vllm', 'transformers'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )

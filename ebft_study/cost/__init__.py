@@ -16,20 +16,20 @@ causal attention as a full square, blocks against the longest context of their c
 """
 
 from ebft_study.cost.memory import Memory, memory, saved_bytes_per_token
-from ebft_study.cost.shapes import Limits, ModelShape, Split, StepShape, keeps_graph
-from ebft_study.cost.splitting import largest_split
+from ebft_study.cost.shapes import Limits, MicroBatchPlan, ModelShape, StepShape, keeps_graph
+from ebft_study.cost.splitting import largest_plan
 from ebft_study.cost.work import PhaseCost, StepCost, step_cost
 
 __all__ = [
     "Limits",
     "Memory",
+    "MicroBatchPlan",
     "ModelShape",
     "PhaseCost",
-    "Split",
     "StepCost",
     "StepShape",
     "keeps_graph",
-    "largest_split",
+    "largest_plan",
     "memory",
     "saved_bytes_per_token",
     "step_cost",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ebft_study.cost.shapes import FLOAT32_BYTES, Limits, ModelShape, Split, StepShape
+from ebft_study.cost.shapes import FLOAT32_BYTES, Limits, MicroBatchPlan, ModelShape, StepShape
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Memory:
 
 
 def memory(
-    model: ModelShape, features: ModelShape, step: StepShape, split: Split, *, limits: Limits | None = None
+    model: ModelShape, features: ModelShape, step: StepShape, split: MicroBatchPlan, *, limits: Limits | None = None
 ) -> Memory:
     """Peak memory of one worker; `features` is the whole feature network.
 
@@ -96,7 +96,7 @@ class _Held:
     model: ModelShape
     network: ModelShape
     step: StepShape
-    split: Split
+    split: MicroBatchPlan
     limits: Limits
 
     @property

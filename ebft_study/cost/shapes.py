@@ -40,7 +40,7 @@ class ModelShape:
     """None: all are trained. A number: only so many, in adapters (LoRA); the rest is frozen."""
 
     @staticmethod
-    def of(config: Any, *, trainable_parameters: int | None = None) -> ModelShape:
+    def from_config(config: Any, *, trainable_parameters: int | None = None) -> ModelShape:
         """From anything with the attributes of a Hugging Face configuration (Qwen2, Qwen3, Llama, Mistral)."""
         H, kind = config.hidden_size, getattr(config, "model_type", "")
         head_dim = getattr(config, "head_dim", None) or H // config.num_attention_heads
@@ -173,7 +173,7 @@ class StepShape:
     """Feature network and base model are the generator without its adapters (LoRA), so there is no copy of it."""
 
     @staticmethod
-    def of(config: RunConfig, **changes: Any) -> StepShape:
+    def from_config(config: RunConfig, **changes: Any) -> StepShape:
         """From a run; `changes` sets fields by name, above all those that a configuration does not tell."""
         rollout, training = config.rollout, config.training
         shape = StepShape(
@@ -241,16 +241,16 @@ class StepShape:
 
 
 @dataclass(frozen=True)
-class Split:
+class MicroBatchPlan:
     """How a worker's share of the batch is cut: into micro-batches, and each of these into parts, by anchors."""
 
     micro_batch_size: int
     anchors_at_once: int
 
     @staticmethod
-    def whole(step: StepShape) -> Split:
+    def whole(step: StepShape) -> MicroBatchPlan:
         """Everything at once."""
-        return Split(step.sequences_per_worker, max(len(step.anchors), 1))
+        return MicroBatchPlan(step.sequences_per_worker, max(len(step.anchors), 1))
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ebft_study.cost.memory import Memory, memory
-from ebft_study.cost.shapes import Limits, ModelShape, Split, StepShape
+from ebft_study.cost.shapes import Limits, MicroBatchPlan, ModelShape, StepShape
 from ebft_study.errors import ConfigError
 
 EFFICIENT_BLOCK_TOKENS = 1024
 """Fewer tokens per pass than this no longer fill a matrix product."""
 
 
-def largest_split(
+def largest_plan(
     model: ModelShape,
     features: ModelShape,
     step: StepShape,
@@ -20,7 +20,7 @@ def largest_split(
     budget_bytes: float,
     limits: Limits | None = None,
     given: tuple[int | None, int | None] = (None, None),
-) -> Split:
+) -> MicroBatchPlan:
     """The fewest passes whose peak memory fits into `budget_bytes` on one worker; depends on its arguments alone.
 
     All sequences and all anchors if that fits; otherwise fewer anchors at once, while a pass still has
@@ -32,16 +32,16 @@ def largest_split(
     Raises:
         ConfigError: not even one sequence and one anchor at a time fit, or what the user has chosen does not.
     """
-    least = Split(1, 1)
+    least = MicroBatchPlan(1, 1)
     for least in _splits(step, given):
         if memory(model, features, step, least, limits=limits).peak_bytes <= budget_bytes:
             return least
     raise _does_not_fit(memory(model, features, step, least, limits=limits), step, least, budget_bytes)
 
 
-def _splits(step: StepShape, given: tuple[int | None, int | None]) -> Iterator[Split]:
+def _splits(step: StepShape, given: tuple[int | None, int | None]) -> Iterator[MicroBatchPlan]:
     """From the one preferred to the smallest."""
-    whole = Split.whole(step)
+    whole = MicroBatchPlan.whole(step)
     tokens_per_anchor = step.n_samples * (1 if step.differentiable_rollouts else step.completion_length - 1)
     sizes = list(_choices(whole.micro_batch_size, given[0]))
     for S in sizes:
@@ -49,7 +49,7 @@ def _splits(step: StepShape, given: tuple[int | None, int | None]) -> Iterator[S
             widest = min(whole.anchors_at_once, given[1] or whole.anchors_at_once)
             efficient = S * A * tokens_per_anchor >= EFFICIENT_BLOCK_TOKENS
             if efficient or sizes[-1] == S or widest == A:
-                yield Split(S, A)
+                yield MicroBatchPlan(S, A)
 
 
 def _choices(count: int, given: int | None) -> Iterator[int]:
@@ -62,7 +62,7 @@ def _choices(count: int, given: int | None) -> Iterator[int]:
     yield 1
 
 
-def _does_not_fit(least: Memory, step: StepShape, split: Split, budget_bytes: float) -> ConfigError:
+def _does_not_fit(least: Memory, step: StepShape, split: MicroBatchPlan, budget_bytes: float) -> ConfigError:
     remedies = ["a shorter sequence_length"]
     if split.micro_batch_size > 1:
         remedies.insert(0, "a smaller micro_batch_size")

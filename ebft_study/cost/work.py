@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import astuple, dataclass
 from typing import Literal
 
-from ebft_study.cost.shapes import Limits, ModelShape, Split, StepShape
+from ebft_study.cost.shapes import Limits, MicroBatchPlan, ModelShape, StepShape
 
 Counting = Literal["needed", "executed"]
 
@@ -50,7 +50,7 @@ def step_cost(
     features: ModelShape,
     step: StepShape,
     *,
-    split: Split | None = None,
+    split: MicroBatchPlan | None = None,
     limits: Limits | None = None,
     counting: Counting = "needed",
     duplicate_rate: float = 0.0,
@@ -62,7 +62,7 @@ def step_cost(
         split: by default everything at once. It decides how often weights are read and logits computed again.
         duplicate_rate: share of completions that repeat another one of their context; each is embedded once.
     """
-    work = _Work(step, split or Split.whole(step), limits or Limits(), counting)
+    work = _Work(step, split or MicroBatchPlan.whole(step), limits or Limits(), counting)
     forward, backward = work.scoring(model)
     # AdamW reads weights, gradients and two moments, and writes weights and moments.
     updated = 7 * model.n_trainable * (1 if step.sharded else step.world_size)
@@ -80,7 +80,7 @@ class _Work:
     """Sums over one sequence, times the batch."""
 
     step: StepShape
-    split: Split
+    split: MicroBatchPlan
     limits: Limits
     counting: Counting
 

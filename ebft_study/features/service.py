@@ -58,7 +58,7 @@ class NetworkOptions:
     threads: int = 1
 
     @staticmethod
-    def of(config: RunConfig, *, device: torch.device, threads: int = 1) -> NetworkOptions:
+    def from_config(config: RunConfig, *, device: torch.device, threads: int = 1) -> NetworkOptions:
         """The network of a run's features, whatever its depths, pooling and normalisation."""
         features, (name, revision) = config.features, config.feature_model
         return NetworkOptions(

@@ -17,7 +17,7 @@ from ebft_study.data import Batch
 
 
 @dataclass(frozen=True)
-class Totals:
+class LossDenominators:
     """What all parts of a step share: what the losses divide by, counted over all micro-batches of all workers."""
 
     contexts: float
@@ -29,7 +29,7 @@ class Totals:
 
 
 @dataclass
-class Tally:
+class MetricAccumulator:
     """Sums and counts of logged quantities; they add up over micro-batches, steps and workers."""
 
     sums: dict[str, float] = field(default_factory=dict)
@@ -70,7 +70,14 @@ class Method(Protocol):
     """One way to update the generator."""
 
     def backward(
-        self, model: nn.Module, batch: Batch, anchors: Anchors, *, noise: Tensor, totals: Totals, tally: Tally
+        self,
+        model: nn.Module,
+        batch: Batch,
+        anchors: Anchors,
+        *,
+        noise: Tensor,
+        denominators: LossDenominators,
+        accumulator: MetricAccumulator,
     ) -> float:
         """Add this micro-batch's share of the loss's gradient to the parameters, and return that share.
 

@@ -27,7 +27,7 @@ from ebft_study.config import RunConfig
 from ebft_study.cost import keeps_graph
 from ebft_study.data import Batch
 from ebft_study.features import FeatureBackend, Features
-from ebft_study.methods import Tally, Totals, differentiate
+from ebft_study.methods import LossDenominators, MetricAccumulator, differentiate
 from ebft_study.methods.off_policy import OffPolicy
 from ebft_study.methods.sft import ce_mask, ground_truth_log_probs
 from ebft_study.networks.blocks import Prefix, completion_log_probs, run_prefix
@@ -54,29 +54,39 @@ class Ebft:
         self.reward, self.loss, self.temperature = config.reward, config.loss, config.rollout.temperature
         self.rollouts, self.features, self.base = rollouts, features, base
         self.anchors_at_once, self.backend = anchors_at_once, config.training.attention
-        self.correction = OffPolicy.of(config)
+        self.correction = OffPolicy.from_config(config)
 
     def backward(
-        self, model: nn.Module, batch: Batch, anchors: Anchors, *, noise: Tensor, totals: Totals, tally: Tally
+        self,
+        model: nn.Module,
+        batch: Batch,
+        anchors: Anchors,
+        *,
+        noise: Tensor,
+        denominators: LossDenominators,
+        accumulator: MetricAccumulator,
     ) -> float:
         """See `Method.backward`: `policy_loss + gamma * CE + kl_coefficient * KL`."""
         device = batch.tokens.device
-        with tally.seconds("scoring_seconds", device):
+        with accumulator.seconds("scoring_seconds", device):
             prefix = run_prefix(model, batch.tokens, batch.document_ids)
             leaves, base = prefix.leaves(), self._base_prefix(batch)
-            loss = self._cross_entropy(model, leaves, batch, totals, tally)
+            loss = self._cross_entropy(model, leaves, batch, denominators, accumulator)
         keep = keeps_graph(noise.shape[3])
         for part in self._parts(anchors):
             chosen = Anchors(*(tensor[:, part] for tensor in anchors))
-            with tally.seconds("rollout_seconds", device), torch.set_grad_enabled(keep and torch.is_grad_enabled()):
+            with (
+                accumulator.seconds("rollout_seconds", device),
+                torch.set_grad_enabled(keep and torch.is_grad_enabled()),
+            ):
                 rollouts = self.rollouts.sample(
                     model, batch, chosen, noise=noise[:, part], temperature=self.temperature, prefix=leaves
                 )
-            with tally.seconds("feature_seconds", device):
-                advantages = self._advantages(batch, chosen, rollouts, tally)
-            with tally.seconds("scoring_seconds", device):
-                loss += self._policy(model, leaves, base, chosen, rollouts, advantages, totals, tally)
-        with tally.seconds("scoring_seconds", device):
+            with accumulator.seconds("feature_seconds", device):
+                advantages = self._advantages(batch, chosen, rollouts, accumulator)
+            with accumulator.seconds("scoring_seconds", device):
+                loss += self._policy(model, leaves, base, chosen, rollouts, advantages, denominators, accumulator)
+        with accumulator.seconds("scoring_seconds", device):
             prefix.backward(leaves)
         return loss
 
@@ -85,17 +95,24 @@ class Ebft:
         size = self.anchors_at_once or max(B, 1)
         return (slice(first, first + size) for first in range(0, B, size))
 
-    def _cross_entropy(self, model: nn.Module, leaves: Prefix, batch: Batch, totals: Totals, tally: Tally) -> float:
+    def _cross_entropy(
+        self,
+        model: nn.Module,
+        leaves: Prefix,
+        batch: Batch,
+        denominators: LossDenominators,
+        accumulator: MetricAccumulator,
+    ) -> float:
         """`gamma * CE`; without gamma it is only measured."""
         mask = ce_mask(batch, self.loss.ce_region)
         with torch.set_grad_enabled(self.loss.gamma > 0):
             log_probs = ground_truth_log_probs(model, leaves.states, batch)
-            loss = self.loss.gamma * cross_entropy_loss(log_probs, mask, denominator=totals.ce_tokens)
-        tally.add("train_ce_loss", -log_probs.detach()[mask].double().sum(), float(mask.sum()))
+            loss = self.loss.gamma * cross_entropy_loss(log_probs, mask, denominator=denominators.ce_tokens)
+        accumulator.add("train_ce_loss", -log_probs.detach()[mask].double().sum(), float(mask.sum()))
         return differentiate(loss)
 
     @torch.no_grad()
-    def _advantages(self, batch: Batch, anchors: Anchors, rollouts: Rollouts, tally: Tally) -> Tensor:
+    def _advantages(self, batch: Batch, anchors: Anchors, rollouts: Rollouts, accumulator: MetricAccumulator) -> Tensor:
         features = self.features.embed(batch, anchors, rollouts.completions)[0]
         rewards = feature_matching_rewards(
             features.phi, features.psi, alpha=self.reward.alpha, whitening=self.reward.whitening
@@ -103,7 +120,7 @@ class Ebft:
         advantages = feature_matching_advantages(
             rewards.alignment, rewards.diversity, alpha=self.reward.alpha, baseline=self.reward.baseline
         )
-        _tally_rollouts(tally, rollouts, features, rewards, advantages, anchors.valid)
+        _tally_rollouts(accumulator, rollouts, features, rewards, advantages, anchors.valid)
         return advantages
 
     def _policy(
@@ -114,30 +131,32 @@ class Ebft:
         anchors: Anchors,
         rollouts: Rollouts,
         advantages: Tensor,
-        totals: Totals,
-        tally: Tally,
+        denominators: LossDenominators,
+        accumulator: MetricAccumulator,
     ) -> float:
         """Policy gradient (and KL) of some anchors."""
-        n_pairs = max(totals.contexts, 1.0) * advantages.shape[2]
+        n_pairs = max(denominators.contexts, 1.0) * advantages.shape[2]
         log_probs = rollouts.log_probs
         if not log_probs.requires_grad:
             log_probs = self._score(model, leaves, anchors, rollouts.completions)
         weights = torch.ones_like(advantages)
         if rollouts.policy_version is not None:
-            weights = self.correction.weights(log_probs, rollouts, anchors.valid, totals.policy_version, tally)
+            weights = self.correction.weights(
+                log_probs, rollouts, anchors.valid, denominators.policy_version, accumulator
+            )
             advantages = advantages * weights
         loss = policy_gradient_loss(
             log_probs, advantages, anchors.valid, aggregation=self.loss.aggregation, denominator=n_pairs
         )
         # A sum whose count is spread over the workers and micro-batches: the parts add up to the whole loss.
-        tally.add("policy_loss", loss.detach(), 0.0)
+        accumulator.add("policy_loss", loss.detach(), 0.0)
         if base is not None and self.base is not None:
             with torch.no_grad():
                 base_log_probs = self._score(self.base, base, anchors, rollouts.completions)
             penalty = kl_penalty(log_probs, base_log_probs, anchors.valid, estimator=self.loss.kl_estimator)
             penalty = penalty * weights[..., None]
             loss = loss + self.loss.kl_coefficient * penalty.sum() / (n_pairs * log_probs.shape[3])
-            tally.add("kl", penalty.detach().double().sum(), float(anchors.valid.sum()) * log_probs[0, 0].numel())
+            accumulator.add("kl", penalty.detach().double().sum(), float(anchors.valid.sum()) * log_probs[0, 0].numel())
         return differentiate(loss)
 
     def _score(self, model: nn.Module, prefix: Prefix, anchors: Anchors, completions: Tensor) -> Tensor:
@@ -151,18 +170,23 @@ class Ebft:
 
 
 def _tally_rollouts(
-    tally: Tally, rollouts: Rollouts, features: Features, rewards: Rewards, advantages: Tensor, valid: Tensor
+    accumulator: MetricAccumulator,
+    rollouts: Rollouts,
+    features: Features,
+    rewards: Rewards,
+    advantages: Tensor,
+    valid: Tensor,
 ) -> None:
-    tally.add_valid("reward", rewards.reward, valid)
-    tally.add_valid("alignment", rewards.alignment, valid)
-    tally.add_valid("diversity", rewards.diversity, valid)
-    tally.add_valid("advantage", advantages, valid)
-    tally.add_valid("advantage_squared", advantages.square(), valid)
-    tally.add_valid("duplicate_rate", duplicate_fraction(rollouts.completions), valid)
+    accumulator.add_valid("reward", rewards.reward, valid)
+    accumulator.add_valid("alignment", rewards.alignment, valid)
+    accumulator.add_valid("diversity", rewards.diversity, valid)
+    accumulator.add_valid("advantage", advantages, valid)
+    accumulator.add_valid("advantage_squared", advantages.square(), valid)
+    accumulator.add_valid("duplicate_rate", duplicate_fraction(rollouts.completions), valid)
     # Minus the log-probability of what was drawn is an unbiased estimate of the entropy it was drawn from.
-    tally.add_valid("policy_entropy", -rollouts.log_probs.detach(), valid)
-    tally.add_valid("fm_whitened", whitened_feature_matching(rewards.alignment, rewards.diversity), valid)
+    accumulator.add_valid("policy_entropy", -rollouts.log_probs.detach(), valid)
+    accumulator.add_valid("fm_whitened", whitened_feature_matching(rewards.alignment, rewards.diversity), valid)
     spread = rewards.reward.amax(dim=-1) - rewards.reward.amin(dim=-1)
-    tally.add_valid("zero_variance_fraction", (spread < 1e-8).double(), valid)
+    accumulator.add_valid("zero_variance_fraction", (spread < 1e-8).double(), valid)
     if rewards.reward.shape[-1] > 1:
-        tally.add_valid("train_cfm_loss", conditional_feature_matching(features.phi, features.psi), valid)
+        accumulator.add_valid("train_cfm_loss", conditional_feature_matching(features.phi, features.psi), valid)

@@ -10,7 +10,7 @@ from torch import Tensor
 from ebft_study.algorithm.losses import importance_weights
 from ebft_study.config import RunConfig
 from ebft_study.errors import ParityError, ServiceError
-from ebft_study.methods import Tally
+from ebft_study.methods import MetricAccumulator
 from ebft_study.rollouts import Rollouts
 
 THRESHOLDS = {"float32": 1e-4, "bfloat16": 0.3}
@@ -28,12 +28,12 @@ class OffPolicy:
     clip: float
 
     @staticmethod
-    def of(config: RunConfig) -> OffPolicy:
+    def from_config(config: RunConfig) -> OffPolicy:
         rollout = config.rollout
         return OffPolicy(rollout.max_policy_lag, rollout.importance_ratio_clip)
 
     def weights(
-        self, log_probs: Tensor, rollouts: Rollouts, valid: Tensor, policy_version: int, tally: Tally
+        self, log_probs: Tensor, rollouts: Rollouts, valid: Tensor, policy_version: int, accumulator: MetricAccumulator
     ) -> Tensor:
         """Truncated importance ratios [S, B, n] (see `importance_weights`), with everything about them on record.
 
@@ -53,19 +53,19 @@ class OffPolicy:
                 f"max_policy_lag={self.max_policy_lag}"
             )
         n_valid = float(valid.sum())
-        tally.add("policy_lag", lag * n_valid, n_valid)
-        tally.add("sync_seconds", rollouts.sync_seconds, 0.0)
+        accumulator.add("policy_lag", lag * n_valid, n_valid)
+        accumulator.add("sync_seconds", rollouts.sync_seconds, 0.0)
         if lag == 0:
-            _tally_difference(tally, (log_probs.detach() - rollouts.log_probs).abs(), valid)
+            _tally_difference(accumulator, (log_probs.detach() - rollouts.log_probs).abs(), valid)
         weights, ratios = importance_weights(log_probs, rollouts.log_probs, clip=self.clip)
-        _tally_ratios(tally, weights, ratios, valid)
+        _tally_ratios(accumulator, weights, ratios, valid)
         return weights
 
 
-def _tally_difference(tally: Tally, difference: Tensor, valid: Tensor) -> None:
+def _tally_difference(accumulator: MetricAccumulator, difference: Tensor, valid: Tensor) -> None:
     if bool(valid.any()):
-        tally.add_valid(DIFFERENCE, difference, valid)
-        tally.peak("parity_max_difference", difference[valid].max())
+        accumulator.add_valid(DIFFERENCE, difference, valid)
+        accumulator.peak("parity_max_difference", difference[valid].max())
 
 
 def check_parity(config: RunConfig, total: float, count: float, *, version: int) -> None:
@@ -85,18 +85,18 @@ def check_parity(config: RunConfig, total: float, count: float, *, version: int)
         )
 
 
-def _tally_ratios(tally: Tally, weights: Tensor, ratios: Tensor, valid: Tensor) -> None:
+def _tally_ratios(accumulator: MetricAccumulator, weights: Tensor, ratios: Tensor, valid: Tensor) -> None:
     if not bool(valid.any()):
         return
-    tally.add_valid("importance_ratio", ratios, valid)
-    tally.add_valid("importance_ratio_squared", ratios.square(), valid)
-    tally.add_valid("importance_weight", weights, valid)
-    tally.add_valid("importance_clipped_fraction", (weights < ratios).to(torch.float64), valid)
-    tally.peak("importance_ratio_max", ratios[valid].max())
-    tally.peak("importance_ratio_negative_min", -ratios[valid].min())
+    accumulator.add_valid("importance_ratio", ratios, valid)
+    accumulator.add_valid("importance_ratio_squared", ratios.square(), valid)
+    accumulator.add_valid("importance_weight", weights, valid)
+    accumulator.add_valid("importance_clipped_fraction", (weights < ratios).to(torch.float64), valid)
+    accumulator.peak("importance_ratio_max", ratios[valid].max())
+    accumulator.peak("importance_ratio_negative_min", -ratios[valid].min())
 
 
-def metrics(total: Tally) -> dict[str, float]:
+def metrics(total: MetricAccumulator) -> dict[str, float]:
     """What is not a plain mean among the tallied: extremes and effective samples; nothing without such rollouts."""
     row = {name: total.peaks[name] for name in PEAKS[:2] if name in total.peaks}
     if total.counts.get("importance_ratio"):

@@ -8,7 +8,7 @@ from ebft_study.algorithm.anchors import Anchors
 from ebft_study.algorithm.losses import cross_entropy_loss, next_token_mask
 from ebft_study.config import LossConfig
 from ebft_study.data import Batch
-from ebft_study.methods import Tally, Totals, differentiate
+from ebft_study.methods import LossDenominators, MetricAccumulator, differentiate
 from ebft_study.networks.blocks import run_prefix, token_log_probs
 
 
@@ -29,13 +29,20 @@ class Sft:
         self.region = loss.ce_region
 
     def backward(
-        self, model: nn.Module, batch: Batch, anchors: Anchors, *, noise: Tensor, totals: Totals, tally: Tally
+        self,
+        model: nn.Module,
+        batch: Batch,
+        anchors: Anchors,
+        *,
+        noise: Tensor,
+        denominators: LossDenominators,
+        accumulator: MetricAccumulator,
     ) -> float:
         """See `Method.backward`. Only `batch` is used."""
-        with tally.seconds("scoring_seconds", batch.tokens.device):
+        with accumulator.seconds("scoring_seconds", batch.tokens.device):
             mask = ce_mask(batch, self.region)
             prefix = run_prefix(model, batch.tokens, batch.document_ids)
             log_probs = ground_truth_log_probs(model, prefix.states, batch)
-            loss = differentiate(cross_entropy_loss(log_probs, mask, denominator=totals.ce_tokens))
-        tally.add("train_ce_loss", -log_probs.detach()[mask].double().sum(), float(mask.sum()))
+            loss = differentiate(cross_entropy_loss(log_probs, mask, denominator=denominators.ce_tokens))
+        accumulator.add("train_ce_loss", -log_probs.detach()[mask].double().sum(), float(mask.sum()))
         return loss

@@ -41,7 +41,7 @@ def anchors_of(batch: Batch, rollout: RolloutConfig, *, completion_length: int |
 class RolloutBackend(Protocol):
     """Samples from `model` at `temperature`, no top-k, no top-p, no stop at the end of a document."""
 
-    def follow(self, model: nn.Module, version: int) -> None:
+    def update_weights(self, model: nn.Module, version: int) -> None:
         """`model` has seen `version` updates: a backend with a copy of its weights takes them over, if it is due."""
         ...
 

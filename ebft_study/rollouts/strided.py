@@ -22,7 +22,7 @@ class StridedRollouts:
     computed again to be differentiated.
     """
 
-    def follow(self, model: nn.Module, version: int) -> None:
+    def update_weights(self, model: nn.Module, version: int) -> None:
         """Nothing to take over: `sample` reads the model's own weights."""
 
     def close(self) -> None:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ebft_study.evaluation import Measured, Moments
-from ebft_study.methods import Tally
+from ebft_study.methods import MetricAccumulator
 from ebft_study.networks.loading import trained_parameters
 from ebft_study.training.sharding import is_sharded, reduce_scatter_gradients
 
@@ -42,16 +42,21 @@ def sum_gradients(model: nn.Module, world_size: int) -> None:
         offset += parameter.numel()
 
 
-def sum_tally(
-    tally: Tally, names: Iterable[str], world_size: int, device: torch.device, *, peaks: Iterable[str] = ()
-) -> Tally:
+def sum_accumulator(
+    accumulator: MetricAccumulator,
+    names: Iterable[str],
+    world_size: int,
+    device: torch.device,
+    *,
+    peaks: Iterable[str] = (),
+) -> MetricAccumulator:
     """The tally of all workers together; `names` and `peaks` fix the order, the same on all of them."""
     keys = sorted(names)
-    sums = sum_over_workers((tally.sums.get(key, 0.0) for key in keys), world_size, device)
-    counts = sum_over_workers((tally.counts.get(key, 0.0) for key in keys), world_size, device)
-    found = _largest([tally.peaks.get(key, -math.inf) for key in sorted(peaks)], world_size, device)
+    sums = sum_over_workers((accumulator.sums.get(key, 0.0) for key in keys), world_size, device)
+    counts = sum_over_workers((accumulator.counts.get(key, 0.0) for key in keys), world_size, device)
+    found = _largest([accumulator.peaks.get(key, -math.inf) for key in sorted(peaks)], world_size, device)
     largest = {key: value for key, value in zip(sorted(peaks), found, strict=True) if value > -math.inf}
-    return Tally(dict(zip(keys, sums, strict=True)), dict(zip(keys, counts, strict=True)), largest)
+    return MetricAccumulator(dict(zip(keys, sums, strict=True)), dict(zip(keys, counts, strict=True)), largest)
 
 
 def _largest(numbers: list[float], world_size: int, device: torch.device) -> list[float]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ebft_study.config import RunConfig, build_run, merge
-from ebft_study.methods import Tally
+from ebft_study.methods import MetricAccumulator
 from ebft_study.methods.build import build_method
 from ebft_study.progress import Progress
 from ebft_study.training.loop import Run
@@ -73,13 +73,18 @@ def _gradients(config: RunConfig, whitening: str, n: int, draws: int, progress: 
     varied = build_run(merge(config.model_dump(), changes), source="gradient-noise")
     run = Run(varied, None, lambda _metrics, _folder: None, rank=0, world_size=1)
     method = build_method(
-        varied, base=run.parts.base, features=run.parts.features, anchors_at_once=run.parts.fit.split.anchors_at_once
+        varied,
+        base=run.parts.base,
+        features=run.parts.features,
+        anchors_at_once=run.parts.memory_plan.split.anchors_at_once,
     )
     rows = []
     for draw in range(draws):
         run.step = draw
-        batch, anchors, noise, totals = run.batch()
-        method.backward(run.model, batch, anchors, noise=noise, totals=totals, tally=Tally())
+        batch, anchors, noise, denominators = run.batch()
+        method.backward(
+            run.model, batch, anchors, noise=noise, denominators=denominators, accumulator=MetricAccumulator()
+        )
         rows.append(torch.cat([p.grad.flatten() for p in run.model.parameters() if p.grad is not None]))
         run.model.zero_grad(set_to_none=True)
         progress.advance(f"whitening={whitening} n_samples={n}")

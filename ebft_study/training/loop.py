@@ -33,19 +33,19 @@ from ebft_study.config import RunConfig
 from ebft_study.data import Batch, batch_indices
 from ebft_study.errors import CheckpointError, ConfigError, NonFiniteError, ParityError
 from ebft_study.evaluation import base as base_evaluation
-from ebft_study.methods import Tally, Totals, off_policy
+from ebft_study.methods import LossDenominators, MetricAccumulator, off_policy
 from ebft_study.methods.sft import ce_mask
 from ebft_study.networks.loading import trained_parameters
 from ebft_study.rollouts import anchors_of
 from ebft_study.training import checkpoint, state
 from ebft_study.training.averaging import WeightAverage
-from ebft_study.training.distributed import sum_gradients, sum_measured, sum_over_workers, sum_tally
+from ebft_study.training.distributed import sum_accumulator, sum_gradients, sum_measured, sum_over_workers
 from ebft_study.training.metrics import TALLIED, row_of
 from ebft_study.training.run_result import RunResult
 from ebft_study.training.samples import sample_rows
 from ebft_study.training.services import Services
 from ebft_study.training.setup import build_optimizer, build_parts, learning_rate_at, scale_out
-from ebft_study.training.sharding import gathered, is_sharded, whole
+from ebft_study.training.sharding import full_tensor, is_sharded, unsharded
 
 Report = Callable[[dict[str, float], Path | None], None]
 ROLLOUT_STREAM = 1
@@ -120,10 +120,10 @@ class Run:
         self.rank, self.world_size = rank, world_size
         self.parts = build_parts(config, world_size=world_size, services=services)
         self.device, self.model = self.parts.device, self.parts.base.model
-        self.remarks = [*scale_out(config, self.model, world_size=world_size), self.parts.fit.describe()]
+        self.remarks = [*scale_out(config, self.model, world_size=world_size), self.parts.memory_plan.describe()]
         self.model.train()
         self.step, self.tokens_seen = 0, 0
-        self.tally, self.tally_steps, self.latest = Tally(), 0, dict[str, float]()
+        self.accumulator, self.tally_steps, self.latest = MetricAccumulator(), 0, dict[str, float]()
         self.average = WeightAverage(self.model, config.optimizer.ema_decay)
         self.optimizer = self._new_optimizer()
         self.startup_seconds = float("nan")
@@ -169,23 +169,23 @@ class Run:
             self.optimizer = self._new_optimizer()
         before = time.perf_counter()
         self._hand_over_weights()
-        rows, anchors, noise, totals = self.batch()
+        rows, anchors, noise, denominators = self.batch()
         every = torch.arange(len(rows.indices))
         loss, compared = 0.0, self._compared()
-        with gathered(self.model):
-            for part in every.split(self.parts.fit.split.micro_batch_size):
-                loss += self._backward(rows, anchors, noise, totals, part)
-            with self.tally.seconds("optimizer_seconds", self.device):
+        with unsharded(self.model):
+            for part in every.split(self.parts.memory_plan.split.micro_batch_size):
+                loss += self._backward(rows, anchors, noise, denominators, part)
+            with self.accumulator.seconds("optimizer_seconds", self.device):
                 sum_gradients(self.model, self.world_size)
         self._check_parity(compared)
-        with self.tally.seconds("optimizer_seconds", self.device):
+        with self.accumulator.seconds("optimizer_seconds", self.device):
             self._apply_gradients(loss)
         self.step += 1
         real_tokens = float((rows.document_ids >= 0).sum())
         self.tokens_seen += int(sum_over_workers([real_tokens], self.world_size, self.device)[0])
         for name, (total, count) in self.parts.features.drain_usage().items():
-            self.tally.add(name, total, count)
-        self.tally.add("step_seconds", time.perf_counter() - before, 0.0)
+            self.accumulator.add(name, total, count)
+        self.accumulator.add("step_seconds", time.perf_counter() - before, 0.0)
         self.tally_steps += 1
 
     def observe(self) -> None:
@@ -229,12 +229,14 @@ class Run:
     def _hand_over_weights(self) -> None:
         """Let an engine sample by the present weights; what `batch` counts over all workers makes them wait for it."""
         if self.samples_from_engine:
-            with gathered(self.model):
-                self.parts.rollouts.follow(self.model, self.step)
+            with unsharded(self.model):
+                self.parts.rollouts.update_weights(self.model, self.step)
 
     def _compared(self) -> tuple[float, float]:
         """Sum and count of differences between engine and trainer, since the last row of metrics."""
-        return self.tally.sums.get(off_policy.DIFFERENCE, 0.0), self.tally.counts.get(off_policy.DIFFERENCE, 0.0)
+        return self.accumulator.sums.get(off_policy.DIFFERENCE, 0.0), self.accumulator.counts.get(
+            off_policy.DIFFERENCE, 0.0
+        )
 
     def _check_parity(self, before: tuple[float, float]) -> None:
         """Judge what this step has added, before the weights change."""
@@ -243,7 +245,7 @@ class Run:
             total, count = sum_over_workers(mine, self.world_size, self.device)
             off_policy.check_parity(self.config, total, count, version=self.step)
 
-    def batch(self) -> tuple[Batch, Anchors, Tensor, Totals]:
+    def batch(self) -> tuple[Batch, Anchors, Tensor, LossDenominators]:
         """This worker's rows of the step, with anchors, noise, and what all workers' losses divide by."""
         config, data = self.config, self.parts.data["train"]
         indices = batch_indices(size=len(data), batch_size=config.training.batch_size, step=self.step, seed=config.seed)
@@ -259,23 +261,25 @@ class Run:
         )
         mine = float(anchors.valid.sum()), float(ce_mask(rows, config.loss.ce_region).sum())
         contexts, ce_tokens = sum_over_workers(mine, self.world_size, self.device)
-        return rows, anchors, noise, Totals(contexts, max(ce_tokens, 1.0), self.step)
+        return rows, anchors, noise, LossDenominators(contexts, max(ce_tokens, 1.0), self.step)
 
-    def _backward(self, rows: Batch, anchors: Anchors, noise: Tensor, totals: Totals, part: Tensor) -> float:
+    def _backward(
+        self, rows: Batch, anchors: Anchors, noise: Tensor, denominators: LossDenominators, part: Tensor
+    ) -> float:
         on_device = part.to(self.device)
         batch = rows.select(on_device)
         share = Anchors(*(tensor[on_device] for tensor in anchors))
         with self._autocast():
             loss: float = self.method.backward(
-                self.model, batch, share, noise=noise[part], totals=totals, tally=self.tally
+                self.model, batch, share, noise=noise[part], denominators=denominators, accumulator=self.accumulator
             )
-        self.tally.add("loss", loss, 0.0)
+        self.accumulator.add("loss", loss, 0.0)
         return loss
 
     def _apply_gradients(self, loss: float) -> None:
         limit = self.config.optimizer.max_grad_norm
         parameters = trained_parameters(self.model).values()
-        norm = float(whole(torch.nn.utils.clip_grad_norm_(parameters, math.inf if limit is None else limit)))
+        norm = float(full_tensor(torch.nn.utils.clip_grad_norm_(parameters, math.inf if limit is None else limit)))
         (total,) = sum_over_workers([loss], self.world_size, self.device)
         for quantity, value in (("loss", total), ("grad_norm", norm)):
             if not math.isfinite(value):
@@ -289,7 +293,7 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
         self.average.update(self.model)
         if self.rank == 0:
-            self.tally.add("grad_norm", norm, 1.0)
+            self.accumulator.add("grad_norm", norm, 1.0)
             self.latest["learning_rate"] = rate
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
@@ -302,7 +306,7 @@ class Run:
     def _drain_tally(self) -> dict[str, float]:
         """Means over the steps since the last row, over all workers."""
         workers = self.world_size
-        total = sum_tally(self.tally, TALLIED, workers, self.device, peaks=off_policy.PEAKS)
+        total = sum_accumulator(self.accumulator, TALLIED, workers, self.device, peaks=off_policy.PEAKS)
         row = row_of(total, steps=self.tally_steps, workers=workers)
         tokens = self.tokens_seen - self.latest.get("tokens_seen", 0.0)
         row |= {
@@ -313,13 +317,13 @@ class Run:
             "tokens_seen": float(self.tokens_seen),
         }
         self.latest |= row
-        self.tally, self.tally_steps = Tally(), 0
+        self.accumulator, self.tally_steps = MetricAccumulator(), 0
         return row
 
     def _measure(
         self, split: str, sequences: int, lengths: Sequence[int], *, with_entropy: bool
     ) -> evaluation.Measured:
-        with self.average.applied(self.model), gathered(self.model), self._autocast():
+        with self.average.applied(self.model), unsharded(self.model), self._autocast():
             mine = self.parts.evaluator.measure(
                 self.model,
                 self.parts.data[split],
@@ -382,7 +386,7 @@ class Run:
 
     def _record_samples(self) -> None:
         # All workers hand over their parts of the weights; one of them samples.
-        with gathered(self.model), self._autocast():
+        with unsharded(self.model), self._autocast():
             if self.recorder:
                 self.model.eval()
                 self.recorder.samples(self.step, sample_rows(self.config, self.parts, self.model))
@@ -406,7 +410,7 @@ class Run:
         return {
             "step": self.step,
             "tokens_seen": self.tokens_seen,
-            "tally": {**dataclasses.asdict(self.tally), "steps": self.tally_steps},
+            "tally": {**dataclasses.asdict(self.accumulator), "steps": self.tally_steps},
             "latest": self.latest,
         }
 
@@ -417,8 +421,11 @@ class Run:
         self.step, self.tokens_seen, self.latest = saved["step"], saved["tokens_seen"], saved["latest"]
         # The optimizer's states are those of the phase that the checkpoint was written in; a new phase starts its own.
         state.restore(saved["tensors"], self.model, self.optimizer, self.average)
-        tally = saved["tally"]
-        self.tally, self.tally_steps = Tally(tally["sums"], tally["counts"], tally.get("peaks", {})), tally["steps"]
+        accumulator = saved["tally"]
+        self.accumulator, self.tally_steps = (
+            MetricAccumulator(accumulator["sums"], accumulator["counts"], accumulator.get("peaks", {})),
+            accumulator["steps"],
+        )
         self._record_event("resumed", f"from the checkpoint of step {self.step}", step=self.step)
 
 

@@ -8,7 +8,7 @@ import psutil
 import torch
 
 from ebft_study.config import RunConfig
-from ebft_study.cost import Limits, ModelShape, Split, StepShape, largest_split, memory
+from ebft_study.cost import Limits, MicroBatchPlan, ModelShape, StepShape, largest_plan, memory
 from ebft_study.errors import ConfigError
 from ebft_study.networks.lora import ALL
 
@@ -19,10 +19,10 @@ GPU_FRACTION = 0.9
 
 
 @dataclass(frozen=True)
-class Fit:
+class MemoryPlan:
     """A split and what it is expected to take."""
 
-    split: Split
+    split: MicroBatchPlan
     peak_bytes: float
     budget_bytes: float
 
@@ -34,7 +34,7 @@ class Fit:
         )
 
 
-def choose_split(config: RunConfig, device: torch.device, *, world_size: int) -> Fit:
+def plan_micro_batches(config: RunConfig, device: torch.device, *, world_size: int) -> MemoryPlan:
     """The fewest passes that fit; depends on the configuration, the shapes of the models and the kind of device alone.
 
     Reads no weights, so what cannot fit is refused before any are loaded.
@@ -45,22 +45,22 @@ def choose_split(config: RunConfig, device: torch.device, *, world_size: int) ->
     """
     for budget in budgets(config, device):
         try:
-            return fit(config, device.type, world_size=world_size, budget_bytes=budget)
+            return fit_memory(config, device.type, world_size=world_size, budget_bytes=budget)
         except ConfigError as error:
             refusal = error
     raise refusal
 
 
-def fit(config: RunConfig, device: str, *, world_size: int, budget_bytes: float) -> Fit:
+def fit_memory(config: RunConfig, device: str, *, world_size: int, budget_bytes: float) -> MemoryPlan:
     """The fewest passes that fit into a budget, on `cpu` or `cuda`; no such device is needed.
 
     Raises: see `choose_split`.
     """
     shape, network = shapes(config)
-    step, limits = StepShape.of(config, world_size=world_size), Limits.on(device)
+    step, limits = StepShape.from_config(config, world_size=world_size), Limits.on(device)
     given = (config.training.micro_batch_size, config.training.anchors_at_once)
-    split = largest_split(shape, network, step, budget_bytes=budget_bytes, limits=limits, given=given)
-    return Fit(split, memory(shape, network, step, split, limits=limits).peak_bytes, budget_bytes)
+    split = largest_plan(shape, network, step, budget_bytes=budget_bytes, limits=limits, given=given)
+    return MemoryPlan(split, memory(shape, network, step, split, limits=limits).peak_bytes, budget_bytes)
 
 
 def budgets(config: RunConfig, device: torch.device) -> list[float]:
@@ -78,9 +78,9 @@ def shapes(config: RunConfig) -> tuple[ModelShape, ModelShape]:
         read_config,  # models' libraries take seconds, which a study's driver may never need
     )
 
-    own = ModelShape.of(read_config(config.model, revision=config.model_revision))
+    own = ModelShape.from_config(read_config(config.model, revision=config.model_revision))
     name = config.features.feature_network
-    network = own if name == "base" else ModelShape.of(read_config(name))
+    network = own if name == "base" else ModelShape.from_config(read_config(name))
     if config.lora.lora_rank == 0:
         return own, network
     targets = None if config.lora.lora_targets == (ALL,) else config.lora.lora_targets

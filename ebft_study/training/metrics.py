@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from ebft_study.methods import Tally, off_policy
+from ebft_study.methods import MetricAccumulator, off_policy
 
 PHASES = ("sync_seconds", "rollout_seconds", "feature_seconds", "scoring_seconds", "optimizer_seconds", "step_seconds")
 AVERAGED = (
@@ -38,7 +38,7 @@ SQUARES = ("advantage", "advantage_squared", "importance_ratio_squared")
 TALLIED = (*AVERAGED, *SUMMED, *PHASES, *LOSSES, *SQUARES)
 
 
-def row_of(total: Tally, *, steps: int, workers: int) -> dict[str, float]:
+def row_of(total: MetricAccumulator, *, steps: int, workers: int) -> dict[str, float]:
     """Metrics of `steps` updates from the tally of all workers; none of what was not observed."""
     row = {name: total.mean(name) for name in AVERAGED if total.counts.get(name)}
     if total.counts.get("advantage"):

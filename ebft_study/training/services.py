@@ -60,7 +60,7 @@ class Services:
         device = next(base.model.parameters()).device
         spec = FeatureSpec(config.features.depths, config.features.pooling, config.features.normalize)
         return ServiceFeatures(
-            NetworkOptions.of(config, device=device),
+            NetworkOptions.from_config(config, device=device),
             spec,
             timeout_seconds=config.features.service_timeout_seconds,
         )

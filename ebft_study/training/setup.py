@@ -20,7 +20,7 @@ from ebft_study.methods.sft import Sft
 from ebft_study.networks.loading import LoadedModel, load_generator, trained_parameters
 from ebft_study.rollouts import RolloutBackend, anchors_of
 from ebft_study.rollouts.strided import StridedRollouts
-from ebft_study.training.memory import Fit, choose_split
+from ebft_study.training.memory import MemoryPlan, plan_micro_batches
 from ebft_study.training.services import Services
 from ebft_study.training.sharding import shard
 
@@ -30,7 +30,7 @@ class Parts:
     """Everything that a run is made of."""
 
     device: torch.device
-    fit: Fit
+    memory_plan: MemoryPlan
     text: TextDataset
     data: dict[str, TokenDataset]
     base: LoadedModel
@@ -68,16 +68,16 @@ def build_parts(config: RunConfig, *, world_size: int = 1, services: Services | 
     """
     device = choose_device(config)
     text = load_text(config.data)
-    fit = choose_split(config, device, world_size=world_size)
+    memory_plan = plan_micro_batches(config, device, world_size=world_size)
     base = load_generator(config, device=device)
     data = tokenized(config, text, base)
     features = services.features(config, base) if services else load_feature_network(config, base)
     rollouts = services.rollouts(config, device) if services else StridedRollouts()
     method = build_method(
-        config, base=base, features=features, rollouts=rollouts, anchors_at_once=fit.split.anchors_at_once
+        config, base=base, features=features, rollouts=rollouts, anchors_at_once=memory_plan.split.anchors_at_once
     )
     evaluator = Evaluator(config, StridedRollouts(), features)
-    return Parts(device, fit, text, data, base, features, rollouts, method, Sft(config.loss), evaluator)
+    return Parts(device, memory_plan, text, data, base, features, rollouts, method, Sft(config.loss), evaluator)
 
 
 def scale_out(config: RunConfig, model: nn.Module, *, world_size: int) -> list[str]:

@@ -67,7 +67,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 @contextmanager
-def gathered(model: nn.Module) -> Iterator[None]:
+def unsharded(model: nn.Module) -> Iterator[None]:
     """Inside, all weights are there. Every worker must enter and leave; what it runs inside is its own business."""
     for unit in _units(model):
         unit.unshard()
@@ -93,12 +93,12 @@ def _end_of_step(probe: Tensor) -> Tensor:
     return probe.clone()
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """A sharded tensor put together, which all workers must do at the same time; any other as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def part_like(tensor: Tensor, like: Tensor) -> Tensor:
+def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
     """A copy of a whole tensor, of the type of `like`, on its device, and divided as it is."""
     moved = tensor.to(like.device, like.dtype, copy=True)
     if not isinstance(like, DTensor):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ebft_study.errors import CheckpointError
 from ebft_study.networks.loading import trained_parameters
 from ebft_study.training.averaging import WeightAverage
-from ebft_study.training.sharding import part_like, whole
+from ebft_study.training.sharding import full_tensor, shard_like
 
 Tensors = dict[str, dict[str, Tensor]]
 """Kind (weights, average, or a state of the optimizer) -> name of a parameter -> tensor."""
@@ -28,7 +28,7 @@ def collect(model: nn.Module, optimizer: torch.optim.Optimizer, average: WeightA
     kept: Tensors = {kind: {} for kind in held}
     for kind, tensors in held.items():
         for name, tensor in tensors.items():
-            complete = whole(tensor)
+            complete = full_tensor(tensor)
             if keep:
                 kept[kind][name] = complete.cpu()
     return kept
@@ -44,7 +44,7 @@ def restore(tensors: Tensors, model: nn.Module, optimizer: torch.optim.Optimizer
     parameters = trained_parameters(model)
     _check(tensors["weights"], parameters)
     for name, parameter in parameters.items():
-        parameter.copy_(part_like(tensors["weights"][name], parameter))
+        parameter.copy_(shard_like(tensors["weights"][name], parameter))
         optimizer.state[parameter] = {
             kind: _optimizer_state(values[name], parameter)
             for kind, values in tensors.items()
@@ -52,12 +52,12 @@ def restore(tensors: Tensors, model: nn.Module, optimizer: torch.optim.Optimizer
         }
     for name, own in average.weights.items():
         # A run may begin to average where its checkpoint did not: it starts from the weights, as every average does.
-        own.copy_(part_like(tensors["average"].get(name, tensors["weights"][name]), own))
+        own.copy_(shard_like(tensors["average"].get(name, tensors["weights"][name]), own))
 
 
 def _optimizer_state(saved: Tensor, parameter: Tensor) -> Tensor:
     # The count of updates is a single number, whole on every worker.
-    return part_like(saved, parameter) if saved.dim() else saved.to(parameter.device, copy=True)
+    return shard_like(saved, parameter) if saved.dim() else saved.to(parameter.device, copy=True)
 
 
 def _check(weights: dict[str, Tensor], parameters: dict[str, nn.Parameter]) -> None:

@@ -78,7 +78,7 @@ class Pretended(WithoutGraph):
     def __init__(self, error: float = 0.0) -> None:
         self.error, self.versions = error, list[int]()
 
-    def follow(self, model: nn.Module, version: int) -> None:
+    def update_weights(self, model: nn.Module, version: int) -> None:
         self.versions.append(version)
 
     def sample(self, *arguments: Any, **keywords: Any) -> Rollouts:

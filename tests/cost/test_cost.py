@@ -29,8 +29,8 @@ from ebft_study.algorithm.features import layer_indices
 from ebft_study.config import RunConfig, build_run
 from ebft_study.cost import (
     Limits,
+    MicroBatchPlan,
     ModelShape,
-    Split,
     StepShape,
     memory,
     saved_bytes_per_token,
@@ -39,7 +39,7 @@ from ebft_study.cost import (
 from ebft_study.data import Batch
 from ebft_study.features import local
 from ebft_study.features.local import LocalFeatures
-from ebft_study.methods import Tally, Totals
+from ebft_study.methods import LossDenominators, MetricAccumulator
 from ebft_study.methods.ebft import Ebft
 from ebft_study.methods.sft import Sft
 from ebft_study.networks import blocks
@@ -117,12 +117,12 @@ class Case:
         return build_run(settings, source="test")
 
     def step(self) -> StepShape:
-        return StepShape.of(
+        return StepShape.from_config(
             self.config(), activation_checkpointing=self.checkpointing, differentiable_rollouts=not self.rescoring
         )
 
-    def split(self) -> Split:
-        whole = Split.whole(self.step())
+    def split(self) -> MicroBatchPlan:
+        whole = MicroBatchPlan.whole(self.step())
         return replace(whole, anchors_at_once=self.anchors_at_once or whole.anchors_at_once)
 
     def models(self) -> tuple[PreTrainedModel, PreTrainedModel]:
@@ -159,9 +159,9 @@ class Watched:
 
 def run_step(
     case: Case, model: nn.Module, network: LocalFeatures, enter: Callable[[], None], leave: Callable[[str], None]
-) -> Tally:
+) -> MetricAccumulator:
     """The real gradient of one step; `enter` and `leave` are called around rollouts and features."""
-    config, tally = case.config(), Tally()
+    config, accumulator = case.config(), MetricAccumulator()
     batch, anchors = case.batch()
     method: Any = Sft(config.loss)
     if case.method == "ebft":
@@ -177,10 +177,10 @@ def run_step(
             anchors_at_once=case.anchors_at_once,
         )
     noise = torch.rand(*anchors.positions.shape, case.n, case.G, generator=torch.Generator().manual_seed(2))
-    totals = Totals(float(anchors.valid.sum()), float(batch.tokens[:, 1:].numel()))
+    denominators = LossDenominators(float(anchors.valid.sum()), float(batch.tokens[:, 1:].numel()))
     with torch.autocast("cpu", torch.bfloat16, enabled=case.bfloat16):
-        method.backward(model, batch, anchors, noise=noise, totals=totals, tally=tally)
-    return tally
+        method.backward(model, batch, anchors, noise=noise, denominators=denominators, accumulator=accumulator)
+    return accumulator
 
 
 def features_of(network: PreTrainedModel, case: Case) -> LocalFeatures:
@@ -202,7 +202,7 @@ def features_of(network: PreTrainedModel, case: Case) -> LocalFeatures:
 )
 def test_parameters_are_those_of_the_real_model(config_type: Any, model_type: Any, changes: dict[str, Any]) -> None:
     model = model_type(config_type(**SIZES, **changes))
-    shape = ModelShape.of(model.config)
+    shape = ModelShape.from_config(model.config)
     assert shape.n_parameters == sum(p.numel() for p in model.parameters())
     assert shape.body_parameters == sum(p.numel() for p in model.get_decoder().parameters())
 
@@ -210,7 +210,7 @@ def test_parameters_are_those_of_the_real_model(config_type: Any, model_type: An
 @pytest.mark.parametrize("n_layers", [1, 3, 10, 28])
 @pytest.mark.parametrize("depths", [(0.25,), (0.7, 0.25), (1.0,), (0.01,)])
 def test_a_network_is_cut_where_its_features_are_read(n_layers: int, depths: tuple[float, ...]) -> None:
-    shape = replace(ModelShape.of(Qwen2Config(**SIZES)), n_layers=n_layers)
+    shape = replace(ModelShape.from_config(Qwen2Config(**SIZES)), n_layers=n_layers)
     assert shape.cut(depths).n_layers == max(layer_indices(depths, n_layers))
 
 
@@ -255,9 +255,9 @@ def count_step(case: Case, model: nn.Module, network: PreTrainedModel) -> tuple[
         counted[name] += counter.get_total_flops() - begin[0]
 
     with counter:
-        tally = run_step(case, model, features_of(network, case), enter, leave)
+        accumulator = run_step(case, model, features_of(network, case), enter, leave)
     counted["scoring"] = counter.get_total_flops() - sum(counted.values())
-    return counted, tally.mean("duplicate_rate") if case.method == "ebft" else 0.0
+    return counted, accumulator.mean("duplicate_rate") if case.method == "ebft" else 0.0
 
 
 FLOP_CASES = {
@@ -290,7 +290,7 @@ FLOP_CASES = {
 def test_flops_are_those_that_pytorch_counts(name: str) -> None:
     case = FLOP_CASES[name]
     model, network = case.models()
-    shapes = ModelShape.of(model.config), ModelShape.of(network.config)
+    shapes = ModelShape.from_config(model.config), ModelShape.from_config(network.config)
     counted, duplicate_rate = count_step(case, model, network)
     cost = step_cost(
         *shapes, case.step(), split=case.split(), limits=CPU, counting="executed", duplicate_rate=duplicate_rate
@@ -315,7 +315,7 @@ def test_prefix_and_blocks_apart_are_what_pytorch_counts() -> None:
         prefix = run_prefix(model, batch.tokens, batch.document_ids)
     with counters[1]:
         run_blocks(model, prefix, blocks, tokens)
-    shape, step = ModelShape.of(model.config), case.step()
+    shape, step = ModelShape.from_config(model.config), case.step()
     forward = step_cost(shape, shape, step, limits=CPU, counting="executed").scoring_forward.flops
     alone = step_cost(shape, shape, replace(step, method="sft"), limits=CPU, counting="executed").scoring_forward.flops
     truth, completions = (case.S * shape.head_flops(rows) for rows in (case.T - 1, step.block_rows))
@@ -325,7 +325,7 @@ def test_prefix_and_blocks_apart_are_what_pytorch_counts() -> None:
 
 def test_needed_attention_is_every_pair_of_a_query_and_a_key_it_may_see() -> None:
     case = Case(T=30, stride=7, n=3, G=5, rescoring=True)
-    step, shape = case.step(), ModelShape.of(Qwen2Config(**SIZES))
+    step, shape = case.step(), ModelShape.from_config(Qwen2Config(**SIZES))
     prefix = sum(t + 1 for t in range(case.T))
     run, embedded = 0, 0
     for anchor in range(7, 26, 7):
@@ -351,7 +351,7 @@ def test_needed_attention_is_every_pair_of_a_query_and_a_key_it_may_see() -> Non
 
 def test_needed_is_never_more_than_executed() -> None:
     for case in FLOP_CASES.values():
-        shape = ModelShape.of(Qwen2Config(**SIZES))
+        shape = ModelShape.from_config(Qwen2Config(**SIZES))
         needed, executed = (
             step_cost(shape, shape, case.step(), limits=CPU, counting=counting) for counting in ("needed", "executed")
         )
@@ -359,13 +359,13 @@ def test_needed_is_never_more_than_executed() -> None:
 
 
 def test_weights_are_read_once_per_pass() -> None:
-    shape = ModelShape.of(Qwen2Config(**SIZES))
+    shape = ModelShape.from_config(Qwen2Config(**SIZES))
     step = replace(Case(T=128, n=2, G=4).step(), batch_size=8)
     whole = step_cost(shape, shape, step)
     assert whole.rollouts.weight_bytes == 4 * (3 * shape.layer_matrices + 4 * shape.head_parameters)
     assert whole.features.weight_bytes == 4 * 2 * shape.cut(step.depths).layer_matrices
     assert whole.optimizer.weight_bytes == 7 * 4 * shape.n_parameters
-    cut = step_cost(shape, shape, step, split=Split(4, 100))
+    cut = step_cost(shape, shape, step, split=MicroBatchPlan(4, 100))
     assert cut.rollouts.weight_bytes == 2 * whole.rollouts.weight_bytes
     assert cut.features.weight_bytes == 2 * whole.features.weight_bytes
     assert cut.total.flops == whole.total.flops
@@ -375,7 +375,7 @@ def test_weights_are_read_once_per_pass() -> None:
 
 
 def test_adapters_spare_the_gradients_of_frozen_matrices() -> None:
-    shape = ModelShape.of(Qwen2Config(**SIZES))
+    shape = ModelShape.from_config(Qwen2Config(**SIZES))
     adapted = replace(shape, trainable_parameters=1000)
     step = Case().step()
     full, light = (step_cost(model, shape, step) for model in (shape, adapted))
@@ -385,7 +385,7 @@ def test_adapters_spare_the_gradients_of_frozen_matrices() -> None:
 
 
 def test_sampling_that_keeps_no_graph_is_paid_for_once_more() -> None:
-    shape, step = ModelShape.of(Qwen2Config(**SIZES)), Case(G=8).step()
+    shape, step = ModelShape.from_config(Qwen2Config(**SIZES)), Case(G=8).step()
     kept, again = (step_cost(shape, shape, replace(step, differentiable_rollouts=d)) for d in (True, False))
     assert again.rollouts == kept.rollouts
     assert again.scoring_backward.flops == kept.scoring_backward.flops
@@ -422,7 +422,7 @@ def saved_bytes(model: nn.Module, run: Callable[[], Any], *, known: list[Tensor]
 def test_activations_are_those_that_autograd_saves(bfloat16: bool, tied: bool, sizes: dict[str, int]) -> None:
     case = Case(T=61, n=3, G=5, bfloat16=bfloat16, tied=tied, sizes=sizes)
     model, _ = case.models()
-    shape, step = ModelShape.of(model.config), case.step()
+    shape, step = ModelShape.from_config(model.config), case.step()
     batch, anchors = case.batch()
     prefix, saved = saved_bytes(
         model, lambda: run_prefix(model, batch.tokens, batch.document_ids), known=[], bfloat16=bfloat16
@@ -521,7 +521,7 @@ MEMORY_CASES = {
 def test_peak_memory_is_what_the_tensors_of_a_real_step_take(name: str) -> None:
     case = MEMORY_CASES[name]
     measured = measure_peaks(case)
-    shape = ModelShape.of(case.models()[0].config)
+    shape = ModelShape.from_config(case.models()[0].config)
     expected = memory(shape, shape, case.step(), case.split(), limits=CPU)
     for phase, peak in measured.items():
         if peak:
@@ -531,8 +531,8 @@ def test_peak_memory_is_what_the_tensors_of_a_real_step_take(name: str) -> None:
 
 
 def test_what_every_worker_holds() -> None:
-    shape, step = ModelShape.of(Qwen2Config(**SIZES)), replace(Case().step(), batch_size=8)
-    split, n = Split(2, 4), shape.n_parameters
+    shape, step = ModelShape.from_config(Qwen2Config(**SIZES)), replace(Case().step(), batch_size=8)
+    split, n = MicroBatchPlan(2, 4), shape.n_parameters
     alone = memory(shape, shape, step, split)
     assert (alone.weights_bytes, alone.gradients_bytes, alone.optimizer_bytes) == (4 * n, 4 * n, 8 * n)
     assert alone.frozen_bytes == 4 * shape.cut(step.depths).body_parameters
@@ -545,5 +545,5 @@ def test_what_every_worker_holds() -> None:
     assert averaged.weights_bytes == 8 * n
     adapted = memory(replace(shape, trainable_parameters=10), shape, replace(step, shared_features=True), split)
     assert (adapted.gradients_bytes, adapted.optimizer_bytes, adapted.frozen_bytes) == (40, 80, 0)
-    sft = memory(shape, shape, replace(step, method="sft"), Split(2, 1))
+    sft = memory(shape, shape, replace(step, method="sft"), MicroBatchPlan(2, 1))
     assert sft.frozen_bytes == sft.rollouts_bytes == sft.features_bytes == 0

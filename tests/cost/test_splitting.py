@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 from transformers import Qwen2Config
 
-from ebft_study.cost import ModelShape, Split, StepShape, largest_split, memory
+from ebft_study.cost import MicroBatchPlan, ModelShape, StepShape, largest_plan, memory
 from ebft_study.cost.splitting import EFFICIENT_BLOCK_TOKENS
 from ebft_study.errors import ConfigError
 
-SMALL = ModelShape.of(
+SMALL = ModelShape.from_config(
     Qwen2Config(
         vocab_size=256,
         hidden_size=64,
@@ -44,26 +44,26 @@ LONG = StepShape(
 )
 
 
-def peak(split: Split, step: StepShape = LONG) -> float:
+def peak(split: MicroBatchPlan, step: StepShape = LONG) -> float:
     return memory(LARGE, LARGE, step, split).peak_bytes
 
 
 def test_everything_at_once_where_there_is_room() -> None:
-    whole = Split.whole(LONG)
-    assert whole == Split(16, 127)
-    assert largest_split(LARGE, LARGE, LONG, budget_bytes=peak(whole)) == whole
-    shared = largest_split(LARGE, LARGE, replace(LONG, world_size=4), budget_bytes=peak(whole))
-    assert shared == Split(4, 127)
+    whole = MicroBatchPlan.whole(LONG)
+    assert whole == MicroBatchPlan(16, 127)
+    assert largest_plan(LARGE, LARGE, LONG, budget_bytes=peak(whole)) == whole
+    shared = largest_plan(LARGE, LARGE, replace(LONG, world_size=4), budget_bytes=peak(whole))
+    assert shared == MicroBatchPlan(4, 127)
 
 
 @pytest.mark.parametrize("step", [LONG, replace(LONG, activation_checkpointing=True)], ids=["plain", "checkpointing"])
 def test_a_split_fits_and_nothing_preferred_to_it_does(step: StepShape) -> None:
     seen = []
-    budget = peak(Split.whole(step), step)
-    while budget >= peak(Split(1, 1), step):
-        split = largest_split(LARGE, LARGE, step, budget_bytes=budget)
+    budget = peak(MicroBatchPlan.whole(step), step)
+    while budget >= peak(MicroBatchPlan(1, 1), step):
+        split = largest_plan(LARGE, LARGE, step, budget_bytes=budget)
         assert peak(split, step) <= budget
-        assert split == largest_split(LARGE, LARGE, step, budget_bytes=budget)
+        assert split == largest_plan(LARGE, LARGE, step, budget_bytes=budget)
         seen.append(split)
         budget *= 0.98
     assert seen == sorted(seen, key=lambda split: (-split.micro_batch_size, -split.anchors_at_once))
@@ -71,42 +71,44 @@ def test_a_split_fits_and_nothing_preferred_to_it_does(step: StepShape) -> None:
     for split in seen:
         efficient = split.micro_batch_size * split.anchors_at_once * tokens_per_anchor >= EFFICIENT_BLOCK_TOKENS
         assert efficient or split.micro_batch_size == 1 or split.anchors_at_once == 127
-    assert seen[0] == Split.whole(step)
+    assert seen[0] == MicroBatchPlan.whole(step)
     assert seen[-1].micro_batch_size == 1
     assert any(split.micro_batch_size == 16 and split.anchors_at_once < 127 for split in seen)
 
 
 def test_short_completions_are_not_cut_below_what_fills_a_pass() -> None:
     step = replace(LONG, sequence_length=64, n_samples=2, completion_length=2, batch_size=4, precision="float32")
-    least = memory(SMALL, SMALL, step, Split(2, 7)).peak_bytes
-    assert largest_split(SMALL, SMALL, step, budget_bytes=least) == Split(2, 7)
+    least = memory(SMALL, SMALL, step, MicroBatchPlan(2, 7)).peak_bytes
+    assert largest_plan(SMALL, SMALL, step, budget_bytes=least) == MicroBatchPlan(2, 7)
 
 
 def test_a_chosen_size_is_kept_and_the_other_one_fitted_to_it() -> None:
-    budget = peak(Split(4, 32), LONG)
-    assert largest_split(LARGE, LARGE, LONG, budget_bytes=budget, given=(4, None)) == Split(4, 32)
-    assert largest_split(LARGE, LARGE, LONG, budget_bytes=budget, given=(None, 32)) == Split(4, 32)
-    assert largest_split(LARGE, LARGE, LONG, budget_bytes=budget, given=(2, 3)) == Split(2, 3)
+    budget = peak(MicroBatchPlan(4, 32), LONG)
+    assert largest_plan(LARGE, LARGE, LONG, budget_bytes=budget, given=(4, None)) == MicroBatchPlan(4, 32)
+    assert largest_plan(LARGE, LARGE, LONG, budget_bytes=budget, given=(None, 32)) == MicroBatchPlan(4, 32)
+    assert largest_plan(LARGE, LARGE, LONG, budget_bytes=budget, given=(2, 3)) == MicroBatchPlan(2, 3)
     with pytest.raises(ConfigError, match="Use a smaller anchors_at_once, a smaller micro_batch_size"):
-        largest_split(LARGE, LARGE, LONG, budget_bytes=budget, given=(8, 64))
+        largest_plan(LARGE, LARGE, LONG, budget_bytes=budget, given=(8, 64))
 
 
 def test_sft_is_cut_by_sequences_only() -> None:
     step = replace(LONG, method="sft")
-    split = largest_split(LARGE, LARGE, step, budget_bytes=memory(LARGE, LARGE, step, Split(4, 1)).peak_bytes)
-    assert split == Split(4, 1)
+    split = largest_plan(LARGE, LARGE, step, budget_bytes=memory(LARGE, LARGE, step, MicroBatchPlan(4, 1)).peak_bytes)
+    assert split == MicroBatchPlan(4, 1)
 
 
 def test_what_does_not_fit_at_all_is_refused_with_what_it_needs() -> None:
     with pytest.raises(ConfigError) as caught:
-        largest_split(LARGE, LARGE, LONG, budget_bytes=8 * 2**30)
+        largest_plan(LARGE, LARGE, LONG, budget_bytes=8 * 2**30)
     message = str(caught.value)
-    assert f"needs {peak(Split(1, 1)) / 2**30:.3g} GiB with micro_batch_size=1 and anchors_at_once=1" in message
+    assert (
+        f"needs {peak(MicroBatchPlan(1, 1)) / 2**30:.3g} GiB with micro_batch_size=1 and anchors_at_once=1" in message
+    )
     assert "memory=8 GiB" in message
     for remedy in ("sequence_length", "n_samples", "completion_length", "activation_checkpointing=true", "lora_rank"):
         assert remedy in message
     assert "precision=bfloat16" not in message
     with pytest.raises(ConfigError) as caught:
-        largest_split(LARGE, LARGE, replace(LONG, method="sft", precision="float32"), budget_bytes=2**30)
+        largest_plan(LARGE, LARGE, replace(LONG, method="sft", precision="float32"), budget_bytes=2**30)
     assert "precision=bfloat16" in str(caught.value)
     assert "n_samples" not in str(caught.value)

@@ -133,7 +133,7 @@ def test_a_request_that_fails_spoils_no_other_in_its_pass(options: NetworkOption
 def test_a_run_with_the_service_computes_what_one_without_computes(cluster: None, tmp_path: Path) -> None:
     local = tiny_config(tmp_path, steps=4)
     remote = tiny_config(tmp_path, steps=4, **{"features.backend": "service"})
-    handle = start_service(NetworkOptions.of(remote, device=torch.device("cpu")))
+    handle = start_service(NetworkOptions.from_config(remote, device=torch.device("cpu")))
     one, here = run_tiny(local, services=Services("a"))
     other, there = run_tiny(remote, services=Services("b"))
     ray.kill(handle)
@@ -192,7 +192,7 @@ def test_a_service_that_is_too_slow_is_an_error_with_the_setting(options: Networ
 def test_services_are_shared_by_all_that_need_the_same_network_and_only_by_them() -> None:
     def name(**changes: Any) -> str:
         run = build_run(nest({"device": "cpu"} | changes, source="test"), source="test")
-        return NetworkOptions.of(run, device=torch.device("cpu")).service_name
+        return NetworkOptions.from_config(run, device=torch.device("cpu")).service_name
 
     assert name() == name(depths=[0.5]) == name(pooling="mean") == name(alpha=0.5, n_samples=8)
     assert len({name(), name(random_weights=True), name(model="tiny-4m"), name(precision="bfloat16")}) == 4

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ebft_study.algorithm.anchors import Anchors, find_anchors
 from ebft_study.config import build_run, nest
 from ebft_study.features.local import LocalFeatures
-from ebft_study.methods import Tally, Totals
+from ebft_study.methods import LossDenominators, MetricAccumulator
 from ebft_study.methods.ebft import Ebft
 from ebft_study.methods.sft import ce_mask
 from ebft_study.rollouts import Rollouts
@@ -36,7 +36,7 @@ def gradients(
     micro_batch_size: int = 3,
     rollouts: StridedRollouts | None = None,
     **settings: Any,
-) -> tuple[float, dict[str, Tensor], Tally]:
+) -> tuple[float, dict[str, Tensor], MetricAccumulator]:
     """Loss, gradients and tally of one step over three sequences."""
     settings = {"completion_length": 4, "stride": 4, "sequence_length": 24, "profile_lengths": [1]} | settings
     config = build_run(nest(settings, source="test"), source="test")
@@ -55,22 +55,26 @@ def gradients(
 
 def accumulate(
     method: Ebft, model: nn.Module, config: Any, layout: str, micro_batch_size: int
-) -> tuple[float, dict[str, Tensor], Tally]:
+) -> tuple[float, dict[str, Tensor], MetricAccumulator]:
     batch, rollout = small_batch(LAYOUTS[layout]), config.rollout
     G = rollout.completion_length
     anchors = find_anchors(
         batch.document_ids, completion_length=G, stride=rollout.stride, first_context_length=rollout.context_length
     )
     noise = torch.rand(*anchors.positions.shape, rollout.n_samples, G, generator=torch.Generator().manual_seed(0))
-    totals = Totals(contexts=float(anchors.valid.sum()), ce_tokens=float(ce_mask(batch, "all").sum()))
-    tally, loss = Tally(), 0.0
+    denominators = LossDenominators(contexts=float(anchors.valid.sum()), ce_tokens=float(ce_mask(batch, "all").sum()))
+    accumulator, loss = MetricAccumulator(), 0.0
     for rows in torch.arange(3).split(micro_batch_size):
         share = Anchors(*(tensor[rows] for tensor in anchors))
-        loss += method.backward(model, batch.select(rows), share, noise=noise[rows], totals=totals, tally=tally)
-    return loss, {name: p.grad for name, p in model.named_parameters()}, tally
+        loss += method.backward(
+            model, batch.select(rows), share, noise=noise[rows], denominators=denominators, accumulator=accumulator
+        )
+    return loss, {name: p.grad for name, p in model.named_parameters()}, accumulator
 
 
-def assert_same(one: tuple[float, dict[str, Tensor], Tally], other: tuple[float, dict[str, Tensor], Tally]) -> None:
+def assert_same(
+    one: tuple[float, dict[str, Tensor], MetricAccumulator], other: tuple[float, dict[str, Tensor], MetricAccumulator]
+) -> None:
     assert one[0] == pytest.approx(other[0], rel=1e-5, abs=1e-6)
     for name, expected in one[1].items():
         torch.testing.assert_close(other[1][name], expected, atol=2e-5 * float(expected.abs().max()), rtol=1e-4)
@@ -116,9 +120,9 @@ def test_edge_cases_have_the_same_gradient_in_parts_and_scored_again(settings: d
 
 
 def test_a_batch_without_anchors_has_the_gradient_of_cross_entropy_alone() -> None:
-    loss, found, tally = gradients(gamma=0.5, layout="short", first_context_length=20)
-    assert tally.sums["train_ce_loss"] / tally.counts["train_ce_loss"] == pytest.approx(2 * loss, rel=1e-5)
-    assert "reward" not in tally.sums
+    loss, found, accumulator = gradients(gamma=0.5, layout="short", first_context_length=20)
+    assert accumulator.sums["train_ce_loss"] / accumulator.counts["train_ce_loss"] == pytest.approx(2 * loss, rel=1e-5)
+    assert "reward" not in accumulator.sums
     assert float(found["model.embed_tokens.weight"].abs().max()) > 0
 
 

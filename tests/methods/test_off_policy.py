@@ -11,7 +11,7 @@ import torch
 from ebft_study.algorithm.losses import importance_weights
 from ebft_study.config import RunConfig, build_run, nest
 from ebft_study.errors import ParityError, ServiceError
-from ebft_study.methods import Tally
+from ebft_study.methods import MetricAccumulator
 from ebft_study.methods.off_policy import OffPolicy, check_parity, metrics
 from ebft_study.rollouts import Rollouts
 
@@ -54,7 +54,7 @@ def log_probs(seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize(("version", "now"), [(2, 4), (5, 4)])
 def test_rollouts_older_than_allowed_or_from_the_future_are_refused(version: int, now: int) -> None:
     with pytest.raises(ServiceError, match="max_policy_lag=1"):
-        OffPolicy(1, 2.0).weights(log_probs(), rollouts(log_probs(), version), VALID, now, Tally())
+        OffPolicy(1, 2.0).weights(log_probs(), rollouts(log_probs(), version), VALID, now, MetricAccumulator())
 
 
 @pytest.mark.parametrize(("total", "said"), [(0.032, "0.002"), (math.nan, "nan")])
@@ -74,31 +74,31 @@ def run(**changes: Any) -> RunConfig:
 
 
 def test_only_anchors_that_count_and_only_the_newest_weights_are_compared() -> None:
-    theirs, older, tally = log_probs(), log_probs(1), Tally()
+    theirs, older, accumulator = log_probs(), log_probs(1), MetricAccumulator()
     theirs[0, 1, 2, 1] += 0.25
     theirs[0, 2] += 1.0
-    OffPolicy(0, 2.0).weights(log_probs(), rollouts(theirs, 3), VALID, 3, tally)
-    OffPolicy(1, 2.0).weights(log_probs(), rollouts(older, 2), VALID, 3, tally)
-    assert tally.sums["parity_mean_difference"] == pytest.approx(0.25)
-    assert tally.counts["parity_mean_difference"] == 16
-    assert tally.peaks["parity_max_difference"] == pytest.approx(0.25)
+    OffPolicy(0, 2.0).weights(log_probs(), rollouts(theirs, 3), VALID, 3, accumulator)
+    OffPolicy(1, 2.0).weights(log_probs(), rollouts(older, 2), VALID, 3, accumulator)
+    assert accumulator.sums["parity_mean_difference"] == pytest.approx(0.25)
+    assert accumulator.counts["parity_mean_difference"] == 16
+    assert accumulator.peaks["parity_max_difference"] == pytest.approx(0.25)
 
 
 def test_records_are_those_of_their_definitions() -> None:
-    ours, theirs, tally = log_probs(0), log_probs(1), Tally()
-    OffPolicy(1, 2.0).weights(ours, rollouts(theirs, 2), VALID, 3, tally)
+    ours, theirs, accumulator = log_probs(0), log_probs(1), MetricAccumulator()
+    OffPolicy(1, 2.0).weights(ours, rollouts(theirs, 2), VALID, 3, accumulator)
     ratios = [math.exp(float(ours[0, b, j].sum() - theirs[0, b, j].sum())) for b in range(2) for j in range(4)]
-    row = metrics(tally)
+    row = metrics(accumulator)
     assert row["importance_ratio_min"] == pytest.approx(min(ratios))
     assert row["importance_ratio_max"] == pytest.approx(max(ratios))
     assert row["effective_sample_fraction"] == pytest.approx(sum(ratios) ** 2 / sum(r * r for r in ratios) / 8)
-    assert tally.mean("importance_ratio") == pytest.approx(sum(ratios) / 8)
-    assert tally.mean("importance_weight") == pytest.approx(sum(min(r, 2.0) for r in ratios) / 8)
-    assert tally.mean("importance_clipped_fraction") == sum(r > 2 for r in ratios) / 8
-    assert tally.mean("policy_lag") == 1.0
+    assert accumulator.mean("importance_ratio") == pytest.approx(sum(ratios) / 8)
+    assert accumulator.mean("importance_weight") == pytest.approx(sum(min(r, 2.0) for r in ratios) / 8)
+    assert accumulator.mean("importance_clipped_fraction") == sum(r > 2 for r in ratios) / 8
+    assert accumulator.mean("policy_lag") == 1.0
 
 
 def test_without_any_valid_anchor_nothing_is_recorded_as_a_number() -> None:
-    tally = Tally()
-    OffPolicy(0, 2.0).weights(log_probs(), rollouts(log_probs(1), 0), torch.zeros_like(VALID), 0, tally)
-    assert metrics(tally) == {}
+    accumulator = MetricAccumulator()
+    OffPolicy(0, 2.0).weights(log_probs(), rollouts(log_probs(1), 0), torch.zeros_like(VALID), 0, accumulator)
+    assert metrics(accumulator) == {}

@@ -15,7 +15,7 @@ from ebft_study.algorithm.anchors import completions_at
 from ebft_study.config import LoraConfig
 from ebft_study.errors import ModelError
 from ebft_study.features.loading import load_feature_network
-from ebft_study.methods import Tally
+from ebft_study.methods import MetricAccumulator
 from ebft_study.networks.blocks import completion_log_probs, run_prefix
 from ebft_study.networks.loading import load_generator, load_model, trained_parameters
 from ebft_study.networks.lora import BaseModel, add_adapters
@@ -199,13 +199,15 @@ def test_a_step_gives_the_gradient_of_scoring_its_rollouts_again(
 ) -> None:
     run = started(tmp_path, lora_rank=2, lora_targets=targets, gamma=0.3, kl_coefficient=0.2, **changes)
     disturb(run.model)
-    batch, anchors, noise, totals = run.batch()
+    batch, anchors, noise, denominators = run.batch()
     found = []
     for again in (False, True):
         if again:
             sample = run.method.rollouts.sample
             monkeypatch.setattr(run.method.rollouts, "sample", torch.no_grad()(sample))
-        run.method.backward(run.model, batch, anchors, noise=noise, totals=totals, tally=Tally())
+        run.method.backward(
+            run.model, batch, anchors, noise=noise, denominators=denominators, accumulator=MetricAccumulator()
+        )
         found.append({name: p.grad.clone() for name, p in trained_parameters(run.model).items()})
         run.model.zero_grad()
     for name, expected in found[1].items():

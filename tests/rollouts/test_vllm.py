@@ -71,14 +71,14 @@ class Following:
     def __init__(self, rollouts: VllmRollouts) -> None:
         self.rollouts = rollouts
 
-    def follow(self, model: nn.Module, version: int) -> None:
-        self.rollouts.follow(model, version)
+    def update_weights(self, model: nn.Module, version: int) -> None:
+        self.rollouts.update_weights(model, version)
 
     def close(self) -> None:
         self.rollouts.close()
 
     def sample(self, model: nn.Module, *arguments: Any, **keywords: Any) -> Rollouts:
-        self.follow(model, (self.rollouts.version or 0) + 1)
+        self.update_weights(model, (self.rollouts.version or 0) + 1)
         return self.rollouts.sample(model, *arguments, **keywords)
 
 
@@ -116,7 +116,7 @@ class TestVllmRollouts(RolloutContract):
         assert versions == [backend.rollouts.version - 1, backend.rollouts.version]  # type: ignore[operator]
 
     def test_no_weights_stay_in_shared_memory_under_a_name(self, engine: VllmRollouts) -> None:
-        engine.follow(trained_model(), (engine.version or 0) + 1)
+        engine.update_weights(trained_model(), (engine.version or 0) + 1)
         # Another engine of this machine may be mapping its own at this moment.
         left = set(SHARED_MEMORY.glob("ebft-weights-*"))
         for _ in range(20):
@@ -188,14 +188,14 @@ def test_late_weights_are_weighted_within_the_allowed_lag(folder: Path) -> None:
 def test_an_engine_that_misses_an_update_stops_the_run_with_the_numbers(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    follow = VllmRollouts.follow
+    update_weights = VllmRollouts.update_weights
 
     def forgetful(self: VllmRollouts, model: nn.Module, version: int) -> None:
         if version == 0:
-            follow(self, model, version)
+            update_weights(self, model, version)
         self.version = version
 
-    monkeypatch.setattr(VllmRollouts, "follow", forgetful)
+    monkeypatch.setattr(VllmRollouts, "update_weights", forgetful)
     # The engine takes a new version for a reason to read the segment again, which still holds the old weights.
     outcome, _ = trained(folder, "stale", learning_rate=1e-2, steps=6)
     assert (outcome.status, outcome.step) == ("stopped", 1)
@@ -219,7 +219,7 @@ def test_a_killed_engine_of_a_study_comes_back_for_the_next_attempt(cluster: Non
     sampled = []
     for attempt in ("1", "2"):
         rollouts = VllmRollouts(wanted, policy=attempt, engine_name=shared_name(wanted), shared=True)
-        rollouts.follow(trained_model(), 0)
+        rollouts.update_weights(trained_model(), 0)
         noise = torch.rand(1, 3, 2, 4, generator=torch.Generator().manual_seed(0))
         sampled.append(rollouts.sample(trained_model(), batch, anchors, noise=noise, temperature=0.7).completions)
         if attempt == "1":
@@ -235,14 +235,14 @@ def test_a_model_without_kernels_is_refused_when_the_engine_starts(cluster: None
     small_model(head_dim=8).config.save_pretrained(tmp_path)  # type: ignore[operator]
     rollouts = VllmRollouts(replace(options(tmp_path / "other"), model=str(tmp_path)), policy="p", engine_name="heads")
     with pytest.raises(ConfigError, match=r"head_dim=8.*backend=strided"):
-        rollouts.follow(trained_model(), 0)
+        rollouts.update_weights(trained_model(), 0)
     rollouts.close()
 
 
 def test_an_engine_too_small_for_one_sequence_is_refused_with_the_remedy(cluster: None, tmp_path: Path) -> None:
     rollouts = VllmRollouts(options(tmp_path, kv_cache_bytes=2**10), policy="p", engine_name="small")
     with pytest.raises(ConfigError, match=r"kv_cache_gib"):
-        rollouts.follow(trained_model(), 0)
+        rollouts.update_weights(trained_model(), 0)
     rollouts.close()
 
 
@@ -253,7 +253,7 @@ def test_an_engine_of_two_processes_follows_too_and_ends_with_all_its_processes(
     anchors = find_anchors(batch.document_ids, completion_length=4, stride=4, first_context_length=4)
     for version in (0, 1):
         model = trained_model(version)
-        rollouts.follow(model, version)
+        rollouts.update_weights(model, version)
         sampled = rollouts.sample(model, batch, anchors, noise=torch.rand(1, 3, 2, 4), temperature=0.7)
         with torch.no_grad():
             expected = naive_model.completion_log_probs(model, batch.tokens[0, :4], sampled.completions[0, 0, 1], 0.7)
@@ -270,7 +270,7 @@ def test_an_engine_of_two_processes_follows_too_and_ends_with_all_its_processes(
 def test_a_killed_engine_is_noticed_at_once_and_leaves_nothing(folder: Path) -> None:
     rollouts = Services("killed").rollouts(config(folder), torch.device("cpu"))
     assert isinstance(rollouts, VllmRollouts)
-    rollouts.follow(load_model(str(folder / "model")).model, 0)
+    rollouts.update_weights(load_model(str(folder / "model")).model, 0)
     handle = actors.find(rollouts.engine_name, seconds=10)
     process = psutil.Process(ray.get(handle.process_id.remote()))
     family = [process, *process.children(recursive=True)]

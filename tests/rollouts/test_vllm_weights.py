@@ -53,11 +53,11 @@ def test_weights_travel_in_the_type_of_the_engine(tmp_path: Path) -> None:
     shared.write(weights)
     mapped = views(shared.path, shared.layout)
     assert all(torch.equal(mapped[name], tensor.bfloat16()) for name, tensor in weights.items())
-    assert shared.layout.n_bytes < Layout.of(weights).n_bytes
+    assert shared.layout.n_bytes < Layout.from_weights(weights).n_bytes
 
 
 def test_tensors_never_overlap() -> None:
-    places = [(offset, offset + size) for *_, offset, size in Layout.of(mixed_weights()).places()]
+    places = [(offset, offset + size) for *_, offset, size in Layout.from_weights(mixed_weights()).places()]
     assert all(first[1] <= second[0] for first, second in itertools.pairwise(places))
 
 

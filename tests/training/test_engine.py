@@ -29,7 +29,7 @@ class Engine(WithoutGraph):
         self.error, self.late, self.version = error, late, -1
         self.followed: list[int] = []
 
-    def follow(self, model: nn.Module, version: int) -> None:
+    def update_weights(self, model: nn.Module, version: int) -> None:
         self.version = version - min(self.late, version)
         self.followed.append(version)
 

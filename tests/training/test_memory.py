@@ -10,10 +10,10 @@ import torch
 from transformers import Qwen2Config
 
 from ebft_study.config import build_run, nest
-from ebft_study.cost import ModelShape, Split
+from ebft_study.cost import MicroBatchPlan, ModelShape
 from ebft_study.errors import ConfigError
 from ebft_study.training.loop import Run
-from ebft_study.training.memory import budgets, choose_split, shapes
+from ebft_study.training.memory import budgets, plan_micro_batches, shapes
 from tests.tiny_run import MemoryRecorder, tiny_config
 
 CPU = torch.device("cpu")
@@ -37,7 +37,7 @@ def large(folder: Path, **changes: Any) -> Any:
 
 def test_what_cannot_fit_is_refused_before_any_weights_are_read(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
-        choose_split(large(tmp_path, memory_budget_gib=80), CPU, world_size=1)
+        plan_micro_batches(large(tmp_path, memory_budget_gib=80), CPU, world_size=1)
     message = str(caught.value)
     assert "memory=80 GiB" in message
     for remedy in ("sequence_length", "n_samples", "activation_checkpointing=true", "precision=bfloat16", "lora_rank"):
@@ -47,9 +47,9 @@ def test_what_cannot_fit_is_refused_before_any_weights_are_read(tmp_path: Path) 
 def test_more_workers_lower_precision_or_adapters_make_it_fit(tmp_path: Path) -> None:
     low = {"precision": "bfloat16", "activation_checkpointing": True, "memory_budget_gib": 80}
     with pytest.raises(ConfigError):
-        choose_split(large(tmp_path, **low), CPU, world_size=8)
-    sharded = choose_split(large(tmp_path, sharding="fsdp", **low), CPU, world_size=8)
-    adapted = choose_split(large(tmp_path, lora_rank=16, **low), CPU, world_size=1)
+        plan_micro_batches(large(tmp_path, **low), CPU, world_size=8)
+    sharded = plan_micro_batches(large(tmp_path, sharding="fsdp", **low), CPU, world_size=8)
+    adapted = plan_micro_batches(large(tmp_path, lora_rank=16, **low), CPU, world_size=1)
     assert sharded.peak_bytes <= sharded.budget_bytes == 80 * 2**30
     assert adapted.peak_bytes <= 80 * 2**30
 
@@ -65,8 +65,8 @@ def test_adapters_are_counted_as_peft_makes_them(tmp_path: Path) -> None:
 
 
 def test_sizes_that_a_user_has_chosen_are_kept(tmp_path: Path) -> None:
-    fit = choose_split(tiny_config(tmp_path, micro_batch_size=3, anchors_at_once=2), CPU, world_size=1)
-    assert fit.split == Split(3, 2)
+    fit = plan_micro_batches(tiny_config(tmp_path, micro_batch_size=3, anchors_at_once=2), CPU, world_size=1)
+    assert fit.split == MicroBatchPlan(3, 2)
 
 
 def test_a_cpu_aims_at_its_budget_and_may_use_the_whole_machine(tmp_path: Path) -> None:
@@ -79,9 +79,9 @@ def test_a_cpu_aims_at_its_budget_and_may_use_the_whole_machine(tmp_path: Path) 
 def test_a_smaller_budget_cuts_the_step_and_changes_neither_tokens_nor_gradients(tmp_path: Path) -> None:
     gib = 2**30
     roomy = tiny_config(tmp_path, gamma=0.1, batch_size=8)
-    whole = choose_split(roomy, CPU, world_size=1)
+    whole = plan_micro_batches(roomy, CPU, world_size=1)
     tight = tiny_config(tmp_path, gamma=0.1, batch_size=8, memory_budget_gib=0.5 * whole.peak_bytes / gib)
-    cut = choose_split(tight, CPU, world_size=1)
+    cut = plan_micro_batches(tight, CPU, world_size=1)
     assert whole.split.micro_batch_size == 8
     assert cut.split.micro_batch_size * cut.split.anchors_at_once < 8 * whole.split.anchors_at_once
     rows, weights = [], []
@@ -93,7 +93,7 @@ def test_a_smaller_budget_cuts_the_step_and_changes_neither_tokens_nor_gradients
         run.observe()
         rows.append(recorder.rows[1])
         weights.append(torch.cat([p.detach().flatten() for p in run.model.parameters()]))
-        assert run.parts.fit.describe() in recorder.events[0][1]
+        assert run.parts.memory_plan.describe() in recorder.events[0][1]
     for name in ("loss", "reward", "policy_loss", "train_ce_loss", "grad_norm", "duplicate_rate", "policy_entropy"):
         assert rows[0][name] == pytest.approx(rows[1][name], rel=1e-4, abs=1e-6), name
     torch.testing.assert_close(weights[0], weights[1], atol=2e-5, rtol=1e-4)

@@ -12,7 +12,7 @@ from torch import nn
 from ebft_study.algorithm.anchors import find_anchors
 from ebft_study.errors import ModelError
 from ebft_study.features.local import LocalFeatures
-from ebft_study.methods import Tally
+from ebft_study.methods import MetricAccumulator
 from ebft_study.networks.blocks import completion_log_probs, run_prefix, token_log_probs, verify
 from ebft_study.networks.loading import load_model
 from ebft_study.rollouts.strided import StridedRollouts
@@ -35,9 +35,11 @@ def started(folder: Path, **changes: Any) -> Run:
 
 def gradients(run: Run) -> dict[str, torch.Tensor]:
     """Gradients of the first step."""
-    batch, anchors, noise, totals = run.batch()
+    batch, anchors, noise, denominators = run.batch()
     with run._autocast():
-        run.method.backward(run.model, batch, anchors, noise=noise, totals=totals, tally=Tally())
+        run.method.backward(
+            run.model, batch, anchors, noise=noise, denominators=denominators, accumulator=MetricAccumulator()
+        )
     return {name: p.grad for name, p in run.model.named_parameters() if p.grad is not None}
 
 

@@ -75,7 +75,7 @@ class VllmRollouts:
         self._engine: Any = None
         self._weights: SharedWeights | None = None
 
-    def follow(self, model: nn.Module, version: int) -> None:
+    def update_weights(self, model: nn.Module, version: int) -> None:
         """See `RolloutBackend.follow`. All workers of a trial call it; a collective must follow before they sample."""
         if self.version is not None and version % self.every and version > self.version:
             return

@@ -33,7 +33,7 @@ class Layout:
     dtypes: tuple[str, ...]
 
     @staticmethod
-    def of(weights: dict[str, Tensor], dtype: torch.dtype | None = None) -> Layout:
+    def from_weights(weights: dict[str, Tensor], dtype: torch.dtype | None = None) -> Layout:
         """`dtype`: of all tensors in the segment, whatever they are in the model."""
         dtypes = [dtype or tensor.dtype for tensor in weights.values()]
         return Layout(
@@ -78,7 +78,7 @@ class SharedWeights:
         Raises:
             ConfigError: not enough shared memory.
         """
-        self.layout = Layout.of(weights, dtype)
+        self.layout = Layout.from_weights(weights, dtype)
         descriptor, self.path = tempfile.mkstemp(prefix="ebft-weights-", dir=folder)
         try:
             # Without its room reserved, a full tmpfs would end the process at some later write.

@@ -15,8 +15,8 @@ from typing import Any
 
 from ebft_study.errors import ConfigError, rule_broken
 from ebft_study.paths import cache_folder
-from ebft_study.study.cluster.capacity import ClusterCapacity, Node
-from ebft_study.study.cluster.own import ENVIRONMENT, dashboard_line
+from ebft_study.study.cluster.capacity import ClusterCapacity, Node, this_machine
+from ebft_study.study.cluster.own import ENVIRONMENT, dashboard_line, set_environment
 
 OPTION = "--address"
 PROCESS_BYTES = 512 * 2**20
@@ -49,6 +49,22 @@ def address_of(given: str | None) -> str | None:
             "ebft-study study ...",
         )
     return address
+
+
+@contextlib.contextmanager
+def reached(address: str | None, *, study: str, gpus: bool) -> Iterator[ClusterCapacity]:
+    """The machines on which a study will run: those of the cluster at `address`, connected to inside, or this one.
+
+    Args:
+        gpus: whether the study has any use for GPUs.
+    """
+    address = address_of(address)
+    if address is None:
+        yield this_machine(gpus=gpus)
+        return
+    set_environment()
+    with connected(address, study=study) as capacity:
+        yield capacity
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import psutil
 
-from ebft_study.study.cluster.capacity import ClusterCapacity, cpu_count, this_machine
+from ebft_study.study.cluster.capacity import cpu_count
 
 CLUSTER_DIED = "Ray's node process died"
 
@@ -60,24 +60,6 @@ def _is_raylet(process: psutil.Process) -> bool:
         return bool(process.name() == "raylet" and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.Error:
         return False
-
-
-@contextlib.contextmanager
-def reached(address: str | None, *, study: str, gpus: bool) -> Iterator[ClusterCapacity]:
-    """The machines on which a study will run: those of the cluster at `address`, connected to inside, or this one.
-
-    Args:
-        gpus: whether the study has any use for GPUs.
-    """
-    from ebft_study.study.cluster import existing
-
-    address = existing.address_of(address)
-    if address is None:
-        yield this_machine(gpus=gpus)
-        return
-    set_environment()
-    with existing.connected(address, study=study) as capacity:
-        yield capacity
 
 
 @contextlib.contextmanager

@@ -54,7 +54,7 @@ def resource_requests(resources: ResourcesSpec, runs: Sequence[RunConfig]) -> di
 
 def request_of(resources: ResourcesSpec, run: RunConfig) -> ResourceRequest:
     """What a trial with these settings takes, with an engine of its own."""
-    return _need(resources.of(run), run)
+    return _need(resources.for_run(run), run)
 
 
 def _need(own: ResourcesSpec, run: RunConfig | None) -> ResourceRequest:
@@ -72,7 +72,7 @@ def wants_gpus(resources: ResourcesSpec) -> bool:
 
 def shared_gpus(resources: ResourcesSpec, runs: Sequence[RunConfig]) -> float:
     """GPUs of what all trials share."""
-    on_gpus = [run for run in runs if resources.of(run).gpus_per_worker]
+    on_gpus = [run for run in runs if resources.for_run(run).gpus_per_worker]
     if not on_gpus and not resources.gpus_per_worker:
         return 0.0
     shared = [run for run in on_gpus if _is_apart(run) and run.vllm.engine_scope == "study"]

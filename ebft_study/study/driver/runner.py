@@ -20,7 +20,7 @@ from ebft_study.config import RunConfig
 from ebft_study.errors import EbftError, ResultsError, rule_broken
 from ebft_study.results import copies
 from ebft_study.storage import Location, StoragePath, absolute, storage_path
-from ebft_study.study.cluster import own, requests
+from ebft_study.study.cluster import existing, requests
 from ebft_study.study.cluster.capacity import ClusterCapacity
 from ebft_study.study.cluster.own import CLUSTER_DIED
 from ebft_study.study.cluster.watchdog import CLUSTER_GONE
@@ -149,7 +149,7 @@ def _occupied(
     folder: StoragePath, spec: StudySpec, runs: Sequence[RunConfig], address: str | None
 ) -> Iterator[tuple[ClusterCapacity, lock.LockHandle]]:
     """The machines of a study, found fit for each of its trials, and its lock."""
-    with own.reached(address, study=spec.study, gpus=requests.wants_gpus(spec.resources)) as capacity:
+    with existing.reached(address, study=spec.study, gpus=requests.wants_gpus(spec.resources)) as capacity:
         checks.check_machine(spec, runs, capacity)
         with lock.hold(folder, record=study_yaml.NAME) as held:
             _check_cluster(folder, spec, runs, capacity)

@@ -311,7 +311,7 @@ def _settings(
         "run": run.model_dump(mode="json"),
         "settings": settings,
         "line": None if line is None else asdict(line),
-        "resources": spec.resources.of(trial.run).model_dump(mode="json"),
+        "resources": spec.resources.for_run(trial.run).model_dump(mode="json"),
         "objective": spec.objective.all[0].model_dump(mode="json", exclude={"further"}),
         "loop": recorded.LOOP,
     }

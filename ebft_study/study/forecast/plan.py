@@ -22,7 +22,7 @@ from ebft_study.study.forecast import throughput
 from ebft_study.study.forecast.throughput import Speed
 from ebft_study.study.forecast.trial_groups import Kind, kinds, wall_seconds
 from ebft_study.study.spec.study_spec import ResourcesSpec, StudySpec
-from ebft_study.training.memory import fit
+from ebft_study.training.memory import fit_memory
 
 _GIB = 2**30
 
@@ -110,7 +110,7 @@ def _memory(spec: StudySpec, kind: Kind, memory_gib: float) -> tuple[float, str]
     budget = (run.training.memory_budget_gib or memory_gib) * _GIB
     try:
         device = spec.resources.device_of(run)
-        fitting = fit(run, device, world_size=kind.resources.processes, budget_bytes=budget)
+        fitting = fit_memory(run, device, world_size=kind.resources.processes, budget_bytes=budget)
     except ConfigError as error:
         return math.nan, str(error)
     return fitting.peak_bytes / _GIB, ""

@@ -51,7 +51,7 @@ class Work:
     """Of all evaluations."""
 
     @staticmethod
-    def of(run: RunConfig, workers: int) -> Work:
+    def from_run(run: RunConfig, workers: int) -> Work:
         served = run.uses_engine or run.features.backend == "service"
         return Work(run.model, run.method, workers, served, flops(run), evaluations(run), evaluation_flops(run))
 
@@ -107,7 +107,7 @@ def measured(storage: Location) -> Pace:
 
 def flops(run: RunConfig) -> float:
     """Of all updates of a run, its warm start included."""
-    step, (model, network) = StepShape.of(run), shapes(run)
+    step, (model, network) = StepShape.from_config(run), shapes(run)
     own = step_cost(model, network, step).total.flops
     warm = step_cost(model, network, replace(step, method="sft")).total.flops
     return run.training.steps * own + run.training.warm_start_steps * warm
@@ -130,7 +130,7 @@ def evaluation_flops(run: RunConfig) -> float:
 
 def _flops_per_sequence(run: RunConfig, completion_length: int) -> float:
     changes: dict[str, Any] = {"batch_size": 1, "n_samples": run.evaluation.cfm_samples, "world_size": 1}
-    step = replace(StepShape.of(run), method="ebft", completion_length=completion_length, **changes)
+    step = replace(StepShape.from_config(run), method="ebft", completion_length=completion_length, **changes)
     model, network = shapes(run)
     own, prefix = step_cost(model, network, step), step_cost(model, network, replace(step, method="sft"))
     return own.rollouts.flops + own.features.flops + prefix.scoring_forward.flops
@@ -152,7 +152,7 @@ def _finished(folder: StoragePath) -> Iterable[dict[str, Any]]:
             # Settings of another version, or a model that is not there any more, measure nothing.
             with contextlib.suppress(EbftError):
                 run = _run_of(row)
-                work = Work.of(run, int(asked.get("workers_per_trial", 1)))
+                work = Work.from_run(run, int(asked.get("workers_per_trial", 1)))
                 yield _measurement(work, row, run.total_steps * seconds, concurrency(table))
 
 

@@ -56,14 +56,14 @@ def wall_seconds(numbers_and_seconds: Iterable[tuple[int, float]], concurrency: 
 
 
 def _kind(spec: StudySpec, label: str, run: RunConfig, number: int, trial_ids: tuple[str, ...]) -> Kind:
-    own = spec.resources.of(run)
-    return Kind(label, run, number, trial_ids, Work.of(run, own.workers_per_trial), own)
+    own = spec.resources.for_run(run)
+    return Kind(label, run, number, trial_ids, Work.from_run(run, own.workers_per_trial), own)
 
 
 def _cost_key(spec: StudySpec, run: RunConfig) -> tuple[Any, ...]:
     """What trials of one cost have in common."""
-    shape = StepShape.of(run)
+    shape = StepShape.from_config(run)
     length = (run.training.steps, run.training.warm_start_steps, run.evaluation.eval_every_steps)
-    own = spec.resources.of(run)
+    own = spec.resources.for_run(run)
     places = (own.processes, own.cpus_per_worker, own.gpus_per_worker)
     return (places, run.model, run.features.feature_network, run.lora, shape, *length, run.training.memory_budget_gib)

@@ -58,7 +58,7 @@ def applied(spec: StudySpec, run: Mapping[str, Any], settings: Mapping[str, Any]
         config.set_path(change, path, value)
         content = config.merge(content, change)
     where = "perturbed settings"
-    return config.build_run(links.follow(spec.linked, content, given=settings, source=where), source=where)
+    return config.build_run(links.apply_links(spec.linked, content, given=settings, source=where), source=where)
 
 
 def _perturbed(axis: Axis, value: Any, scheduler: SchedulerSpec, generator: random.Random) -> Any:

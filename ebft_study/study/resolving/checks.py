@@ -114,7 +114,7 @@ def _check_metric(objective: ObjectiveSpec, source: str) -> None:
 
 
 def _check_size(spec: StudySpec, run: RunConfig, source: str) -> None:
-    workers, batch = spec.resources.of(run).processes, run.training.batch_size
+    workers, batch = spec.resources.for_run(run).processes, run.training.batch_size
     if batch % workers:
         raise rule_broken(
             source=source,
@@ -167,7 +167,7 @@ def check_compared(spec: StudySpec, source: str) -> None:
 
 def _check_services(spec: StudySpec, run: RunConfig, source: str) -> None:
     """What runs beside the trials must be installed, and have a place."""
-    resources = spec.resources.of(run)
+    resources = spec.resources.for_run(run)
     if run.uses_engine and importlib.util.find_spec("vllm") is None:
         raise rule_broken(
             source=source,
@@ -214,7 +214,7 @@ def check_machine(spec: StudySpec, runs: Sequence[RunConfig], capacity: ClusterC
     for need, run in resource_requests(spec.resources, runs).items():
         if need.fit(left):
             continue
-        own = spec.resources.of(run) if run else spec.resources
+        own = spec.resources.for_run(run) if run else spec.resources
         cpus = need.processes * need.cpus
         key = "cpus_per_worker" if replace(need, gpus=0.0, engine_gpus=0.0).fit(capacity) == 0 else "gpus_per_worker"
         needed, there, what = (
@@ -243,7 +243,7 @@ def _check_engines(spec: StudySpec, runs: Sequence[RunConfig]) -> None:
             continue
         if run.vllm.engine_scope == "study":
             key, given, remedy = "vllm.engine_scope", "study", "Use engine_scope: trial"
-        elif spec.resources.of(run).gpus_per_worker and run.vllm.placement == "own":
+        elif spec.resources.for_run(run).gpus_per_worker and run.vllm.placement == "own":
             key, given, remedy = "vllm.placement", "own", "Use placement: colocated"
         else:
             continue

@@ -37,7 +37,7 @@ def extended(old: StudySpec, new: StudySpec, runs: Sequence[RunConfig], source: 
     _check_steps(old, new, runs, source)
     if not differences(old, new):
         raise ConfigError(f"{source}: --extend: nothing is added to the study. Add to {_MAY_GROW}, or use 'resume'")
-    return new.model_copy(update={"extended_from": (*old.extended_from, StudySize.of(old))})
+    return new.model_copy(update={"extended_from": (*old.extended_from, StudySize.from_spec(old))})
 
 
 def differences(recorded: StudySpec, asked: StudySpec) -> list[str]:

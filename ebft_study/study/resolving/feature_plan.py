@@ -102,7 +102,9 @@ def shares_generator(run: RunConfig) -> bool:
 def network_options(run: RunConfig, resources: ResourcesSpec) -> Any:
     from ebft_study.features.service import NetworkOptions
 
-    return NetworkOptions.of(run, device=torch.device(resources.device_of(run)), threads=resources.cpus_per_worker)
+    return NetworkOptions.from_config(
+        run, device=torch.device(resources.device_of(run)), threads=resources.cpus_per_worker
+    )
 
 
 def _cache_bytes(runs: Sequence[RunConfig]) -> float:
@@ -130,5 +132,5 @@ def _feature_share(run: RunConfig) -> float:
     if run.method != "ebft":
         return 0.0
     own, network = shapes(run)
-    cost = step_cost(own, network, StepShape.of(run))
+    cost = step_cost(own, network, StepShape.from_config(run))
     return cost.features.flops / cost.total.flops

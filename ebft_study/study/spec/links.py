@@ -73,7 +73,7 @@ def in_order(links: Mapping[str, Link], source: str) -> dict[str, Link]:
     return ordered
 
 
-def follow(
+def apply_links(
     links: Mapping[str, Link], settings: dict[str, Any], *, given: Mapping[str, Any], source: str
 ) -> dict[str, Any]:
     """Nested settings with everything linked filled in.

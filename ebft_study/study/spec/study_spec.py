@@ -218,7 +218,7 @@ class ResourcesSpec(Section):
                 raise ValueError(f"gpus_per_worker={gpus:g}: a part of a GPU, or whole ones. Use 0.5, 1, 2, ...")
         return self
 
-    def of(self, run: RunConfig) -> ResourcesSpec:
+    def for_run(self, run: RunConfig) -> ResourcesSpec:
         """What trials with these settings occupy; of several overrides of one key the last one counts."""
         if not self.by:
             return self
@@ -232,7 +232,7 @@ class ResourcesSpec(Section):
 
     def device_of(self, run: RunConfig) -> Literal["cpu", "cuda"]:
         """What the workers of a trial compute on."""
-        return "cuda" if self.of(run).gpus_per_worker and run.training.device != "cpu" else "cpu"
+        return "cuda" if self.for_run(run).gpus_per_worker and run.training.device != "cpu" else "cpu"
 
     @property
     def has_workers(self) -> bool:
@@ -280,7 +280,7 @@ class StudySize(Section):
     num_configurations: PositiveInt | None = None
 
     @classmethod
-    def of(cls, spec: StudySpec) -> StudySize:
+    def from_spec(cls, spec: StudySpec) -> StudySize:
         """That of a study as it is now."""
         return cls(
             axes=spec.model_dump(mode="json")["axes"],

@@ -100,7 +100,7 @@ def build(
         config.set_path(change, path, value)
         settings = config.merge(settings, change)
     where = f"{source or spec.study}: {configuration.label}"
-    settings = links.follow(spec.linked, settings, given=configuration.settings, source=where)
+    settings = links.apply_links(spec.linked, settings, given=configuration.settings, source=where)
     return config.build_run(settings, source=where)
 
 

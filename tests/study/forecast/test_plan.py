@@ -61,7 +61,8 @@ def test_work_is_that_of_the_cost_model_with_the_warm_start(run: dict[str, Any])
     settings = config.build_run(run, source="test")
     model, network = shapes(settings)
     own, warm = (
-        step_cost(model, network, StepShape.of(settings, method=method)).total.flops for method in ("ebft", "sft")
+        step_cost(model, network, StepShape.from_config(settings, method=method)).total.flops
+        for method in ("ebft", "sft")
     )
     assert throughput.flops(settings) == pytest.approx(20 * own + 4 * warm)
     assert own > 2 * warm

@@ -288,7 +288,7 @@ BY_MODEL = {"resources": {"by": {"method": {"sft": {"workers_per_trial": 2}}}}}
 def test_trials_of_one_study_may_need_different_resources(tmp_path: Path) -> None:
     spec = load_study(write(tmp_path, **BY_MODEL), "cpu")
     runs = checks.check(spec, "test")
-    assert {run.method: spec.resources.of(run).workers_per_trial for run in runs} == {"ebft": 1, "sft": 2}
+    assert {run.method: spec.resources.for_run(run).workers_per_trial for run in runs} == {"ebft": 1, "sft": 2}
     assert {need.processes for need in requests.resource_requests(spec.resources, runs)} == {1, 2}
     assert normalize.from_record(normalize.dump(spec), source="record") == spec
     checks.check_machine(spec, runs, machine(2, 0))
