@@ -1,3 +1,6 @@
-"""Hyperparameter and scaling studies of Energy-Based Fine-Tuning (EBFT) of language models."""
+"""Hyperparameter and scaling studies of Energy-Based Fine-Tuning (EBFT) of language models; `api` says how to start."""
 
-__version__ = "0.1.0"
+from ebft_study.api import extend, load, plan, read_results, replay, resume, run, train, write_report
+
+__version__ = "0.2.0"
+__all__ = ["extend", "load", "plan", "read_results", "replay", "resume", "run", "train", "write_report"]

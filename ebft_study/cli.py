@@ -1,4 +1,4 @@
-"""The command line. Heavy modules are imported by the command that needs them, so that --help is instant."""
+"""The command line: arguments, a call of `api`, and text. Imports nothing heavy, so that --help is instant."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from ebft_study import api
 from ebft_study.errors import ConfigError, EbftError
 
 if TYPE_CHECKING:
-    from ebft_study.storage import StoragePath
     from ebft_study.study.driver.runner import StudyResult
 
 app = typer.Typer(
@@ -32,26 +32,29 @@ Overrides = Annotated[
 Storage = Annotated[str, typer.Option(help="Folder or URL (s3://bucket/prefix?...) that holds the studies.")]
 Address = Annotated[
     str | None,
-    typer.Option(help="Join a Ray cluster: auto, or host:port of its head.", show_default="RAY_ADDRESS, else no other"),
+    typer.Option(
+        help="Use an existing Ray cluster: auto, or host:port of its head.", show_default="RAY_ADDRESS, else none"
+    ),
 ]
+Profile = Annotated[str | None, typer.Option(help="Which of the file's profiles: cpu, gpu, ...")]
 StudyName = Annotated[str, typer.Argument(help="A study's name, its folder, or its URL.")]
-STUDIES = "studies"
 
 
 @app.command()
 def study(
     file: Annotated[Path, typer.Argument(help="A study file, see search_spaces/.")],
     overrides: Overrides = None,
-    profile: Annotated[str | None, typer.Option(help="Which of the file's profiles: cpu, gpu, ...")] = None,
+    profile: Profile = None,
     name: Annotated[str | None, typer.Option(help="Run it under another name.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Start it, or continue it where it stopped.")] = False,
     extend: Annotated[
-        bool, typer.Option("--extend", help="The file has grown (values, seeds, baselines, steps): run what is new.")
+        bool,
+        typer.Option("--extend", help="The file asks for more (values, seeds, baselines, steps): run what is new."),
     ] = False,
     what_if: Annotated[
         bool, typer.Option("--what-if", help="Say what early stopping would have done to the finished study.")
     ] = False,
-    storage: Storage = STUDIES,
+    storage: Storage = api.STUDIES,
     address: Address = None,
 ) -> None:
     """Run a study: one trial per configuration and seed.
@@ -67,47 +70,35 @@ def study(
 
         if resume or extend:
             raise ConfigError("command line: --what-if: runs nothing. Drop it, or --resume and --extend")
-        asked = replay_table.what_if(file, profile=profile, overrides=overrides or [], name=name, storage=storage)
-        replay_table.show(*asked, Console())
+        replay_table.show(*api.replay(file, profile, overrides or [], name=name, storage=storage), Console())
         return
-    from ebft_study.study.driver import runner
-    from ebft_study.study.resolving import study_file
-
-    spec = study_file.load_study(file, profile, overrides or [], name=name)
-    console = Console()
+    loaded = api.load(file, profile, overrides or [], name=name)
     if extend and resume:
         raise ConfigError("command line: --extend: changes a study and continues it. Drop --resume")
+    console = Console()
     if extend:
-        _finish(
-            runner.extend(spec, file=file, profile=profile, storage=storage, console=console, address=address), console
-        )
-    ended = runner.run(
-        spec, file=file, profile=profile, storage=storage, console=console, resume_existing=resume, address=address
-    )
-    _finish(ended, console)
+        _finish(api.extend(loaded, storage=storage, address=address, console=console), console)
+    _finish(api.run(loaded, storage=storage, resume=resume, address=address, console=console), console)
 
 
 @app.command()
 def plan(
     file: Annotated[Path, typer.Argument(help="A study file, see search_spaces/.")],
     overrides: Overrides = None,
-    profile: Annotated[str | None, typer.Option(help="Which of the file's profiles: cpu, gpu, ...")] = None,
+    profile: Profile = None,
     memory_gib: Annotated[
         float | None, typer.Option(help="What one worker may use.", show_default="80 on a GPU, else this machine's")
     ] = None,
-    storage: Storage = STUDIES,
+    storage: Storage = api.STUDIES,
 ) -> None:
     """Say what a study would take: trials, memory, work, hours. Starts nothing.
 
     [dim]ebft-study plan search_spaces/alpha_gamma.yaml --profile cpu[/dim]
     """
-    from ebft_study.study.forecast import plan as planning
-    from ebft_study.study.resolving import study_file
+    from ebft_study.study.forecast.plan import show
 
-    spec = study_file.load_study(file, profile, overrides or [])
-    memory = memory_gib or planning.usual_memory_gib(spec)
-    planned = planning.plan(spec, storage=storage, memory_gib=memory)
-    planning.show(planned, spec, Console())
+    planned = api.plan(api.load(file, profile, overrides or []), storage=storage, memory_gib=memory_gib)
+    show(planned, Console())
     raise typer.Exit(0 if planned.fits else 1)
 
 
@@ -115,40 +106,35 @@ def plan(
 def resume(
     name: StudyName,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Also run trials again that failed.")] = False,
-    storage: Storage = STUDIES,
+    storage: Storage = api.STUDIES,
     address: Address = None,
 ) -> None:
     """Continue a study that was interrupted or killed.
 
     [dim]ebft-study resume alpha_gamma[/dim]
     """
-    from ebft_study.study.driver import runner
-
     console = Console()
-    folder = _folder(name, storage)
-    _finish(runner.resume(folder, console=console, retry_failed=retry_failed, address=address), console)
+    _finish(api.resume(name, storage=storage, retry_failed=retry_failed, address=address, console=console), console)
 
 
 @app.command()
-def status(name: StudyName, storage: Storage = STUDIES) -> None:
+def status(name: StudyName, storage: Storage = api.STUDIES) -> None:
     """Show the trials of a running or finished study, and what happened to them.
 
     [dim]ebft-study status alpha_gamma[/dim]
     """
     from ebft_study.study.view.status import show
 
-    show(_folder(name, storage), Console())
+    show(api.find(name, storage), Console())
 
 
 @app.command()
-def report(name: StudyName, storage: Storage = STUDIES) -> None:
+def report(name: StudyName, storage: Storage = api.STUDIES) -> None:
     """Write the report of a study from its results; it may still be running.
 
     [dim]ebft-study report alpha_gamma[/dim]
     """
-    from ebft_study.report import write_report
-
-    typer.echo(str(write_report(_folder(name, storage))))
+    typer.echo(str(api.write_report(name, storage=storage)))
 
 
 @app.command()
@@ -162,17 +148,12 @@ def train(
 
     [dim]ebft-study train run.yaml method=sft steps=100[/dim]
     """
-    from ebft_study import config
-    from ebft_study.study.driver.single_run import run_single
-
-    run = config.load_run(file, overrides or [])
-    folder = output or Path("runs") / run.name
     try:
-        status = run_single(run, file=file, folder=folder, resume_existing=resume, console=Console())
+        result = api.train(file, overrides or [], output=output, resume=resume)
     except KeyboardInterrupt:
         typer.echo("interrupted; add --resume to the same command to continue", err=True)
         raise typer.Exit(130) from None
-    raise typer.Exit(0 if status == "finished" else 1)
+    raise typer.Exit(0 if result.status == "finished" else 1)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
@@ -216,18 +197,6 @@ def _table(title: str, columns: list[str], rows: list[dict[str, Any]]) -> None:
     Console().print(table)
 
 
-def _folder(name: str, storage: str) -> StoragePath:
-    from ebft_study.results import copies, find_study
-    from ebft_study.storage import storage_path
-
-    if "://" in name:
-        return find_study(name)
-    there = storage_path(storage) / name
-    if storage_path(storage).local is None or copies.either_exists(there / "study.yaml"):
-        return find_study(there)
-    return find_study(name)
-
-
 def _finish(ended: StudyResult, console: Console) -> None:
     """Say how a session of a study ended, and end the process accordingly."""
     from ebft_study.study.view import display
@@ -244,7 +213,7 @@ def _finish(ended: StudyResult, console: Console) -> None:
 
 
 def main() -> None:
-    """Entry point: what a user can mend is one line on stderr and exit code 2."""
+    """Entry point: what a user can repair is one line on stderr and exit code 2."""
     # Threads that wait spinning for long make everything several times slower as soon as another process wants the
     # cores; this many rounds are enough to lose nothing when they are free.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")

@@ -15,7 +15,7 @@ from ebft_study.config.keys import (
     short_name,
     short_names,
 )
-from ebft_study.config.reading import build_run, load_run, parse, parse_override, read_yaml
+from ebft_study.config.reading import build_run, load_run, parse, parse_override, read_run, read_yaml
 from ebft_study.config.sections import (
     CheckpointConfig,
     DataConfig,
@@ -59,6 +59,7 @@ __all__ = [
     "nest",
     "parse",
     "parse_override",
+    "read_run",
     "read_yaml",
     "resolve_key",
     "set_path",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -44,11 +45,16 @@ def build_run(settings: dict[str, Any], *, source: str) -> RunConfig:
 
 def load_run(path: Path, overrides: list[str] | None = None) -> RunConfig:
     """A run from a YAML file and `key=value` overrides (short names allowed)."""
-    settings = nest(read_yaml(path), source=str(path))
-    for item in overrides or []:
+    return read_run(read_yaml(path), overrides or [], source=str(path))
+
+
+def read_run(content: Mapping[str, Any], overrides: Sequence[str] = (), *, source: str) -> RunConfig:
+    """A run from the content of its file."""
+    settings = nest(dict(content), source=source)
+    for item in overrides:
         key, value = parse_override(item)
         set_path(settings, resolve_key(key), value)
-    return build_run(settings, source=str(path))
+    return build_run(settings, source=source)
 
 
 def parse_override(item: str) -> tuple[str, Any]:

@@ -1,4 +1,4 @@
-"""A study on a Ray cluster that was there before, and outlives it."""
+"""An existing Ray cluster that a study uses, and that outlives it."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from typing import Any
 
 from ebft_study.errors import ConfigError, rule_broken
 from ebft_study.paths import cache_folder
-from ebft_study.study.cluster.capacity import ClusterCapacity, Node, this_machine
+from ebft_study.study.cluster.capacity import ClusterCapacity, Node
 from ebft_study.study.cluster.own import ENVIRONMENT, dashboard_line, set_environment
 
 OPTION = "--address"
-PROCESS_BYTES = 512 * 2**20
-"""Of a trial's own process and its Train controller; what Ray reserves of a machine's memory for a trial's place."""
-_LARGEST_PART = 0.5
-"""Of a machine's memory, for places: trials on small machines, and other users, need some too."""
+TRIAL_PROCESS_BYTES = 512 * 2**20
+"""Memory of a trial's own process and its Train controller, which Ray reserves on a machine."""
+_MOST_MEMORY = 0.5
+"""Fraction of the machines' memory that may be reserved: trials on small machines, and other users, need some too."""
 _TRAVELS = ("PYTHONPATH", "OMP_NUM_THREADS", "GOMP_SPINCOUNT", "TOKENIZERS_PARALLELISM", "EBFT_STUDY_CACHE", "HF_HOME")
 """Of the driver's environment. Tokens do not: Ray shows a job's environment to everyone. Nodes have their own."""
-_TRAVELS_TOO = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "WANDB_MODE", "WANDB_DIR")
+_OFFLINE_TRAVELS = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "WANDB_MODE", "WANDB_DIR")
 _START_SECONDS = 1800  # until a group of workers has its machines: other people's jobs, machines that have yet to boot
 _PROBE_SECONDS, _PATIENCE_SECONDS = 120.0, 10.0
 
@@ -52,26 +52,18 @@ def address_of(given: str | None) -> str | None:
 
 
 @contextlib.contextmanager
-def reached(address: str | None, *, study: str, gpus: bool) -> Iterator[ClusterCapacity]:
-    """The machines on which a study will run: those of the cluster at `address`, connected to inside, or this one.
+def connection(address: str | None, *, study: str) -> Iterator[ClusterCapacity | None]:
+    """Connect to the cluster at `address`, if there is one to use; yields its machines, or None.
 
-    Args:
-        gpus: whether the study has any use for GPUs.
+    Afterwards nothing of the study is left on the cluster, which continues to run.
     """
     address = address_of(address)
     if address is None:
-        yield this_machine(gpus=gpus)
+        yield None
         return
-    set_environment()
-    with connected(address, study=study) as capacity:
-        yield capacity
-
-
-@contextlib.contextmanager
-def connected(address: str, *, study: str) -> Iterator[ClusterCapacity]:
-    """Connected to the cluster at `address`; afterwards nothing of the study is left on it, and it goes on."""
     import ray
 
+    set_environment()
     os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")  # what a job was submitted with is kept, and added to
     try:
         ray.init(
@@ -93,13 +85,13 @@ def connected(address: str, *, study: str) -> Iterator[ClusterCapacity]:
             "cluster that asks for a token is joined with --address auto, or with RAY_AUTH_MODE=token",
         ) from None
     try:
-        yield capacity()
+        yield _capacity()
     finally:
         ray.shutdown()
 
 
 def _environment() -> dict[str, str]:
-    names = (*_TRAVELS, *_TRAVELS_TOO)
+    names = (*_TRAVELS, *_OFFLINE_TRAVELS)
     own = {name: os.environ[name] for name in names if name in os.environ}
     ray_train = {name: os.environ.get(name, value) for name, value in ENVIRONMENT.items() if "TRAIN" in name}
     chdir = {name: os.environ.get(name, ENVIRONMENT[name]) for name in ("RAY_CHDIR_TO_TRIAL_DIR",)}
@@ -107,8 +99,8 @@ def _environment() -> dict[str, str]:
     return {**own, **ray_train, **chdir, "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": start}
 
 
-def capacity() -> ClusterCapacity:
-    """What the living nodes of the cluster have in all, whoever uses it at present."""
+def _capacity() -> ClusterCapacity:
+    """All that the living nodes of the cluster have, whoever uses it at present."""
     import ray
 
     alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -116,29 +108,35 @@ def capacity() -> ClusterCapacity:
     return ClusterCapacity(tuple(nodes), is_existing=True)
 
 
-def place(capacity: ClusterCapacity, concurrency: int) -> dict[str, float]:
-    """What Tune reserves for the process of a trial, whose workers reserve their own CPUs and GPUs.
+def trial_request(capacity: ClusterCapacity, concurrency: int) -> dict[str, float]:
+    """The resources that Tune reserves for a trial's process, whose workers reserve their own CPUs and GPUs.
 
     Memory, which every cluster has without being told: Ray chooses the machine with the most of it left, so that
     trials' processes spread out; and a reservation binds nothing, so that it takes nothing from the workers.
     """
-    room = _LARGEST_PART * sum(node.memory_bytes for node in capacity.nodes) / concurrency
+    room = _MOST_MEMORY * sum(node.memory_bytes for node in capacity.nodes) / concurrency
     smallest = min(node.memory_bytes for node in capacity.nodes)
-    return {"memory": float(max(1, int(min(PROCESS_BYTES, room, smallest))))}
+    return {"memory": float(max(1, int(min(TRIAL_PROCESS_BYTES, room, smallest))))}
 
 
-# --- is it usable ----------------------------------------------------------------------------------------------
+# --- checks --------------------------------------------------------------------------------------------------
 
 
-def check(folder: Path | None) -> None:
+def check(folder: Path | None, *, needs_dashboard: bool) -> None:
     """Find out before anything starts whether every machine has this package and sees the study and the cache.
 
     Args:
         folder: of the study; None where it is in a store.
+        needs_dashboard: Ray frees the workers of stopped trials only after asking the dashboard about them.
 
     Raises:
         ConfigError: one has not, in one line that says which and what to do.
     """
+    if needs_dashboard and not dashboard_line():
+        raise ConfigError(
+            f"{OPTION}: the cluster has no dashboard, without which Ray does not free the workers of stopped trials. "
+            "Start its head without --include-dashboard=false, or use resources.workers_per_trial: 0"
+        )
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -150,7 +148,7 @@ def check(folder: Path | None) -> None:
         strategies = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
         asked = [look.options(scheduling_strategy=strategy).remote(files) for strategy in strategies]
         for node, reference in zip(nodes, asked, strict=True):
-            _judge(node["NodeManagerAddress"], _answer(reference), folders)
+            _check_answer(node["NodeManagerAddress"], _answer(reference), folders)
 
 
 @contextlib.contextmanager
@@ -185,7 +183,7 @@ def _answer(reference: Any) -> dict[str, Any] | str:
         return next((line for line in reversed(str(error).strip().splitlines()) if line.strip()), type(error).__name__)
 
 
-def _judge(address: str, answer: dict[str, Any] | str, folders: Sequence[Path]) -> None:
+def _check_answer(address: str, answer: dict[str, Any] | str, folders: Sequence[Path]) -> None:
     here = importlib.metadata.version("ebft-study")
     if isinstance(answer, str) or answer["version"] != here:
         found = answer.strip() if isinstance(answer, str) else f"it has {answer['version']}"
@@ -201,16 +199,3 @@ def _judge(address: str, answer: dict[str, Any] | str, folders: Sequence[Path]) 
                 f"{folder}: {what} is not visible on machine {answer['host']} ({address}) of the cluster. "
                 f"Use a folder that all machines share (NFS, or s3:// for studies): {remedy}"
             )
-
-
-def check_dashboard() -> None:
-    """Ray frees the places of a stopped trial's workers only after asking the dashboard whether their controller lives.
-
-    Raises:
-        ConfigError: the cluster runs without one.
-    """
-    if not dashboard_line():
-        raise ConfigError(
-            f"{OPTION}: the cluster has no dashboard, without which Ray does not free the workers of stopped trials. "
-            "Start its head without --include-dashboard=false, or use resources.workers_per_trial: 0"
-        )

@@ -1,4 +1,4 @@
-"""The Ray cluster of one session of a study: one of its own on this machine, or one that it joins (`joined`)."""
+"""A Ray cluster on this machine, for one session of a study. `existing` connects to clusters of others."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ ENVIRONMENT = {
 }
 _OBJECT_STORE_BYTES = 200_000_000
 """Settings, reports, prompts and samples; features come on top."""
-_LARGEST_PART = 0.25
-"""Of the machine's memory, for objects."""
+_MOST_MEMORY = 0.25
+"""Fraction of the machine's memory that Ray's object store may take."""
 
 
 def set_environment() -> None:
-    """What Ray reads when it is imported; whatever the user has set stays."""
+    """Set the variables that Ray reads when it is imported; those that the user has set stay."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
 
@@ -63,21 +63,21 @@ def _is_raylet(process: psutil.Process) -> bool:
 
 
 @contextlib.contextmanager
-def running(*, namespace: str, places: int, dashboard: bool, travelling_bytes: float = 0.0) -> Iterator[None]:
+def running(*, namespace: str, slots: int, dashboard: bool, travelling_bytes: float = 0.0) -> Iterator[None]:
     """A cluster of this machine's resources, gone afterwards with all its actors.
 
     Args:
-        places: trials at a time, as the resource `slot`.
-        travelling_bytes: of features on their way at a time.
+        slots: trials that run concurrently, as the custom resource `slot`.
+        travelling_bytes: size of the features that are sent at a time.
     """
     import ray
 
-    most = _LARGEST_PART * psutil.virtual_memory().total
+    most = _MOST_MEMORY * psutil.virtual_memory().total
     with _known_to_its_processes():
         ray.init(
             address="local",
             num_cpus=cpu_count(),
-            resources={"slot": places},
+            resources={"slot": slots},
             namespace=namespace,
             include_dashboard=dashboard,
             log_to_driver=False,
@@ -92,10 +92,10 @@ def running(*, namespace: str, places: int, dashboard: bool, travelling_bytes: f
 
 @contextlib.contextmanager
 def _known_to_its_processes() -> Iterator[None]:
-    """Tells the processes of a cluster that is started inside which cluster is theirs.
+    """Tell the processes of a cluster that is started inside which cluster is theirs.
 
-    Ray frees the places of a stopped trial's workers only where it can ask the State API of their cluster, and it does
-    not find that where the machine runs several.
+    Ray frees the workers of a stopped trial only where it can ask the State API of their cluster, and it does not find
+    that where the machine runs several.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

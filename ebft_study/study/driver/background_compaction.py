@@ -1,4 +1,4 @@
-"""What a driver does now and then while its study runs: merge the small files of the trials that are over.
+"""Merging the small files of finished trials while the study runs.
 
 A report is a file of its own. A study of thousands of trials would leave hundreds of thousands of them to its end, and
 whoever reads the study meanwhile would open every one.
@@ -15,14 +15,18 @@ from ebft_study.errors import EbftError
 from ebft_study.storage import Location
 
 _EVERY_SECONDS = 600.0
-_WORTH_IT = 16  # trials that ended since
+_FEWEST_TRIALS = 16  # that ended since the last time
 
 
 @contextlib.contextmanager
-def housekeeping(
-    folder: Location, ended: Callable[[], int], *, every_seconds: float = _EVERY_SECONDS, worth_it: int = _WORTH_IT
+def compacting(
+    folder: Location,
+    ended: Callable[[], int],
+    *,
+    every_seconds: float = _EVERY_SECONDS,
+    fewest_trials: int = _FEWEST_TRIALS,
 ) -> Iterator[None]:
-    """Inside, results are compacted every so often.
+    """Compact the results every so often until the end of the context.
 
     Args:
         ended: how many trials of the study are over.
@@ -32,12 +36,12 @@ def housekeeping(
     def work() -> None:
         done = ended()
         while not over.wait(every_seconds):
-            if ended() - done >= worth_it:
+            if ended() - done >= fewest_trials:
                 done = ended()
                 with contextlib.suppress(EbftError, OSError):  # nothing is lost; the end of the session tries again
                     results.compact(folder)
 
-    thread = threading.Thread(target=work, daemon=True, name="housekeeping")
+    thread = threading.Thread(target=work, daemon=True, name="compaction")
     thread.start()
     try:
         yield

@@ -1,4 +1,4 @@
-"""The driver of a study: prepares, starts Ray, lets Tune run the trials, and leaves everything on record.
+"""Starting, resuming and extending a study: the same session, and they differ only in how they get the study.
 
 Tune's own state is never restored: it would unpickle files, and a truncated snapshot of it starts a trial without
 settings. A study resumes from study.yaml, its results tables, its checkpoints and, if it has one, its Optuna journal.
@@ -8,30 +8,28 @@ from __future__ import annotations
 
 import contextlib
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 from ebft_study import report
-from ebft_study.config import RunConfig
 from ebft_study.errors import EbftError, ResultsError, rule_broken
 from ebft_study.results import copies
 from ebft_study.storage import Location, StoragePath, absolute, storage_path
-from ebft_study.study.cluster import existing, requests
-from ebft_study.study.cluster.capacity import ClusterCapacity
+from ebft_study.study.cluster import existing
 from ebft_study.study.cluster.own import CLUSTER_DIED
 from ebft_study.study.cluster.watchdog import CLUSTER_GONE
-from ebft_study.study.driver.session import STORAGE_FAILED
+from ebft_study.study.driver.session import STORAGE_FAILED, run_session
 from ebft_study.study.folder import history, lock, study_yaml
 from ebft_study.study.folder.history import History
+from ebft_study.study.folder.study_yaml import StudySource
 from ebft_study.study.folder.trial_states import TrialState
 from ebft_study.study.resolving import checks, extending
+from ebft_study.study.resolving.resolved import ResolvedStudy
+from ebft_study.study.resolving.study_file import resolve
 from ebft_study.study.search import journal
-from ebft_study.study.spec import trials
-from ebft_study.study.spec.study_spec import StudySpec
 
 INTERRUPTED = 130
 
@@ -48,8 +46,8 @@ class StudyResult:
     @property
     def address(self) -> str:
         """How the command line finds the study again: its name if that is enough, else its folder."""
-        usual = Path("studies").resolve() / self.folder.name
-        return shlex.quote(self.folder.name if self.folder.local == usual else str(self.folder))
+        default = Path("studies").resolve() / self.folder.name
+        return shlex.quote(self.folder.name if self.folder.local == default else str(self.folder))
 
     @property
     def exit_code(self) -> int:
@@ -62,29 +60,33 @@ class StudyResult:
 
 
 def run(
-    spec: StudySpec,
+    study: ResolvedStudy,
     *,
-    file: Path,
-    profile: str | None,
     storage: Location,
     console: Console,
     resume_existing: bool = False,
     address: str | None = None,
 ) -> StudyResult:
-    """Run a study from its beginning; with `go_on`, continue it where an earlier session left it.
+    """Run a study from its beginning; with `resume_existing`, continue it where an earlier session stopped.
 
     Args:
-        address: of a Ray cluster to join, instead of one of its own on this machine.
+        address: of an existing Ray cluster to use, instead of one of the study's own on this machine.
     """
-    folder = absolute(storage_path(storage)) / spec.study
-    _check_place(folder, spec)
-    if copies.either_exists(folder / study_yaml.NAME):
-        return _existing(folder, spec, console, resume_existing, address)
-    configurations = checks.check(spec, str(file))
-    with _occupied(folder, spec, configurations, address) as (capacity, held):
-        provenance = _prepare(configurations, console)
-        study_yaml.write(folder, spec, profile=profile, file=file, provenance=provenance)
-        return _session(folder, spec, configurations, History({}, {}, {}), console, capacity, held)
+    folder = _folder(study, storage)
+    if not copies.either_exists(folder / study_yaml.NAME):
+        return _run(folder, study, console, address, is_new=True)
+    different = extending.differences(study_yaml.read(folder), study.spec)
+    if different:
+        shown = "; ".join(different[:3]) + (f"; and {len(different) - 3} more" if len(different) > 3 else "")
+        raise ResultsError(f"{folder}: holds a study of this name with other settings ({shown}). Choose another --name")
+    if resume_existing:
+        return resume(folder, console=console, address=address)
+    study = _recorded(folder)
+    past = _history(folder, study)
+    name = StudyResult(folder, past.states).address
+    if _is_over(folder, study, past):
+        raise ResultsError(f"{folder}: this study is finished. See 'ebft-study status {name}', or use another --name")
+    raise ResultsError(f"{folder}: this study was started before. Continue it with 'ebft-study resume {name}'")
 
 
 def resume(
@@ -92,49 +94,19 @@ def resume(
 ) -> StudyResult:
     """Continue a study from its folder alone."""
     folder = absolute(storage_path(location))
-    spec = study_yaml.read(folder)
-    configurations = checks.check(spec, str(folder / study_yaml.NAME))
-    with _occupied(folder, spec, configurations, address) as (capacity, held):
-        for problem in history.problems(folder):
-            console.print(f"note: {problem}", markup=False, highlight=False, soft_wrap=True)
-        past = _past(folder, spec)
-        if retry_failed:
-            failed = [trial_id for trial_id, state in past.states.items() if state.status == "failed"]
-            trial_results = {i: e for i, e in past.trial_results.items() if i not in failed}
-            past = replace(past, trial_results=trial_results)
-        if _is_over(folder, spec, past):
-            existing = folder / "report.html"
-            return StudyResult(
-                folder, past.states, report=existing if existing.exists() else _write_report(folder, console)
-            )
-        for change in study_yaml.changed_versions(folder):
-            console.print(f"note: the study was started with {change}", markup=False, highlight=False)
-        _prepare(configurations, console)
-        return _session(folder, spec, configurations, past, console, capacity, held)
+    return _run(folder, _recorded(folder), console, address, retry_failed=retry_failed)
 
 
-def extend(
-    spec: StudySpec,
-    *,
-    file: Path,
-    profile: str | None,
-    storage: Location,
-    console: Console,
-    address: str | None = None,
-) -> StudyResult:
+def extend(study: ResolvedStudy, *, storage: Location, console: Console, address: str | None = None) -> StudyResult:
     """Give an existing study the further trials or steps that its file now asks for, and run them."""
-    folder = absolute(storage_path(storage)) / spec.study
-    configurations = checks.check(spec, str(file))
-    spec = extending.extended(study_yaml.read(folder), spec, configurations, str(file))
-    with _occupied(folder, spec, configurations, address) as (capacity, held):
-        provenance = _prepare(configurations, console)
-        study_yaml.write(folder, spec, profile=profile, file=file, provenance=provenance)
-        return _session(folder, spec, configurations, _past(folder, spec), console, capacity, held)
+    folder = _folder(study, storage)
+    extended = resolve(extending.extended(study_yaml.read(folder), study), study.source, study.capacity)
+    return _run(folder, extended, console, address, is_new=True)
 
 
-def _check_place(folder: StoragePath, spec: StudySpec) -> None:
-    """What only a disk can do."""
-    if spec.scheduler.kind == "pbt" and folder.local is None:
+def _folder(study: ResolvedStudy, storage: Location) -> StoragePath:
+    folder = absolute(storage_path(storage)) / study.name
+    if study.spec.scheduler.kind == "pbt" and folder.local is None:
         raise rule_broken(
             source="command line",
             key="--storage",
@@ -142,86 +114,80 @@ def _check_place(folder: StoragePath, spec: StudySpec) -> None:
             rule="scheduler.kind=pbt links checkpoints of one trial into the folder of another, which a store cannot",
             remedy="Use a folder that all machines see, or another scheduler",
         )
+    return folder
+
+
+def _recorded(folder: StoragePath) -> ResolvedStudy:
+    return resolve(study_yaml.read(folder), StudySource(str(folder / study_yaml.NAME)))
+
+
+def _run(
+    folder: StoragePath,
+    study: ResolvedStudy,
+    console: Console,
+    address: str | None,
+    *,
+    is_new: bool = False,
+    retry_failed: bool = False,
+) -> StudyResult:
+    """One session of a study. `is_new`: study.yaml does not say yet what is asked for now."""
+    with _cluster_and_lock(folder, study, address) as (study, lock_handle):
+        past = _history(folder, study)
+        if retry_failed:
+            failed = {trial_id for trial_id, state in past.states.items() if state.status == "failed"}
+            past = replace(past, trial_results={i: r for i, r in past.trial_results.items() if i not in failed})
+        if not is_new:
+            for problem in history.problems(folder):
+                console.print(f"note: {problem}", markup=False, highlight=False, soft_wrap=True)
+            if _is_over(folder, study, past):
+                written = folder / "report.html"
+                return StudyResult(
+                    folder, past.states, report=written if written.exists() else _report(folder, console)
+                )
+            for change in study_yaml.changed_versions(folder):
+                console.print(f"note: the study was started with {change}", markup=False, highlight=False)
+        provenance = _prepare(study, console)
+        if is_new:
+            study_yaml.write(folder, study.spec, study.source, provenance=provenance)
+        reason = run_session(folder, study, past, console, lock_handle)
+        return StudyResult(folder, past.states, reason, _report(folder, console))
 
 
 @contextlib.contextmanager
-def _occupied(
-    folder: StoragePath, spec: StudySpec, runs: Sequence[RunConfig], address: str | None
-) -> Iterator[tuple[ClusterCapacity, lock.LockHandle]]:
-    """The machines of a study, found fit for each of its trials, and its lock."""
-    with existing.reached(address, study=spec.study, gpus=requests.wants_gpus(spec.resources)) as capacity:
-        checks.check_machine(spec, runs, capacity)
-        with lock.hold(folder, record=study_yaml.NAME) as held:
-            _check_cluster(folder, spec, runs, capacity)
-            yield capacity, held
+def _cluster_and_lock(
+    folder: StoragePath, study: ResolvedStudy, address: str | None
+) -> Iterator[tuple[ResolvedStudy, lock.LockHandle]]:
+    """The study on the machines where it runs, each of its trials found to fit there, and its lock."""
+    with existing.connection(address, study=study.name) as capacity:
+        study = study if capacity is None else study.on(capacity)
+        checks.check_capacity(study)
+        with lock.hold(folder, record=study_yaml.NAME) as lock_handle:
+            if capacity is not None:
+                existing.check(folder.local, needs_dashboard=study.spec.resources.has_workers)
+            yield study, lock_handle
 
 
-def _check_cluster(folder: StoragePath, spec: StudySpec, runs: Sequence[RunConfig], capacity: ClusterCapacity) -> None:
-    """What only a cluster that others started may lack."""
-    if capacity.is_existing:
-        from ebft_study.study.cluster import existing
-
-        checks.check_population(spec, runs, capacity)
-        existing.check(folder.local)
-        if spec.resources.has_workers:
-            existing.check_dashboard()
+def _history(folder: StoragePath, study: ResolvedStudy) -> History:
+    """The results of earlier sessions; trials that were given more steps since are open again."""
+    objective = study.spec.objective
+    return extending.reopened(study, history.read(folder, objective.metric, objective.further_metrics))
 
 
-def _existing(
-    folder: StoragePath, spec: StudySpec, console: Console, resume_existing: bool, address: str | None
-) -> StudyResult:
-    recorded = study_yaml.read(folder)
-    different = extending.differences(recorded, spec)
-    if different:
-        shown = "; ".join(different[:3]) + (f"; and {len(different) - 3} more" if len(different) > 3 else "")
-        raise ResultsError(f"{folder}: holds a study of this name with other settings ({shown}). Choose another --name")
-    if resume_existing:
-        return resume(folder, console=console, address=address)
-    past = _past(folder, recorded)
-    known_as = StudyResult(folder, past.states).address
-    if _is_over(folder, recorded, past):
-        raise ResultsError(
-            f"{folder}: this study is finished. See 'ebft-study status {known_as}', or use another --name"
-        )
-    raise ResultsError(f"{folder}: this study was started before. Continue it with 'ebft-study resume {known_as}'")
-
-
-def _past(folder: StoragePath, spec: StudySpec) -> History:
-    """What earlier sessions left on record; trials that were given more steps since are open again."""
-    return extending.reopened(spec, history.read(folder, spec.objective.metric, spec.objective.further_metrics))
-
-
-def _is_over(folder: StoragePath, spec: StudySpec, past: History) -> bool:
-    known = trials.listed(spec)
-    if any(trial.trial_id not in past.trial_results for trial in known):
+def _is_over(folder: StoragePath, study: ResolvedStudy, past: History) -> bool:
+    if any(trial.trial_id not in past.trial_results for trial in study.trials):
         return False
-    return spec.search.algorithm != "optuna" or journal.is_over(spec, folder)
+    return study.spec.search.algorithm != "optuna" or journal.is_over(study.spec, folder)
 
 
-def _prepare(configurations: Sequence[RunConfig], console: Console) -> dict[str, Any]:
-    """Data and models, loaded or built once, before any process is started for a trial."""
+def _prepare(study: ResolvedStudy, console: Console) -> dict[str, object]:
+    """Load or build data and models once, before any process is started for a trial."""
     from ebft_study.training.prepare import prepare
 
     console.print("preparing data and models")
-    return dict(prepare(configurations))
+    return dict(prepare(study.runs))
 
 
-def _session(
-    folder: StoragePath,
-    spec: StudySpec,
-    runs: Sequence[RunConfig],
-    past: History,
-    console: Console,
-    capacity: ClusterCapacity,
-    held: lock.LockHandle,
-) -> StudyResult:
-    from ebft_study.study.driver.session import run_session
-
-    reason = run_session(folder, spec, runs, past, console, capacity, held)
-    return StudyResult(folder, past.states, reason, _write_report(folder, console))
-
-
-def _write_report(folder: StoragePath, console: Console) -> Path | StoragePath | None:
+def _report(folder: StoragePath, console: Console) -> Path | StoragePath | None:
     """The report; one that cannot be written (no trial has results yet) does not spoil the study."""
     try:
         return report.write_report(folder)

@@ -1,43 +1,34 @@
-"""What trials of a study share: feature services and rollout engines. The driver owns them, and they end with it."""
+"""The actors that trials of a study share: feature services and rollout engines. They end with the driver."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from ebft_study import config
 from ebft_study.config import RunConfig
-from ebft_study.study.resolving.feature_plan import FeaturePlan, network_options, shares_generator
+from ebft_study.study.resolving.service_plan import network_options
 from ebft_study.study.spec.study_spec import ResourcesSpec
 
 _CLOSE_SECONDS = 30.0
 
 
 class StudyServices:
-    """Starts what a trial needs before it does, once for all that share it."""
+    """Starts a service before the first trial that needs it, once for all that share it."""
 
-    def __init__(self, resources: ResourcesSpec, plan: FeaturePlan, runs: Sequence[RunConfig] = ()) -> None:
-        """`runs`: those that may share an engine."""
-        self._resources, self.plan = resources, plan
-        self._longest = max((run.longest_request for run in runs), default=None)
+    def __init__(self, resources: ResourcesSpec) -> None:
+        self._resources = resources
         # An actor lives as long as its handle.
         self._features: dict[str, Any] = {}
         self._engines: dict[str, Any] = {}
 
-    def settle(self, run: RunConfig) -> RunConfig:
-        """The run with every open choice made."""
-        chosen: dict[str, Any] = {}
-        if run.features.backend == "auto":
-            chosen["features"] = {"backend": "local" if shares_generator(run) else self.plan.backend}
-        if run.vllm.engine_scope == "study" and run.vllm.longest_request_tokens is None:
-            chosen["vllm"] = {"longest_request_tokens": self._longest}
-        return config.build_run(config.merge(run.model_dump(), chosen), source=run.name)
+    def start(self, run: RunConfig) -> None:
+        """Start the actors that a run asks for by name, unless another trial has; they may still be loading.
 
-    def provide(self, run: RunConfig) -> None:
-        """Have the actors started that a settled run asks for by name; they may still be loading."""
+        Args:
+            run: with every choice made (`ServicePlan.settled`).
+        """
         if run.features.backend == "service":
             from ebft_study.features.service import start_service
 
@@ -61,17 +52,17 @@ class StudyServices:
             engine.forget_weights.remote(owner)
 
     def problems(self) -> list[str]:
-        """What went wrong with caches since the last call; results are not affected."""
+        """Problems with caches since the last call; results are not affected."""
         import ray
 
-        found: list[str] = []
+        problems: list[str] = []
         for service in self._features.values():
             with contextlib.suppress(ray.exceptions.RayError):
-                found += ray.get(service.problems.remote(), timeout=_CLOSE_SECONDS)
-        return found
+                problems += ray.get(service.problems.remote(), timeout=_CLOSE_SECONDS)
+        return problems
 
     def close(self) -> list[str]:
-        """Have caches written to disk; returns what went wrong with them."""
+        """Have caches written to disk; returns the problems with them."""
         import ray
 
         for service in self._features.values():
@@ -81,5 +72,5 @@ class StudyServices:
 
 
 def needs_ray(run: RunConfig) -> bool:
-    """Whether a single run has need of other processes."""
+    """Whether a single run needs other processes."""
     return run.features.backend == "service" or run.uses_engine

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,29 +18,32 @@ from ebft_study.study.cluster import own
 from ebft_study.study.driver import services
 from ebft_study.study.driver.monitor import Monitor
 from ebft_study.study.folder import attempts, study_yaml
-from ebft_study.study.resolving import feature_plan
+from ebft_study.study.folder.study_yaml import StudySource
+from ebft_study.study.resolving.service_plan import check_cache, plan_services
 from ebft_study.study.spec.study_spec import ObjectiveSpec, ResourcesSpec, StudySpec, nested
 from ebft_study.study.spec.trials import Configuration, Trial
 from ebft_study.study.view.display import Lines
+from ebft_study.training.run_result import RunResult
 
 TRIAL = "t0000"
 COLUMNS = ("ce_loss", "cfm_loss", "reward")
 _MAY_GROW = "run.training.steps:"
 
 
-def run_single(run: RunConfig, *, file: Path, folder: Path, resume_existing: bool, console: Console) -> str:
-    """Train `run` in this process; returns its status. `go_on`: from the newest checkpoint in `folder`, if any."""
+def run_single(run: RunConfig, source: StudySource, *, folder: Path, resume: bool, console: Console) -> RunResult:
+    """Train `run` in this process. `resume`: from the newest checkpoint in `folder`, if there is any."""
     from ebft_study.training.prepare import prepare
 
     folder = folder.resolve()
-    spec = StudySpec(study=run.name, question=f"A single run of {file.name}.", run=nested(run), seeds=(run.seed,))
-    _check_folder(folder, spec, resume_existing)
+    question = f"A single run of {Path(source.name).name}."
+    spec = StudySpec(study=run.name, question=question, run=nested(run), seeds=(run.seed,))
+    _check_folder(folder, spec, resume)
     provenance = prepare([run])
     folder.mkdir(parents=True, exist_ok=True)
-    study_yaml.write(folder, spec, profile=None, file=file, provenance=provenance)
+    study_yaml.write(folder, spec, source, provenance=provenance)
     monitor = Monitor(results.StudyRecorder(folder, study=run.name), {}, "cfm_loss")
     monitor.display = Lines(console, COLUMNS)
-    monitor.planned(Trial(TRIAL, Configuration("only", {}), run.seed, run))
+    monitor.planned(Trial(TRIAL, Configuration("only", {}), run.seed, run, spec.resources))
     monitor.started(TRIAL)
     try:
         with _services(run, monitor):
@@ -51,12 +55,12 @@ def run_single(run: RunConfig, *, file: Path, folder: Path, resume_existing: boo
         monitor.interrupted(f"{type(error).__name__}: {error}".rstrip(": "))
         raise
     monitor.ended(TRIAL, outcome)
-    return str(outcome["status"])
+    return RunResult(**{field.name: outcome[field.name] for field in dataclasses.fields(RunResult)})
 
 
 @contextlib.contextmanager
 def _services(run: RunConfig, monitor: Monitor) -> Iterator[None]:
-    """The processes beside this one that the run asks for, if any."""
+    """The other processes that the run asks for, if any."""
     if not services.needs_ray(run):
         yield
         return
@@ -65,11 +69,11 @@ def _services(run: RunConfig, monitor: Monitor) -> Iterator[None]:
     own.set_environment()
     _check_gpus(run, choose_device(run).type)
     resources = ResourcesSpec()
-    plan = feature_plan.plan_features([run], resources, concurrency=1)
-    feature_plan.check_cache([run], plan, resources)
-    with own.running(namespace=run.name, places=1, dashboard=False, travelling_bytes=plan.travelling_bytes):
-        shared = services.StudyServices(resources, plan)
-        shared.provide(run)
+    plan = plan_services([run], resources, concurrency=1)
+    check_cache([run], plan, resources)
+    with own.running(namespace=run.name, slots=1, dashboard=False, travelling_bytes=plan.travelling_bytes):
+        shared = services.StudyServices(resources)
+        shared.start(run)
         try:
             yield
         finally:
@@ -78,7 +82,7 @@ def _services(run: RunConfig, monitor: Monitor) -> Iterator[None]:
 
 
 def _check_gpus(run: RunConfig, device: str) -> None:
-    """A run that is on a GPU without Ray's knowing leaves none that Ray could give to others."""
+    """Refuse services that need a GPU: the run occupies the only one, and Ray does not know of it."""
     if device == "cpu":
         return
     if run.features.backend == "service":
@@ -110,8 +114,8 @@ def _train(run: RunConfig, folder: Path, monitor: Monitor) -> dict[str, Any]:
     return train_recorded(run, this, on_report=on_report)
 
 
-def _check_folder(folder: Path, spec: StudySpec, resume_existing: bool) -> None:
-    """Refuse a folder that holds another run, or the same one without being asked to go on."""
+def _check_folder(folder: Path, spec: StudySpec, resume: bool) -> None:
+    """Refuse a folder that holds another run, or the same one without `resume`."""
     if not (folder / study_yaml.NAME).exists():
         return
     different = [
@@ -121,5 +125,5 @@ def _check_folder(folder: Path, spec: StudySpec, resume_existing: bool) -> None:
         raise ResultsError(
             f"{folder}: holds a run with other settings ({'; '.join(different[:3])}). Use another --output"
         )
-    if not resume_existing:
+    if not resume:
         raise ResultsError(f"{folder}: holds this run already. Add --resume to continue it, or use another --output")

@@ -3,7 +3,7 @@
     Tune driver            trial (this module)                 Train controller          workers
     -----------            -------------------                 ----------------          -------
     starts the trial  -->  fit() in a thread  ---------------> starts the workers  ----> training loop
-                           waits for the relay <-- put -------- Bridge.after_report <--- ray.train.report
+                           waits for the relay <-- put -------- ReportForwarder     <--- ray.train.report
     decides       <------  ray.tune.report
 
 The loop waits in `ray.train.report` until the controller has polled it, the controller in `put` until the trial has
@@ -30,13 +30,13 @@ import torch
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 
-from ebft_study.config import RunConfig
 from ebft_study.errors import EbftError, StorageError
 from ebft_study.storage import StoragePath, storage_errors, storage_path
 from ebft_study.study.driver import relay
 from ebft_study.study.folder import attempts
 from ebft_study.study.population import exploit
-from ebft_study.study.spec.study_spec import ObjectiveSpec, ResourcesSpec
+from ebft_study.study.spec.study_spec import ResourcesSpec
+from ebft_study.study.spec.trial_task import TrialTask
 from ebft_study.training import checkpoint
 from ebft_study.training.recorded import Attempt, train_recorded
 from ebft_study.training.worker import train_worker
@@ -48,7 +48,7 @@ _END = "end"
 _POLL_SECONDS = 10.0
 
 
-class Bridge(ray.train.UserCallback):  # type: ignore[misc]
+class ReportForwarder(ray.train.UserCallback):  # type: ignore[misc]
     """Lives in the Train controller; hands rank 0's report to the trial."""
 
     def __init__(self, box: str) -> None:
@@ -61,57 +61,56 @@ class Bridge(ray.train.UserCallback):  # type: ignore[misc]
         ray.get(relay.find().put.remote(self._box, (metrics[0], path)))
 
 
-def run_trial(settings: dict[str, Any]) -> None:
-    """The Tune trainable.
-
-    `settings`: study, study_folder (a path or a URL), trial_id, label, run (a `RunConfig` as plain values), resources
-    (a `ResourcesSpec`), objective (an `ObjectiveSpec`), line (a `takeover.Line`, or None), loop (where the training
-    loop is). The last report holds `outcome`.
-    """
+def run_trial(config: dict[str, Any]) -> None:
+    """The Tune trainable; `config` is a `TrialTask`. The last report holds `outcome`."""
     try:
-        _run_attempt(settings)
+        _run_attempt(TrialTask.from_config(config))
     except StorageError as error:
         ray.tune.report({"step": 0, "attempt": 0, "outcome": _failed(error)})
 
 
-def _run_attempt(settings: dict[str, Any]) -> None:
-    study_folder, trial_id = storage_path(settings["study_folder"]), settings["trial_id"]
-    start_from = _checkpoint_to_start_from(study_folder, trial_id, settings["line"])
+def _run_attempt(task: TrialTask) -> None:
+    study_folder, trial_id = storage_path(task.study_folder), task.trial_id
+    start_from = _checkpoint_to_start_from(study_folder, task)
     number = attempts.begin(study_folder, trial_id)
     attempt = Attempt(
+        study=task.study,
+        study_folder=task.study_folder,
+        trial_id=trial_id,
+        label=task.label,
         attempt=number,
         start_from=str(start_from) if start_from else None,
-        **{key: settings[key] for key in ("study", "study_folder", "trial_id", "label", "loop")},
+        loop=task.loop,
     )
-    fit = _fit_here if settings["resources"]["workers_per_trial"] == 0 else _fit_workers
+    fit = _fit_workers if task.resources_spec.workers_per_trial else _fit_in_process
     last: dict[str, Any] = {}
-    keep = RunConfig.model_validate(settings["run"]).checkpoint
-    since = settings["line"]["attempt"] if settings["line"] else 0
-    objective = ObjectiveSpec.model_validate(settings["objective"])
+    keep, objective = task.run_config.checkpoint, task.objective_spec
 
     def report(metrics: dict[str, Any], kept: StoragePath | None) -> None:
         last.update(metrics)
         if kept is not None:
-            last["best_checkpoint"] = attempts.prune(study_folder, trial_id, keep, objective, since=since)
+            last["best_checkpoint"] = attempts.prune(study_folder, trial_id, keep, objective, since=task.since_attempt)
         with storage_errors(study_folder):
             _report({**last, "attempt": number}, kept)
 
-    outcome = fit(settings, attempt, report)
+    outcome = fit(task, attempt, report)
     ray.tune.report({**last, "attempt": number, "outcome": outcome})
 
 
-def trial_resources(resources: ResourcesSpec, place: Mapping[str, float]) -> dict[str, float]:
-    """What Tune reserves for a trial: one `place`, and whatever no worker group reserves by itself."""
-    if resources.workers_per_trial:
-        return dict(place)
-    gpus = {"GPU": resources.gpus_per_worker} if resources.gpus_per_worker else {}
-    return {**place, "CPU": resources.cpus_per_worker} | gpus
+def tune_resources(resources: ResourcesSpec, slot: Mapping[str, float]) -> ray.tune.PlacementGroupFactory:
+    """The resources that Tune reserves for a trial: one `slot`, and whatever no worker group reserves by itself."""
+    bundle = dict(slot)
+    if not resources.workers_per_trial:
+        bundle["CPU"] = resources.cpus_per_worker
+        if resources.gpus_per_worker:
+            bundle["GPU"] = resources.gpus_per_worker
+    return ray.tune.PlacementGroupFactory([bundle])
 
 
 # --- training in the trial's own process -----------------------------------------------------------------------
 
 
-def _fit_here(settings: dict[str, Any], attempt: Attempt, report: Report) -> dict[str, Any]:
+def _fit_in_process(task: TrialTask, attempt: Attempt, report: Report) -> dict[str, Any]:
     """TorchTrainer's local mode: no controller and no workers to start, for models that are small beside those."""
     own = attempts.folder(attempt.study_folder, attempt.trial_id, attempt.attempt)
 
@@ -120,8 +119,8 @@ def _fit_here(settings: dict[str, Any], attempt: Attempt, report: Report) -> dic
         report({**metrics, "host": socket.gethostname()}, kept)
 
     def train() -> dict[str, Any]:
-        torch.set_num_threads(settings["resources"]["cpus_per_worker"])
-        return train_recorded(RunConfig.model_validate(settings["run"]), attempt, on_report=on_report)
+        torch.set_num_threads(task.resources_spec.cpus_per_worker)
+        return train_recorded(task.run_config, attempt, on_report=on_report)
 
     trainer = TorchTrainer(
         train,
@@ -139,14 +138,14 @@ def _fit_here(settings: dict[str, Any], attempt: Attempt, report: Report) -> dic
 # --- training in a worker group --------------------------------------------------------------------------------
 
 
-def _fit_workers(settings: dict[str, Any], attempt: Attempt, report: Report) -> dict[str, Any]:
+def _fit_workers(task: TrialTask, attempt: Attempt, report: Report) -> dict[str, Any]:
     """`trainer.fit()` in a thread, while its reports arrive through the relay."""
     box = f"{attempt.trial_id}-{attempt.attempt}"
     own = attempts.folder(attempt.study_folder, attempt.trial_id, attempt.attempt)
-    fitting = _Fitting(_trainer(settings, attempt, box), box)
-    for metrics, path in fitting.reports():
+    fit = _FitThread(_trainer(task, attempt, box), box)
+    for metrics, path in fit.reports():
         report(metrics, own / Path(path).name if path else None)
-    return fitting.outcome()
+    return fit.outcome()
 
 
 class _Trainer(TorchTrainer):  # type: ignore[misc]
@@ -156,25 +155,27 @@ class _Trainer(TorchTrainer):  # type: ignore[misc]
         return [c for c in super()._create_default_callbacks() if not isinstance(c, DatasetsCallback)]
 
 
-def _trainer(settings: dict[str, Any], attempt: Attempt, box: str) -> TorchTrainer:
-    resources, run = settings["resources"], settings["run"]
-    gpus = resources["gpus_per_worker"]
-    per_worker = {"CPU": resources["cpus_per_worker"]} | ({"GPU": gpus} if gpus else {})
+def _trainer(task: TrialTask, attempt: Attempt, box: str) -> TorchTrainer:
+    resources = task.resources_spec
+    gpus = resources.gpus_per_worker
+    per_worker = {"CPU": resources.cpus_per_worker} | ({"GPU": gpus} if gpus else {})
     return _Trainer(
         train_worker,
         train_loop_config={
-            "run": run,
-            "threads": resources["cpus_per_worker"],
+            "run": task.run,
+            "threads": resources.cpus_per_worker,
             "attempt": dataclasses.asdict(attempt),
         },
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=resources["workers_per_trial"], use_gpu=bool(gpus), resources_per_worker=per_worker
+            num_workers=resources.workers_per_trial, use_gpu=bool(gpus), resources_per_worker=per_worker
         ),
         run_config=ray.train.RunConfig(
             name=box,
             **(storage_path(attempt.study_folder) / "train").for_ray,
-            callbacks=[Bridge(box)],  # all checkpoints stay for Ray, which knows one order only; `attempts` prunes
+            callbacks=[
+                ReportForwarder(box)
+            ],  # all checkpoints stay for Ray, which knows one order only; `attempts` prunes
             # Retries are Tune's alone: with both, a trial would be tried (a+1)(b+1) times. A group that cannot
             # start is tried three times, and not for ever.
             failure_config=ray.train.FailureConfig(max_failures=0, controller_failure_limit=3),
@@ -182,7 +183,7 @@ def _trainer(settings: dict[str, Any], attempt: Attempt, box: str) -> TorchTrain
     )
 
 
-class _Fitting:
+class _FitThread:
     """`trainer.fit()` in a thread; its reports arrive through the relay."""
 
     def __init__(self, trainer: TorchTrainer, box: str) -> None:
@@ -246,17 +247,15 @@ def _report(metrics: dict[str, Any], kept: StoragePath | None) -> None:
         ray.tune.report(metrics, checkpoint=ray.tune.Checkpoint.from_directory(folder))
 
 
-def _checkpoint_to_start_from(
-    study_folder: StoragePath, trial_id: str, line: dict[str, Any] | None
-) -> StoragePath | None:
+def _checkpoint_to_start_from(study_folder: StoragePath, task: TrialTask) -> StoragePath | None:
     """Where Tune's pointer leads (a retry), else the newest complete checkpoint (a resumed study).
 
     A trial that took over another's state finds it on disk; Tune's pointer may lead to what it had before.
     """
-    pointer = ray.tune.get_checkpoint() if line is None else None
+    pointer = ray.tune.get_checkpoint() if task.lineage is None else None
     if pointer is not None:
         with pointer.as_directory() as folder:
             target = storage_path(json.loads(Path(folder, _POINTER).read_text())["path"])
         if checkpoint.step_of(target) is not None:
             return target
-    return exploit.start_from(study_folder, trial_id, line)
+    return exploit.start_from(study_folder, task.trial_id, task.lineage)

@@ -1,4 +1,4 @@
-"""Ray Tune's side of a study: thin adapters from its hooks to `search`, `monitor`, and the driver's wish to stop.
+"""Ray Tune's side of a study: thin adapters from its hooks to search, monitor, and requests to stop.
 
 Tune pickles all of them into snapshots that nothing here ever reads, so they pickle to nothing.
 """
@@ -19,10 +19,10 @@ from ebft_study.study.cluster.own import CLUSTER_DIED
 from ebft_study.study.driver.monitor import Monitor
 from ebft_study.study.folder.trial_states import EARLY_STOP
 from ebft_study.study.search.listed import Search
+from ebft_study.study.spec.trial_task import TrialTask
 from ebft_study.study.spec.trials import Trial
 from ebft_study.study.stopping.rules import RuleMonitor
 
-Settings = dict[str, Any]
 _ALIVE_SECONDS = 3.0
 
 
@@ -30,20 +30,24 @@ class StudySearcher(Searcher):  # type: ignore[misc]
     """Hands the trials of a `Search` to Tune."""
 
     def __init__(
-        self, search: Search, monitor: Monitor, settings: Callable[[Trial], Settings], *, take_turns: bool = False
+        self, search: Search, monitor: Monitor, launched: Callable[[Trial], TrialTask], *, take_turns: bool = False
     ) -> None:
-        """`take_turns`: Tune is given more trials than there are places for, and starts them when it likes."""
+        """
+        Args:
+            launched: starts the services of a trial and returns its task.
+            take_turns: Tune gets more trials than there are slots, and decides when to start them.
+        """
         super().__init__()
-        self._search, self._monitor, self._settings, self._take_turns = search, monitor, settings, take_turns
+        self._search, self._monitor, self._launched, self._take_turns = search, monitor, launched, take_turns
 
-    def suggest(self, trial_id: str) -> Settings | str | None:
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         trial = self._search.next()
         if trial is None:
             return str(Searcher.FINISHED) if self._search.exhausted else None
         self._monitor.planned(trial)
         if not self._take_turns:
             self._monitor.started(trial.trial_id)
-        return self._settings(trial)
+        return self._launched(trial).to_config()
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """`Observer` tells the search, because only it learns why a trial failed."""
@@ -69,7 +73,7 @@ class Observer(Callback):  # type: ignore[misc]
         """
         Args:
             released: called with a trial and its attempt once it has ended.
-            reasons: why trials were stopped that no scheduler stopped.
+            reasons: trial -> why it was stopped early.
             give_up: called with the reason when nothing can be written any more.
         """
         self._search, self._monitor, self._released = search, monitor, released
@@ -89,9 +93,8 @@ class Observer(Callback):  # type: ignore[misc]
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         last = trial.last_result or {}
-        why = self._reasons.get(_id(trial), f"behind other trials at step {last.get('step', 0):g}")
-        reason = f"{EARLY_STOP}: {why}"
-        stopped_early = {"status": "stopped", "reason": reason}
+        reason = self._reasons.get(_id(trial), f"behind other trials at step {last.get('step', 0):g}")
+        stopped_early = {"status": "stopped", "reason": f"{EARLY_STOP}: {reason}"}
         self._end(trial, last.get("outcome", stopped_early))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -111,35 +114,37 @@ class Observer(Callback):  # type: ignore[misc]
 
 
 class StudyStopper(Stopper):  # type: ignore[misc]
-    """Ends the whole study when asked to, or when its time is over."""
+    """Stops single trials by the study's rules, and the whole study on request or when its time is over."""
 
     def __init__(
-        self, max_hours: float | None, alive: Callable[[], bool] = lambda: True, watch: RuleMonitor | None = None
+        self, max_hours: float | None, is_alive: Callable[[], bool] = lambda: True, rules: RuleMonitor | None = None
     ) -> None:
-        """
-        Args:
-            alive: whether there still is a cluster to run on; asked every few seconds.
-            watch: says which single trials should stop.
-        """
-        self.reason, self.watch = "", watch
-        self._alive, self._asked = alive, time.monotonic()
+        """`is_alive`: whether there still is a cluster to run on; asked every few seconds."""
+        self.reason, self._rules = "", rules
+        self._is_alive, self._asked_at = is_alive, time.monotonic()
         self._deadline = time.monotonic() + max_hours * 3600 if max_hours else None
 
+    @property
+    def rule_reasons(self) -> dict[str, str]:
+        """Trial -> why a rule stopped it."""
+        return self._rules.reasons if self._rules else {}
+
     def request_stop(self, reason: str) -> None:
+        """End the study soon; the first reason counts."""
         self.reason = self.reason or reason
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
-        if self.watch is None or "outcome" in result or result["config"]["is_baseline"]:
+        if self._rules is None or "outcome" in result:
             return False
-        settings = result["config"]
-        return self.watch.look(settings["trial_id"], result, total_steps=settings["total_steps"])
+        task = TrialTask.from_config(result["config"])
+        return not task.is_baseline and self._rules.look(task.trial_id, result, total_steps=task.total_steps)
 
     def stop_all(self) -> bool:
         if self._deadline is not None and time.monotonic() >= self._deadline:
             self.request_stop("budget.max_hours is used up")
-        if time.monotonic() - self._asked > _ALIVE_SECONDS:
-            self._asked = time.monotonic()
-            if not self._alive():
+        if time.monotonic() - self._asked_at > _ALIVE_SECONDS:
+            self._asked_at = time.monotonic()
+            if not self._is_alive():
                 self.request_stop(CLUSTER_DIED)
         return bool(self.reason)
 

@@ -12,6 +12,7 @@ import importlib.metadata
 import platform
 import subprocess
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +29,29 @@ NAME = "study.yaml"
 PACKAGES = ("ebft-study", "torch", "ray", "transformers", "optuna", "tokenizers", "numpy", "pandas", "pyarrow")
 
 
-def write(folder: Location, spec: StudySpec, *, profile: str | None, file: Path, provenance: Mapping[str, Any]) -> None:
+@dataclass(frozen=True)
+class StudySource:
+    """The file that a study comes from, or the mapping that stands for one."""
+
+    name: str
+    """As error messages call it: a path."""
+    sha256: str = ""
+    profile: str | None = None
+
+    @classmethod
+    def from_content(cls, name: str, content: bytes, profile: str | None = None) -> StudySource:
+        return cls(name, hashlib.sha256(content).hexdigest(), profile)
+
+
+def write(folder: Location, spec: StudySpec, source: StudySource, *, provenance: Mapping[str, Any]) -> None:
     """Put study.yaml in place, complete or not at all; a study that has one keeps the moment of its creation."""
     moment = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     before = content(folder) if copies.either_exists(storage_path(folder) / NAME) else {}
     new = {
         **normalize.dump(spec),
-        "profile": profile,
+        "profile": source.profile,
         "created_at": before.get("created_at", moment),
-        "file": {"name": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()},
+        "file": {"name": Path(source.name).name, "sha256": source.sha256},
         "versions": versions(),
         "git_revision": git_revision(),
         "provenance": _plain(provenance),

@@ -1,12 +1,13 @@
-"""What a study will take, before anything starts: trials, places, memory per worker, work, and hours.
+"""The cost of a study before anything starts: trials, workers, memory per worker, work, and hours.
 
-Work comes from the cost model; how fast this machine does it, and what evaluations and starts cost, from the trials
+Work comes from the cost model; the throughput of this machine, and the cost of evaluations and starts, from the trials
 that finished in earlier studies of the same storage folder.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import psutil
@@ -17,32 +18,25 @@ from rich.table import Table
 from ebft_study import text
 from ebft_study.errors import ConfigError
 from ebft_study.storage import Location
-from ebft_study.study.cluster import requests
-from ebft_study.study.forecast import throughput
-from ebft_study.study.forecast.throughput import Speed
-from ebft_study.study.forecast.trial_groups import Kind, kinds, wall_seconds
-from ebft_study.study.spec.study_spec import ResourcesSpec, StudySpec
+from ebft_study.study.forecast.prediction import Prediction, predict
+from ebft_study.study.forecast.trial_groups import TrialGroup, trial_groups
+from ebft_study.study.resolving.resolved import ResolvedStudy
+from ebft_study.study.spec.study_spec import ResourcesSpec
 from ebft_study.training.memory import fit_memory
 
 _GIB = 2**30
+_GPU_MEMORY_GIB = 80.0  # of the larger ones, at least
 
 
 @dataclass(frozen=True)
-class PlannedKind:
-    """Trials that cost the same, whether one of them fits, and how fast it is."""
+class PlannedGroup:
+    """Trials that cost the same, and whether one of them fits."""
 
-    kind: Kind
+    group: TrialGroup
     memory_gib: float
-    """Per worker, at the peak; NaN where not even the smallest split fits."""
+    """Per worker, at the peak; NaN where not even the smallest micro-batches fit."""
     problem: str
     """Why it does not fit."""
-    speed: Speed | None
-    """None where nothing was measured yet."""
-
-    @property
-    def seconds(self) -> float | None:
-        """Of one trial."""
-        return self.speed.seconds(self.kind.work) if self.speed else None
 
     @property
     def fits(self) -> bool:
@@ -51,113 +45,114 @@ class PlannedKind:
     @property
     def tokens(self) -> float:
         """Ground-truth tokens that one trial trains on."""
-        run = self.kind.run
+        run = self.group.example.run
         return float(run.total_steps * run.training.batch_size * run.data.sequence_length)
 
 
 @dataclass(frozen=True)
 class StudyPlan:
-    """`hours` is None where nothing was measured yet."""
+    """What `ebft-study plan` shows."""
 
-    kinds: list[PlannedKind]
-    concurrency: int
+    study: ResolvedStudy
+    groups: Sequence[PlannedGroup]
+    prediction: Prediction | None
+    """None where nothing was measured on this machine yet."""
 
     @property
     def n_trials(self) -> int:
-        return sum(row.kind.number for row in self.kinds)
+        return self.study.n_trials
+
+    @property
+    def concurrency(self) -> int:
+        return min(self.study.concurrency, self.n_trials)
 
     @property
     def fits(self) -> bool:
-        return all(row.fits for row in self.kinds)
+        return all(row.fits for row in self.groups)
 
     @property
     def hours(self) -> float | None:
         """From the first start to the last end."""
-        known = [(row.kind.number, row.seconds) for row in self.kinds if row.seconds is not None]
-        return wall_seconds(known, self.concurrency) / 3600 if known else None
+        return self.prediction.seconds / 3600 if self.prediction else None
 
     @property
     def gpu_hours(self) -> float:
         """Of all trials; 0 without GPUs, and where nothing was measured yet."""
-        return sum(row.kind.number * (row.seconds or 0.0) * row.kind.resources.gpus for row in self.kinds) / 3600
+        rows = self.prediction.groups if self.prediction else ()
+        return sum(row.group.number * row.seconds * row.group.example.resources.gpus for row in rows) / 3600
 
 
-def plan(spec: StudySpec, *, storage: Location, memory_gib: float) -> StudyPlan:
-    """The plan of a study; `memory_gib` is what a worker may use where the study does not say."""
-    found = kinds(spec)
-    concurrency = min(
-        requests.concurrent_trials(spec, [kind.run for kind in found]), sum(kind.number for kind in found)
-    )
-    known = throughput.measured(storage)
-    rows = []
-    for kind in found:
-        speed = known.of(kind.work, concurrency=concurrency) if known else None
-        rows.append(PlannedKind(kind, *_memory(spec, kind, memory_gib), speed))
-    return StudyPlan(rows, concurrency)
+def plan(study: ResolvedStudy, *, storage: Location, memory_gib: float | None = None) -> StudyPlan:
+    """The plan of a study.
+
+    Args:
+        storage: the folder of earlier studies, whose trials tell this machine's throughput.
+        memory_gib: of one worker, where the study does not say; default: 80 on a GPU, else its part of this machine's.
+    """
+    memory_gib = memory_gib or _default_memory_gib(study)
+    groups = [PlannedGroup(group, *_memory(group, memory_gib)) for group in trial_groups(study)]
+    return StudyPlan(study, groups, predict(study, storage=storage))
 
 
-def usual_memory_gib(spec: StudySpec) -> float:
-    """80 GiB on a GPU, as the larger ones have at least; on a CPU a worker's part of this machine's memory."""
-    if spec.resources.gpus_per_worker:
-        return 80.0
-    here = float(psutil.virtual_memory().total) / _GIB
-    return here / (requests.concurrent_trials(spec, []) * spec.resources.processes)
+def _default_memory_gib(study: ResolvedStudy) -> float:
+    if study.spec.resources.gpus_per_worker:
+        return _GPU_MEMORY_GIB
+    total = float(psutil.virtual_memory().total) / _GIB
+    return total / (study.concurrency * study.spec.resources.processes)
 
 
-def _memory(spec: StudySpec, kind: Kind, memory_gib: float) -> tuple[float, str]:
+def _memory(group: TrialGroup, memory_gib: float) -> tuple[float, str]:
     """GiB per worker at the peak, or NaN and why it does not fit."""
-    run = kind.run
+    run, resources = group.example.run, group.example.resources
     budget = (run.training.memory_budget_gib or memory_gib) * _GIB
     try:
-        device = spec.resources.device_of(run)
-        fitting = fit_memory(run, device, world_size=kind.resources.processes, budget_bytes=budget)
+        fitted = fit_memory(run, resources.device_of(run), world_size=resources.processes, budget_bytes=budget)
     except ConfigError as error:
         return math.nan, str(error)
-    return fitting.peak_bytes / _GIB, ""
+    return fitted.peak_bytes / _GIB, ""
 
 
 # --- for people ------------------------------------------------------------------------------------------------
 
 
-def show(planned: StudyPlan, spec: StudySpec, console: Console) -> None:
-    """The table of kinds, and the sum in a sentence."""
+def show(planned: StudyPlan, console: Console) -> None:
+    """Print the table of trial groups, and the sum in a sentence."""
+    spec = planned.study.spec
     table = Table(title=f"{spec.study}: {' '.join(spec.question.split())}", title_justify="left", box=box.SIMPLE_HEAD)
     for header in ("trials like", "number", "steps", "tokens", "TFLOP", "GiB/worker", "time"):
         table.add_column(header, justify="left" if header == "trials like" else "right")
-    for row in planned.kinds:
-        kind, time = row.kind, text.duration(row.seconds)
-        numbers = (
-            f"{kind.number}",
-            f"{kind.run.total_steps}",
-            text.count(row.tokens),
-            f"{kind.work.flops / 1e12:.3g}",
-        )
+    seconds = [row.seconds for row in planned.prediction.groups] if planned.prediction else [None] * len(planned.groups)
+    for row, duration in zip(planned.groups, seconds, strict=True):
+        group, steps = row.group, row.group.example.run.total_steps
         used = f"{row.memory_gib:.2f}" if row.fits else "too much"
-        table.add_row(kind.label, *numbers, used, time, style="" if row.fits else "red")
+        numbers = (f"{group.number}", f"{steps}", text.count(row.tokens), f"{group.work.flops / 1e12:.3g}", used)
+        table.add_row(group.label, *numbers, text.duration(duration), style="" if row.fits else "red")
     console.print(table)
-    for line in summary(planned, spec):
+    for line in summary(planned):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def summary(planned: StudyPlan, spec: StudySpec) -> list[str]:
-    """How many, where, and how long."""
-    places = dict.fromkeys(_place(row.kind.resources) for row in planned.kinds)
-    lines = [f"{planned.n_trials} trials, {planned.concurrency} at a time, {' or '.join(places)} each"]
-    lines += [f"{row.kind.label}: {row.problem}" for row in planned.kinds if not row.fits]
-    if planned.hours is None:
+def summary(planned: StudyPlan) -> list[str]:
+    """The number of trials, their workers, and the hours."""
+    workers = dict.fromkeys(_workers(row.group.example.resources) for row in planned.groups)
+    lines = [f"{planned.n_trials} trials, {planned.concurrency} at a time, {' or '.join(workers)} each"]
+    lines += [f"{row.group.label}: {row.problem}" for row in planned.groups if not row.fits]
+    if planned.prediction is None:
         return [*lines, "no time predicted: no trial has finished here yet to measure this machine by"]
-    spent = f", {planned.gpu_hours:.3g} GPU hours" if planned.gpu_hours else ""
-    return [*lines, f"about {text.duration(3600 * planned.hours)}{spent}, by {_basis(planned)}"]
+    gpu_hours = f", {planned.gpu_hours:.3g} GPU hours" if planned.gpu_hours else ""
+    basis = _basis(planned.prediction)
+    return [*lines, f"about {text.duration(planned.prediction.seconds)}{gpu_hours}, by {basis}"]
 
 
-def _place(resources: ResourcesSpec) -> str:
+def _workers(resources: ResourcesSpec) -> str:
     """`4 workers of 2 CPU and 1 GPU`."""
     workers = f"{resources.processes} worker{'s' * (resources.processes > 1)} of {resources.cpus_per_worker} CPU"
     return workers + (f" and {resources.gpus_per_worker:g} GPU" if resources.gpus_per_worker else "")
 
 
-def _basis(planned: StudyPlan) -> str:
-    speeds = [row.speed for row in planned.kinds if row.speed]
-    rates = sorted({f"{speed.flops_per_second / 1e9:.4g}" for speed in speeds}, key=float)
+def _basis(prediction: Prediction) -> str:
+    measured = [row.throughput for row in prediction.groups]
+    rates = sorted({f"{throughput.flops_per_second / 1e9:.4g}" for throughput in measured}, key=float)
     spread = rates[0] if len(rates) == 1 else f"{rates[0]} to {rates[-1]}"
-    return f"{spread} GFLOP/s of the {max(speed.trials for speed in speeds)} finished trials here that are most alike"
+    n_trials = max(throughput.trials for throughput in measured)
+    return f"{spread} GFLOP/s of the {n_trials} finished trials here that are most alike"

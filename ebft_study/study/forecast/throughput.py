@@ -1,7 +1,7 @@
-"""How fast a machine is, from the trials that finished on it in earlier studies of a storage folder.
+"""The throughput of this machine, from the trials that finished on it in earlier studies of a storage folder.
 
-What counts is most alike what is planned: of the same model, method and number of workers if there is any such trial.
-Other models and methods reach another part of a machine's speed, and trials side by side share its memory.
+The trials that resemble the planned one most count: those of the same model, method and number of workers if there are
+any. Other models and methods reach another fraction of a machine's speed, and concurrent trials share its memory.
 """
 
 from __future__ import annotations
@@ -21,59 +21,64 @@ from ebft_study.cost import StepShape, step_cost
 from ebft_study.errors import EbftError
 from ebft_study.results.reader import read_spec
 from ebft_study.storage import Location, StoragePath, storage_path
+from ebft_study.study.spec.trials import Trial
 from ebft_study.training.memory import shapes
 
 _MOST_MEASURED = 50  # trials, the newest ones
-_ALIKE: tuple[list[str], ...] = (
-    ["model", "method", "workers", "served", "side_by_side"],
+_SHARED: tuple[list[str], ...] = (
+    ["model", "method", "workers", "served", "concurrency"],
     ["model", "method", "workers", "served"],
     ["model", "workers", "served"],
     ["model"],
     [],
 )
-"""What trials must have in common, from the strictest to none."""
+"""Properties that earlier trials must share with the planned one, from the strictest list to none."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """What one trial computes, and what decides at which speed."""
+    """The work of one trial, and the properties that decide its throughput."""
 
     model: str
     method: str
     workers: int
     """0 where a trial trains in its own process, which starts much sooner than a group of one worker."""
     served: bool
-    """Samples or features come from another process."""
+    """Whether samples or features come from another process."""
     flops: float
     """Of all updates, on all its workers."""
     evaluations: int
     evaluation_flops: float
     """Of all evaluations."""
 
-    @staticmethod
-    def from_run(run: RunConfig, workers: int) -> Work:
+    @classmethod
+    def from_trial(cls, trial: Trial) -> Work:
+        return cls.from_run(trial.run, trial.resources.workers_per_trial)
+
+    @classmethod
+    def from_run(cls, run: RunConfig, workers: int) -> Work:
         served = run.uses_engine or run.features.backend == "service"
-        return Work(run.model, run.method, workers, served, flops(run), evaluations(run), evaluation_flops(run))
+        return cls(run.model, run.method, workers, served, flops(run), evaluations(run), evaluation_flops(run))
 
 
 @dataclass(frozen=True)
-class Speed:
+class Throughput:
     """Medians over finished trials of this machine."""
 
     trials: int
     flops_per_second: float
     evaluation_flops_per_second: float
-    """Of all that a trial does between updates: evaluations and checkpoints."""
+    """Between updates, where a trial evaluates and writes checkpoints."""
     startup_seconds: float
 
     def seconds(self, work: Work, done: float = 1.0) -> float:
-        """Of a trial, or of the first part of it."""
+        """Duration of a trial, or of the first part of it."""
         training = work.flops / self.flops_per_second
         return self.startup_seconds + done * (training + work.evaluation_flops / self.evaluation_flops_per_second)
 
 
-class Pace:
-    """Speeds of earlier trials."""
+class Measurements:
+    """The throughput of earlier trials."""
 
     def __init__(self, rows: Sequence[dict[str, Any]]) -> None:
         self._rows = pd.DataFrame(rows)
@@ -81,20 +86,20 @@ class Pace:
     def __bool__(self) -> bool:
         return len(self._rows) > 0
 
-    def of(self, work: Work, *, concurrency: int) -> Speed:
-        """By the trials most alike; `at_once`: trials side by side."""
-        wanted = {**vars(work), "side_by_side": concurrency}
-        for names in _ALIKE:
+    def throughput(self, work: Work, *, concurrency: int) -> Throughput:
+        """Expected for `work` beside `concurrency - 1` other trials, by the trials that resemble it most."""
+        wanted = {**vars(work), "concurrency": concurrency}
+        for names in _SHARED:
             rows = self._rows
             for name in names:
                 rows = rows[rows[name] == wanted[name]]
             if len(rows):
                 break
         rate, evaluation, startup = (float(rows[name].median()) for name in ("rate", "evaluation_rate", "startup"))
-        return Speed(len(rows), rate, evaluation, startup)
+        return Throughput(len(rows), rate, evaluation, startup)
 
 
-def measured(storage: Location) -> Pace:
+def measured(storage: Location) -> Measurements:
     """From the newest finished trials of all studies in a folder that ran on this machine."""
     rows: list[dict[str, Any]] = []
     here = storage_path(storage)
@@ -102,7 +107,7 @@ def measured(storage: Location) -> Pace:
     for path in sorted(records, key=lambda path: path.changed_at() or 0.0, reverse=True):
         if len(rows) < _MOST_MEASURED:
             rows += list(_finished(path.parent))
-    return Pace(rows)
+    return Measurements(rows)
 
 
 def flops(run: RunConfig) -> float:
@@ -160,7 +165,7 @@ def _measurement(work: Work, row: dict[Any, Any], updating: float, local_dir: in
     between = max(row["train_seconds"] - updating, 1e-3)
     return {
         **{name: getattr(work, name) for name in ("model", "method", "workers", "served")},
-        "side_by_side": local_dir,
+        "concurrency": local_dir,
         "rate": work.flops / updating,
         "evaluation_rate": work.evaluation_flops / between,
         "startup": max(row["total_seconds"] - row["train_seconds"], 0.0),

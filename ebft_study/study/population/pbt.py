@@ -194,7 +194,7 @@ class _Population(PopulationBasedTraining):  # type: ignore[misc]
         generator = _generator(self._spec, trial, self.time(trial), "settings")
         before, theirs = trial.config["settings"], donor.config["settings"]
         after = explore(self._spec, trial.config["run"], theirs, generator)
-        donor_attempt = (donor.config["line"] or asdict(Lineage()))["attempt"]
+        donor_attempt = (donor.config["lineage"] or asdict(Lineage()))["attempt"]
         scores = [self._metric_op * self._trial_state[t].last_score for t in (trial, donor)]
 
         def record(attempt: int, checkpoint: Path, step: int) -> None:
@@ -218,7 +218,7 @@ class _Population(PopulationBasedTraining):  # type: ignore[misc]
         """The trial stays who it is; its line and the settings on the axes are new."""
         line = self._taken[_id(trial)]
         run = applied(self._spec, trial.config["run"], line.settings).model_dump(mode="json")
-        return {**trial.config, "run": run, "settings": line.settings, "line": asdict(line)}, {}
+        return {**trial.config, "run": run, "settings": line.settings, "lineage": asdict(line)}, {}
 
 
 def _generator(spec: StudySpec, trial: Any, *what: Any) -> random.Random:

@@ -1,10 +1,13 @@
-"""What a study must satisfy before anything runs; each broken rule is one line for people."""
+"""Rules that a study must satisfy before anything runs; each broken one is one line for people.
+
+Functions named `*_rules` yield what is broken as (key, given, rule, remedy); the first one is raised.
+"""
 
 from __future__ import annotations
 
 import difflib
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -12,287 +15,224 @@ from ebft_study import config
 from ebft_study.config import RunConfig
 from ebft_study.errors import ConfigError, rule_broken
 from ebft_study.results import METRICS
-from ebft_study.study.cluster.capacity import ClusterCapacity, this_machine
-from ebft_study.study.cluster.requests import concurrent_trials, resource_requests, shared_gpus, wants_gpus
 from ebft_study.study.resolving import population_rules
-from ebft_study.study.spec import enumeration, trials
-from ebft_study.study.spec.study_spec import ObjectiveSpec, StudySpec, key_matches
-from ebft_study.study.spec.trials import Configuration
+from ebft_study.study.resolving.population_rules import Broken
+from ebft_study.study.resolving.resolved import ResolvedStudy
+from ebft_study.study.spec import enumeration
+from ebft_study.study.spec.study_spec import StudySpec, key_matches
+from ebft_study.study.spec.trials import Trial
 
 OBJECTIVES = ("cfm_loss", "ce_loss", "ce_answer_loss", "perplexity", "reward")
-_MOST_CORNERS = 256
 
 
-def check(spec: StudySpec, source: str) -> list[RunConfig]:
-    """Refuse a study that cannot run as a whole; returns the run of each configuration checked, at the first seed."""
-    _check_search(spec, source)
-    check_objective(spec, source)
-    check_compared(spec, source)
-    checked, members = [], []
-    for configuration in _to_check(spec):
-        run = trials.build(spec, configuration, seed=spec.seeds[0], source=source)
-        _check_size(spec, run, source)
-        _check_services(spec, run, source)
-        if configuration.baseline is None:
-            _check_reports(spec, run, source)
-            members.append(run)
-        checked.append(run)
-    population_rules.check(spec, members, source)
-    check_resources_by(spec, checked, source)
-    return checked
+def refuse(broken: Iterable[Broken], source: str) -> None:
+    """Raise `ConfigError` for the first broken rule, if there is one."""
+    for key, given, rule, remedy in broken:
+        raise rule_broken(source=source, key=key, given=given, rule=rule, remedy=remedy)
 
 
-def _to_check(spec: StudySpec) -> Iterator[Configuration]:
-    """Everything a grid or random search runs; for Optuna, baselines and the corners of the space."""
-    yield from trials.enumerated(spec)
-    if spec.search.algorithm == "optuna":
-        for assignment in enumeration.corners(spec, _MOST_CORNERS):
-            yield trials.on_axes(spec, assignment)
-
-
-def _check_search(spec: StudySpec, source: str) -> None:
-    search, number = spec.search, spec.search.num_configurations or 0
-    for path, axis in spec.axes.items():
-        if search.algorithm == "grid" and axis.finite is None:
-            raise rule_broken(
-                source=source,
-                key=f"axes.{config.short_name(path)}",
-                given=axis.distribution,
-                rule="a grid needs a list of values or steps, not a continuous range",
-                remedy="List the values, give the range a step, or use search.algorithm: random or optuna",
-            )
-    if search.algorithm != "grid" and not spec.axes:
-        raise ConfigError(f"{source}: axes: a {search.algorithm} search has nothing to choose. Name at least one axis")
+def check_search(spec: StudySpec, source: str) -> None:
+    """Refuse axes from which no trials can be made."""
+    if spec.search.algorithm != "grid" and not spec.axes:
+        raise ConfigError(
+            f"{source}: axes: a {spec.search.algorithm} search has nothing to choose. Name at least one axis"
+        )
+    refuse(_axes_rules(spec), source)
     if enumeration.is_empty(spec):
         raise ConfigError(f"{source}: exclude: leaves no configuration to run. Exclude less")
-    there = enumeration.number_of_choices(spec) if search.algorithm == "random" else number
-    if number > there:
-        raise rule_broken(
-            source=source,
-            key="search.num_configurations",
-            given=number,
-            rule=f"the axes hold only {there:.0f} different configurations",
-            remedy="Use algorithm: grid to run them all, or fewer",
-        )
+    refuse(_search_rules(spec), source)
 
 
-def check_objective(spec: StudySpec, source: str) -> None:
-    """Each objective must be a metric that trials report, and its mode the better side of it."""
-    metrics = [objective.metric for objective in spec.objective.all]
-    for objective in spec.objective.all:
-        _check_metric(objective, source)
-        if metrics.count(objective.metric) > 1:
-            rule, given = "is listed twice", objective.metric
-            raise rule_broken(source=source, key="objective", given=given, rule=rule, remedy="List each metric once")
-    if spec.search.algorithm == "optuna" and spec.search.sampler == "nsga2" and len(metrics) == 1:
+def check(study: ResolvedStudy) -> None:
+    """Refuse a study that cannot run as a whole, on whatever machines."""
+    spec, source = study.spec, study.source.name
+    check_stopping(spec, n_trials=study.n_trials, total_steps=(), source=source)
+    for trial in study.examples:
+        refuse(_trial_rules(spec, trial), source)
+    members = [trial.run for trial in study.examples if trial.configuration.baseline is None]
+    refuse(population_rules.broken_rules(spec, members, source), source)
+    refuse(_resources_by_rules(study), source)
+
+
+def check_stopping(spec: StudySpec, *, n_trials: int, total_steps: Iterable[int], source: str) -> None:
+    """Refuse objectives that trials do not report, and schedulers that could stop none of `n_trials`.
+
+    Args:
+        total_steps: the lengths of the trials, for `_scheduler_rules`.
+    """
+    refuse(_objective_rules(spec), source)
+    refuse(_comparison_rules(spec, n_trials), source)
+    for steps in total_steps:
+        refuse(_scheduler_rules(spec, steps), source)
+
+
+def check_capacity(study: ResolvedStudy) -> None:
+    """Refuse a study of which some trial does not fit on its machines, even alone."""
+    refuse(_capacity_rules(study), study.name)
+
+
+# --- the search and its objectives -----------------------------------------------------------------------------
+
+
+def _axes_rules(spec: StudySpec) -> Iterator[Broken]:
+    for path, axis in spec.axes.items():
+        if spec.search.algorithm == "grid" and axis.finite is None:
+            rule = "a grid needs a list of values or steps, not a continuous range"
+            remedy = "List the values, give the range a step, or use search.algorithm: random or optuna"
+            yield f"axes.{config.short_name(path)}", axis.distribution, rule, remedy
+
+
+def _search_rules(spec: StudySpec) -> Iterator[Broken]:
+    number = spec.search.num_configurations or 0
+    available = enumeration.number_of_choices(spec) if spec.search.algorithm == "random" else number
+    if number > available:
+        rule = f"the axes hold only {available:.0f} different configurations"
+        yield "search.num_configurations", number, rule, "Use algorithm: grid to run them all, or fewer"
+
+
+def _objective_rules(spec: StudySpec) -> Iterator[Broken]:
+    """Each objective is a metric that trials report, and its mode is the better side of it."""
+    objectives, search = spec.objective.all, spec.search
+    metrics = [objective.metric for objective in objectives]
+    for metric, mode in ((objective.metric, objective.mode) for objective in objectives):
+        if metric not in OBJECTIVES:
+            close = difflib.get_close_matches(metric, OBJECTIVES, n=1, cutoff=0.5)
+            nearest = f" Did you mean {close[0]!r}?" if close else ""
+            rule = f"no trial reports this metric at evaluations.{nearest} Reported are {', '.join(OBJECTIVES)}"
+            yield "objective.metric", metric, rule, "Use one of them"
+        elif (better := METRICS[metric].direction) != mode:
+            yield "objective.mode", mode, f"the better {metric} is the {better}imum", f"Use mode: {better}"
+        if metrics.count(metric) > 1:
+            yield "objective", metric, "is listed twice", "List each metric once"
+    if search.algorithm != "optuna" or search.sampler != "nsga2":
+        return
+    if len(metrics) == 1:
         rule = "evolution by ranks of a Pareto front has one objective only"
-        remedy = "List several objectives, or use sampler: tpe"
-        raise rule_broken(source=source, key="search.sampler", given="nsga2", rule=rule, remedy=remedy)
-    number, size = spec.search.num_configurations or 0, spec.search.population_size
-    if spec.search.algorithm == "optuna" and spec.search.sampler == "nsga2" and number <= size:
+        yield "search.sampler", "nsga2", rule, "List several objectives, or use sampler: tpe"
+    number, size = search.num_configurations or 0, search.population_size
+    if number <= size:
         rule = f"the first generation is drawn at random, and {number} configurations hold no other"
         remedy = f"Use a smaller population_size, or num_configurations > {size}"
-        raise rule_broken(source=source, key="search.population_size", given=size, rule=rule, remedy=remedy)
+        yield "search.population_size", size, rule, remedy
 
 
-def _check_metric(objective: ObjectiveSpec, source: str) -> None:
-    metric, mode = objective.metric, objective.mode
-    if metric not in OBJECTIVES:
-        close = difflib.get_close_matches(metric, OBJECTIVES, n=1, cutoff=0.5)
-        nearest = f" Did you mean {close[0]!r}?" if close else ""
-        raise rule_broken(
-            source=source,
-            key="objective.metric",
-            given=metric,
-            rule=f"no trial reports this metric at evaluations.{nearest} Reported are {', '.join(OBJECTIVES)}",
-            remedy="Use one of them",
-        )
-    better = METRICS[metric].direction
-    if better != mode:
-        rule, remedy = f"the better {metric} is the {better}imum", f"Use mode: {better}"
-        raise rule_broken(source=source, key="objective.mode", given=mode, rule=rule, remedy=remedy)
+def _comparison_rules(spec: StudySpec, n_trials: int) -> Iterator[Broken]:
+    """A trial has enough others to be compared with."""
+    compared = n_trials - len(spec.seeds) * len(spec.baselines)
+    required = spec.scheduler.min_samples_required
+    if spec.scheduler.kind == "median" and required >= compared:
+        rule = f"the study has {compared} trials on its axes, so none would ever be stopped"
+        yield "scheduler.min_samples_required", required, rule, f"Use at most {max(compared - 1, 1)}, or kind: none"
 
 
-def _check_size(spec: StudySpec, run: RunConfig, source: str) -> None:
-    workers, batch = spec.resources.for_run(run).processes, run.training.batch_size
-    if batch % workers:
-        raise rule_broken(
-            source=source,
-            key="training.batch_size",
-            given=batch,
-            rule=f"each of {workers} workers takes an equal part of the batch",
-            remedy="Use a multiple of resources.workers_per_trial",
-        )
-    check_scheduler(spec, run, source)
-
-
-def check_scheduler(spec: StudySpec, run: RunConfig, source: str) -> None:
-    """A scheduler must be able to stop a trial of `run`'s length; `perturbation.check` has the rules of pbt."""
-    scheduler, steps = spec.scheduler, run.total_steps
+def _scheduler_rules(spec: StudySpec, total_steps: int) -> Iterator[Broken]:
+    """A scheduler can stop a trial of this length; `population_rules` has the rules of pbt."""
+    scheduler = spec.scheduler
     if scheduler.kind in ("none", "pbt"):
         return
-    if scheduler.grace_period_steps >= steps:
-        raise rule_broken(
-            source=source,
-            key="scheduler.grace_period_steps",
-            given=scheduler.grace_period_steps,
-            rule=f"a trial has only {steps} steps, so none could be stopped early",
-            remedy="Use a shorter grace period, or kind: none",
-        )
+    if scheduler.grace_period_steps >= total_steps:
+        rule = f"a trial has only {total_steps} steps, so none could be stopped early"
+        remedy = "Use a shorter grace period, or kind: none"
+        yield "scheduler.grace_period_steps", scheduler.grace_period_steps, rule, remedy
     first_rung = scheduler.grace_period_steps * scheduler.reduction_factor ** (scheduler.brackets - 1)
-    if scheduler.kind == "asha" and first_rung >= steps:
-        raise rule_broken(
-            source=source,
-            key="scheduler.brackets",
-            given=scheduler.brackets,
-            rule=f"the first rung of the last bracket is at step {first_rung}, and a trial has only {steps} steps",
-            remedy="Use fewer brackets, or a shorter grace period",
-        )
+    if scheduler.kind == "asha" and first_rung >= total_steps:
+        rule = f"the first rung of the last bracket is at step {first_rung}, and a trial has only {total_steps} steps"
+        yield "scheduler.brackets", scheduler.brackets, rule, "Use fewer brackets, or a shorter grace period"
 
 
-def check_compared(spec: StudySpec, source: str) -> None:
-    """A trial must have enough others to be compared with."""
-    if spec.scheduler.kind != "median":
-        return
-    compared = trials.number_of_trials(spec) - len(spec.seeds) * len(spec.baselines)
-    if spec.scheduler.min_samples_required >= compared:
-        raise rule_broken(
-            source=source,
-            key="scheduler.min_samples_required",
-            given=spec.scheduler.min_samples_required,
-            rule=f"the study has {compared} trials on its axes, so none would ever be stopped",
-            remedy=f"Use at most {max(compared - 1, 1)}, or kind: none",
-        )
+# --- each configuration ----------------------------------------------------------------------------------------
 
 
-def _check_services(spec: StudySpec, run: RunConfig, source: str) -> None:
-    """What runs beside the trials must be installed, and have a place."""
-    resources = spec.resources.for_run(run)
+def _trial_rules(spec: StudySpec, trial: Trial) -> Iterator[Broken]:
+    run, resources = trial.run, trial.resources
+    if run.training.batch_size % resources.processes:
+        rule = f"each of {resources.processes} workers takes an equal part of the batch"
+        remedy = "Use a multiple of resources.workers_per_trial"
+        yield "training.batch_size", run.training.batch_size, rule, remedy
+    yield from _scheduler_rules(spec, run.total_steps)
     if run.uses_engine and importlib.util.find_spec("vllm") is None:
-        raise rule_broken(
-            source=source,
-            key="rollout.backend",
-            given="vllm",
-            rule="vLLM is not installed here",
-            remedy="Install it (GPU: pip install 'ebft-study[vllm]'; CPU: make setup), or use backend: strided",
-        )
+        remedy = "Install it (GPU: pip install 'ebft-study[vllm]'; CPU: make setup), or use backend: strided"
+        yield "rollout.backend", "vllm", "vLLM is not installed here", remedy
     if run.features.backend == "service" and resources.gpus_per_worker and not resources.feature_gpus:
-        raise rule_broken(
-            source=source,
-            key="resources.feature_gpus",
-            given=0,
-            rule="trials are on GPUs, so their feature service needs one, or a part of one",
-            remedy="Use feature_gpus: 1 (or 0.5), or features.backend: local",
-        )
+        rule = "trials are on GPUs, so their feature service needs one, or a part of one"
+        yield "resources.feature_gpus", 0, rule, "Use feature_gpus: 1 (or 0.5), or features.backend: local"
+    if trial.configuration.baseline is None:
+        for objective in spec.objective.all:
+            yield from _reported_rules(objective.metric, run)
 
 
-def _check_reports(spec: StudySpec, run: RunConfig, source: str) -> None:
-    """The objective must be something that this configuration measures."""
-    for objective in spec.objective.all:
-        _check_reported(objective.metric, run, source)
+def _reported_rules(metric: str, run: RunConfig) -> Iterator[Broken]:
+    """A trial with these settings measures the objective."""
+    is_raw_text = run.data.dataset in ("stdlib", "unstructured") or run.data.text_column is not None
+    if metric == "ce_answer_loss" and is_raw_text:
+        rule = f"data set {run.data.dataset!r} is raw text without answers, so no trial reports it"
+        yield "objective.metric", metric, rule, "Use metric: ce_loss"
+    if metric == "reward" and run.method != "ebft":
+        rule = f"method={run.method} has no reward, so such a trial does not report it"
+        yield "objective.metric", metric, rule, "Use metric: cfm_loss"
 
 
-def _check_reported(metric: str, run: RunConfig, source: str) -> None:
-    if metric == "ce_answer_loss" and _is_raw_text(run):
-        rule, remedy = f"data set {run.data.dataset!r} is raw text without answers, so no trial reports it", "ce_loss"
-    elif metric == "reward" and run.method != "ebft":
-        rule, remedy = f"method={run.method} has no reward, so such a trial does not report it", "cfm_loss"
-    else:
-        return
-    raise rule_broken(source=source, key="objective.metric", given=metric, rule=rule, remedy=f"Use metric: {remedy}")
+# --- resources -------------------------------------------------------------------------------------------------
 
 
-def _is_raw_text(run: RunConfig) -> bool:
-    return run.data.dataset in ("stdlib", "unstructured") or run.data.text_column is not None
-
-
-def check_machine(spec: StudySpec, runs: Sequence[RunConfig], capacity: ClusterCapacity | None = None) -> None:
-    """Refuse a study of which some trial does not even fit alone on these machines, by default on this one."""
-    capacity = capacity or this_machine(gpus=wants_gpus(spec.resources))
-    shared = shared_gpus(spec.resources, runs)
-    left = capacity.without_gpus(shared)
-    for need, run in resource_requests(spec.resources, runs).items():
-        if need.fit(left):
-            continue
-        own = spec.resources.for_run(run) if run else spec.resources
-        cpus = need.processes * need.cpus
-        key = "cpus_per_worker" if replace(need, gpus=0.0, engine_gpus=0.0).fit(capacity) == 0 else "gpus_per_worker"
-        needed, there, what = (
-            (cpus, capacity.cpus, "CPU cores")
-            if key == "cpus_per_worker"
-            else (need.all_gpus + shared, capacity.gpus, "GPUs")
-        )
-        of_services = needed - need.processes * need.gpus if what == "GPUs" else 0
-        services = f" (of which {of_services:g} for services)" if of_services else ""
-        spread = f", on {len(capacity.nodes)} machines" if len(capacity.nodes) > 1 else ""
-        raise rule_broken(
-            source=spec.study,
-            key=f"resources.{key}",
-            given=getattr(own, key),
-            rule=f"a trial of {own.processes} worker(s) needs {needed:g} {what}{services}; here are {there:g}{spread}",
-            remedy="Use another --profile, fewer workers_per_trial, or a larger machine",
-        )
-    if len(capacity.nodes) > 1:
-        _check_engines(spec, runs)
-
-
-def _check_engines(spec: StudySpec, runs: Sequence[RunConfig]) -> None:
-    """An engine reads the trainer's weights from /dev/shm, so both are on one machine."""
-    for run in runs:
-        if not run.uses_engine:
-            continue
-        if run.vllm.engine_scope == "study":
-            key, given, remedy = "vllm.engine_scope", "study", "Use engine_scope: trial"
-        elif spec.resources.for_run(run).gpus_per_worker and run.vllm.placement == "own":
-            key, given, remedy = "vllm.placement", "own", "Use placement: colocated"
-        else:
-            continue
-        rule = "an engine gets weights through /dev/shm; on several machines nothing keeps it a place beside its trial"
-        raise rule_broken(source=spec.study, key=key, given=given, rule=rule, remedy=f"{remedy}, or one machine")
-
-
-def check_population(spec: StudySpec, runs: Sequence[RunConfig], capacity: ClusterCapacity) -> None:
-    """On a cluster that was joined nothing counts places, so that all trials of a population run at once."""
-    needed, there = trials.number_of_trials(spec), concurrent_trials(spec, runs, capacity)
-    if spec.scheduler.kind == "pbt" and needed > there:
-        raise rule_broken(
-            source=spec.study,
-            key="scheduler.kind",
-            given="pbt",
-            rule=f"on a cluster that was joined, all {needed} trials run side by side, and only {there} fit",
-            remedy="Use fewer trials or seeds, or run it without --address",
-        )
-
-
-def check_resources_by(spec: StudySpec, runs: Sequence[RunConfig], source: str) -> None:
-    """Overrides of resources must name settings and values that trials of the study have."""
-    if spec.scheduler.kind == "pbt" and len(resource_requests(spec.resources, runs)) > 1:
-        raise rule_broken(
-            source=source,
-            key="resources.by",
-            given=", ".join(spec.resources.by),
-            rule="trials of a population take turns at places of one size",
-            remedy="Use the same resources for all, or another scheduler.kind",
-        )
-    settings = [config.flatten(run) for run in runs] if spec.resources.by else []
+def _resources_by_rules(study: ResolvedStudy) -> Iterator[Broken]:
+    """Overrides of resources name settings and values that trials of the study have."""
+    spec = study.spec
+    if spec.scheduler.kind == "pbt" and len(study.requests) > 1:
+        rule = "trials of a population take turns in slots of one size"
+        remedy = "Use the same resources for all, or another scheduler.kind"
+        yield "resources.by", ", ".join(spec.resources.by), rule, remedy
+    settings = [config.flatten(run) for run in study.runs] if spec.resources.by else []
     for name, values in spec.resources.by.items():
-        existing = [*(given[name] for given in settings), *_on_axes(spec, config.short_names()[name])]
+        existing = [*(flat[name] for flat in settings), *_axis_values(spec, config.short_names()[name])]
         for value in values:
-            if not any(key_matches(value, given) for given in existing):
+            if not any(key_matches(value, one) for one in existing):
                 there = ", ".join(dict.fromkeys(map(str, existing)))
-                raise rule_broken(
-                    source=source,
-                    key=f"resources.by.{name}",
-                    given=value,
-                    rule=f"no trial has this {name}. Trials have {there}",
-                    remedy="Use one of these values",
-                )
+                rule = f"no trial has this {name}. Trials have {there}"
+                yield f"resources.by.{name}", value, rule, "Use one of these values"
 
 
-def _on_axes(spec: StudySpec, path: str) -> Iterator[Any]:
+def _axis_values(spec: StudySpec, path: str) -> Iterator[Any]:
     """Values that the axes may give a setting, of which a large search checks only some."""
     for name, axis in spec.axes.items():
         if axis.choices is not None:
             yield from (settings[path] for settings in axis.choices.values() if path in settings)
         elif name == path:
             yield from axis.extremes()
+
+
+def _capacity_rules(study: ResolvedStudy) -> Iterator[Broken]:
+    capacity, n_nodes = study.capacity, len(study.capacity.nodes)
+    spread = f", on {n_nodes} machines" if n_nodes > 1 else ""
+    for request, trial in study.requests.items():
+        if request.fit(study.trial_capacity):
+            continue
+        without_gpus = replace(request, gpus=0.0, engine_gpus=0.0)
+        if without_gpus.fit(capacity) == 0:
+            key, needed, there, what = "cpus_per_worker", request.processes * request.cpus, capacity.cpus, "CPU cores"
+            services = ""
+        else:
+            needed, there = request.all_gpus + study.shared_gpus, capacity.gpus
+            of_services = needed - request.processes * request.gpus
+            key, what = "gpus_per_worker", "GPUs"
+            services = f" (of which {of_services:g} for services)" if of_services else ""
+        rule = f"a trial of {request.processes} worker(s) needs {needed:g} {what}{services}; here are {there:g}{spread}"
+        remedy = "Use another --profile, fewer workers_per_trial, or a larger machine"
+        yield f"resources.{key}", getattr(trial.resources, key), rule, remedy
+    if n_nodes > 1:
+        for trial in study.examples:
+            yield from _engine_rules(trial)
+    if capacity.is_existing and study.spec.scheduler.kind == "pbt" and study.n_trials > study.concurrency:
+        rule = (
+            f"on an existing cluster all {study.n_trials} trials run at the same time, and only {study.concurrency} fit"
+        )
+        yield "scheduler.kind", "pbt", rule, "Use fewer trials or seeds, or run it without --address"
+
+
+def _engine_rules(trial: Trial) -> Iterator[Broken]:
+    """An engine reads the trainer's weights from /dev/shm, so both are on one machine."""
+    rule = "an engine gets weights through /dev/shm; on several machines nothing keeps it on the machine of its trial"
+    if trial.run.uses_engine and trial.run.vllm.engine_scope == "study":
+        yield "vllm.engine_scope", "study", rule, "Use engine_scope: trial, or one machine"
+    elif trial.run.uses_engine and trial.resources.gpus_per_worker and trial.run.vllm.placement == "own":
+        yield "vllm.placement", "own", rule, "Use placement: colocated, or one machine"

@@ -1,4 +1,4 @@
-"""`--extend`: a study that has run is given more trials or more steps, and everything that was done stays.
+"""`--extend`: a study gets more trials or more steps, and everything that was done stays.
 
 What a study was before is kept in its `extended_from`, because trials are numbered by their place in what they began in
 (`trials.listed`): a resumed study finds the very same numbers.
@@ -6,7 +6,6 @@ What a study was before is kept in its `extended_from`, because trials are numbe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +14,7 @@ from ebft_study.config import RunConfig
 from ebft_study.errors import ConfigError, rule_broken
 from ebft_study.study.folder import study_yaml
 from ebft_study.study.folder.history import History
-from ebft_study.study.spec import trials
+from ebft_study.study.resolving.resolved import ResolvedStudy
 from ebft_study.study.spec.axis import Axis
 from ebft_study.study.spec.study_spec import StudySize, StudySpec
 
@@ -23,39 +22,37 @@ STEPS = "training.steps"
 _MAY_GROW = "values of axes, seeds, baselines, search.num_configurations and steps"
 
 
-def extended(old: StudySpec, new: StudySpec, runs: Sequence[RunConfig], source: str) -> StudySpec:
-    """`new`, which holds everything that `old` does and more, with the extent of `old` on record.
-
-    Args:
-        runs: the configurations of `new` (`checks.check`).
+def extended(old: StudySpec, study: ResolvedStudy) -> StudySpec:
+    """The spec of `study`, which asks for everything that `old` does and more, with the size of `old` recorded in it.
 
     Raises:
-        ConfigError: something other than its extent differs, or less is asked than was.
+        ConfigError: something other than its size differs, or less is asked for than was.
     """
+    new, source = study.spec, study.source.name
     _check_rest(old, new, source)
-    _check_extent(old, new, source)
-    _check_steps(old, new, runs, source)
+    _check_size(old, new, source)
+    _check_steps(old, study)
     if not differences(old, new):
         raise ConfigError(f"{source}: --extend: nothing is added to the study. Add to {_MAY_GROW}, or use 'resume'")
     return new.model_copy(update={"extended_from": (*old.extended_from, StudySize.from_spec(old))})
 
 
 def differences(recorded: StudySpec, asked: StudySpec) -> list[str]:
-    """Keys in which a study and a file differ; what the study has grown from is no file's to say."""
+    """Keys in which a study and a file differ; files do not say what a study was extended from."""
     return study_yaml.differences(recorded, asked.model_copy(update={"extended_from": recorded.extended_from}))
 
 
-def reopened(spec: StudySpec, past: History) -> History:
-    """The past without the ends of trials that have more steps to do now."""
-    if not spec.extended_from:
+def reopened(study: ResolvedStudy, past: History) -> History:
+    """The history without the results of finished trials that have more steps to do now."""
+    if not study.spec.extended_from:
         return past
-    lengths = {trial.trial_id: trial.run.total_steps for trial in trials.listed(spec)}
-    done = {
-        trial_id: trial_result
-        for trial_id, trial_result in past.trial_results.items()
-        if trial_result.kind != "finished" or trial_result.step >= lengths.get(trial_id, 0)
+    total_steps = {trial.trial_id: trial.run.total_steps for trial in study.trials}
+    over = {
+        trial_id: result
+        for trial_id, result in past.trial_results.items()
+        if result.kind != "finished" or result.step >= total_steps.get(trial_id, 0)
     }
-    return replace(past, trial_results=done)
+    return replace(past, trial_results=over)
 
 
 def _steps(spec: StudySpec) -> int:
@@ -64,7 +61,7 @@ def _steps(spec: StudySpec) -> int:
 
 
 def _check_rest(old: StudySpec, new: StudySpec, source: str) -> None:
-    """All that does not say how large the study is must be as it was."""
+    """Everything that does not say how large the study is stays as it was."""
     length = {"training": {"steps": _steps(old)}}
     before = old.model_copy(update={"run": config.merge(old.run, length)})
     run = config.merge(new.run, length)
@@ -77,7 +74,7 @@ def _check_rest(old: StudySpec, new: StudySpec, source: str) -> None:
         )
 
 
-def _check_extent(old: StudySpec, new: StudySpec, source: str) -> None:
+def _check_size(old: StudySpec, new: StudySpec, source: str) -> None:
     fixed = {
         "grid": (),
         "random": ("axes",),
@@ -111,8 +108,8 @@ def _gone(old: Axis, new: Axis) -> list[Any]:
     return [name for name, settings in old.choices.items() if (new.choices or {}).get(name) != settings]
 
 
-def _check_steps(old: StudySpec, new: StudySpec, runs: Sequence[RunConfig], source: str) -> None:
-    before, after = _steps(old), _steps(new)
+def _check_steps(old: StudySpec, study: ResolvedStudy) -> None:
+    before, after = _steps(old), _steps(study.spec)
     if after == before:
         return
     problem = ""
@@ -120,8 +117,9 @@ def _check_steps(old: StudySpec, new: StudySpec, runs: Sequence[RunConfig], sour
         problem, remedy = f"trials have done {before} already", f"Use steps >= {before}"
     elif old.search.algorithm == "optuna":
         problem, remedy = "Optuna was told what its configurations reach in fewer", "Use another --name"
-    elif any(run.optimizer.schedule != "constant" for run in runs):
+    elif any(run.optimizer.schedule != "constant" for run in study.runs):
         problem = f"the learning rate has come to the end of a schedule that was laid out for {before} steps"
         remedy = "Only trials with schedule: constant can go on; use another --name"
     if problem:
-        raise rule_broken(source=source, key=f"--extend: {STEPS}", given=after, rule=problem, remedy=remedy)
+        key = f"--extend: {STEPS}"
+        raise rule_broken(source=study.source.name, key=key, given=after, rule=problem, remedy=remedy)

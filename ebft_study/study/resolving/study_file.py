@@ -1,41 +1,80 @@
-"""Reading a study file: profile and overrides applied, everything checked that can be checked before anything runs.
+"""From a study file to a `ResolvedStudy`: profile and overrides applied, everything checked before anything runs.
 
 One file describes a study from laptop to cluster. A *profile* (`cpu`, `gpu`) changes model, sizes and resources,
-never what is studied. The result, a resolved `StudySpec`, is what `study.yaml` in the study's folder records.
+never what is studied. `study.yaml` in the study's folder records the resulting `StudySpec`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from ebft_study import config
 from ebft_study.errors import ConfigError, rule_broken
+from ebft_study.study.cluster.capacity import ClusterCapacity, this_machine
+from ebft_study.study.cluster.requests import wants_gpus
+from ebft_study.study.folder.study_yaml import StudySource
 from ebft_study.study.resolving import checks
-from ebft_study.study.spec import normalize
+from ebft_study.study.resolving.resolved import ResolvedStudy
+from ebft_study.study.spec import enumeration, normalize, trials
 from ebft_study.study.spec.normalize import dump, normalized
 from ebft_study.study.spec.study_spec import USED_BY, Profile, StudySpec, paths
 
+_MOST_CORNERS = 256
 SECTIONS = ("seeds", "scheduler", "stopping", "objective", "budget", "resources", "search")
 """What overrides reach beside the settings of a run."""
 
 
 def load_study(
-    path: Path, profile: str | None = None, overrides: Sequence[str] = (), *, name: str | None = None
-) -> StudySpec:
-    """The study in `path` with a profile and `key=value` overrides applied; checked."""
-    spec = with_overrides(read_study(path, profile), overrides)
+    study: Path | Mapping[str, Any],
+    profile: str | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    name: str | None = None,
+) -> ResolvedStudy:
+    """The study in a file, or in a mapping of the same content, with a profile and `key=value` overrides applied.
+
+    Raises:
+        ConfigError: a rule is broken, in one line that says which, and what to do.
+    """
+    content = study if isinstance(study, Mapping) else config.read_yaml(study)
+    source = _source(study, profile)
+    spec = with_overrides(read_study(content, source.name, profile), overrides)
     if name is not None:
         spec = config.parse(StudySpec, {**dump(spec), "study": name}, source="command line")
-    checks.check(spec, str(path))
-    return spec
+    return resolve(spec, source)
 
 
-def read_study(path: Path, profile: str | None = None) -> StudySpec:
-    """The study in `path` with a profile applied, before it is checked as a whole."""
-    source = str(path)
-    spec = normalized(config.parse(StudySpec, config.read_yaml(path), source=source), source)
+def resolve(spec: StudySpec, source: StudySource, capacity: ClusterCapacity | None = None) -> ResolvedStudy:
+    """Make a study's trials and check it as a whole; on this machine, unless told otherwise.
+
+    Raises:
+        ConfigError: see `load_study`.
+    """
+    checks.check_search(spec, source.name)
+    listed, candidates = trials.listed(spec, source.name), []
+    if spec.search.algorithm == "optuna":
+        corners = enumeration.corners(spec, _MOST_CORNERS)
+        configurations = [trials.on_axes(spec, assignment) for assignment in corners]
+        candidates = [trials.trial(spec, chosen, spec.seeds[0], len(listed), source.name) for chosen in configurations]
+    capacity = capacity or this_machine(gpus=wants_gpus(spec.resources))
+    study = ResolvedStudy(spec, source, tuple(listed), tuple(candidates), capacity)
+    checks.check(study)
+    return study
+
+
+def _source(study: Path | Mapping[str, Any], profile: str | None) -> StudySource:
+    if isinstance(study, Mapping):
+        return StudySource.from_content("study", yaml.safe_dump(dict(study)).encode(), profile)
+    return StudySource.from_content(str(study), study.read_bytes(), profile)
+
+
+def read_study(content: Mapping[str, Any], source: str, profile: str | None = None) -> StudySpec:
+    """A study file's content with a profile applied, before it is checked as a whole."""
+    spec = normalized(config.parse(StudySpec, dict(content), source=source), source)
     if spec.extended_from:
         raise ConfigError(f"{source}: extended_from: is written by --extend. Remove it from the study file")
     _check_keys(spec, source)

@@ -14,7 +14,7 @@ from typing import Any
 from ebft_study import config
 from ebft_study.config import RunConfig
 from ebft_study.study.spec import enumeration, links
-from ebft_study.study.spec.study_spec import StudySpec, paths
+from ebft_study.study.spec.study_spec import ResourcesSpec, StudySpec, paths
 
 Settings = dict[str, Any]  # dotted path -> value
 
@@ -36,6 +36,9 @@ class Trial:
     configuration: Configuration
     seed: int
     run: RunConfig
+    """Its complete settings, validated."""
+    resources: ResourcesSpec
+    """The CPUs, GPUs and workers that it occupies."""
 
     @property
     def label(self) -> str:
@@ -57,21 +60,21 @@ def enumerated(spec: StudySpec) -> list[Configuration]:
     return [*baselines(spec), *(on_axes(spec, assignment) for assignment in chosen)]
 
 
-def trials_of(spec: StudySpec, configurations: list[Configuration]) -> list[Trial]:
+def trials_of(spec: StudySpec, configurations: list[Configuration], source: str = "") -> list[Trial]:
     """Trials of `configurations` over all seeds, numbered in the order in which they run."""
     pairs = itertools.product(spec.seeds, configurations)
-    return [trial(spec, configuration, seed, number) for number, (seed, configuration) in enumerate(pairs)]
+    return [trial(spec, configuration, seed, number, source) for number, (seed, configuration) in enumerate(pairs)]
 
 
-def listed(spec: StudySpec) -> list[Trial]:
-    """All trials that are known from the start. Those of a study that has grown keep the numbers they began with."""
+def listed(spec: StudySpec, source: str = "") -> list[Trial]:
+    """All trials that are known from the start. Those of an extended study keep the numbers that they began with."""
     if not spec.extended_from:
-        return trials_of(spec, enumerated(spec))
+        return trials_of(spec, enumerated(spec), source)
     seen: dict[tuple[str, int], Trial] = {}
     for stage in (*(extent.applied(spec) for extent in spec.extended_from), spec):
         for seed, configuration in itertools.product(stage.seeds, enumerated(stage)):
             key = (_identity(configuration), seed)
-            seen[key] = seen.get(key) or trial(spec, configuration, seed, len(seen))
+            seen[key] = seen.get(key) or trial(spec, configuration, seed, len(seen), source)
     return list(seen.values())
 
 
@@ -85,9 +88,11 @@ def number_of_trials(spec: StudySpec) -> int:
     return len(spec.seeds) * (len(enumerated(spec)) + chosen_later)
 
 
-def trial(spec: StudySpec, configuration: Configuration, seed: int, number: int) -> Trial:
+def trial(spec: StudySpec, configuration: Configuration, seed: int, number: int, source: str = "") -> Trial:
+    """Raises `ConfigError` naming `source` and the configuration where its settings break a rule."""
     trial_id = f"t{number:04d}"
-    return Trial(trial_id, configuration, seed, build(spec, configuration, seed=seed, name=trial_id))
+    run = build(spec, configuration, seed=seed, name=trial_id, source=source)
+    return Trial(trial_id, configuration, seed, run, spec.resources.for_run(run))
 
 
 def build(

@@ -64,18 +64,19 @@ def study_with(folder: Location, file: Path, profile: str | None, overrides: Seq
     if recorded.search.algorithm == "optuna":
         raise ResultsError(f"{folder}: Optuna chose its trials by their results, which stops would have changed. "
                            "A what-if needs a grid or a random search")  # fmt: skip
-    asked = study_file.read_study(file, profile or study_yaml.content(folder).get("profile"))
+    asked = study_file.read_study(
+        config.read_yaml(file), str(file), profile or study_yaml.content(folder).get("profile")
+    )
     asked = study_file.with_sections(asked, [item for item in overrides if study_file.section_of(item) in SECTIONS])
     _refuse_changes(recorded, [item for item in overrides if study_file.section_of(item) not in SECTIONS])
     spec = recorded.model_copy(update={name: getattr(asked, name) for name in SECTIONS})
-    checks.check_objective(spec, str(file))
-    checks.check_compared(spec, str(file))
     if spec.scheduler.kind == "pbt":
         rule = "trials that go on from others cannot be replayed from what they did on their own"
         remedy = "Ask for asha, hyperband or median"
         raise rule_broken(source=str(file), key="scheduler.kind", given="pbt", rule=rule, remedy=remedy)
-    for configuration in trials.enumerated(spec):
-        checks.check_scheduler(spec, trials.build(spec, configuration, seed=spec.seeds[0]), str(file))
+    runs = [trials.build(spec, configuration, seed=spec.seeds[0]) for configuration in trials.enumerated(spec)]
+    n_trials = len(spec.seeds) * len(runs)
+    checks.check_stopping(spec, n_trials=n_trials, total_steps=[run.total_steps for run in runs], source=str(file))
     return spec
 
 

@@ -1,4 +1,4 @@
-"""Where trials that leave it open (`features.backend: auto`) embed: in their own processes, or in one service."""
+"""The services that trials share: where trials embed that leave it open (`features.backend: auto`), and why."""
 
 from __future__ import annotations
 
@@ -14,39 +14,51 @@ from ebft_study.cost import StepShape, step_cost
 from ebft_study.study.spec.study_spec import ResourcesSpec
 from ebft_study.training.memory import shapes
 
-PROCESS_BYTES = 700 * 2**20
+SERVICE_PROCESS_BYTES = 700 * 2**20
 """Memory of a service's process besides its network and cache (measured: `ebft-study bench features`)."""
-
-
-_MOST_LOOKED_AT = 32  # configurations of a large study
-
-
+_MOST_RUNS = 32  # configurations of a large study that are looked at
 _GIB = 2**30
 
 
 @dataclass(frozen=True)
-class FeaturePlan:
-    """Where trials that leave it open (`features.backend: auto`) embed, and why."""
+class ServicePlan:
+    """The services that trials share, and the choices that a study file leaves open."""
 
     backend: str
+    """Where trials with `features.backend: auto` embed: `local` or `service`."""
     reason: str
     travelling_bytes: float = 0.0
-    """Of requests and replies on their way at a time."""
+    """Size of the requests to feature services, and of their replies, that are sent at a time."""
+    longest_request_tokens: int | None = None
+    """For engines that trials share: prompt and completion."""
+
+    def settled(self, run: RunConfig) -> RunConfig:
+        """The run with every open choice made."""
+        changes: dict[str, Any] = {}
+        if run.features.backend == "auto":
+            backend = "local" if shares_generator(run) else self.backend
+            changes["features"] = run.features.model_copy(update={"backend": backend})
+        if run.vllm.engine_scope == "study" and run.vllm.longest_request_tokens is None:
+            longest = {"longest_request_tokens": self.longest_request_tokens}
+            changes["vllm"] = run.vllm.model_copy(update=longest)
+        return run.model_copy(update=changes)
 
 
-def plan_features(runs: Sequence[RunConfig], resources: ResourcesSpec, *, concurrency: int) -> FeaturePlan:
-    """One service for all trials where that takes less memory than a network in each of those that run at a time.
+def plan_services(runs: Sequence[RunConfig], resources: ResourcesSpec, *, concurrency: int) -> ServicePlan:
+    """One feature service for all trials where that takes less memory than a network in each of the concurrent ones.
 
     A service works as fast as a worker does. Where features are a share f of a step's FLOPs, it can serve 1 / f workers
     without making them wait; with more than that, features stay in the trials.
 
     Args:
-        runs: the configurations of the study, or a sample of them. at_once: trials side by side.
+        runs: the configurations of the study, or a sample of them.
+        concurrency: trials that run at a time.
     """
-    runs = [run for run in runs[:: max(1, len(runs) // _MOST_LOOKED_AT)] if may_need_a_service(run)]
-    backend, reason = _choose([run for run in runs if run.features.backend == "auto"], resources, concurrency)
-    served = [run for run in runs if "service" in (backend, run.features.backend)]
-    return FeaturePlan(backend, reason, concurrency * max(map(_reply_bytes, served), default=0.0))
+    longest = max((run.longest_request for run in runs), default=None)
+    sample = [run for run in runs[:: max(1, len(runs) // _MOST_RUNS)] if may_need_service(run)]
+    backend, reason = _choose([run for run in sample if run.features.backend == "auto"], resources, concurrency)
+    served = [run for run in sample if "service" in (backend, run.features.backend)]
+    return ServicePlan(backend, reason, concurrency * max(map(_reply_bytes, served), default=0.0), longest)
 
 
 def _choose(runs: Sequence[RunConfig], resources: ResourcesSpec, concurrency: int) -> tuple[str, str]:
@@ -58,14 +70,14 @@ def _choose(runs: Sequence[RunConfig], resources: ResourcesSpec, concurrency: in
     workers = concurrency * resources.processes
     networks = {network_options(run, resources).service_name: _network_bytes(run, whole=True) for run in runs}
     largest = max(map(_network_bytes, runs))
-    together = sum(networks.values()) + len(networks) * (PROCESS_BYTES + _cache_bytes(runs))
+    in_services = sum(networks.values()) + len(networks) * (SERVICE_PROCESS_BYTES + _cache_bytes(runs))
     share = max(map(_feature_share, runs))
     busy = share * workers / len(networks)
     compared = (
         f"{workers} networks of {text.size(largest)} in trials, or {len(networks)} in "
-        f"services with {text.size(together)} in all; {100 * share:.0f} % of a step's FLOPs are theirs"
+        f"services with {text.size(in_services)} in all; {100 * share:.0f} % of a step's FLOPs are theirs"
     )
-    if together >= workers * largest:
+    if in_services >= workers * largest:
         return "local", f"feature networks are in the trials, which takes less memory ({compared})"
     if busy > 1:
         return (
@@ -75,22 +87,22 @@ def _choose(runs: Sequence[RunConfig], resources: ResourcesSpec, concurrency: in
     return "service", f"one feature service for all trials saves memory ({compared})"
 
 
-def check_cache(runs: Sequence[RunConfig], plan: FeaturePlan, resources: ResourcesSpec) -> None:
-    """Find out before anything starts whether services can keep features.
+def check_cache(runs: Sequence[RunConfig], plan: ServicePlan, resources: ResourcesSpec) -> None:
+    """Find out, before anything starts, whether services can write their cache.
 
     Raises:
         ConfigError: the cache's folder cannot be written.
     """
-    backends = {run.features.backend: run for run in runs if may_need_a_service(run)}
-    asked = backends.get("service") or (backends.get("auto") if plan.backend == "service" else None)
-    if asked is not None:
+    backends = {run.features.backend: run for run in runs if may_need_service(run)}
+    wanted = backends.get("service") or (backends.get("auto") if plan.backend == "service" else None)
+    if wanted is not None:
         from ebft_study.features.service import open_cache
 
-        open_cache(network_options(asked, resources), lambda _problem: None).close()
+        open_cache(network_options(wanted, resources), lambda _problem: None).close()
 
 
-def may_need_a_service(run: RunConfig) -> bool:
-    """Whether features may have to travel."""
+def may_need_service(run: RunConfig) -> bool:
+    """Whether its features may come from a service."""
     return run.features.backend != "local" and not shares_generator(run)
 
 
@@ -100,6 +112,7 @@ def shares_generator(run: RunConfig) -> bool:
 
 
 def network_options(run: RunConfig, resources: ResourcesSpec) -> Any:
+    """The feature network of a run, as its service is started with it."""
     from ebft_study.features.service import NetworkOptions
 
     return NetworkOptions.from_config(
@@ -112,7 +125,7 @@ def _cache_bytes(runs: Sequence[RunConfig]) -> float:
 
 
 def _network_bytes(run: RunConfig, *, whole: bool = False) -> float:
-    """Of the network's weights up to the deepest layer that is read; a service keeps the `whole` model."""
+    """Size of the network's weights up to the deepest layer that is read; a service keeps the `whole` model."""
     _, network = shapes(run)
     width = 4 if run.training.precision == "float32" else 2
     return float(width * (network.n_parameters if whole else network.cut(run.features.depths).body_parameters))
@@ -128,7 +141,7 @@ def _reply_bytes(run: RunConfig) -> float:
 
 
 def _feature_share(run: RunConfig) -> float:
-    """Part of a step's FLOPs that the feature network takes; 0 for SFT, which has it in evaluations only."""
+    """Fraction of a step's FLOPs that the feature network takes; 0 for SFT, which has it in evaluations only."""
     if run.method != "ebft":
         return 0.0
     own, network = shapes(run)

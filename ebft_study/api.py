@@ -1,0 +1,213 @@
+"""The Python API: everything that the command line does, for scripts and notebooks.
+
+    import ebft_study as ebft
+
+    study = ebft.load("search_spaces/quickstart.yaml", profile="cpu")   # or a mapping of the same content
+    print(ebft.plan(study).hours)
+    result = ebft.run(study)
+    ebft.read_results("quickstart").trials
+
+Heavy modules are imported by the function that needs them, so that importing this one is instant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ebft_study.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ebft_study.config import RunConfig
+    from ebft_study.results import Results
+    from ebft_study.storage import Location, StoragePath
+    from ebft_study.study.driver.runner import StudyResult
+    from ebft_study.study.forecast.plan import StudyPlan
+    from ebft_study.study.resolving.resolved import ResolvedStudy
+    from ebft_study.study.spec.study_spec import StudySpec
+    from ebft_study.study.view.replay_table import WhatIf
+    from ebft_study.training.run_result import RunResult
+
+STUDIES = "studies"
+"""The folder of studies where none is named."""
+
+
+def load(
+    study: str | Path | Mapping[str, Any],
+    profile: str | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    name: str | None = None,
+) -> ResolvedStudy:
+    """Load and check a study; nothing is started.
+
+    Args:
+        study: a study file, or a mapping of the same content.
+        profile: one of the file's profiles, such as `cpu`.
+        overrides: `key=value` for settings of the runs and sections of the file: `steps=40`, `budget.max_hours=1`.
+        name: runs the study under another name.
+
+    Raises:
+        ConfigError: a rule is broken, in one line that says which, and what to do.
+    """
+    from ebft_study.study.resolving.study_file import load_study
+
+    return load_study(Path(study) if isinstance(study, str) else study, profile, overrides, name=name)
+
+
+def plan(study: ResolvedStudy, *, storage: Location = STUDIES, memory_gib: float | None = None) -> StudyPlan:
+    """Trials, memory and hours of a study; starts nothing.
+
+    Args:
+        storage: the folder of earlier studies, whose trials tell this machine's throughput.
+        memory_gib: of one worker, where the study does not say; default: 80 on a GPU, else its part of this machine's.
+    """
+    from ebft_study.study.forecast.plan import plan
+
+    return plan(study, storage=storage, memory_gib=memory_gib)
+
+
+def run(
+    study: ResolvedStudy,
+    *,
+    storage: Location = STUDIES,
+    resume: bool = False,
+    address: str | None = None,
+    console: Console | None = None,
+) -> StudyResult:
+    """Run a study to its end, or until Ctrl-C.
+
+    Args:
+        storage: a folder or a URL (`s3://bucket/studies`) that holds the studies.
+        resume: continue a study of this name that stopped earlier.
+        address: of an existing Ray cluster (`auto`, `host:port`); default: one of the study's own on this machine.
+        console: where progress is shown; default: the terminal.
+
+    Raises:
+        EbftError: something that a user must change, before any trial starts.
+    """
+    from ebft_study.study.driver import runner
+
+    return runner.run(study, storage=storage, console=_console(console), resume_existing=resume, address=address)
+
+
+def extend(
+    study: ResolvedStudy,
+    *,
+    storage: Location = STUDIES,
+    address: str | None = None,
+    console: Console | None = None,
+) -> StudyResult:
+    """Run what a study file asks for beyond what its study has already: values, seeds, baselines, steps."""
+    from ebft_study.study.driver import runner
+
+    return runner.extend(study, storage=storage, console=_console(console), address=address)
+
+
+def resume(
+    study: Location,
+    *,
+    storage: Location = STUDIES,
+    retry_failed: bool = False,
+    address: str | None = None,
+    console: Console | None = None,
+) -> StudyResult:
+    """Continue a study that was interrupted or killed, given its name, folder or URL; `run` has the arguments.
+
+    Args:
+        retry_failed: also run trials again that failed.
+    """
+    from ebft_study.study.driver import runner
+
+    folder = find(study, storage)
+    return runner.resume(folder, console=_console(console), retry_failed=retry_failed, address=address)
+
+
+def replay(
+    file: str | Path,
+    profile: str | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    name: str | None = None,
+    storage: Location = STUDIES,
+) -> tuple[StudySpec, WhatIf]:
+    """Replay a finished study under the early stopping of its file, or under every kind if the file asks for none."""
+    from ebft_study.study.view import replay_table
+
+    return replay_table.what_if(Path(file), profile=profile, overrides=overrides, name=name, storage=storage)
+
+
+def read_results(study: Location, *, storage: Location = STUDIES) -> Results:
+    """The tables of a study, running or finished, as pandas data frames."""
+    from ebft_study import results
+
+    return results.load(find(study, storage))
+
+
+def write_report(study: Location, *, storage: Location = STUDIES) -> Path | StoragePath:
+    """Write the report of a study, running or finished; returns its HTML file."""
+    from ebft_study import report
+
+    return report.write_report(find(study, storage))
+
+
+def train(
+    run: RunConfig | str | Path | Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    *,
+    output: str | Path | None = None,
+    resume: bool = False,
+    console: Console | None = None,
+) -> RunResult:
+    """Train a single run in this process, without Ray unless its settings ask for services.
+
+    Args:
+        run: a file with the settings of a run, a mapping of them, or the settings themselves.
+        output: folder of the results; default: `runs/<name>`.
+        resume: continue from the newest checkpoint in `output`.
+    """
+    import yaml
+
+    from ebft_study import config
+    from ebft_study.study.driver.single_run import run_single
+    from ebft_study.study.folder.study_yaml import StudySource
+
+    if isinstance(run, str | Path):
+        settings = config.load_run(Path(run), list(overrides))
+        source = StudySource.from_content(str(run), Path(run).read_bytes())
+    else:
+        if overrides and not isinstance(run, Mapping):
+            raise ConfigError("train: overrides: the settings are complete. Change them with model_copy")
+        settings = run if not isinstance(run, Mapping) else config.read_run(run, overrides, source="run")
+        content = yaml.safe_dump(settings.model_dump(mode="json"))
+        source = StudySource.from_content("run", content.encode())
+    folder = Path(output) if output else Path("runs") / settings.name
+    return run_single(settings, source, folder=folder, resume=resume, console=_console(console))
+
+
+def find(study: Location, storage: Location = STUDIES) -> StoragePath:
+    """The folder of a study, given its name, its folder, or its URL.
+
+    Raises:
+        ResultsError: there is none.
+    """
+    from ebft_study.results import copies, find_study
+    from ebft_study.storage import storage_path
+
+    if "://" in str(study):
+        return find_study(study)
+    in_storage = storage_path(storage) / str(study)
+    if in_storage.local is None or copies.either_exists(in_storage / "study.yaml"):
+        return find_study(in_storage)
+    return find_study(study)
+
+
+def _console(console: Console | None) -> Console:
+    if console is not None:
+        return console
+    from rich.console import Console
+
+    return Console()

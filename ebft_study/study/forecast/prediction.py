@@ -1,0 +1,83 @@
+"""The time that a study is expected to take, by the throughput of earlier trials on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ebft_study import text
+from ebft_study.storage import Location
+from ebft_study.study.forecast.throughput import Throughput, measured
+from ebft_study.study.forecast.trial_groups import TrialGroup, trial_groups
+from ebft_study.study.resolving.resolved import ResolvedStudy
+
+
+@dataclass(frozen=True)
+class PredictedGroup:
+    """Trials that cost the same, and how fast one of them is."""
+
+    group: TrialGroup
+    throughput: Throughput
+
+    @property
+    def seconds(self) -> float:
+        """Of one trial."""
+        return self.throughput.seconds(self.group.work)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The time of a study, recorded at its start so that its report can compare it with the time that it took."""
+
+    groups: Sequence[PredictedGroup]
+    concurrency: int
+
+    @property
+    def n_trials(self) -> int:
+        return sum(row.group.number for row in self.groups)
+
+    @property
+    def seconds(self) -> float:
+        """From the first start to the last end: all slots busy all the time, and never less than the longest trial."""
+        total = sum(row.group.number * row.seconds for row in self.groups)
+        return max([total / self.concurrency, *(row.seconds for row in self.groups)])
+
+    @property
+    def mean_seconds(self) -> float:
+        """Of a trial."""
+        return sum(row.group.number * row.seconds for row in self.groups) / self.n_trials
+
+    @property
+    def message(self) -> str:
+        """`about 6 min 5 s for 15 trials, 2 at a time`."""
+        return f"about {text.duration(self.seconds)} for {self.n_trials} trials, {self.concurrency} at a time"
+
+    @property
+    def details(self) -> dict[str, Any]:
+        """Plain values, as the event of the study's start holds them."""
+        kinds = [
+            {
+                "label": row.group.label,
+                "steps": row.group.example.run.total_steps,
+                "seconds": round(row.seconds, 3),
+                "startup_seconds": round(row.throughput.startup_seconds, 3),
+                "trials": list(row.group.trial_ids),
+                "number": row.group.number,
+            }
+            for row in self.groups
+        ]
+        return {"at_once": self.concurrency, "seconds": self.seconds, "kinds": kinds}
+
+
+def predict(study: ResolvedStudy, *, storage: Location) -> Prediction | None:
+    """The prediction for a study; None where nothing was measured on this machine yet."""
+    measurements = measured(storage)
+    if not measurements:
+        return None
+    concurrency = min(study.concurrency, study.n_trials)
+    rows = [
+        PredictedGroup(group, measurements.throughput(group.work, concurrency=concurrency))
+        for group in trial_groups(study)
+    ]
+    return Prediction(rows, concurrency)
