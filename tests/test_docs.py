@@ -9,7 +9,6 @@ import pytest
 import yaml
 
 from ebft_study.study.resolving.study_file import load_study
-from ebft_study.study.spec import trials
 
 PAGE = (Path(__file__).parent.parent / "docs" / "studies.md").read_text()
 EXAMPLES = {yaml.safe_load(block)["study"]: block for block in re.findall(r"```yaml\n(.*?)```", PAGE, flags=re.DOTALL)}
@@ -25,4 +24,4 @@ def test_an_example_loads_and_has_the_trials_that_it_should(name: str, tmp_path:
     path = tmp_path / "study.yaml"
     path.write_text(EXAMPLES[name])
     for profile in yaml.safe_load(EXAMPLES[name]).get("profiles") or [None]:
-        assert trials.number_of_trials(load_study(path, profile)) == NUMBERS[name]
+        assert load_study(path, profile).n_trials == NUMBERS[name]

@@ -71,7 +71,7 @@ def test_the_slurm_script_runs_our_command_on_a_file_that_loads() -> None:
     given = parsed(words)
     assert given["address"] == "10.0.0.1:20001"
     assert given["resume"]
-    spec = study_file.load_study(ROOT / str(given["file"]), given["profile"])
+    spec = study_file.load_study(ROOT / str(given["file"]), given["profile"]).spec
     assert spec.resources.gpus_per_worker
 
 

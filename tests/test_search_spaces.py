@@ -37,7 +37,7 @@ def test_every_trial_under_every_profile_has_settings_that_can_run(recipe: Path)
     profiles = yaml.safe_load(recipe.read_text())["profiles"]
     assert set(profiles) >= {"cpu", "cluster"}
     for profile in profiles:
-        spec = load_study(recipe, profile)
+        spec = load_study(recipe, profile).spec
         assert spec.study == recipe.stem
         made = trials.trials_of(spec, trials.enumerated(spec))
         assert len({trial.label for trial in made}) == len(made) > 0
@@ -49,7 +49,7 @@ def test_every_trial_under_every_profile_has_settings_that_can_run(recipe: Path)
 
 @each
 def test_profiles_do_not_change_what_is_studied(recipe: Path) -> None:
-    specs = [load_study(recipe, profile) for profile in yaml.safe_load(recipe.read_text())["profiles"]]
+    specs = [load_study(recipe, profile).spec for profile in yaml.safe_load(recipe.read_text())["profiles"]]
     first = [configuration.label for configuration in trials.enumerated(specs[0])]
     for spec in specs[1:]:
         assert [configuration.label for configuration in trials.enumerated(spec)] == first
@@ -59,7 +59,7 @@ def test_profiles_do_not_change_what_is_studied(recipe: Path) -> None:
 @each
 def test_the_head_asks_a_question_and_gives_a_reason_for_every_axis(recipe: Path) -> None:
     assert re.fullmatch(r"# .+\?( \((Figure|Figures|Table) [\d and]+\))?", head(recipe)[0])
-    for axis in load_study(recipe, "cpu").axes:
+    for axis in load_study(recipe, "cpu").spec.axes:
         name = config.short_name(axis)
         assert any(re.match(rf"#   {name} .{{30,}}", line) for line in head(recipe)), name
 
@@ -69,8 +69,8 @@ def test_a_laptop_holds_the_cpu_profile_without_any_model_being_trained(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("EBFT_STUDY_CACHE", str(tmp_path / "cache"))
-    spec = load_study(recipe, "cpu")
-    planned = planning.plan(spec, storage=tmp_path, memory_gib=LAPTOP_GIB)
+    study = load_study(recipe, "cpu")
+    planned = planning.plan(study, storage=tmp_path, memory_gib=LAPTOP_GIB)
     assert planned.fits
-    assert planned.n_trials == trials.number_of_trials(spec)
+    assert planned.n_trials == trials.number_of_trials(study.spec)
     assert not list(tmp_path.rglob("pretraining.json"))

@@ -27,12 +27,12 @@ from ebft_study.results.writer import now
 from ebft_study.study.driver.monitor import Monitor
 from ebft_study.study.driver.tune_hooks import Observer, StudySearcher, StudyStopper
 from ebft_study.study.folder import history, study_yaml, trial_states
-from ebft_study.study.resolving import study_file
+from ebft_study.study.resolving.resolved import ResolvedStudy
 from ebft_study.study.search.listed import ListedSearch
-from ebft_study.study.spec import normalize, trials
 from ebft_study.study.stopping import rules
 from ebft_study.study.stopping.schedulers import StudyScheduler
 from ebft_study.study.view import display
+from tests.studies import resolved, task_of
 
 SECONDS: dict[str, float] = {}
 COMPACTED_EVERY = 500  # trials
@@ -46,7 +46,7 @@ def timed(name: str) -> Iterator[None]:
     SECONDS[name] = SECONDS.get(name, 0.0) + time.process_time() - started
 
 
-def spec_of(n_trials: int, n_reports: int) -> study_file.StudySpec:
+def study_of(n_trials: int, n_reports: int) -> ResolvedStudy:
     rates = [round(1e-5 * (1 + index), 8) for index in range(n_trials)]
     content = {
         "study": "large",
@@ -56,33 +56,25 @@ def spec_of(n_trials: int, n_reports: int) -> study_file.StudySpec:
         "stopping": {"divergence": {"margin": 0.5, "evaluations": 3}},
         "scheduler": {"kind": "asha", "grace_period_steps": n_reports * 10 - 1, "reduction_factor": 4},
     }
-    return normalize.from_record(content, source="simulation")
-
-
-def settings_of(trial: trials.Trial) -> dict[str, Any]:
-    """What Tune is given of a trial."""
-    steps = trial.run.total_steps
-    return {"trial_id": trial.trial_id, "is_baseline": False, "total_steps": steps, "run": trial.run.model_dump()}
+    return resolved(content)
 
 
 class Simulation:
-    """Our side of a study, with the events of a cluster of `at_once` places."""
+    """Our side of a study, with the events of a cluster of `concurrency` slots."""
 
-    def __init__(self, folder: Path, spec: study_file.StudySpec, concurrency: int) -> None:
-        self.folder, self.spec, self.concurrency = folder, spec, concurrency
+    def __init__(self, folder: Path, study: ResolvedStudy, concurrency: int) -> None:
+        self.folder, self.concurrency, spec = folder, concurrency, study.spec
         self.states: dict[str, trial_states.TrialState] = {}
         self.monitor = Monitor(results.StudyRecorder(folder, study=spec.study), self.states, "cfm_loss")
-        with timed("enumerating trials"):
-            self.waiting = trials.listed(spec)
-        with timed("putting them on record"):
-            self.monitor.all_planned(self.waiting)
-        search = ListedSearch(self.waiting)
+        with timed("recording trials"):
+            self.monitor.all_planned(study.trials)
+        search = ListedSearch(study.trials)
         past = history.History({}, {}, {})
-        self.scheduler = StudyScheduler(spec, longest=self.waiting[0].run.total_steps, history=past.curves)
-        watch = rules.RuleMonitor(spec.stopping, spec.objective, {})
-        self.request_stop = StudyStopper(None, watch=watch)
-        self.searcher = StudySearcher(search, self.monitor, settings_of)
-        self.observer = Observer(search, self.monitor, lambda trial_id, attempt: None, watch.reasons)
+        self.scheduler = StudyScheduler(spec, longest=study.longest_run_steps, history=past.curves)
+        rule_monitor = rules.RuleMonitor(spec.stopping, spec.objective, {})
+        self.stopper = StudyStopper(None, rules=rule_monitor)
+        self.searcher = StudySearcher(search, self.monitor, task_of)
+        self.observer = Observer(search, self.monitor, lambda trial_id, attempt: None, rule_monitor.reasons)
         self.running: deque[Any] = deque()
         self.reports = 0
 
@@ -123,7 +115,7 @@ class Simulation:
         over = step >= trial.config["total_steps"]
         with timed("driver, per report"):
             self.scheduler.on_trial_result(None, trial, result)
-            self.request_stop("", result)
+            self.stopper("", result)
             self.observer.on_trial_result(0, [], trial, result)
         trial.last_result = result
         if over:
@@ -140,7 +132,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=2000)
     parser.add_argument("--reports", type=int, default=50, help="of each trial")
     parser.add_argument("--report", action="store_true", help="also write the report, with its figures")
-    parser.add_argument("--at-once", type=int, default=512)
+    parser.add_argument("--at-once", dest="concurrency", type=int, default=512)
     options = parser.parse_args()
     root = Path(tempfile.mkdtemp(prefix="ebft-scale-"))
     try:
@@ -151,12 +143,11 @@ def main() -> None:
 
 def simulate(folder: Path, options: argparse.Namespace) -> None:
     folder.mkdir()
-    with timed("reading the study file"):
-        spec = spec_of(options.trials, options.reports)
-    (folder / "file").write_text("")
-    study_yaml.write(folder, spec, profile=None, file=folder / "file", provenance={})
+    with timed("resolving the study"):
+        study = study_of(options.trials, options.reports)
+    study_yaml.write(folder, study.spec, study.source, provenance={})
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    simulation = Simulation(folder, spec, options.concurrency)
+    simulation = Simulation(folder, study, options.concurrency)
 
     def compact() -> None:
         with timed("compaction"):
@@ -180,7 +171,7 @@ def simulate(folder: Path, options: argparse.Namespace) -> None:
     with timed("history of a resumed study"):
         past = history.read(folder, "cfm_loss")
     with timed("scheduler of a resumed study"):
-        StudyScheduler(spec, longest=simulation.waiting[0].run.total_steps, history=past.curves)
+        StudyScheduler(study.spec, longest=study.longest_run_steps, history=past.curves)
     plan = display.Plan(options.trials, options.concurrency)
     with timed("live table, once"):
         display.render(simulation.states.values(), ("ce_loss", "cfm_loss"), title="large", plan=plan)

@@ -18,8 +18,9 @@ from ray.tune.execution.tune_controller import TuneController
 from ray.tune.experiment import Trial
 from ray.tune.registry import register_trainable
 
-from ebft_study.study.spec import trials
-from tests.scale.simulate import settings_of, spec_of
+from ebft_study.study.spec.trials import Trial as StudyTrial
+from tests.scale.simulate import study_of
+from tests.studies import task_of
 
 
 def main() -> None:
@@ -35,7 +36,7 @@ def main() -> None:
 def measure(folder: Path, n_trials: int) -> None:
     storage = StorageContext(storage_path=str(folder), experiment_dir_name="train")
     controller = TuneController(storage=storage)
-    for trial in trials.listed(spec_of(n_trials, 50)):
+    for trial in study_of(n_trials, 50).trials:
         controller.add_trial(_as_tune_has_it(trial, storage))
     for name in ("first", "second"):
         begun, processor = time.perf_counter(), time.process_time()
@@ -46,8 +47,8 @@ def measure(folder: Path, n_trials: int) -> None:
     print(f"on disk: {size / 2**20:.1f} MiB")
 
 
-def _as_tune_has_it(trial: trials.Trial, storage: StorageContext) -> Any:
-    settings = settings_of(trial)
+def _as_tune_has_it(trial: StudyTrial, storage: StorageContext) -> Any:
+    settings = task_of(trial).to_config()
     stub = Trial("nothing", config=settings, stub=True, storage=storage)
     stub.update_last_result({"step": 10, "ce_loss": 3.0, "cfm_loss": 2.0, "config": settings, "training_iteration": 1})
     return stub

@@ -22,8 +22,8 @@ class PredictedGroup:
 
     @property
     def seconds(self) -> float:
-        """Of one trial."""
-        return self.throughput.seconds(self.group.work)
+        """Of one trial, to the millisecond."""
+        return round(self.throughput.seconds(self.group.work), 3)
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Prediction:
             {
                 "label": row.group.label,
                 "steps": row.group.example.run.total_steps,
-                "seconds": round(row.seconds, 3),
+                "seconds": row.seconds,
                 "startup_seconds": round(row.throughput.startup_seconds, 3),
                 "trials": list(row.group.trial_ids),
                 "number": row.group.number,

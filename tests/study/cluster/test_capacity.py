@@ -7,7 +7,8 @@ from fractions import Fraction
 import pytest
 
 from ebft_study.study.cluster.capacity import ClusterCapacity, Node
-from ebft_study.study.cluster.requests import ResourceRequest, most
+from ebft_study.study.cluster.requests import ResourceRequest
+from tests.studies import resolved
 
 
 def capacity(*nodes: tuple[float, float]) -> ClusterCapacity:
@@ -43,6 +44,12 @@ def test_services_take_whole_gpus_of_the_largest_machines() -> None:
 
 
 def test_the_smallest_kind_decides_how_many_run_at_most() -> None:
-    assert most([ResourceRequest(1, 1, 1.0), ResourceRequest(4, 1, 1.0)], capacity((64, 8))) == 8
-    assert most([], capacity((64, 8))) == 1
-    assert most([ResourceRequest(1, 1, 1.0)], capacity((64, 0))) == 1
+    content = {
+        "study": "s",
+        "question": "?",
+        "axes": {"alpha": [0.0, 1.0]},
+        "resources": {"gpus_per_worker": 1, "by": {"alpha": {"1.0": {"workers_per_trial": 4}}}},
+    }
+    assert resolved(content, capacity((64, 8))).concurrency == 8
+    assert resolved(content, capacity((64, 0))).concurrency == 1
+    assert resolved({**content, "budget": {"max_concurrent_trials": 3}}, capacity((64, 8))).concurrency == 3

@@ -42,8 +42,8 @@ def test_no_secret_of_the_driver_is_shown_on_the_cluster(monkeypatch: pytest.Mon
 @pytest.mark.parametrize(("memory_gib", "concurrency"), [((64, 64), 16), ((1, 1), 16), ((0.25,), 4)])
 def test_places_leave_half_of_the_memory_and_fit_on_a_machine(memory_gib: tuple[float, ...], concurrency: int) -> None:
     capacity = ClusterCapacity(tuple(Node(8, 0, gib * 2**30) for gib in memory_gib))
-    claim = existing.place(capacity, concurrency)["memory"]
-    assert 1 <= claim <= existing.PROCESS_BYTES
+    claim = existing.trial_request(capacity, concurrency)["memory"]
+    assert 1 <= claim <= existing.TRIAL_PROCESS_BYTES
     assert concurrency * claim <= sum(memory_gib) * 2**30 / 2
     assert sum(int(gib * 2**30 / claim) for gib in memory_gib) >= concurrency
 
@@ -56,10 +56,10 @@ def answered(**changes: object) -> dict[str, object]:
 
 def test_a_machine_that_does_not_see_the_study_is_named(tmp_path: Path) -> None:
     studies, cache = tmp_path / "studies", existing.cache_folder()
-    existing._judge("10.0.0.7", answered(), [studies, cache])
+    existing._check_answer("10.0.0.7", answered(), [studies, cache])
     for folder, remedy in ((studies, "--storage"), (cache, "EBFT_STUDY_CACHE")):
         with pytest.raises(ConfigError, match="not visible on machine node-7") as refused:
-            existing._judge("10.0.0.7", answered(missing=[str(folder / ".probe-1")]), [studies, cache])
+            existing._check_answer("10.0.0.7", answered(missing=[str(folder / ".probe-1")]), [studies, cache])
         assert remedy in str(refused.value)
         assert "NFS" in str(refused.value)
 
@@ -67,7 +67,7 @@ def test_a_machine_that_does_not_see_the_study_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("answer", [answered(version="0.0.1"), "ModuleNotFoundError: No module named 'ebft_study'"])
 def test_a_machine_with_another_package_is_named(tmp_path: Path, answer: dict[str, object] | str) -> None:
     with pytest.raises(ConfigError, match=r"machine 10\.0\.0\.7 of the cluster cannot run ebft-study"):
-        existing._judge("10.0.0.7", answer, [tmp_path])
+        existing._check_answer("10.0.0.7", answer, [tmp_path])
 
 
 def test_the_probe_sees_what_is_there_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from ebft_study import config, results
-from ebft_study.study.driver.background_compaction import housekeeping
+from ebft_study.study.driver.background_compaction import compacting
 
 SETTINGS = config.flatten(config.build_run({}, source="test"))
 
@@ -25,7 +25,7 @@ def files(folder: Path) -> list[str]:
 
 def test_files_of_trials_that_are_over_are_merged_while_the_study_runs(tmp_path: Path) -> None:
     ended: list[str] = []
-    with housekeeping(tmp_path, lambda: len(ended), every_seconds=0.02, worth_it=2):
+    with compacting(tmp_path, lambda: len(ended), every_seconds=0.02, fewest_trials=2):
         for trial_id in ("t0", "t1"):
             finish(tmp_path, trial_id)
             ended.append(trial_id)
@@ -38,6 +38,6 @@ def test_files_of_trials_that_are_over_are_merged_while_the_study_runs(tmp_path:
 
 def test_a_few_files_are_left_alone(tmp_path: Path) -> None:
     finish(tmp_path, "t0")
-    with housekeeping(tmp_path, lambda: 0, every_seconds=0.01):
+    with compacting(tmp_path, lambda: 0, every_seconds=0.01):
         time.sleep(0.1)
     assert len(files(tmp_path)) == 3

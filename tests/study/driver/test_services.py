@@ -10,11 +10,11 @@ import pytest
 
 from ebft_study.config import RunConfig, build_run, nest
 from ebft_study.errors import ConfigError
-from ebft_study.study.cluster import requests
-from ebft_study.study.driver.services import StudyServices, needs_ray
-from ebft_study.study.resolving import checks
-from ebft_study.study.resolving.feature_plan import PROCESS_BYTES, check_cache, plan_features
+from ebft_study.study.cluster.capacity import ClusterCapacity, Node
+from ebft_study.study.driver.services import needs_ray
+from ebft_study.study.resolving.service_plan import SERVICE_PROCESS_BYTES, check_cache, plan_services
 from ebft_study.study.spec.study_spec import ResourcesSpec, StudySpec
+from tests.studies import resolved
 from tests.tiny_run import write_model
 
 
@@ -44,58 +44,57 @@ ONE_CPU = ResourcesSpec(workers_per_trial=0)
 
 
 def test_small_networks_stay_in_their_trials(small: str) -> None:
-    plan = plan_features([run(small)], ONE_CPU, concurrency=4)
+    plan = plan_services([run(small)], ONE_CPU, concurrency=4)
     assert plan.backend == "local"
     assert "less memory" in plan.reason
     assert plan.travelling_bytes == 0.0
 
 
 def test_large_networks_are_shared_and_the_plan_says_what_that_saves(large: str) -> None:
-    plan = plan_features([run(large), run(large, depths=[0.5])], ONE_CPU, concurrency=3)
+    plan = plan_services([run(large), run(large, depths=[0.5])], ONE_CPU, concurrency=3)
     assert plan.backend == "service"
     # 28 layers cut at depth 0.75, in float32: 21 x 46.8M + 233M parameters in each trial; 1.54G in a service, and its
     # half GiB of cache.
     assert "3 networks of 4.53 GiB" in plan.reason
-    assert f"1 in services with {(1543714304 * 4 + PROCESS_BYTES) / 2**30 + 0.5:.2f} GiB" in plan.reason
+    assert f"1 in services with {(1543714304 * 4 + SERVICE_PROCESS_BYTES) / 2**30 + 0.5:.2f} GiB" in plan.reason
 
 
 def test_a_service_that_trials_would_wait_for_is_not_worth_its_memory(large: str) -> None:
-    plan = plan_features([run(large)], ONE_CPU, concurrency=16)
+    plan = plan_services([run(large)], ONE_CPU, concurrency=16)
     assert plan.backend == "local"
     assert "times its share of work" in plan.reason
 
 
 def test_one_trial_at_a_time_shares_with_nobody(large: str) -> None:
-    assert plan_features([run(large)], ONE_CPU, concurrency=1).backend == "local"
+    assert plan_services([run(large)], ONE_CPU, concurrency=1).backend == "local"
 
 
 def test_many_different_networks_are_not_worth_a_service_each(large: str, small: str) -> None:
     several = [run(large, random_weights=flag, precision=p) for flag in (False, True) for p in ("float32", "bfloat16")]
-    assert plan_features(several, ONE_CPU, concurrency=2).backend == "local"
+    assert plan_services(several, ONE_CPU, concurrency=2).backend == "local"
 
 
 def test_adapters_need_no_network_of_their_own(large: str) -> None:
     adapted = run(large, lora_rank=8)
-    plan = plan_features([adapted], ONE_CPU, concurrency=3)
-    assert StudyServices(ONE_CPU, plan).settle(adapted).features.backend == "local"
-    mixed = plan_features([adapted, run(large)], ONE_CPU, concurrency=3)
+    plan = plan_services([adapted], ONE_CPU, concurrency=3)
+    assert plan.settled(adapted).features.backend == "local"
+    mixed = plan_services([adapted, run(large)], ONE_CPU, concurrency=3)
     assert mixed.backend == "service"
-    assert StudyServices(ONE_CPU, mixed).settle(adapted).features.backend == "local"
-    assert StudyServices(ONE_CPU, mixed).settle(run(large)).features.backend == "service"
+    assert mixed.settled(adapted).features.backend == "local"
+    assert mixed.settled(run(large)).features.backend == "service"
 
 
 def test_on_gpus_a_service_needs_a_gpu(large: str) -> None:
     on_gpus = {"workers_per_trial": 1, "gpus_per_worker": 1}
-    without = plan_features([run(large)], ResourcesSpec(**on_gpus), concurrency=3)
+    without = plan_services([run(large)], ResourcesSpec(**on_gpus), concurrency=3)
     assert (without.backend, "feature_gpus" in without.reason) == ("local", True)
-    assert plan_features([run(large)], ResourcesSpec(**on_gpus, feature_gpus=1), concurrency=3).backend == "service"
+    assert plan_services([run(large)], ResourcesSpec(**on_gpus, feature_gpus=1), concurrency=3).backend == "service"
 
 
 def test_what_is_asked_for_is_what_is_done(small: str, large: str) -> None:
-    plan = plan_features([run(large)], ONE_CPU, concurrency=8)
-    services = StudyServices(ONE_CPU, plan)
-    assert services.settle(run(small, **{"features.backend": "local"})).features.backend == "local"
-    assert plan_features([run(small, **{"features.backend": "service"})], ONE_CPU, concurrency=2).reason == ""
+    plan = plan_services([run(large)], ONE_CPU, concurrency=8)
+    assert plan.settled(run(small, **{"features.backend": "local"})).features.backend == "local"
+    assert plan_services([run(small, **{"features.backend": "service"})], ONE_CPU, concurrency=2).reason == ""
 
 
 def test_a_single_run_needs_ray_only_for_services(small: str) -> None:
@@ -120,10 +119,10 @@ def test_a_single_run_needs_ray_only_for_services(small: str) -> None:
 def test_gpus_of_engines_and_services_are_counted(
     small: str, settings: dict[str, Any], own: float, shared: float
 ) -> None:
-    resources = ResourcesSpec(workers_per_trial=2, gpus_per_worker=1, feature_gpus=0.5)
-    runs = [run(small, **settings)]
-    assert [need.all_gpus for need in requests.resource_requests(resources, runs)] == [own]
-    assert requests.shared_gpus(resources, runs) == shared
+    asked = spec(small, settings, workers_per_trial=2, gpus_per_worker=1, feature_gpus=0.5)
+    study = resolved(asked, ClusterCapacity((Node(8, 8),)))
+    assert [request.all_gpus for request in study.requests] == [own]
+    assert study.shared_gpus == shared
 
 
 def test_a_cache_that_cannot_be_written_is_found_before_anything_starts(
@@ -132,7 +131,7 @@ def test_a_cache_that_cannot_be_written_is_found_before_anything_starts(
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("EBFT_STUDY_CACHE", str(tmp_path / "file"))
     served, local = (run(small, **{"features.backend": backend}) for backend in ("service", "local"))
-    plan = plan_features([served], ONE_CPU, concurrency=2)
+    plan = plan_services([served], ONE_CPU, concurrency=2)
     with pytest.raises(ConfigError, match=r"EBFT_STUDY_CACHE.*features.cache_disk_gib=0"):
         check_cache([served], plan, ONE_CPU)
     check_cache([local], plan, ONE_CPU)
@@ -149,13 +148,13 @@ def test_vllm_that_is_not_installed_is_found_before_anything_starts(
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"rollout.backend='vllm': vLLM is not installed here.*make setup"):
-        checks.check(spec(small, {"rollout.backend": "vllm"}), "file.yaml")
+        resolved(spec(small, {"rollout.backend": "vllm"}))
 
 
 def test_a_service_without_a_gpu_for_trials_on_gpus_is_refused(small: str) -> None:
     asked = spec(small, {"features.backend": "service"}, gpus_per_worker=1)
     with pytest.raises(ConfigError, match=r"resources.feature_gpus=0: .*feature_gpus: 1"):
-        checks.check(asked, "file.yaml")
+        resolved(asked)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,8 @@ from ebft_study.study.folder.trial_states import TrialResult
 from ebft_study.study.search.listed import ListedSearch
 from ebft_study.study.spec import normalize, trials
 from ebft_study.study.spec.study_spec import ResourcesSpec
+from ebft_study.study.spec.trial_task import TrialTask
+from tests.studies import task_of
 
 # --- relay -----------------------------------------------------------------------------------------------------
 
@@ -77,8 +79,8 @@ def test_closing_a_box_lets_its_senders_go() -> None:
 # --- adapters --------------------------------------------------------------------------------------------------
 
 
-class PopulationListener:
-    """A monitor that remembers what it was told."""
+class Recorded:
+    """A monitor that records its calls."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []
@@ -90,7 +92,7 @@ class PopulationListener:
         self.calls.append(("started", trial_id))
 
     def resumed(self, trial_id: str) -> None:
-        self.calls.append(("goes_on", trial_id))
+        self.calls.append(("resumed", trial_id))
 
     def reported(self, trial_id: str, metrics: dict[str, Any]) -> None:
         self.calls.append(("reported", trial_id, metrics["step"]))
@@ -112,66 +114,65 @@ def tune_trial(error_file: str | None = None, **last_result: Any) -> Any:
     return SimpleNamespace(config={"trial_id": "t0007"}, last_result=last_result, error_file=error_file)
 
 
-def observer(told: Any) -> tuple[Observer, list[tuple[str, int]]]:
+def observer(monitor: Any) -> tuple[Observer, list[tuple[str, int]]]:
     released: list[tuple[str, int]] = []
-    return Observer(listed(), told, lambda trial_id, attempt: released.append((trial_id, attempt))), released
+    return Observer(listed(), monitor, lambda trial_id, attempt: released.append((trial_id, attempt))), released
 
 
 def test_the_searcher_hands_out_trials_and_then_says_that_is_all() -> None:
-    told: Any = PopulationListener()
-    searcher = StudySearcher(listed(), told, lambda trial: {"trial_id": trial.trial_id})
-    assert searcher.suggest("x") == {"trial_id": "t0000"}
-    assert searcher.suggest("y") == {"trial_id": "t0001"}
+    monitor: Any = Recorded()
+    searcher = StudySearcher(listed(), monitor, task_of)
+    assert [TrialTask.from_config(searcher.suggest(name)).trial_id for name in "xy"] == ["t0000", "t0001"]
     assert searcher.suggest("z") == Searcher.FINISHED
-    assert told.calls == [(what, i) for i in ("t0000", "t0001") for what in ("planned", "started")]
+    assert monitor.calls == [(what, i) for i in ("t0000", "t0001") for what in ("planned", "started")]
 
 
 def test_trials_that_take_turns_start_when_tune_starts_them() -> None:
-    told: Any = PopulationListener()
-    searcher = StudySearcher(listed(), told, lambda trial: {"trial_id": trial.trial_id}, take_turns=True)
-    assert searcher.suggest("x") == {"trial_id": "t0000"}
-    observer(told)[0].on_trial_start(1, [], tune_trial())
-    assert told.calls == [("planned", "t0000"), ("goes_on", "t0007")]
+    monitor: Any = Recorded()
+    searcher = StudySearcher(listed(), monitor, task_of, take_turns=True)
+    assert TrialTask.from_config(searcher.suggest("x")).trial_id == "t0000"
+    observer(monitor)[0].on_trial_start(1, [], tune_trial())
+    assert monitor.calls == [("planned", "t0000"), ("resumed", "t0007")]
 
 
 def test_reports_and_the_final_outcome_reach_the_monitor() -> None:
-    told: Any = PopulationListener()
-    watching, released = observer(told)
+    monitor: Any = Recorded()
+    watching, released = observer(monitor)
     watching.on_trial_result(1, [], tune_trial(), {"step": 2.0})
     outcome = {"status": "finished", "reason": ""}
     watching.on_trial_result(1, [], tune_trial(), {"step": 2.0, "outcome": outcome})
     watching.on_trial_complete(1, [], tune_trial(step=2.0, attempt=3, outcome=outcome))
-    assert told.calls == [("reported", "t0007", 2.0), ("ended", "t0007", "finished", "")]
+    assert monitor.calls == [("reported", "t0007", 2.0), ("ended", "t0007", "finished", "")]
     assert released == [("t0007", 3)]
 
 
 def test_a_trial_that_ends_without_outcome_was_stopped_early() -> None:
-    told: Any = PopulationListener()
-    observer(told)[0].on_trial_complete(1, [], tune_trial(step=6.0, attempt=1))
-    assert told.calls == [("ended", "t0007", "stopped", "early stop: behind other trials at step 6")]
+    monitor: Any = Recorded()
+    observer(monitor)[0].on_trial_complete(1, [], tune_trial(step=6.0, attempt=1))
+    assert monitor.calls == [("ended", "t0007", "stopped", "early stop: behind other trials at step 6")]
 
 
 def test_a_crash_is_told_by_its_last_line(tmp_path: Path) -> None:
-    told: Any = PopulationListener()
+    monitor: Any = Recorded()
     noted = tmp_path / "error.txt"
     noted.write_text("Traceback\n  File\nRuntimeError: out of memory\n\n")
-    watching, _ = observer(told)
+    watching, _ = observer(monitor)
     watching.on_trial_recover(1, [], tune_trial(str(noted)))
     watching.on_trial_error(1, [], tune_trial(None))
-    assert told.calls == [
+    assert monitor.calls == [
         ("retried", "t0007", "RuntimeError: out of memory"),
         ("ended", "t0007", "failed", "the trial's process died"),
     ]
 
 
 def test_what_tune_pickles_holds_nothing() -> None:
-    told: Any = PopulationListener()
-    told.unpicklable = lambda: None
-    for thing in (StudySearcher(listed(), told, lambda trial: {}), observer(told)[0], StudyStopper(None)):
+    monitor: Any = Recorded()
+    monitor.unpicklable = lambda: None
+    for thing in (StudySearcher(listed(), monitor, task_of), observer(monitor)[0], StudyStopper(None)):
         assert vars(pickle.loads(pickle.dumps(thing))) == {}
 
 
-def test_the_first_wish_to_stop_counts() -> None:
+def test_the_first_request_to_stop_counts() -> None:
     stopper = StudyStopper(None)
     assert not stopper.stop_all()
     stopper.request_stop("Ctrl-C")
@@ -188,7 +189,7 @@ def test_a_budget_of_time_ends_the_study() -> None:
     assert over.reason == "budget.max_hours is used up"
 
 
-# --- bridge ----------------------------------------------------------------------------------------------------
+# --- trial -----------------------------------------------------------------------------------------------------
 
 
 def test_the_users_error_is_found_among_the_workers() -> None:
@@ -217,4 +218,4 @@ def test_errors_for_people_survive_their_way_between_processes() -> None:
     ],
 )
 def test_resources_are_reserved_once(resources: dict[str, Any], reserved: dict[str, float]) -> None:
-    assert trial.trial_resources(ResourcesSpec(**resources), {"slot": 1}) == reserved
+    assert trial.tune_resources(ResourcesSpec(**resources), {"slot": 1}).bundles == [reserved]

@@ -19,21 +19,17 @@ from ebft_study.errors import EbftError, ResultsError
 from ebft_study.storage import storage_path
 from ebft_study.study.driver import runner
 from ebft_study.study.folder import attempts, study_yaml
+from ebft_study.study.folder.study_yaml import StudySource
 from ebft_study.study.spec import normalize
 from ebft_study.study.spec.study_spec import ObjectiveSpec, StudySpec
 from ebft_study.study.view import status
 from ebft_study.training import checkpoint
+from tests.studies import SOURCE, resolved
 
 
 def spec(**changes: Any) -> StudySpec:
     content = {"study": "s", "question": "Why?", "run": {"steps": 4}, "axes": {"alpha": [0.0, 1.0]}, **changes}
     return normalize.from_record(content, source="test")
-
-
-def written_file(folder: Path) -> Path:
-    path = folder / "file.yaml"
-    path.write_text("study: s\n")
-    return path
 
 
 def save(folder: os.PathLike[str], step: int, **metrics: float) -> Path:
@@ -118,7 +114,7 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
 
 def test_the_record_holds_what_is_needed_to_repeat_a_study(tmp_path: Path) -> None:
     provenance = {"data": {"qa": {"fingerprint": "ab"}}, "path": Path("x"), "counts": (1, 2)}
-    study_yaml.write(tmp_path, spec(), profile="cpu", file=written_file(tmp_path), provenance=provenance)
+    study_yaml.write(tmp_path, spec(), StudySource.from_content("file.yaml", b"", "cpu"), provenance=provenance)
     content = yaml.safe_load((tmp_path / "study.yaml").read_text())
     assert content["profile"] == "cpu"
     assert content["question"] == "Why?"
@@ -130,12 +126,12 @@ def test_the_record_holds_what_is_needed_to_repeat_a_study(tmp_path: Path) -> No
 
 
 def test_the_record_names_no_folder_of_the_machine(tmp_path: Path) -> None:
-    study_yaml.write(tmp_path, spec(), profile=None, file=written_file(tmp_path), provenance={})
+    study_yaml.write(tmp_path, spec(), SOURCE, provenance={})
     assert str(tmp_path) not in (tmp_path / "study.yaml").read_text()
 
 
 def test_other_versions_are_noticed(tmp_path: Path) -> None:
-    study_yaml.write(tmp_path, spec(), profile=None, file=written_file(tmp_path), provenance={})
+    study_yaml.write(tmp_path, spec(), SOURCE, provenance={})
     content = yaml.safe_load((tmp_path / "study.yaml").read_text())
     content["versions"]["torch"] = "1.0"
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(content))
@@ -151,7 +147,7 @@ def test_differences_name_the_keys() -> None:
 
 @pytest.mark.parametrize("content", [b"", b"a: [", b"\xff\xfe", None])
 def test_a_damaged_record_is_read_from_its_copy(tmp_path: Path, content: bytes | None) -> None:
-    study_yaml.write(tmp_path, spec(), profile=None, file=written_file(tmp_path), provenance={})
+    study_yaml.write(tmp_path, spec(), SOURCE, provenance={})
     path = tmp_path / "study.yaml"
     if content is None:
         path.unlink()
@@ -165,7 +161,7 @@ def test_a_damaged_record_is_read_from_its_copy(tmp_path: Path, content: bytes |
 
 
 def test_what_is_edited_in_a_record_counts_and_is_said(tmp_path: Path) -> None:
-    study_yaml.write(tmp_path, spec(), profile=None, file=written_file(tmp_path), provenance={})
+    study_yaml.write(tmp_path, spec(), SOURCE, provenance={})
     path = tmp_path / "study.yaml"
     path.write_text("# a remark\n" + path.read_text())
     assert study_yaml.changes(tmp_path) == []
@@ -176,7 +172,7 @@ def test_what_is_edited_in_a_record_counts_and_is_said(tmp_path: Path) -> None:
 
 
 def test_a_record_and_a_copy_that_are_both_damaged_are_an_error_in_one_line(tmp_path: Path) -> None:
-    study_yaml.write(tmp_path, spec(), profile=None, file=written_file(tmp_path), provenance={})
+    study_yaml.write(tmp_path, spec(), SOURCE, provenance={})
     for name in ("study.yaml", ".study.yaml.copy"):
         (tmp_path / name).write_bytes(b"a: [")
     with pytest.raises(EbftError, match="neither can its copy") as caught:
@@ -188,12 +184,12 @@ def test_a_finished_trial_with_a_damaged_row_is_not_run_again(existing: Path, mo
     (existing / "results" / "trials" / "t0000.parquet").write_bytes(b"half")
     seen: list[Any] = []
 
-    def session(folder: Path, study: StudySpec, runs: Any, past: Any, *rest: Any) -> runner.StudyResult:
+    def session(folder: Path, study: Any, past: Any, *rest: Any) -> str:
         seen.append(set(past.trial_results))
-        return runner.StudyResult(folder, past.states)
+        return ""
 
-    monkeypatch.setattr(runner, "_session", session)
-    monkeypatch.setattr(runner, "_prepare", lambda configurations, console: {})
+    monkeypatch.setattr(runner, "run_session", session)
+    monkeypatch.setattr(runner, "_prepare", lambda study, console: {})
     console = quiet()
     runner.resume(existing, console=console)
     assert seen == [{"t0000"}]
@@ -222,7 +218,7 @@ def existing(tmp_path: Path) -> Path:
     """A study that was started, with one of its two trials finished."""
     folder = tmp_path / "studies" / "s"
     folder.mkdir(parents=True)
-    study_yaml.write(folder, spec(), profile=None, file=written_file(tmp_path), provenance={})
+    study_yaml.write(folder, spec(), SOURCE, provenance={})
     recorder = results.StudyRecorder(folder, study="s")
     for trial_id, state in (("t0000", "finished"), ("t0001", "running")):
         hyperparameters = {"steps": 4, "warm_start_steps": 0}
@@ -242,10 +238,7 @@ def quiet() -> Console:
 
 
 def start(folder: Path, study: StudySpec, *, resume_existing: bool = False) -> runner.StudyResult:
-    file = written_file(folder.parent.parent)
-    return runner.run(
-        study, file=file, profile=None, storage=folder.parent, console=quiet(), resume_existing=resume_existing
-    )
+    return runner.run(resolved(study), storage=folder.parent, console=quiet(), resume_existing=resume_existing)
 
 
 def test_a_name_taken_by_other_settings_is_refused(existing: Path) -> None:
@@ -278,7 +271,7 @@ def test_a_second_driver_is_refused(existing: Path) -> None:
 
 
 def test_nothing_stays_behind_when_preparation_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(configurations: Any, console: Any) -> dict[str, Any]:
+    def fail(study: Any, console: Any) -> dict[str, Any]:
         raise EbftError("data.dataset='nowhere': no such data set. Use another")
 
     monkeypatch.setattr(runner, "_prepare", fail)
@@ -298,12 +291,12 @@ def test_failed_trials_count_as_over_unless_asked_for(existing: Path, monkeypatc
     assert runner.resume(existing, console=quiet()).exit_code == 1
     left: list[set[str]] = []
 
-    def session(folder: Path, study: StudySpec, runs: Any, past: Any, *rest: Any) -> runner.StudyResult:
+    def session(folder: Path, study: Any, past: Any, *rest: Any) -> str:
         left.append({"t0000", "t0001"} - set(past.trial_results))
-        return runner.StudyResult(folder, past.states)
+        return ""
 
-    monkeypatch.setattr(runner, "_session", session)
-    monkeypatch.setattr(runner, "_prepare", lambda configurations, console: {})
+    monkeypatch.setattr(runner, "run_session", session)
+    monkeypatch.setattr(runner, "_prepare", lambda study, console: {})
     runner.resume(existing, console=quiet(), retry_failed=True)
     assert left == [{"t0001"}]
 

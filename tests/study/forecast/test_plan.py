@@ -17,10 +17,12 @@ from ebft_study import config
 from ebft_study.cli import app
 from ebft_study.cost import StepShape, step_cost
 from ebft_study.results import StudyRecorder, TrialRecorder
-from ebft_study.study.forecast import expected, throughput
+from ebft_study.study.cluster.capacity import ClusterCapacity, Node
 from ebft_study.study.forecast import plan as planning
+from ebft_study.study.forecast import prediction, throughput
 from ebft_study.study.spec.study_spec import StudySpec
 from ebft_study.training.memory import shapes
+from tests.studies import resolved
 from tests.tiny_run import tiny_config
 
 STARTED = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
@@ -42,18 +44,18 @@ def spec(run: dict[str, Any], **changes: Any) -> StudySpec:
 
 
 def planned(run: dict[str, Any], storage: Path, *, memory_gib: float = 4.0, **changes: Any) -> planning.StudyPlan:
-    return planning.plan(spec(run, **changes), storage=storage, memory_gib=memory_gib)
+    return planning.plan(resolved(spec(run, **changes)), storage=storage, memory_gib=memory_gib)
 
 
 def test_trials_of_one_cost_are_counted_together(run: dict[str, Any], tmp_path: Path) -> None:
     found = planned(run, tmp_path, baselines={"sft": {"method": "sft"}})
     # alpha costs nothing; n_samples and the method do.
-    assert sorted(row.kind.number for row in found.kinds) == [3, 6, 6]
+    assert sorted(row.group.number for row in found.groups) == [3, 6, 6]
     assert found.n_trials == 15
-    assert {row.kind.run.total_steps for row in found.kinds} == {24}
-    assert {row.tokens for row in found.kinds} == {24.0 * 4 * 24}
+    assert {row.group.example.run.total_steps for row in found.groups} == {24}
+    assert {row.tokens for row in found.groups} == {24.0 * 4 * 24}
     # At steps 5, 10, 15, 20, at the end of the warm start and of the run, and twice on the held-out split.
-    assert {row.kind.work.evaluations for row in found.kinds} == {8}
+    assert {row.group.work.evaluations for row in found.groups} == {8}
     assert found.hours is None
 
 
@@ -89,47 +91,50 @@ def test_hours_follow_from_what_finished_trials_took(run: dict[str, Any], tmp_pa
     # 24 steps of half a second, 8 evaluations of a quarter of one, and 3 s to start.
     finish(tmp_path, run, step_seconds=0.5, train=14.0, total=17.0, host=socket.gethostname())
     found = planned(run, tmp_path, axes={"reward.alpha": [0.0, 1.0]}, budget={"max_concurrent_trials": 1})
-    (only,) = found.kinds
-    kind, speed = only.kind, only.speed
-    assert speed is not None
-    assert kind.work.evaluation_flops / speed.evaluation_flops_per_second == pytest.approx(8 * 0.25)
+    assert found.prediction is not None
+    (only,) = found.prediction.groups
+    rate = only.throughput.evaluation_flops_per_second
+    assert only.group.work.evaluation_flops / rate == pytest.approx(8 * 0.25)
     assert only.seconds == pytest.approx(17.0)
     assert found.hours == pytest.approx(6 * 17.0 / 3600)
     # The cost model scales to other settings.
     other = planned(run, tmp_path, budget={"max_concurrent_trials": 1})
     rate = throughput.flops(config.build_run(run, source="test")) / 12.0
-    for row in other.kinds:
-        assert row.seconds == pytest.approx(3 + 8 * 0.25 + row.kind.work.flops / rate)
+    assert other.prediction is not None
+    for row in other.prediction.groups:
+        assert row.seconds == pytest.approx(3 + 8 * 0.25 + row.group.work.flops / rate)
 
 
 def test_what_is_planned_at_the_start_is_what_the_report_compares(run: dict[str, Any], tmp_path: Path) -> None:
-    study = spec(run, axes={"reward.alpha": [0.0, 1.0]}, baselines={"sft": {"method": "sft"}})
-    assert expected.forecast(study, storage=tmp_path, concurrency=2) is None
+    asked = spec(run, axes={"reward.alpha": [0.0, 1.0]}, baselines={"sft": {"method": "sft"}})
+    study = resolved(asked, ClusterCapacity((Node(2),)))
+    assert prediction.predict(study, storage=tmp_path) is None
     finish(tmp_path, run, step_seconds=0.5, train=14.0, total=17.0, host=socket.gethostname())
-    planned = expected.forecast(study, storage=tmp_path, concurrency=2)
-    assert planned is not None
+    predicted = prediction.predict(study, storage=tmp_path)
+    assert predicted is not None
+    planned = predicted.details
     sft, ebft = planned["kinds"]
     assert sft["trials"] == ["t0000", "t0003", "t0006"]
     assert (ebft["number"], ebft["steps"]) == (6, 24)
     assert ebft["seconds"] == pytest.approx(17.0, abs=1e-3)
     assert ebft["startup_seconds"] == pytest.approx(3.0)
     assert planned["seconds"] == pytest.approx((3 * sft["seconds"] + 6 * ebft["seconds"]) / 2)
-    assert "9 trials, 2 at a time" in expected.message(planned)
+    assert "9 trials, 2 at a time" in predicted.message
     assert json.loads(json.dumps(planned)) == planned
 
 
 def row(method: str, concurrency: int, rate: float, **changes: Any) -> dict[str, Any]:
-    alike = {"model": "m", "method": method, "workers": 1, "served": False, "side_by_side": concurrency}
+    alike = {"model": "m", "method": method, "workers": 1, "served": False, "concurrency": concurrency}
     return {**alike, "rate": rate, "evaluation_rate": 10.0, "startup": 1.0, **changes}
 
 
 def test_the_trials_most_alike_decide() -> None:
     rows = [row("sft", 2, 100.0), row("ebft", 1, 50.0), row("ebft", 2, 30.0), row("ebft", 2, 40.0)]
-    known = throughput.Pace([*rows, row("ebft", 2, 1.0, served=True), row("ebft", 2, 7.0, model="other")])
+    known = throughput.Measurements([*rows, row("ebft", 2, 1.0, served=True), row("ebft", 2, 7.0, model="other")])
 
     def rate(method: str, concurrency: int, model: str = "m", served: bool = False) -> float:
         work = throughput.Work(model, method, 1, served, flops=1.0, evaluations=1, evaluation_flops=1.0)
-        return known.of(work, concurrency=concurrency).flops_per_second
+        return known.throughput(work, concurrency=concurrency).flops_per_second
 
     assert rate("ebft", 2) == 35.0
     assert rate("ebft", 1) == 50.0
@@ -141,16 +146,16 @@ def test_the_trials_most_alike_decide() -> None:
 
 
 def test_groups_of_workers_start_later_than_trials_in_their_own_process() -> None:
-    known = throughput.Pace(
+    known = throughput.Measurements(
         [row("ebft", 2, 10.0, workers=0, startup=4.0), row("ebft", 2, 10.0, workers=1, startup=13.0)]
     )
     for workers, startup in ((0, 4.0), (1, 13.0)):
         work = throughput.Work("m", "ebft", workers, False, flops=1.0, evaluations=1, evaluation_flops=1.0)
-        assert known.of(work, concurrency=2).startup_seconds == startup
+        assert known.throughput(work, concurrency=2).startup_seconds == startup
 
 
 def test_a_part_of_a_trial_starts_as_long_as_a_whole_one() -> None:
-    speed = throughput.Speed(1, flops_per_second=10.0, evaluation_flops_per_second=5.0, startup_seconds=3.0)
+    speed = throughput.Throughput(1, flops_per_second=10.0, evaluation_flops_per_second=5.0, startup_seconds=3.0)
     work = throughput.Work("m", "ebft", 1, False, flops=100.0, evaluations=4, evaluation_flops=20.0)
     assert speed.seconds(work) == 17.0
     assert speed.seconds(work, done=0.5) == 10.0
@@ -178,17 +183,19 @@ def test_trials_of_a_model_that_is_gone_measure_nothing(run: dict[str, Any], tmp
 def test_what_does_not_fit_is_said_with_the_reason(run: dict[str, Any], tmp_path: Path) -> None:
     found = planned(run, tmp_path, memory_gib=1e-5)
     assert not found.fits
-    assert all(math.isnan(row.memory_gib) for row in found.kinds)
-    lines = planning.summary(found, spec(run))
+    assert all(math.isnan(row.memory_gib) for row in found.groups)
+    lines = planning.summary(found)
     assert "12 trials" in lines[0]
     assert "GiB" in lines[1]
     assert planned(run, tmp_path).fits
 
 
-def test_trials_that_a_search_has_yet_to_choose_count_as_the_dearest(run: dict[str, Any], tmp_path: Path) -> None:
+def test_trials_that_a_search_has_yet_to_choose_count_as_the_most_expensive(
+    run: dict[str, Any], tmp_path: Path
+) -> None:
     axes = {"rollout.n_samples": {"distribution": "integer", "low": 2, "high": 6}}
     found = planned(run, tmp_path, axes=axes, search={"algorithm": "optuna", "num_configurations": 5})
-    (kind,) = [row.kind for row in found.kinds]
+    (kind,) = [row.group for row in found.groups]
     assert (kind.number, kind.label) == (15, "chosen by the search (at most)")
     six = config.build_run(config.merge(run, {"rollout": {"n_samples": 6}}), source="test")
     assert kind.work.flops == pytest.approx(throughput.flops(six))

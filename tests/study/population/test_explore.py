@@ -131,7 +131,7 @@ def test_what_may_change_is_a_setting_of_a_run(path: str) -> None:
 )
 def test_what_cannot_work_is_refused_when_the_file_is_read(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        checks.check(spec(**changes), "study.yaml")
+        resolved(spec(**changes))
     assert said in str(caught.value)
     assert "study.yaml" in str(caught.value)
 

@@ -9,9 +9,10 @@ import pytest
 from ebft_study.errors import ConfigError
 from ebft_study.study.folder.history import History
 from ebft_study.study.folder.trial_states import TrialResult
-from ebft_study.study.resolving import checks, extending
+from ebft_study.study.resolving import extending
 from ebft_study.study.spec import normalize, trials
 from ebft_study.study.spec.study_spec import StudySpec
+from tests.studies import resolved
 
 GRID: dict[str, Any] = {
     "study": "s",
@@ -28,7 +29,7 @@ def spec(**changes: Any) -> StudySpec:
 
 
 def extend(old: StudySpec, new: StudySpec) -> StudySpec:
-    return extending.extended(old, new, checks.check(new, "test"), "test")
+    return extending.extended(old, resolved(new))
 
 
 def numbers(study: StudySpec) -> dict[tuple[str, int], str]:
@@ -104,9 +105,12 @@ def test_draws_that_were_made_are_not_made_again() -> None:
 
 def test_what_ended_before_its_new_length_is_open_again_unless_it_was_stopped() -> None:
     past = History({}, {"t0000": TrialResult("finished", 1.0, 40), "t0001": TrialResult("early", 1.0, 20)}, {})
-    assert extending.reopened(spec(), past) is past
-    assert set(extending.reopened(extend(spec(), spec(seeds=[0, 1, 2])), past).trial_results) == {"t0000", "t0001"}
-    assert set(extending.reopened(extend(spec(), spec(run={"steps": 60})), past).trial_results) == {"t0001"}
+    assert extending.reopened(resolved(spec()), past) is past
+    assert set(extending.reopened(resolved(extend(spec(), spec(seeds=[0, 1, 2]))), past).trial_results) == {
+        "t0000",
+        "t0001",
+    }
+    assert set(extending.reopened(resolved(extend(spec(), spec(run={"steps": 60}))), past).trial_results) == {"t0001"}
 
 
 OPTUNA = {"algorithm": "optuna", "num_configurations": 4}

@@ -8,14 +8,13 @@ from typing import Any
 import pytest
 import yaml
 
-from ebft_study import config
 from ebft_study.errors import ConfigError
-from ebft_study.study.cluster import requests
 from ebft_study.study.cluster.capacity import ClusterCapacity, Node
 from ebft_study.study.resolving import checks, study_file
 from ebft_study.study.resolving.study_file import load_study
 from ebft_study.study.spec import normalize
-from ebft_study.study.spec.study_spec import ResourcesSpec, StudySpec, key_matches
+from ebft_study.study.spec.study_spec import key_matches
+from tests.studies import resolved
 
 BASE: dict[str, Any] = {
     "study": "probe",
@@ -48,7 +47,7 @@ def refusal(folder: Path, profile: str | None = "cpu", overrides: tuple[str, ...
 
 
 def test_a_profile_is_laid_over_the_file(tmp_path: Path) -> None:
-    spec = load_study(write(tmp_path), "gpu")
+    spec = load_study(write(tmp_path), "gpu").spec
     assert spec.run["model"] == "big"
     assert spec.run["training"]["steps"] == 20
     assert spec.resources.gpus_per_worker == 1
@@ -56,7 +55,7 @@ def test_a_profile_is_laid_over_the_file(tmp_path: Path) -> None:
 
 
 def test_overrides_change_fixed_settings(tmp_path: Path) -> None:
-    spec = load_study(write(tmp_path), "cpu", ["steps=7", "data.sequence_length=64", "learning_rate=1e-3"])
+    spec = load_study(write(tmp_path), "cpu", ["steps=7", "data.sequence_length=64", "learning_rate=1e-3"]).spec
     assert spec.run["training"]["steps"] == 7
     assert spec.run["data"]["sequence_length"] == 64
     assert spec.run["optimizer"]["learning_rate"] == 1e-3
@@ -65,7 +64,9 @@ def test_overrides_change_fixed_settings(tmp_path: Path) -> None:
 def test_overrides_change_sections_of_the_file(tmp_path: Path) -> None:
     scheduler = {"kind": "asha", "grace_period_steps": 5, "reduction_factor": 2}
     given = ["scheduler.kind=median", "seeds=[4]", "budget.max_concurrent_trials=1", "resources.workers_per_trial=0"]
-    spec = load_study(write(tmp_path, scheduler=scheduler), "cpu", [*given, "stopping.divergence={}", "run.steps=9"])
+    spec = load_study(
+        write(tmp_path, scheduler=scheduler), "cpu", [*given, "stopping.divergence={}", "run.steps=9"]
+    ).spec
     assert spec.scheduler.given() == {"kind": "median", "grace_period_steps": 5}
     assert spec.seeds == (4,)
     assert spec.budget.max_concurrent_trials == 1
@@ -76,15 +77,15 @@ def test_overrides_change_sections_of_the_file(tmp_path: Path) -> None:
 
 def test_another_name_is_only_another_name(tmp_path: Path) -> None:
     path = write(tmp_path)
-    renamed = load_study(path, "cpu", name="other")
+    renamed = load_study(path, "cpu", name="other").spec
     assert renamed.study == "other"
-    assert renamed.model_copy(update={"study": "probe"}) == load_study(path, "cpu")
+    assert renamed.model_copy(update={"study": "probe"}) == load_study(path, "cpu").spec
 
 
 def test_a_spec_survives_its_own_record(tmp_path: Path) -> None:
     axes = {"learning_rate": {"distribution": "log_uniform", "low": "1e-5", "high": 1e-3}, "alpha": [0, 1]}
     search = {"algorithm": "random", "num_configurations": 3}
-    spec = load_study(write(tmp_path, axes=axes, search=search), "cpu")
+    spec = load_study(write(tmp_path, axes=axes, search=search), "cpu").spec
     record = yaml.safe_load(yaml.safe_dump({**normalize.dump(spec), "created_at": "now", "provenance": {"x": 1}}))
     assert normalize.from_record(record, source="study.yaml") == spec
 
@@ -92,7 +93,7 @@ def test_a_spec_survives_its_own_record(tmp_path: Path) -> None:
 def test_numbers_that_yaml_reads_as_text_are_numbers(tmp_path: Path) -> None:
     path = tmp_path / "file.yaml"
     path.write_text("study: s\nquestion: q\naxes: {learning_rate: [1e-4, 1e-5]}\nrun: {steps: 2}\n")
-    assert load_study(path).axes["optimizer.learning_rate"].values == (1e-4, 1e-5)
+    assert load_study(path).spec.axes["optimizer.learning_rate"].values == (1e-4, 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -262,7 +263,7 @@ def test_bad_choices_on_the_command_line_are_refused(
 
 
 def test_a_file_without_profiles_needs_none(tmp_path: Path) -> None:
-    assert load_study(write(tmp_path, profiles=None)).run["training"]["steps"] == 20
+    assert load_study(write(tmp_path, profiles=None)).spec.run["training"]["steps"] == 20
 
 
 def machine(cpus: int, gpus: int) -> ClusterCapacity:
@@ -270,31 +271,30 @@ def machine(cpus: int, gpus: int) -> ClusterCapacity:
 
 
 def test_a_trial_must_fit_on_the_machine(tmp_path: Path) -> None:
-    spec = load_study(write(tmp_path, resources={"workers_per_trial": 2, "cpus_per_worker": 2}), "gpu")
-    checks.check_machine(spec, [], machine(4, 2))
+    study = load_study(write(tmp_path, resources={"workers_per_trial": 2, "cpus_per_worker": 2}), "gpu")
+    checks.check_capacity(study.on(machine(4, 2)))
     with pytest.raises(ConfigError, match=r"cpus_per_worker=2: a trial of 2 worker\(s\) needs 4 CPU cores; here are 2"):
-        checks.check_machine(spec, [], machine(2, 2))
+        checks.check_capacity(study.on(machine(2, 2)))
     with pytest.raises(ConfigError, match="gpus_per_worker"):
-        checks.check_machine(spec, [], machine(4, 0))
+        checks.check_capacity(study.on(machine(4, 0)))
     in_process = load_study(write(tmp_path, resources={"workers_per_trial": 0, "cpus_per_worker": 2}), "cpu")
-    checks.check_machine(in_process, [], machine(2, 0))
+    checks.check_capacity(in_process.on(machine(2, 0)))
     with pytest.raises(ConfigError, match="needs 2 CPU cores; here are 1"):
-        checks.check_machine(in_process, [], machine(1, 0))
+        checks.check_capacity(in_process.on(machine(1, 0)))
 
 
 BY_MODEL = {"resources": {"by": {"method": {"sft": {"workers_per_trial": 2}}}}}
 
 
 def test_trials_of_one_study_may_need_different_resources(tmp_path: Path) -> None:
-    spec = load_study(write(tmp_path, **BY_MODEL), "cpu")
-    runs = checks.check(spec, "test")
-    assert {run.method: spec.resources.for_run(run).workers_per_trial for run in runs} == {"ebft": 1, "sft": 2}
-    assert {need.processes for need in requests.resource_requests(spec.resources, runs)} == {1, 2}
-    assert normalize.from_record(normalize.dump(spec), source="record") == spec
-    checks.check_machine(spec, runs, machine(2, 0))
+    study = load_study(write(tmp_path, **BY_MODEL), "cpu")
+    assert {trial.run.method: trial.resources.workers_per_trial for trial in study.examples} == {"ebft": 1, "sft": 2}
+    assert {request.processes for request in study.requests} == {1, 2}
+    assert normalize.from_record(normalize.dump(study.spec), source="record") == study.spec
+    checks.check_capacity(study.on(machine(2, 0)))
     with pytest.raises(ConfigError, match=r"a trial of 2 worker\(s\) needs 2 CPU cores; here are 1"):
-        checks.check_machine(spec, runs, machine(1, 0))
-    assert requests.concurrent_trials(spec, runs, machine(8, 0)) == 8
+        checks.check_capacity(study.on(machine(1, 0)))
+    assert study.on(machine(8, 0)).concurrency == 8
 
 
 @pytest.mark.parametrize(
@@ -328,14 +328,14 @@ def test_engines_stay_on_one_machine_with_their_trial(tmp_path: Path) -> None:
         ({"placement": "own"}, "vllm.placement"),
         ({"placement": "colocated"}, ""),
     ):
-        run = config.build_run({**served, "vllm": settings}, source="test")
-        spec = StudySpec(study="s", question="?", resources=ResourcesSpec(gpus_per_worker=1))
-        checks.check_machine(spec, [run], ClusterCapacity(cluster.nodes[:1]))
+        content = {"run": {**served, "vllm": settings}, "resources": {"gpus_per_worker": 1}}
+        study = resolved({"study": "s", "question": "?", **content}, cluster)
+        checks.check_capacity(study.on(ClusterCapacity(cluster.nodes[:1])))
         if not refused:
-            checks.check_machine(spec, [run], cluster)
+            checks.check_capacity(study)
             continue
         with pytest.raises(ConfigError, match=refused):
-            checks.check_machine(spec, [run], cluster)
+            checks.check_capacity(study)
 
 
 def test_objectives_are_metrics_with_a_direction() -> None:
@@ -347,7 +347,7 @@ def test_objectives_are_metrics_with_a_direction() -> None:
 def test_a_profile_is_laid_over_what_the_file_says_of_its_scheduler_not_over_defaults(tmp_path: Path) -> None:
     given = {"grace_period_steps": 5}
     path = write(tmp_path, scheduler=given, profiles={"cpu": {"scheduler": {"kind": "median"}}})
-    found = study_file.load_study(path, "cpu").scheduler
+    found = study_file.load_study(path, "cpu").spec.scheduler
     assert (found.kind, found.grace_period_steps, found.min_samples_required) == ("median", 5, 3)
     unused = {"kind": "asha", **given, "reduction_factor": 2}
     path = write(tmp_path, scheduler=unused, profiles={"cpu": {"scheduler": {"kind": "median"}}})
@@ -357,7 +357,9 @@ def test_a_profile_is_laid_over_what_the_file_says_of_its_scheduler_not_over_def
 
 @pytest.mark.parametrize("kind", ["none", "asha", "hyperband", "median"])
 def test_study_yaml_records_what_the_scheduler_looks_at(tmp_path: Path, kind: str) -> None:
-    spec = study_file.load_study(write(tmp_path, scheduler={"kind": kind, **({} if kind == "none" else GRACE)}), "cpu")
+    spec = study_file.load_study(
+        write(tmp_path, scheduler={"kind": kind, **({} if kind == "none" else GRACE)}), "cpu"
+    ).spec
     recorded = normalize.dump(spec)["scheduler"]
     assert {"asha": 4, "hyperband": 3, "median": 3, "none": 1}[kind] == len(recorded)
     again = normalize.from_record(normalize.dump(spec), source="again")
@@ -377,7 +379,7 @@ SIZES: dict[str, Any] = {
 
 def test_a_profile_says_what_choices_stand_for(tmp_path: Path) -> None:
     for profile, models in (("cpu", ["tiny-1m", "tiny-4m"]), ("gpu", ["1b", "7b"])):
-        spec = load_study(write(tmp_path, **SIZES), profile)
+        spec = load_study(write(tmp_path, **SIZES), profile).spec
         assert [settings["model"] for settings in (spec.axes["size"].choices or {}).values()] == models
         assert spec.exclude == ()
 
@@ -404,11 +406,11 @@ def test_two_axes_may_set_one_thing_if_they_never_exist_together(tmp_path: Path)
         "one": {"choices": {"low": {"depths": [0.25]}, "high": {"depths": [0.75]}}, "when": {"layers": "one"}},
         "two": {"choices": {"low": {"depths": [0.25, 0.5]}}, "when": {"layers": "two"}},
     }
-    assert len(load_study(write(tmp_path, axes=axes), "cpu").axes) == 3
+    assert len(load_study(write(tmp_path, axes=axes), "cpu").spec.axes) == 3
     axes["two"].pop("when")
     assert "is also set by axes.one" in refusal(tmp_path, axes=axes)
 
 
 def test_a_profile_may_say_what_baselines_have_instead_of_an_axis(tmp_path: Path) -> None:
     profiles = {"cpu": {"baselines": {"sft": {"alpha": 0.25}}}}
-    assert load_study(write(tmp_path, profiles=profiles), "cpu").baselines["sft"]["reward"] == {"alpha": 0.25}
+    assert load_study(write(tmp_path, profiles=profiles), "cpu").spec.baselines["sft"]["reward"] == {"alpha": 0.25}

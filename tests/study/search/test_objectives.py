@@ -19,7 +19,6 @@ from optuna.trial import TrialState
 from ebft_study.errors import ConfigError
 from ebft_study.report.pareto import front
 from ebft_study.study.folder.trial_states import TrialResult
-from ebft_study.study.resolving import checks
 from ebft_study.study.search import objectives, optuna_search
 from ebft_study.study.search.optuna_search import OptunaSearch
 from ebft_study.study.spec import normalize
@@ -100,7 +99,7 @@ def test_several_are_a_list_and_come_back_from_the_record_as_such() -> None:
 )
 def test_what_cannot_work_is_refused_when_the_file_is_read(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        checks.check(spec(**changes), "study.yaml")
+        resolved(spec(**changes))
     assert said in str(caught.value)
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from ebft_study.errors import ConfigError
-from ebft_study.study.resolving import checks
 from ebft_study.study.spec import enumeration, normalize, trials
 from ebft_study.study.spec.study_spec import StudySpec
+from tests.studies import resolved
 
 CONDITIONAL: dict[str, Any] = {
     "whitening": ["none", "variant_i"],
@@ -111,7 +111,7 @@ def test_excluding_everything_is_refused_for_every_search() -> None:
     search = {"algorithm": "optuna", "num_configurations": 2}
     study = spec(axes=axes, exclude=[{"alpha": [0.0]}, {"alpha": 1}], search=search)
     with pytest.raises(ConfigError, match="exclude: leaves no configuration to run"):
-        checks.check(study, "file")
+        resolved(study)
 
 
 def test_baselines_are_not_excluded() -> None:
