@@ -62,7 +62,7 @@ def plan(study: ResolvedStudy, *, storage: Location = STUDIES, memory_gib: float
     """Trials, memory and hours of a study; starts nothing.
 
     Args:
-        storage: the folder of earlier studies, whose trials tell this machine's throughput.
+        storage: the folder of earlier studies, whose trials show this machine's throughput.
         memory_gib: of one worker, where the study does not say; default: 80 on a GPU, else its part of this machine's.
     """
     from ebft_study.study.forecast.plan import plan

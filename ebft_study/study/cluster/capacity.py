@@ -1,4 +1,4 @@
-"""What machines have, and how many trials of a kind fit on them side by side. Imports neither Ray nor torch."""
+"""The CPUs, GPUs and memory of machines. Imports neither Ray nor torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Node:
     cpus: float
     gpus: float = 0.0
     memory_bytes: float = 0.0
-    """What Ray gives out by request; 0 where nobody asks."""
+    """Memory that Ray may reserve; 0 where it is not needed."""
 
     def workers(self, cpus: float, gpus: float) -> int:
         """How many processes fit that take so much each. A part of a GPU is never spread over two."""
@@ -27,7 +27,7 @@ class Node:
 
 @dataclass(frozen=True)
 class ClusterCapacity:
-    """Where the trials of a study run. `joined`: on a cluster that was there before, and stays."""
+    """The machines on which the trials of a study run. `is_existing`: of a cluster that others started."""
 
     nodes: tuple[Node, ...]
     is_existing: bool = False
@@ -41,7 +41,7 @@ class ClusterCapacity:
         return sum(node.gpus for node in self.nodes)
 
     def without_gpus(self, taken: float) -> ClusterCapacity:
-        """What is left beside services; a GPU that is taken in part gives room to nobody else."""
+        """The rest when services take so many GPUs; a GPU that they use in part is not shared."""
         left, nodes = math.ceil(taken), []
         for node in sorted(self.nodes, key=lambda node: -node.gpus):
             here = min(left, int(node.gpus))
@@ -51,7 +51,7 @@ class ClusterCapacity:
 
 
 def this_machine(*, gpus: bool) -> ClusterCapacity:
-    """What this process may use; GPUs are looked for only where they are asked for, because that takes torch."""
+    """The resources of this process; GPUs are counted only on request, because that imports torch."""
     return ClusterCapacity((Node(cpu_count(), gpu_count() if gpus else 0),))
 
 

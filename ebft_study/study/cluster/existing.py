@@ -31,7 +31,7 @@ _PROBE_SECONDS, _PATIENCE_SECONDS = 120.0, 10.0
 
 
 def address_of(given: str | None) -> str | None:
-    """The cluster to join: the one given, else the one that `ray job submit` and RAY_ADDRESS name; None for none.
+    """The cluster to use: the given one, else the one that `ray job submit` and RAY_ADDRESS name; None for none.
 
     Raises:
         ConfigError: an address of Ray Client, through which Tune would not run in this process.
@@ -64,7 +64,7 @@ def connection(address: str | None, *, study: str) -> Iterator[ClusterCapacity |
     import ray
 
     set_environment()
-    os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")  # what a job was submitted with is kept, and added to
+    os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")  # the job's own environment stays, with ours added
     try:
         ray.init(
             address=address,
@@ -111,7 +111,7 @@ def _capacity() -> ClusterCapacity:
 def trial_request(capacity: ClusterCapacity, concurrency: int) -> dict[str, float]:
     """The resources that Tune reserves for a trial's process, whose workers reserve their own CPUs and GPUs.
 
-    Memory, which every cluster has without being told: Ray chooses the machine with the most of it left, so that
+    Memory, which every Ray node declares by itself: Ray chooses the machine with the most of it left, so that
     trials' processes spread out; and a reservation binds nothing, so that it takes nothing from the workers.
     """
     room = _MOST_MEMORY * sum(node.memory_bytes for node in capacity.nodes) / concurrency

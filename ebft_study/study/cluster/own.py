@@ -19,7 +19,7 @@ ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process per trial, for machines that a cloud takes back
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths in a study mean the folder it was started from
     "RAY_AIR_NEW_OUTPUT": "0",
-    "RAY_DEDUP_LOGS_SKIP_REGEX": ".",  # Ray's own lines; the monitor tells what happens to trials
+    "RAY_DEDUP_LOGS_SKIP_REGEX": ".",  # Ray's own lines; the monitor reports on trials
     "RAY_USAGE_STATS_ENABLED": "0",  # nothing is sent unless asked for
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",

@@ -1,4 +1,4 @@
-"""Ends a driver whose cluster is gone: its calls to Ray wait for ever, until Ray ends the process in mid-sentence.
+"""Ends a driver whose cluster is gone: its calls to Ray wait for ever, until Ray ends the process without a word.
 
 driver thread   Tuner.fit() ... waits for an answer of the cluster that never comes
 watchdog        connects to the cluster's processes now and then; when they are gone: asks the driver to stop,
@@ -18,7 +18,7 @@ Address = tuple[str, int]
 
 _EVERY_SECONDS, _CONNECT_SECONDS = 3.0, 2.0
 _GONE_SECONDS = 20.0
-"""A head that is started again needs some time. Ray itself gives up after 60 seconds."""
+"""A head that is restarted needs some time. Ray itself gives up after 60 seconds."""
 _GRACE_SECONDS = 10.0
 
 

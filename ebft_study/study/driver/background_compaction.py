@@ -1,7 +1,7 @@
 """Merging the small files of finished trials while the study runs.
 
 A report is a file of its own. A study of thousands of trials would leave hundreds of thousands of them to its end, and
-whoever reads the study meanwhile would open every one.
+every reader would open each of them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The driver's view of its trials: every change of state goes into the results tables and to the display."""
+"""The driver's record of its trials: every change of state goes into the results tables and to the display."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Monitor:
     ) -> None:
         """`states` starts with the trials that earlier sessions ended, and is shared with the display.
 
-        `objective` and `further` are the metrics that a search is told of.
+        `objective` and `further` are the metrics that the search optimizes.
         """
         self._recorder, self._states, self._objective, self._further = recorder, states, objective, further
         self._best_cfm: dict[str, float] = {}
@@ -34,7 +34,7 @@ class Monitor:
         self.display: Display | None = None
 
     def planned(self, trial: Trial) -> None:
-        """A trial is known and waits for its turn."""
+        """A trial is known and pending."""
         self._recorder.trial(self._plan(trial))
 
     def all_planned(self, trials: Iterable[Trial]) -> None:
@@ -56,7 +56,7 @@ class Monitor:
         )
 
     def started(self, trial_id: str) -> None:
-        """A place was free and the trial was given to Ray."""
+        """A slot was free, and Ray starts the trial."""
         state = self._states[trial_id]
         state.status = "running"
         state.begin()
@@ -88,7 +88,7 @@ class Monitor:
         self._changed(state, f"crashed and is started again ({problem})")
 
     def paused(self, trial_id: str, attempt: int) -> None:
-        """The trial gave up its place and waits for its next turn."""
+        """The trial released its slot and waits for its next turn."""
         state = self._states[trial_id]
         state.attempt = max(state.attempt, attempt)
         state.earlier_seconds, state.started_at = state.seconds or 0.0, None
@@ -96,7 +96,7 @@ class Monitor:
         self._record(trial_id, total_seconds=state.seconds)
 
     def resumed(self, trial_id: str) -> None:
-        """A place is free for a trial that waited."""
+        """A slot is free for a trial that waited."""
         if self._states[trial_id].status == "pending":
             self.started(trial_id)
 
@@ -104,13 +104,13 @@ class Monitor:
         """The trial continues from another one's checkpoint with new settings, from `attempt` on."""
         after = " ".join(f"{name}={format_value(value)}" for name, value in details["after"].items())
         message = (
-            f"at step {details['step']} goes on from {details['donor']}'s step {details['donor_step']} with {after}"
+            f"at step {details['step']} continues from {details['donor']}'s step {details['donor_step']} with {after}"
         )
         self._recorder.event(EXPLOIT, message, trial_id=trial_id, attempt=attempt, **details)
         self._changed(self._states[trial_id], message)
 
     def ended(self, trial_id: str, outcome: Mapping[str, Any]) -> TrialResult:
-        """The trial is over. `outcome`: status, reason, and what `worker.train_worker` returned."""
+        """The trial is over. `outcome`: status, reason, and the return value of `worker.train_worker`."""
         state = self._states[trial_id]
         status, reason = outcome["status"], outcome.get("reason", "")
         state.status, state.note = status, reason
@@ -118,7 +118,7 @@ class Monitor:
         reasons = {"stopped": {"stop_reason": reason}, "failed": {"error": reason}}.get(status, {})
         saved = self._saved(state) if status == "stopped" and reason.startswith(EARLY_STOP) else {}
         self._record(trial_id, **reasons, **saved, **self._numbers(state, outcome))
-        if status == "failed" or reason.startswith(EARLY_STOP):  # other stops the loop puts on record itself
+        if status == "failed" or reason.startswith(EARLY_STOP):  # the loop records other stops itself
             self._recorder.event(status, reason, trial_id=trial_id, attempt=state.attempt)
         self._changed(state, f"{status}{f' ({reason})' if reason else ''}")
         value, *further = (state.metrics.get(name, math.nan) for name in (self._objective, *self._further))
@@ -146,7 +146,7 @@ class Monitor:
         self.say(message)
 
     def say(self, message: str) -> None:
-        """For whoever looks on; not on record. Nothing is said where there is nothing to say."""
+        """Show a line, unless it is empty; it is not recorded."""
         if self.display and message:
             self.display.say(message)
 
@@ -165,12 +165,12 @@ class Monitor:
             **{name: int(metrics[name]) for name in COUNTED if math.isfinite(metrics.get(name, math.nan))},
         }
         if startup is not None and math.isfinite(startup) and state.started_at is not None:
-            # From the free place to the first optimizer step: processes, imports, model, data, base evaluation.
+            # From the free slot to the first optimizer step: processes, imports, model, data, base evaluation.
             columns["startup_seconds"] = max(outcome["started_at"] - state.started_at, 0.0) + startup
         return columns
 
     def _saved(self, state: TrialState) -> dict[str, Any]:
-        """Steps that an early stop spared, and their time at the pace since the trial's first report."""
+        """Steps that an early stop saved, and their time by the trial's speed since its first report."""
         left, now = state.total_steps - state.step, time.monotonic()
         step, then = self._first_report.get(state.trial_id, (state.step, now))
         done, seconds = (state.step - step, now - then) if state.step > step else (state.step, state.seconds)

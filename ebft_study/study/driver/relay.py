@@ -33,7 +33,7 @@ class Relay:
             return None
 
     async def close(self, box: str) -> None:
-        """Forget a mailbox; whoever still waits to put something there is let go."""
+        """Remove a mailbox; senders that still wait are released."""
         queue = self._boxes.pop(box, None)
         while queue is not None and not queue.empty():
             queue.get_nowait()
@@ -45,7 +45,7 @@ class Relay:
 
 def start() -> Any:
     """Create the study's relay; called by the driver, in the study's namespace."""
-    # Trials may wait in `take` all at once; a crash of this process must not be the end of the study.
+    # All trials may wait in `take` at the same time; a crash of this process must not be the end of the study.
     options = {"name": NAME, "num_cpus": 0, "max_concurrency": 10_000, "max_restarts": -1, "max_task_retries": -1}
     return ray.remote(Relay).options(**options).remote()
 

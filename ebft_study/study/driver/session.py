@@ -55,7 +55,7 @@ def run_session(
 
     Args:
         study: on the machines where it runs; if they are an existing cluster, Ray is connected to it.
-        lock_handle: of the study's lock; the session ends when the lock is lost.
+        lock_handle: the study's lock; the session ends when it is lost.
     """
     own.set_environment()
     from ebft_study.study.driver.tune_hooks import StudyStopper
@@ -129,7 +129,7 @@ def _announce(
 ) -> float | None:
     """Print and record, once, the time that the study is expected to take, and where its search can be watched.
 
-    Returns the expected seconds of a trial, None where no earlier trial tells.
+    Returns the expected seconds of a trial, None without earlier trials.
     """
     if study.spec.search.algorithm == "optuna":
         dashboard = f"the search: optuna-dashboard {journal.working_copy(folder)}"
@@ -181,7 +181,7 @@ def _tune(
     check_cache(study.runs, plan, spec.resources)
     services = StudyServices(spec.resources)
     lineages, is_population = exploit.lines(folder), spec.scheduler.kind == "pbt"
-    # Ray's start replaces our handler for SIGTERM with one that ends the process at once.
+    # Ray's start replaces our handler for SIGTERM with one that ends the process immediately.
     with _ray(study, plan.travelling_bytes) as slot, _signals(stopper.request_stop):
         monitor.say(own.dashboard_line())
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
@@ -308,7 +308,7 @@ def trial_task(folder: StoragePath, study: ResolvedStudy, trial: Trial, lineage:
 
 @contextlib.contextmanager
 def _signals(request_stop: Callable[[str], None]) -> Iterator[None]:
-    """The first Ctrl-C, or a SIGTERM, asks the study to stop; the next Ctrl-C ends it at once."""
+    """The first Ctrl-C, or a SIGTERM, asks the study to stop; the next Ctrl-C ends it immediately."""
 
     def handle(number: int, frame: Any) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)

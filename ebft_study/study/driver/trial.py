@@ -8,7 +8,7 @@
 
 The loop waits in `ray.train.report` until the controller has polled it, the controller in `put` until the trial has
 taken the item before, the trial in `ray.tune.report` until Tune has decided. A crash anywhere ends `fit`, the trial
-raises, and Tune starts it again, as a new attempt from the newest checkpoint. What a user has to mend (`EbftError`)
+raises, and Tune starts it again, as a new attempt from the newest checkpoint. An error of the user (`EbftError`)
 is not a crash: the trial ends normally and reports the failure.
 """
 
@@ -204,7 +204,7 @@ class _FitThread:
                 yield item[0]
 
     def outcome(self) -> dict[str, Any]:
-        """What the loop returned; a failure that only the user can mend counts as an outcome, a crash is raised."""
+        """The loop's result; an error of the user counts as an outcome, a crash is raised."""
         if self._error is None:
             return self._returned
         user_error = _user_error(self._error)
@@ -222,9 +222,9 @@ class _FitThread:
 
 
 def _failed(error: EbftError) -> dict[str, Any]:
-    """What a user has to mend is an outcome: trying again would fail the same way.
+    """The outcome of a user's error: trying again would fail the same way.
 
-    A disk or store that takes nothing more is no fault of the trial: it is interrupted, and so is its study.
+    Full or failing storage is no fault of the trial: it is interrupted, and so is its study.
     """
     return {"status": "interrupted" if isinstance(error, StorageError) else "failed", "reason": str(error)}
 
@@ -250,7 +250,7 @@ def _report(metrics: dict[str, Any], kept: StoragePath | None) -> None:
 def _checkpoint_to_start_from(study_folder: StoragePath, task: TrialTask) -> StoragePath | None:
     """Where Tune's pointer leads (a retry), else the newest complete checkpoint (a resumed study).
 
-    A trial that took over another's state finds it on disk; Tune's pointer may lead to what it had before.
+    After an exploit the checkpoint is on disk; Tune's pointer may lead to an earlier one.
     """
     pointer = ray.tune.get_checkpoint() if task.lineage is None else None
     if pointer is not None:

@@ -50,7 +50,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]
         return self._launched(trial).to_config()
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """`Observer` tells the search, because only it learns why a trial failed."""
+        """`Observer` notifies the search, because only it learns why a trial failed."""
 
     def save(self, checkpoint_path: str) -> None:
         """The results tables and the journal are the record."""
@@ -157,7 +157,7 @@ def _id(trial: Any) -> str:
 
 
 def _problem(trial: Any) -> str:
-    """The last line of what Tune noted of a crash: the exception and its message."""
+    """The last line of Tune's error file: the exception and its message."""
     path = trial.error_file
     lines = Path(path).read_text(errors="replace").split("\n") if path and Path(path).is_file() else []
     last = next((line.strip() for line in reversed(lines) if line.strip()), "the trial's process died")

@@ -1,4 +1,4 @@
-"""What earlier sessions of a study left in its results tables: all that a resumed study needs to know."""
+"""The results of earlier sessions, from a study's tables: all that a resumed study needs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class History:
 def read(study_folder: Location, objective: str, further: Sequence[str] = ()) -> History:
     """The history of a study; empty for one that has not started.
 
-    `objective` is the metric that schedulers look at, `further` are others that a search is told of.
+    `objective` is the metric of schedulers and stopping rules, `further` are those of a search with several objectives.
     """
     rows = results.read_table(study_folder, "trials")
     by_trial = dict(list(results.read_table(study_folder, "metrics").groupby("trial_id")))
@@ -53,7 +53,7 @@ def read(study_folder: Location, objective: str, further: Sequence[str] = ()) ->
 
 
 def problems(folder: Location) -> list[str]:
-    """Damaged files of a study, and what was changed in its record by hand."""
+    """Damaged files of a study, and changes that were made to its record by hand."""
     found = study_yaml.changes(folder)
     for table in results.TABLES:
         results.read_table(folder, table, found)
@@ -85,7 +85,7 @@ def _latest(measured: pd.DataFrame) -> pd.DataFrame:
 
 
 def _curve(evaluations: list[Evaluation], objective: str, total_steps: int) -> Curve:
-    """What the scheduler looked at: a trial's last evaluation is not among it."""
+    """The points that the scheduler saw: all evaluations but a trial's last."""
     seen = [(float(e.step), e.get(objective)) for e in evaluations if e.step < total_steps]
     return [(step, value) for step, value in seen if math.isfinite(value)]
 

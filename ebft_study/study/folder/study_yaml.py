@@ -1,7 +1,6 @@
-"""`study.yaml` in a study's folder: what was asked, with what, from which file; and comparing it with a file.
+"""`study.yaml` in a study's folder: the spec, its source, versions and provenance; comparing it with a file.
 
-A hidden copy beside it stands in for a `study.yaml` that is gone or is no YAML any more, and tells what was changed in
-it since the study began.
+A hidden copy replaces a `study.yaml` that is gone or unreadable, and shows the changes made since the study began.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ class StudySource:
 
 
 def write(folder: Location, spec: StudySpec, source: StudySource, *, provenance: Mapping[str, Any]) -> None:
-    """Put study.yaml in place, complete or not at all; a study that has one keeps the moment of its creation."""
+    """Write study.yaml, complete or not at all; an existing study keeps the time of its creation."""
     moment = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     before = content(folder) if copies.either_exists(storage_path(folder) / NAME) else {}
     new = {
@@ -79,7 +78,7 @@ def content(folder: Location) -> dict[str, Any]:
 
 
 def changes(folder: Location) -> list[str]:
-    """What is wrong with study.yaml, or has been changed in it by hand since the study began; comments do not count."""
+    """Problems with study.yaml, and changes made to it by hand since the study began; comments do not count."""
     path = storage_path(folder) / NAME
     found, problem = read_mapping(path)
     if problem or found is None:

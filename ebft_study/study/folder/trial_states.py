@@ -1,4 +1,4 @@
-"""What is known of a trial: its state while it runs, its evaluations, and how it ended."""
+"""A trial as the driver sees it: its state, its evaluations, and its result."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class TrialState:
     note: str = ""
     best_checkpoint: str | None = None
     stopwatch: float | None = None
-    """When it started by this process's monotonic clock, which nobody sets back; None in another process."""
+    """Its start by this process's monotonic clock, which never goes back; None in another process."""
     own_seconds: float | None = None
-    """What the stopwatch showed when it ended."""
+    """The stopwatch's time when it ended."""
 
     @property
     def seconds(self) -> float | None:

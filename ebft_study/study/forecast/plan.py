@@ -86,7 +86,7 @@ def plan(study: ResolvedStudy, *, storage: Location, memory_gib: float | None = 
     """The plan of a study.
 
     Args:
-        storage: the folder of earlier studies, whose trials tell this machine's throughput.
+        storage: the folder of earlier studies, whose trials show the throughput of this machine.
         memory_gib: of one worker, where the study does not say; default: 80 on a GPU, else its part of this machine's.
     """
     memory_gib = memory_gib or _default_memory_gib(study)

@@ -87,7 +87,7 @@ class Measurements:
         return len(self._rows) > 0
 
     def throughput(self, work: Work, *, concurrency: int) -> Throughput:
-        """Expected for `work` beside `concurrency - 1` other trials, by the trials that resemble it most."""
+        """The throughput expected for `work` among `concurrency` trials, by the earlier trials most like it."""
         wanted = {**vars(work), "concurrency": concurrency}
         for names in _SHARED:
             rows = self._rows
@@ -111,7 +111,7 @@ def measured(storage: Location) -> Measurements:
 
 
 def flops(run: RunConfig) -> float:
-    """Of all updates of a run, its warm start included."""
+    """FLOPs of all updates of a run, its warm start included."""
     step, (model, network) = StepShape.from_config(run), shapes(run)
     own = step_cost(model, network, step).total.flops
     warm = step_cost(model, network, replace(step, method="sft")).total.flops
@@ -119,13 +119,13 @@ def flops(run: RunConfig) -> float:
 
 
 def evaluations(run: RunConfig) -> int:
-    """Of the validation split, and one more before and after for the held-out split."""
+    """Number of evaluations of a run: of the validation split, and two of the held-out split."""
     warm = run.training.warm_start_steps > 0
     return 3 + run.total_steps // run.evaluation.eval_every_steps + int(warm)
 
 
 def evaluation_flops(run: RunConfig) -> float:
-    """Of all evaluations: sampling and features of completions, and cross-entropy."""
+    """FLOPs of all evaluations: sampling and features of completions, and cross-entropy."""
     given, held_out = run.evaluation, 2
     validation = given.validation_sequences * _flops_per_sequence(run, run.rollout.completion_length)
     return (evaluations(run) - held_out) * validation + held_out * given.heldout_sequences * _flops_per_sequence(

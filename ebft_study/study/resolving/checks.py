@@ -1,4 +1,4 @@
-"""Rules that a study must satisfy before anything runs; each broken one is one line for people.
+"""Rules that a study must satisfy before anything runs; each broken one is an error of one line.
 
 Functions named `*_rules` yield what is broken as (key, given, rule, remedy); the first one is raised.
 """

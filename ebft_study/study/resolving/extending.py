@@ -1,6 +1,6 @@
 """`--extend`: a study gets more trials or more steps, and everything that was done stays.
 
-What a study was before is kept in its `extended_from`, because trials are numbered by their place in what they began in
+`extended_from` records the sizes that a study had before, because trials keep the numbers that they began with
 (`trials.listed`): a resumed study finds the very same numbers.
 """
 
@@ -116,10 +116,10 @@ def _check_steps(old: StudySpec, study: ResolvedStudy) -> None:
     if after < before:
         problem, remedy = f"trials have done {before} already", f"Use steps >= {before}"
     elif old.search.algorithm == "optuna":
-        problem, remedy = "Optuna was told what its configurations reach in fewer", "Use another --name"
+        problem, remedy = "Optuna knows the values that its configurations reach in fewer", "Use another --name"
     elif any(run.optimizer.schedule != "constant" for run in study.runs):
-        problem = f"the learning rate has come to the end of a schedule that was laid out for {before} steps"
-        remedy = "Only trials with schedule: constant can go on; use another --name"
+        problem = f"the learning rate is at the end of a schedule of {before} steps"
+        remedy = "Only trials with schedule: constant can continue; use another --name"
     if problem:
         key = f"--extend: {STEPS}"
         raise rule_broken(source=study.source.name, key=key, given=after, rule=problem, remedy=remedy)

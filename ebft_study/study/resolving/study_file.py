@@ -25,7 +25,7 @@ from ebft_study.study.spec.study_spec import USED_BY, Profile, StudySpec, paths
 
 _MOST_CORNERS = 256
 SECTIONS = ("seeds", "scheduler", "stopping", "objective", "budget", "resources", "search")
-"""What overrides reach beside the settings of a run."""
+"""Sections of a study file that overrides may change, besides the settings of runs."""
 
 
 def load_study(
@@ -119,7 +119,7 @@ def _with_profile(spec: StudySpec, profile: str | None, source: str) -> StudySpe
 
 
 def _profile_choices(spec: StudySpec, chosen: Profile, where: str) -> dict[str, dict[str, dict[str, Any]]]:
-    """What the choices of axes stand for in a profile; which choices there are is part of what is studied."""
+    """The settings that choices stand for in a profile; the choices themselves are part of the study."""
     found = {}
     for axis, choices in chosen.choices.items():
         there = spec.axes[axis].choices if axis in spec.axes else None
@@ -164,7 +164,7 @@ def with_overrides(spec: StudySpec, overrides: Sequence[str]) -> StudySpec:
 
 
 def section_of(override: str) -> str:
-    """The part of a study file that an override is about; '' for the settings of a run."""
+    """The section of a study file that an override changes; '' for the settings of a run."""
     name = override.partition("=")[0].partition(".")[0].strip()
     return name if name in SECTIONS else ""
 
@@ -183,7 +183,7 @@ def with_settings(spec: StudySpec, overrides: Sequence[str]) -> StudySpec:
 
 
 def with_sections(spec: StudySpec, overrides: Sequence[str]) -> StudySpec:
-    """The study with `section.key=value` laid over it; another kind of scheduler keeps what it has a use for."""
+    """The study with `section.key=value` laid over it; another scheduler keeps the settings that it uses."""
     changes: dict[str, Any] = {}
     for item in overrides:
         changes = config.merge(changes, _nested_override(item))
@@ -210,7 +210,7 @@ def _nested_override(item: str) -> dict[str, Any]:
 
 
 def _refuse_studied(spec: StudySpec, path: str, source: str, rule: str) -> None:
-    """Profiles and overrides leave alone what the study is about."""
+    """Profiles and overrides do not change the axes, links and method of a study."""
     if any(path in normalize.settings_of(name, axis) for name, axis in spec.axes.items()):
         what = "an axis of the study"
     elif path in spec.linked:

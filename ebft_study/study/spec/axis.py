@@ -1,4 +1,4 @@
-"""What one axis of a study takes: values of a setting, a range to draw from, or named choices of several settings."""
+"""One axis of a study: values of a setting, a range to draw from, or named choices of several settings."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ class Axis(Section):
         return tuple(int(end) for end in ends) if self.is_integer else ends
 
     def draw(self, generator: random.Random) -> Any:
-        """One value by chance."""
+        """One value at random."""
         if self.is_choice:
             return generator.choice(self.finite or ())
         low, high = float(self.low or 0), float(self.high or 0)
@@ -164,7 +164,7 @@ class Axis(Section):
 
 
 def as_axis(key: str, given: Any) -> dict[str, Any]:
-    """What a study file may write for an axis, as the fields of an `Axis`."""
+    """An axis as a study file may write it, as the fields of an `Axis`."""
     if isinstance(given, Axis):
         return given.plain() if isinstance(given.plain(), dict) else {"values": given.plain()}
     if isinstance(given, list | tuple):

@@ -1,4 +1,4 @@
-"""From axes to configurations: every combination, draws by chance, and which of them are not run.
+"""From axes to configurations: every combination, random draws, and exclusions.
 
 An *assignment* is the value of every axis that exists in it. Axes are looked at in the order of the study file, so that
 an axis with a condition comes after those that decide whether it exists.
@@ -75,7 +75,7 @@ def draws(spec: StudySpec, number: int) -> list[Assignment]:
 def another(
     spec: StudySpec, generator: random.Random, wanted: Callable[[Assignment], bool] = lambda _: True
 ) -> Assignment | None:
-    """A draw that is not excluded and wanted; None where there is none, or none among very many."""
+    """A random draw that is wanted and not excluded; None where there is none, or none among very many."""
     for _ in range(_TRIES):
         assignment = _draw(spec, generator)
         if not is_excluded(spec, assignment) and wanted(assignment):
@@ -93,7 +93,7 @@ def number_of_choices(spec: StudySpec) -> float:
 
 
 def settings(spec: StudySpec, assignment: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted path -> value: what an assignment sets."""
+    """Dotted path -> value of the settings that an assignment stands for."""
     chosen: dict[str, Any] = {}
     for key, value in assignment.items():
         choices = spec.axes[key].choices

@@ -1,4 +1,4 @@
-"""What a study file may say: one pydantic model per section. `space.load_study` reads and checks a file."""
+"""The sections of a study file, one pydantic model each. `study_file.load_study` reads and checks a file."""
 
 from __future__ import annotations
 
@@ -76,35 +76,38 @@ USED_BY = {
     "perturbed_axes": ("pbt",),
     "perturbation_seed": ("pbt",),
 }
-"""Which schedulers look at which of their settings."""
+"""Setting -> the schedulers that use it."""
 
 
 class SchedulerSpec(Section):
-    """What happens to trials that fall behind: they stop early, or go on from better ones (pbt). Never to baselines.
+    """Early stopping of trials that fall behind, or (pbt) their continuation from better ones. Baselines are exempt.
 
     docs/schedulers.md and docs/population.md compare them.
     """
 
     kind: Literal["none", "asha", "hyperband", "median", "pbt"] = "none"
     grace_period_steps: PositiveInt = Field(50, description="no trial is stopped before this step")
-    reduction_factor: int = Field(3, ge=2, description="about one of this many trials goes on at each rung")
+    reduction_factor: int = Field(3, ge=2, description="about one of this many trials continues at each rung")
     brackets: PositiveInt = Field(1, description="asha: groups of trials, each with its first rung one later")
     min_samples_required: PositiveInt = Field(3, description="median: other trials needed before one is stopped")
     perturbation_interval_steps: PositiveInt = Field(50, description="pbt: trials are compared this often")
     quantile_fraction: float = Field(
-        0.25, gt=0.0, le=0.5, description="pbt: this part, the worst, goes on from the states of as many of the best"
+        0.25,
+        gt=0.0,
+        le=0.5,
+        description="pbt: this fraction, the worst, continues from the states of as many of the best",
     )
     resample_probability: float = Field(
         0.25, ge=0.0, le=1.0, description="pbt: a setting is drawn anew rather than moved a little"
     )
     perturbed_axes: tuple[str, ...] | None = Field(
-        None, description="pbt: axes that change on the way; default: all. The others are taken over as they are"
+        None, description="pbt: axes that are perturbed; default: all. The others are copied from the donor"
     )
     perturbation_seed: int = Field(0, ge=0, description="pbt: seed of the choice of donors and settings")
 
     @model_validator(mode="after")
     def _only_what_is_used(self) -> SchedulerSpec:
-        """`kind: none` switches off what the section says; any other kind refuses what it would not look at."""
+        """`kind: none` switches the section off; any other kind refuses settings that it does not use."""
         for name, kinds in USED_BY.items():
             if self.kind != "none" and name in self.model_fields_set and self.kind not in kinds:
                 given, users = getattr(self, name), " and ".join(kinds)
@@ -116,7 +119,7 @@ class SchedulerSpec(Section):
         return {k: v for k, v in handler(self).items() if self.kind in USED_BY.get(k, (self.kind,))}
 
     def given(self) -> dict[str, Any]:
-        """What was set, without defaults: what a profile or an override is laid over."""
+        """The settings of the file, without defaults: profiles and overrides are merged into these."""
         return {name: getattr(self, name) for name in self.model_fields_set}
 
 
@@ -149,7 +152,7 @@ class RewardHackingRule(Section):
 
 
 class StoppingSpec(Section):
-    """Rules that look at one trial alone (`early_stopping`); none applies unless it is named. Baselines are spared."""
+    """Rules that look at one trial alone (`stopping.rules`); none applies unless it is named. Baselines are exempt."""
 
     divergence: DivergenceRule | None = None
     collapse: CollapseRule | None = None
@@ -180,7 +183,7 @@ class BudgetSpec(Section):
 
 
 class TrialResources(Section):
-    """What differs for trials with one value of a setting; what is not given stays as it is for all."""
+    """Resources of trials with one value of a setting; those that are not given stay as they are for all."""
 
     workers_per_trial: int | None = Field(None, ge=0)
     cpus_per_worker: PositiveInt | None = None
@@ -188,7 +191,7 @@ class TrialResources(Section):
 
 
 class ResourcesSpec(Section):
-    """What one trial occupies."""
+    """The resources of one trial."""
 
     workers_per_trial: int = Field(1, ge=0, description="0: in the trial's own process, which starts much sooner")
     cpus_per_worker: PositiveInt = 1
@@ -196,7 +199,8 @@ class ResourcesSpec(Section):
     feature_gpus: float = Field(0.0, ge=0.0, description="GPUs of a feature service, if trials are on GPUs")
     max_failures: int = Field(1, ge=0, description="how often a crashed trial is started again from its checkpoint")
     by: dict[str, dict[str, TrialResources]] = Field(
-        default_factory=dict, description="setting -> value -> what trials with it take, e.g. larger models more GPUs"
+        default_factory=dict,
+        description="setting -> value -> the resources of trials with it, e.g. larger models more GPUs",
     )
 
     @field_validator("by", mode="before")
@@ -219,7 +223,7 @@ class ResourcesSpec(Section):
         return self
 
     def for_run(self, run: RunConfig) -> ResourcesSpec:
-        """What trials with these settings occupy; of several overrides of one key the last one counts."""
+        """The resources of a trial with these settings; of several overrides of one key the last one counts."""
         if not self.by:
             return self
         settings = flatten(run)
@@ -231,7 +235,7 @@ class ResourcesSpec(Section):
         return self.model_copy(update=changes)
 
     def device_of(self, run: RunConfig) -> Literal["cpu", "cuda"]:
-        """What the workers of a trial compute on."""
+        """The kind of device that the workers of a trial compute on."""
         return "cuda" if self.for_run(run).gpus_per_worker and run.training.device != "cpu" else "cpu"
 
     @property
@@ -241,21 +245,21 @@ class ResourcesSpec(Section):
 
     @property
     def processes(self) -> int:
-        """Processes that train, side by side."""
+        """Processes of a trial that train concurrently."""
         return max(1, self.workers_per_trial)
 
     @property
     def gpus(self) -> float:
-        """Of one trial."""
+        """All GPUs of one trial."""
         return self.processes * self.gpus_per_worker
 
 
 class Profile(Section):
-    """What differs on one kind of machine."""
+    """Model, sizes and resources for one type of machine."""
 
     run: dict[str, Any] = Field(default_factory=dict)
     choices: dict[str, dict[str, dict[str, Any]]] = Field(
-        default_factory=dict, description="axis -> choice -> what it stands for here"
+        default_factory=dict, description="axis -> choice -> the settings that it stands for here"
     )
     baselines: dict[str, dict[str, Any]] = Field(default_factory=dict, description="further settings of baselines")
     scheduler: dict[str, Any] = Field(default_factory=dict)
@@ -272,7 +276,7 @@ class Profile(Section):
 
 
 class StudySize(Section):
-    """How large a study was before it was extended."""
+    """The axes, seeds and baselines of a study before it was extended."""
 
     axes: dict[str, Any]
     seeds: tuple[int, ...]
@@ -281,7 +285,6 @@ class StudySize(Section):
 
     @classmethod
     def from_spec(cls, spec: StudySpec) -> StudySize:
-        """That of a study as it is now."""
         return cls(
             axes=spec.model_dump(mode="json")["axes"],
             seeds=spec.seeds,
@@ -290,12 +293,12 @@ class StudySize(Section):
         )
 
     def applied(self, spec: StudySpec) -> StudySpec:
-        """The study, which has grown since, as it was."""
-        known = spec.model_dump(mode="json", exclude={"profiles", "extended_from"})
-        search = {**known["search"], "num_configurations": self.num_configurations}
-        baselines = {name: known["baselines"][name] for name in self.baselines}
+        """The study, which was extended since, at this size."""
+        content = spec.model_dump(mode="json", exclude={"profiles", "extended_from"})
+        search = {**content["search"], "num_configurations": self.num_configurations}
+        baselines = {name: content["baselines"][name] for name in self.baselines}
         return StudySpec.model_validate(
-            {**known, "axes": self.axes, "seeds": self.seeds, "baselines": baselines, "search": search}
+            {**content, "axes": self.axes, "seeds": self.seeds, "baselines": baselines, "search": search}
         )
 
 
@@ -307,7 +310,9 @@ class StudySpec(Section):
     run: dict[str, Any] = Field(default_factory=dict)
     axes: dict[str, Axis] = Field(default_factory=dict)
     linked: dict[str, Link] = Field(default_factory=dict, description="setting -> how it follows from others")
-    exclude: tuple[dict[str, tuple[Any, ...]], ...] = Field((), description="what is not run: all of one must match")
+    exclude: tuple[dict[str, tuple[Any, ...]], ...] = Field(
+        (), description="combinations that are not run; all of one must match"
+    )
     seeds: tuple[int, ...] = Field((0,), min_length=1)
     baselines: dict[str, dict[str, Any]] = Field(default_factory=dict)
     search: SearchSpec = SearchSpec()
@@ -317,9 +322,7 @@ class StudySpec(Section):
     budget: BudgetSpec = BudgetSpec()
     resources: ResourcesSpec = ResourcesSpec()
     profiles: dict[str, Profile] = Field(default_factory=dict)
-    extended_from: tuple[StudySize, ...] = Field(
-        (), description="what it was before each --extend; not for study files"
-    )
+    extended_from: tuple[StudySize, ...] = Field((), description="its size before each --extend; not for study files")
 
     @field_validator("axes", mode="before")
     @classmethod

@@ -1,4 +1,4 @@
-"""What a trial's processes are told: the one thing that crosses from the driver into them."""
+"""The task of a trial's processes: the one thing that crosses from the driver into them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class TrialTask:
     """A path or a URL."""
     trial_id: str
     label: str
-    """Names the trial for people."""
+    """Configuration and seed, as tables show them."""
     is_baseline: bool
     total_steps: int
     run: dict[str, Any]
@@ -34,7 +34,7 @@ class TrialTask:
     loop: str
     """Where the training loop is, as `module:function`."""
     lineage: dict[str, Any] | None = None
-    """What the trial continues after an exploit of population-based training (`exploit.Lineage`)."""
+    """The checkpoint that the trial continues after an exploit of population-based training (`exploit.Lineage`)."""
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> TrialTask:

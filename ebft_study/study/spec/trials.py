@@ -116,7 +116,7 @@ def on_axes(spec: StudySpec, assignment: Settings) -> Configuration:
 
 
 def format_value(value: Any) -> str:
-    """A value as people write it: 0.1, 1e-05, 0.25,0.5, tiny-1m."""
+    """A value as a label has it: 0.1, 1e-05, 0.25,0.5, tiny-1m."""
     if isinstance(value, list | tuple):
         return ",".join(map(format_value, value))
     if isinstance(value, float):

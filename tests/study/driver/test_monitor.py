@@ -195,7 +195,7 @@ def test_a_takeover_is_an_event_that_the_lineage_reads(tmp_path: Path) -> None:
     session.monitor.exploited("t0001", 2, details)
     (row,) = lineage(tmp_path).drop(columns="time").to_dict("records")
     assert row == {"trial_id": "t0001", "attempt": 2, **details}
-    assert session.heard.lines[-1] == "t0001 at step 5 goes on from t0002's step 10 with alpha=0.5"
+    assert session.heard.lines[-1] == "t0001 at step 5 continues from t0002's step 10 with alpha=0.5"
 
 
 def test_the_last_report_of_a_trial_is_not_replayed(tmp_path: Path) -> None:
