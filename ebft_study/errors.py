@@ -6,6 +6,8 @@ The command line prints `str(error)` as one line and exits with `error.exit_code
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class EbftError(Exception):
     """Base of all errors that a user can cause and mend. Never worth a retry: the same input fails the same way."""
@@ -64,6 +66,16 @@ class NonFiniteError(Exception):
             f"{self.quantity} became {self.value} at step {self.step}; "
             "lower learning_rate, raise gamma, or lower max_grad_norm"
         )
+
+
+Broken = tuple[str, object, str, str]
+"""A broken rule: key, given value, rule, remedy."""
+
+
+def refuse(broken: Iterable[Broken], *, source: str) -> None:
+    """Raise `ConfigError` for the first broken rule, if there is one."""
+    for key, given, rule, remedy in broken:
+        raise rule_broken(source=source, key=key, given=given, rule=rule, remedy=remedy)
 
 
 def rule_broken(*, source: str, key: str, given: object, rule: str, remedy: str) -> ConfigError:

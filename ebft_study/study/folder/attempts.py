@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from ebft_study.config import CheckpointConfig
@@ -47,8 +48,8 @@ def begin(study_folder: Location, trial_id: str) -> int:
 
 def newest_checkpoint(study_folder: Location, trial_id: str, *, since: int = 0) -> StoragePath | None:
     """The complete checkpoint of the highest step over all attempts, or over those from `since` on."""
-    recorded = _recorded(study_folder, trial_id, since)
-    return next((one for _, one in sorted(recorded, reverse=True, key=_order) if checkpoint.step_of(one)), None)
+    ordered = reversed(_checkpoints(study_folder, trial_id, since))
+    return next((found.path for found in ordered if checkpoint.step_of(found.path)), None)
 
 
 def keep_checkpoint(own: StoragePath, written: Path, *, step: int) -> StoragePath:
@@ -61,17 +62,14 @@ def keep_checkpoint(own: StoragePath, written: Path, *, step: int) -> StoragePat
 def prune(
     study_folder: Location, trial_id: str, config: CheckpointConfig, objective: ObjectiveSpec, *, since: int = 0
 ) -> str | None:
-    """Remove what the settings do not keep of a trial's checkpoints, over all its attempts.
+    """Remove the checkpoints of a trial, over all its attempts, that the settings do not keep.
 
     The newest ones always stay: another trial may be about to start from one. Returns the best one that is left, as a
     path below the study's folder; None where the objective was not measured at any.
     """
-    values: dict[int, float] = {}
-    places: dict[int, StoragePath] = {}
-    everything = sorted(_recorded(study_folder, trial_id, 0), key=_order)
-    found = [one for one in everything if _attempt(one[1]) >= since]
-    for (step, metrics), where in found:  # of a step that two attempts did, the later one
-        values[step], places[step] = metrics.get(objective.metric, math.nan), where
+    every = _checkpoints(study_folder, trial_id)
+    current = {found.step: found for found in every if found.attempt >= since}  # of one step, the later attempt's
+    values = {step: found.metrics.get(objective.metric, math.nan) for step, found in current.items()}
     keep = retention.to_keep(
         values,
         newest=config.keep_checkpoints,
@@ -80,44 +78,46 @@ def prune(
         mode=objective.mode,
     )
     # Of attempts before `since`, which nothing starts from while later ones have any, the last ones stay in reserve.
-    earlier = sorted((where for _, where in everything if _attempt(where) < since), key=_attempt)
-    kept = {places[step] for step in keep} | {*earlier[-config.keep_checkpoints :]}
-    in_parallel(_remove, [where for _, where in everything if where not in kept])
+    earlier = sorted((found for found in every if found.attempt < since), key=lambda found: found.attempt)
+    kept = {current[step].path for step in keep} | {found.path for found in earlier[-config.keep_checkpoints :]}
+    in_parallel(_remove, [found.path for found in every if found.path not in kept])
     best = retention.ranked({step: values[step] for step in keep}, objective.mode)
-    return _below_study(places[best[0]]) if best else None
+    return current[best[0]].below_study if best else None
 
 
 def checkpoint_name(step: int) -> str:
     return f"checkpoint_{step:08d}"
 
 
-Recorded = tuple[tuple[int, dict[str, float]], StoragePath]
+@dataclass(frozen=True)
+class _Checkpoint:
+    """A checkpoint by its own record, unverified."""
+
+    step: int
+    metrics: dict[str, float]
+    path: StoragePath
+
+    @property
+    def attempt(self) -> int:
+        return int(self.path.parent.name.rpartition("-")[2])
+
+    @property
+    def below_study(self) -> str:
+        return f"train/{self.path.parent.name}/{self.path.name}"
 
 
-def _recorded(study_folder: Location, trial_id: str, since: int) -> list[Recorded]:
-    """Step, metrics and place of all checkpoints of a trial, unverified."""
-    counted = (attempt for attempt in numbers(study_folder, trial_id) if attempt >= since)
-    folders = [folder(study_folder, trial_id, attempt) for attempt in counted]
-    found = [own / name for own in folders for name in own.names() if not name.startswith(".")]
-    records = in_parallel(checkpoint.recorded, found)
-    return [(record, where) for record, where in zip(records, found, strict=True) if record is not None]
-
-
-def _order(one: Recorded) -> tuple[int, int]:
+def _checkpoints(study_folder: Location, trial_id: str, since: int = 0) -> list[_Checkpoint]:
     """By step, then by attempt."""
-    (step, _), where = one
-    return step, _attempt(where)
+    folders = [
+        folder(study_folder, trial_id, attempt) for attempt in numbers(study_folder, trial_id) if attempt >= since
+    ]
+    paths = [own / name for own in folders for name in own.names() if not name.startswith(".")]
+    records = in_parallel(checkpoint.recorded, paths)
+    checkpoints = [_Checkpoint(*record, path) for record, path in zip(records, paths, strict=True) if record]
+    return sorted(checkpoints, key=lambda found: (found.step, found.attempt))
 
 
-def _attempt(where: StoragePath) -> int:
-    return int(where.parent.name.rpartition("-")[2])
-
-
-def _remove(where: StoragePath) -> None:
-    """First what makes it a checkpoint: a crash in between leaves nothing that looks like one."""
-    (where / checkpoint.RECORD).delete()
-    where.delete()
-
-
-def _below_study(where: StoragePath) -> str:
-    return f"train/{where.parent.name}/{where.name}"
+def _remove(path: StoragePath) -> None:
+    """Delete a checkpoint, its record first: after a crash in between, nothing looks like a checkpoint."""
+    (path / checkpoint.RECORD).delete()
+    path.delete()

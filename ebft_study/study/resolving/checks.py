@@ -13,10 +13,9 @@ from typing import Any
 
 from ebft_study import config
 from ebft_study.config import RunConfig
-from ebft_study.errors import ConfigError, rule_broken
+from ebft_study.errors import Broken, ConfigError, refuse
 from ebft_study.results import METRICS
 from ebft_study.study.resolving import population_rules
-from ebft_study.study.resolving.population_rules import Broken
 from ebft_study.study.resolving.resolved import ResolvedStudy
 from ebft_study.study.spec import enumeration
 from ebft_study.study.spec.study_spec import StudySpec, key_matches
@@ -25,22 +24,16 @@ from ebft_study.study.spec.trials import Trial
 OBJECTIVES = ("cfm_loss", "ce_loss", "ce_answer_loss", "perplexity", "reward")
 
 
-def refuse(broken: Iterable[Broken], source: str) -> None:
-    """Raise `ConfigError` for the first broken rule, if there is one."""
-    for key, given, rule, remedy in broken:
-        raise rule_broken(source=source, key=key, given=given, rule=rule, remedy=remedy)
-
-
 def check_search(spec: StudySpec, source: str) -> None:
     """Refuse axes from which no trials can be made."""
     if spec.search.algorithm != "grid" and not spec.axes:
         raise ConfigError(
             f"{source}: axes: a {spec.search.algorithm} search has nothing to choose. Name at least one axis"
         )
-    refuse(_axes_rules(spec), source)
+    refuse(_axes_rules(spec), source=source)
     if enumeration.is_empty(spec):
         raise ConfigError(f"{source}: exclude: leaves no configuration to run. Exclude less")
-    refuse(_search_rules(spec), source)
+    refuse(_search_rules(spec), source=source)
 
 
 def check(study: ResolvedStudy) -> None:
@@ -48,10 +41,10 @@ def check(study: ResolvedStudy) -> None:
     spec, source = study.spec, study.source.name
     check_stopping(spec, n_trials=study.n_trials, total_steps=(), source=source)
     for trial in study.examples:
-        refuse(_trial_rules(spec, trial), source)
+        refuse(_trial_rules(spec, trial), source=source)
     members = [trial.run for trial in study.examples if trial.configuration.baseline is None]
-    refuse(population_rules.broken_rules(spec, members, source), source)
-    refuse(_resources_by_rules(study), source)
+    refuse(population_rules.broken_rules(spec, members, source), source=source)
+    refuse(_resources_by_rules(study), source=source)
 
 
 def check_stopping(spec: StudySpec, *, n_trials: int, total_steps: Iterable[int], source: str) -> None:
@@ -60,15 +53,15 @@ def check_stopping(spec: StudySpec, *, n_trials: int, total_steps: Iterable[int]
     Args:
         total_steps: the lengths of the trials, for `_scheduler_rules`.
     """
-    refuse(_objective_rules(spec), source)
-    refuse(_comparison_rules(spec, n_trials), source)
+    refuse(_objective_rules(spec), source=source)
+    refuse(_comparison_rules(spec, n_trials), source=source)
     for steps in total_steps:
-        refuse(_scheduler_rules(spec, steps), source)
+        refuse(_scheduler_rules(spec, steps), source=source)
 
 
 def check_capacity(study: ResolvedStudy) -> None:
     """Refuse a study of which some trial does not fit on its machines, even alone."""
-    refuse(_capacity_rules(study), study.name)
+    refuse(_capacity_rules(study), source=study.name)
 
 
 # --- the search and its objectives -----------------------------------------------------------------------------

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from ebft_study import config
 from ebft_study.config import RunConfig
+from ebft_study.errors import Broken
 from ebft_study.study.spec.study_spec import StudySpec
-
-Broken = tuple[str, Any, str, str]
-"""A broken rule: key, given, rule, remedy."""
 
 CHANGEABLE = (
     *("rollout.n_samples", "rollout.temperature", "reward.alpha", "reward.whitening", "reward.baseline"),

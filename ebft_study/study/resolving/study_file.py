@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from ebft_study import config
-from ebft_study.errors import ConfigError, rule_broken
+from ebft_study.errors import ConfigError, refuse, rule_broken
 from ebft_study.study.cluster.capacity import ClusterCapacity, this_machine
 from ebft_study.study.cluster.requests import wants_gpus
 from ebft_study.study.folder.study_yaml import StudySource
@@ -80,7 +80,7 @@ def read_study(content: Mapping[str, Any], source: str, profile: str | None = No
     _check_keys(spec, source)
     spec = _with_profile(spec, profile, source)
     _check_keys(spec, source)
-    normalize.check(spec.axes, spec.linked, source)
+    refuse(normalize.axes_rules(spec.axes, spec.linked), source=source)
     return spec
 
 
@@ -89,13 +89,8 @@ def _check_keys(spec: StudySpec, source: str) -> None:
     taken = dict.fromkeys(normalize.always_set(spec.axes), "varied under axes")
     for path, where in {**dict.fromkeys(spec.linked, "follows others under linked"), **taken}.items():
         if path in fixed:
-            raise rule_broken(
-                source=source,
-                key=f"run.{config.short_name(path)}",
-                given=fixed[path],
-                rule=f"is fixed here and {where}",
-                remedy="Keep one of the two",
-            )
+            key, rule = f"run.{config.short_name(path)}", f"is fixed here and {where}"
+            raise rule_broken(source=source, key=key, given=fixed[path], rule=rule, remedy="Keep one of the two")
     for path, remedy in normalize.NEVER_AN_AXIS.items():
         for where, settings in {"run": spec.run, **spec.baselines}.items():
             if path in settings:

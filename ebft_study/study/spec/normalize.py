@@ -1,16 +1,16 @@
-"""A study file's axes, links and exclusions under one name per thing: dotted paths, numbers as numbers.
+"""The normal form of a study file: settings by section, axes, links and exclusions by dotted paths, numbers as numbers.
 
-Also the rules that hold between them, which no profile changes.
+Also the rules that hold between axes and links, which no profile changes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from ebft_study import config
 from ebft_study.config import RunConfig
-from ebft_study.errors import ConfigError, rule_broken
+from ebft_study.errors import Broken, ConfigError, rule_broken
 from ebft_study.study.spec import links
 from ebft_study.study.spec.axis import Axis
 from ebft_study.study.spec.links import Link
@@ -107,52 +107,38 @@ def always_set(known: Mapping[str, Axis]) -> set[str]:
     return found
 
 
-def check(known: Mapping[str, Axis], linked: Mapping[str, Link], source: str) -> None:
-    """Refuse two answers to what a setting is, and choices that do not differ."""
-    for index, (name, axis) in enumerate(known.items()):
-        _check_choices(name, axis, known, source)
-        for other in list(known)[:index]:
-            both = settings_of(name, axis) & settings_of(other, known[other], axis.when.get(other))
-            if both and not _never_together(axis, known[other]):
-                raise rule_broken(
-                    source=source,
-                    key=f"axes.{config.short_name(name)}",
-                    given=sorted(both)[0],
-                    rule=f"is also set by axes.{config.short_name(other)}",
-                    remedy="Keep one, or give both a 'when' that never holds at once",
-                )
+def axes_rules(axes: Mapping[str, Axis], linked: Mapping[str, Link]) -> Iterator[Broken]:
+    """Two answers to what a setting is, and choices that do not differ."""
+    for index, (name, axis) in enumerate(axes.items()):
+        key = f"axes.{config.short_name(name)}"
+        yield from _choice_rules(name, axis, axes)
+        for other in list(axes)[:index]:
+            both = settings_of(name, axis) & settings_of(other, axes[other], axis.when.get(other))
+            if both and not _exclude_each_other(axis, axes[other]):
+                remedy = "Keep one, or give both a 'when' that never holds for both"
+                yield key, sorted(both)[0], f"is also set by axes.{config.short_name(other)}", remedy
         for path in settings_of(name, axis) & set(linked):
-            raise rule_broken(
-                source=source,
-                key=f"linked.{config.short_name(path)}",
-                given=config.short_name(name),
-                rule="follows other settings here and is varied under axes",
-                remedy="Keep one of the two",
-            )
+            rule = "follows other settings here and is varied under axes"
+            yield f"linked.{config.short_name(path)}", config.short_name(name), rule, "Keep one of the two"
 
 
-def _check_choices(name: str, axis: Axis, known: Mapping[str, Axis], source: str) -> None:
-    """Choices differ, by what they set or by the axes that exist only with one of them."""
-    if axis.choices is None or any(name in other.when for other in known.values()):
+def _choice_rules(name: str, axis: Axis, axes: Mapping[str, Axis]) -> Iterator[Broken]:
+    """Choices differ, by the settings that they stand for or by the axes that exist only with one of them."""
+    if axis.choices is None or any(name in other.when for other in axes.values()):
         return
-    everything = settings_of(name, axis)
+    paths_of_axis = sorted(settings_of(name, axis))
     seen: dict[str, str] = {}
     for choice, settings in axis.choices.items():
-        same = seen.setdefault(repr([settings.get(path, _NOTHING) for path in sorted(everything)]), choice)
+        same = seen.setdefault(repr([settings.get(path, _NOTHING) for path in paths_of_axis]), choice)
         if same != choice:
-            raise rule_broken(
-                source=source,
-                key=f"axes.{name}",
-                given=[same, choice],
-                rule="stand for the same settings",
-                remedy=f"Say what each stands for, here or under choices.{name} of the profile",
-            )
+            remedy = f"Say what each stands for, here or under choices.{name} of the profile"
+            yield f"axes.{name}", [same, choice], "stand for the same settings", remedy
 
 
 _NOTHING = object()
 
 
-def _never_together(one: Axis, other: Axis) -> bool:
+def _exclude_each_other(one: Axis, other: Axis) -> bool:
     return any(
         not set(map(repr, one.when[key])) & set(map(repr, other.when.get(key, ())))
         for key in one.when
@@ -191,13 +177,8 @@ def _values_of(axis: Axis, name: str, values: tuple[Any, ...], source: str) -> t
     wanted = tuple(map(str, values)) if axis.choices is not None else _numbers(name, values)
     for value in wanted:
         if value not in there:
-            raise rule_broken(
-                source=source,
-                key=config.short_name(name),
-                given=value,
-                rule="is no value of this axis",
-                remedy=f"Use some of {', '.join(map(str, there[:12]))}",
-            )
+            key, remedy = config.short_name(name), f"Use some of {', '.join(map(str, there[:12]))}"
+            raise rule_broken(source=source, key=key, given=value, rule="is no value of this axis", remedy=remedy)
     return wanted
 
 
