@@ -33,7 +33,7 @@ GENERATED = frozenset({"__config__.py", "_version.py", "version.py"})  # written
 
 @dataclass(frozen=True)
 class Source:
-    """A built-in data set: `read` gives its examples, with origin "file" or "file::function"; `slow` ones are cached."""
+    """A built-in data set. `read` gives its examples, with origin "file" or "file::function"; `slow`: cached."""
 
     summary: str
     read: Callable[[], tuple[list[Example], Facts]]
