@@ -76,10 +76,8 @@ class FeaturesConfig(Section):
         "auto",
         description="local: a network per trial; service: one for all trials; auto: the better one by the plan",
     )
-    cache_memory_gib: float = Field(0.5, ge=0.0, description="service: size of the feature cache in memory")
-    cache_disk_gib: float = Field(
-        2.0, ge=0.0, description="service: size of the feature cache on disk, which later studies use too"
-    )
+    cache_memory_gib: float = Field(0.5, ge=0.0, description="service: feature cache in memory")
+    cache_disk_gib: float = Field(2.0, ge=0.0, description="service: feature cache on disk, reused by later studies")
     service_timeout_seconds: float = Field(120.0, gt=0.0, description="service: longest wait for an answer")
 
     @property
@@ -101,8 +99,7 @@ class VllmConfig(Section):
     """The engine of `rollout.backend: vllm`."""
 
     engine_scope: Literal["trial", "study"] = Field(
-        "trial",
-        description="trial: an engine per trial; study: one engine serves all trials in turn, each with its weights",
+        "trial", description="trial: one engine per trial; study: one for all trials, which loads their weights in turn"
     )
     placement: Literal["own", "colocated"] = Field(
         "own", description="own: GPUs of its own; colocated: on the trainer's GPU, asleep during training"
@@ -111,11 +108,9 @@ class VllmConfig(Section):
         1, description="GPUs (processes, on a CPU) that share the engine's weights"
     )
     longest_request_tokens: PositiveInt | None = Field(
-        None, description="prompt and completion; default: the longest of all trials that use the engine"
+        None, description="prompt and completion; default: the longest of the trials that use the engine"
     )
-    gpu_memory_utilization: float = Field(
-        0.3, gt=0.0, le=1.0, description="fraction of its GPU's memory that the engine reserves"
-    )
+    gpu_memory_utilization: float = Field(0.3, gt=0.0, le=1.0, description="fraction of its GPU's memory to reserve")
     kv_cache_gib: float = Field(1.0, gt=0.0, description="on a CPU: size of the KV cache")
     engine_timeout_seconds: float = Field(600.0, gt=0.0, description="longest wait for a batch of rollouts")
 
@@ -208,9 +203,7 @@ class EvaluationConfig(Section):
     cfm_samples: int = Field(4, ge=2, description="completions per context when estimating cfm_loss")
     profile_lengths: tuple[PositiveInt, ...] = Field((1, 2, 4, 8, 16, 32), min_length=1)
     evaluation_temperature: float | None = Field(None, gt=0.0, description="default: temperature")
-    evaluation_seed: int = Field(
-        0, ge=0, description="seed of the common random numbers, the same in every trial of a study"
-    )
+    evaluation_seed: int = Field(0, ge=0, description="common random numbers, the same in every trial of a study")
 
 
 class CheckpointConfig(Section):
