@@ -1,4 +1,4 @@
-"""Functions cut out of source by `ebft_study.data.functions`."""
+"""Extraction of functions from source by `ebft_study.data.functions`."""
 
 from __future__ import annotations
 
