@@ -1,4 +1,4 @@
-"""Errors for people: what was given, which rule it breaks, what to do.
+"""Errors whose message a user can act on: the value, the rule that it breaks, the remedy.
 
 Every error carries plain strings only, so that it survives pickling between Ray processes.
 The command line prints `str(error)` as one line and exits with `error.exit_code`.
@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 
 class EbftError(Exception):
-    """Base of all errors that a user can cause and mend. Never worth a retry: the same input fails the same way."""
+    """Base of errors that the user causes and can repair. Never retried: the same input fails the same way."""
 
     exit_code = 2
 
@@ -23,7 +23,7 @@ class EbftError(Exception):
 
 
 class ConfigError(EbftError):
-    """A configuration that cannot be run, found before anything starts."""
+    """A configuration that cannot run, refused before anything starts."""
 
 
 class DataError(EbftError):
@@ -39,23 +39,23 @@ class ResultsError(EbftError):
 
 
 class StorageError(EbftError):
-    """A disk or store that cannot be read or written: full, read-only, gone. A study stops, and can be resumed."""
+    """Storage that cannot be read or written: full, read-only or unreachable. The study stops and can be resumed."""
 
 
 class CheckpointError(EbftError):
-    """No usable checkpoint where one was asked for."""
+    """A checkpoint that was asked for is missing or unusable."""
 
 
 class ServiceError(Exception):
-    """A rollout engine or feature service is gone or silent: the trial's attempt fails, and the next one may do."""
+    """A rollout engine or feature service is gone or silent: the attempt fails, the next attempt may succeed."""
 
 
 class ParityError(Exception):
-    """The rollout engine computes other log-probabilities than the trainer: the trial stops with the numbers."""
+    """Log-probabilities of rollout engine and trainer differ: the trial stops and reports both."""
 
 
 class NonFiniteError(Exception):
-    """A loss, gradient or metric is NaN or infinite: the trial stops, the study goes on."""
+    """A loss, gradient or metric is NaN or infinite: the trial stops, the study continues."""
 
     def __init__(self, quantity: str, value: float, step: int) -> None:
         super().__init__(quantity, value, step)
@@ -79,5 +79,11 @@ def refuse(broken: Iterable[Broken], *, source: str) -> None:
 
 
 def rule_broken(*, source: str, key: str, given: object, rule: str, remedy: str) -> ConfigError:
-    """One line for a broken rule: where it stands, what was given, the rule, and what to do."""
+    """Build the one-line error for a broken rule: "source: key=value: rule. Remedy"."""
     return ConfigError(f"{source}: {key}={given!r}: {rule}. {remedy}")
+
+
+def one_line(error: BaseException) -> str:
+    """Text of a library's error on a single line of at most 300 characters."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else text[:300] + "..."

@@ -1,4 +1,4 @@
-"""Where things live on a machine."""
+"""Folders of this project on a machine."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ import platformdirs
 
 
 def cache_folder() -> Path:
-    """The user's cache folder for this project; the environment variable EBFT_STUDY_CACHE overrides it."""
+    """Return the user's cache folder of this project; the environment variable EBFT_STUDY_CACHE overrides it."""
     return Path(os.environ.get("EBFT_STUDY_CACHE") or platformdirs.user_cache_dir("ebft-study"))

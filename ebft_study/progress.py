@@ -8,12 +8,12 @@ import time
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-LINES = 5
-"""Plain lines per piece of work."""
+PLAIN_LINES = 5
+"""Lines that are printed in all where there is no terminal."""
 
 
 class Progress:
-    """Counts up to `total`; a context manager."""
+    """Context manager that shows how many of `total` units are done."""
 
     def __init__(self, title: str, total: int) -> None:
         self.title, self.total, self.done = title, total, 0
@@ -34,10 +34,10 @@ class Progress:
             self.bar.stop()
 
     def advance(self, note: str = "") -> None:
-        """One unit more is done; `note` says how it goes."""
+        """Count one more unit as done; `note` is shown after it."""
         self.done += 1
         if self.bar:
             self.bar.update(self.task, advance=1, note=note)
-        elif self.done % max(self.total // LINES, 1) == 0:
+        elif self.done % max(self.total // PLAIN_LINES, 1) == 0:
             elapsed = time.perf_counter() - self.started
             print(f"{self.title}: {self.done}/{self.total}, {note}, {elapsed:.0f} s", flush=True)

@@ -1,7 +1,7 @@
-"""Everything that one run can be told. Imports neither torch nor ray: it is instant, and works on a login node.
+"""Settings of one run: their sections, names and rules, read from YAML and the command line.
 
-`sections` has the settings, `rules` the rules between them, `keys` their names, `reading` reads YAML and overrides.
-Every setting has one name in YAML, code, Parquet and plots (`keys.short_names`).
+Imports neither torch nor ray, so that it loads at once, also on a login node. Every setting has one name in YAML, code,
+Parquet and plots (`keys.short_names`).
 """
 
 from ebft_study.config.keys import (

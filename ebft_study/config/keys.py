@@ -1,4 +1,4 @@
-"""Names of settings: dotted paths (`reward.alpha`) and the short names that people type (`alpha`)."""
+"""Names of settings: dotted paths (`reward.alpha`) and short names (`alpha`), and dictionaries keyed by them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import collections
 import difflib
 import functools
 import math
+import operator
 from typing import Any
 
 from ebft_study.config.sections import RunConfig, Section
@@ -14,14 +15,14 @@ from ebft_study.errors import ConfigError
 
 @functools.cache
 def all_keys() -> dict[str, Any]:
-    """Every setting of a run as dotted path -> default value, in the order of the models."""
-    found: dict[str, Any] = {}
+    """Dotted path -> default value of every setting of a run, in the order of the sections."""
+    defaults: dict[str, Any] = {}
     for name, field in RunConfig.model_fields.items():
         if isinstance(field.default, Section):
-            found |= {f"{name}.{leaf}": getattr(field.default, leaf) for leaf in type(field.default).model_fields}
+            defaults |= {f"{name}.{leaf}": value for leaf, value in field.default}
         else:
-            found[name] = field.default
-    return found
+            defaults[name] = field.default
+    return defaults
 
 
 @functools.cache
@@ -30,19 +31,10 @@ def short_names() -> dict[str, str]:
     return {short_name(path): path for path in all_keys()}
 
 
-def resolve_key(key: str, *, source: str = "command line") -> str:
-    """The dotted path of `key`, which may be a path or a short name; refuses others with the nearest name."""
-    if key in all_keys():
-        return key
-    if key in short_names():
-        return short_names()[key]
-    raise ConfigError(f"{source}: unknown key {key!r}.{nearest(key, [*short_names(), *all_keys()])}")
-
-
 def short_name(path: str) -> str:
-    """The one name of a setting in tables and plots: `reward.alpha` -> `alpha`.
+    """Name of a setting in tables and plots: `reward.alpha` -> `alpha`.
 
-    Where two sections have a setting of one name, it goes with the section's: `rollout.backend` -> `rollout_backend`.
+    Where two sections share a setting's name, the section's name precedes it: `rollout.backend` -> `rollout_backend`.
     """
     section, _, leaf = path.rpartition(".")
     return f"{section}_{leaf}" if leaf in _shared_leaves() else leaf
@@ -54,29 +46,37 @@ def _shared_leaves() -> frozenset[str]:
     return frozenset(leaf for leaf, count in counts.items() if count > 1)
 
 
+def resolve_key(key: str, *, source: str = "command line") -> str:
+    """Return the dotted path of a path or short name; refuse others with the nearest valid name."""
+    if key in all_keys():
+        return key
+    if key in short_names():
+        return short_names()[key]
+    raise ConfigError(f"{source}: unknown key {key!r}.{nearest(key, [*short_names(), *all_keys()])}")
+
+
 def flatten(config: RunConfig) -> dict[str, Any]:
     """All settings as short name -> value: the hyperparameter columns of the results."""
-    return {name: getattr(getattr(config, section) if section else config, leaf) for name, section, leaf in _places()}
+    return {name: read(config) for name, read in _readers().items()}
 
 
 @functools.cache
-def _places() -> tuple[tuple[str, str, str], ...]:
-    """(short name, section or '', name there) of every setting."""
-    return tuple((short_name(path), path.rpartition(".")[0], path.rpartition(".")[2]) for path in all_keys())
+def _readers() -> dict[str, operator.attrgetter]:
+    return {name: operator.attrgetter(path) for name, path in short_names().items()}
 
 
 def nest(settings: dict[str, Any], *, source: str) -> dict[str, Any]:
-    """Settings in any mix of sections, dotted paths and short names, as sections only."""
+    """Sort settings, given as sections, dotted paths or short names, into sections."""
     nested: dict[str, Any] = {}
     sections = {name for name, field in RunConfig.model_fields.items() if isinstance(field.default, Section)}
     for key, value in settings.items():
-        if key in sections and isinstance(value, dict):
+        if key not in sections:
+            set_path(nested, resolve_key(str(key), source=source), as_number(value))
+        elif isinstance(value, dict):
             for leaf, leaf_value in value.items():
                 set_path(nested, f"{key}.{leaf}", as_number(leaf_value))
-        elif key in sections:
-            raise ConfigError(f"{source}: {key}={value!r}: is a section. Write its settings indented below it")
         else:
-            set_path(nested, resolve_key(str(key), source=source), as_number(value))
+            raise ConfigError(f"{source}: {key}={value!r}: is a section. Write its settings indented below it")
     return nested
 
 
@@ -87,7 +87,7 @@ def set_path(settings: dict[str, Any], path: str, value: Any) -> None:
 
 
 def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Nested settings with `changes` laid over `base`; neither is modified."""
+    """Return nested settings with `changes` applied to `base`; neither is modified."""
     merged = dict(base)
     for key, value in changes.items():
         merged[key] = merge(base.get(key, {}), value) if isinstance(value, dict) else value
@@ -95,7 +95,7 @@ def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def as_number(value: Any) -> Any:
-    """YAML 1.1 reads `1e-4` as a string; people mean the number."""
+    """Convert strings that write a finite number: YAML 1.1 reads `1e-4` as a string."""
     if isinstance(value, str):
         try:
             number = float(value)
@@ -108,5 +108,6 @@ def as_number(value: Any) -> Any:
 
 
 def nearest(name: str, candidates: list[str]) -> str:
+    """Phrase that suggests the closest candidate, or lists all of them."""
     close = difflib.get_close_matches(name, candidates, n=1, cutoff=0.5)
     return f" Did you mean {close[0]!r}?" if close else f" Known keys: {', '.join(sorted(set(candidates)))}"

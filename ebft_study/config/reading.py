@@ -1,4 +1,4 @@
-"""Reading configurations: YAML files and `key=value` overrides, with the first problem as one line for people."""
+"""Reads configurations from YAML files and `key=value` overrides; the first problem is reported in one line."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from ebft_study.config.keys import as_number, nearest, nest, resolve_key, set_path
-from ebft_study.config.rules import broken_rules
+from ebft_study.config.rules import check_rules
 from ebft_study.config.sections import RunConfig, Section
-from ebft_study.errors import ConfigError, rule_broken
+from ebft_study.errors import ConfigError
 
 SectionT = TypeVar("SectionT", bound=Section)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML mapping from `path`, read safely."""
+    """Read a YAML mapping with the safe loader."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -29,27 +29,26 @@ def read_yaml(path: Path) -> dict[str, Any]:
         content = yaml.safe_load(text)
     except yaml.YAMLError as error:
         problem = " ".join(str(error).split())
-        raise ConfigError(f"{path}: is not valid YAML ({problem}). Mend the line it names") from None
+        raise ConfigError(f"{path}: is not valid YAML ({problem}). Repair the line it names") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: holds {type(content).__name__}, not a mapping. Write 'key: value' lines")
     return content
 
 
 def build_run(settings: dict[str, Any], *, source: str) -> RunConfig:
-    """A checked `RunConfig` from nested settings; raises `ConfigError` naming `source` and the key."""
-    config = parse(RunConfig, settings, source=source)
-    for key, given, rule, remedy in broken_rules(config):
-        raise rule_broken(source=source, key=key, given=given, rule=rule, remedy=remedy)
-    return config
+    """Validate nested settings; `ConfigError` names `source` and the key of the first problem."""
+    run = parse(RunConfig, settings, source=source)
+    check_rules(run, source=source)
+    return run
 
 
 def load_run(path: Path, overrides: list[str] | None = None) -> RunConfig:
-    """A run from a YAML file and `key=value` overrides (short names allowed)."""
+    """Read a run from a YAML file and `key=value` overrides (short names allowed)."""
     return read_run(read_yaml(path), overrides or [], source=str(path))
 
 
 def read_run(content: Mapping[str, Any], overrides: Sequence[str] = (), *, source: str) -> RunConfig:
-    """A run from the content of its file."""
+    """Read a run from the content of its file."""
     settings = nest(dict(content), source=source)
     for item in overrides:
         key, value = parse_override(item)
@@ -58,7 +57,7 @@ def read_run(content: Mapping[str, Any], overrides: Sequence[str] = (), *, sourc
 
 
 def parse_override(item: str) -> tuple[str, Any]:
-    """`alpha=0.5` -> ("alpha", 0.5); values are read as YAML."""
+    """Split `alpha=0.5` into ("alpha", 0.5); the value is read as YAML."""
     key, separator, value = item.partition("=")
     if not separator or not key:
         raise ConfigError(f"command line: {item!r} is not an override. Write key=value, for example alpha=0.5")
@@ -69,7 +68,7 @@ def parse_override(item: str) -> tuple[str, Any]:
 
 
 def parse(model: type[SectionT], settings: dict[str, Any], *, source: str) -> SectionT:
-    """Validate `settings`, turning the first problem into one line for people."""
+    """Validate `settings`; the first problem becomes a `ConfigError` of one line."""
     try:
         return model.model_validate(settings)
     except ValidationError as error:
@@ -77,20 +76,20 @@ def parse(model: type[SectionT], settings: dict[str, Any], *, source: str) -> Se
 
 
 def _explain(model: type[BaseModel], error: ValidationError) -> str:
-    problem = error.errors()[0]
-    key = ".".join(str(part) for part in problem["loc"]) or "the file"
+    problem, *others = error.errors()
+    location = problem["loc"]
+    key = ".".join(map(str, location)) or "the file"
     if problem["type"] == "extra_forbidden":
-        siblings = _siblings(model, problem["loc"])
-        return f"unknown key {key!r}.{nearest(str(problem['loc'][-1]), siblings)}"
-    given = "" if isinstance(problem["input"], dict) else f"={problem['input']!r}"
-    more = len(error.errors()) - 1
-    also = f" ({more} more problem{'s' if more > 1 else ''} in this file)" if more else ""
-    return f"{key}{given}: {problem['msg'].removeprefix('Value error, ')}.{also}"
+        return f"unknown key {key!r}.{nearest(str(location[-1]), _siblings(model, location))}"
+    value = "" if isinstance(problem["input"], dict) else f"={problem['input']!r}"
+    more = f" ({len(others)} more problem{'s' if len(others) > 1 else ''} in this file)" if others else ""
+    return f"{key}{value}: {problem['msg'].removeprefix('Value error, ')}.{more}"
 
 
 def _siblings(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
-    current: Any = model
+    """Names that are valid where the last part of `location` stands."""
+    section: Any = model
     for part in location[:-1]:
-        field = current.model_fields.get(part) if hasattr(current, "model_fields") else None
-        current = field.annotation if field else None
-    return list(getattr(current, "model_fields", {}))
+        field = getattr(section, "model_fields", {}).get(part)
+        section = field.annotation if field else None
+    return list(getattr(section, "model_fields", {}))

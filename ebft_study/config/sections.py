@@ -1,4 +1,4 @@
-"""Every setting of a run: one pydantic model per section. Names are those of the paper."""
+"""Settings of a run, one pydantic model per section. Names are those of the paper."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ Whitening = Literal["none", "variant_i", "variant_ii", "variant_iii", "reference
 
 
 class Section(BaseModel):
-    """Base of all configuration models: unknown keys are refused, values never change after reading."""
+    """Base of all configuration models: refuses unknown keys; frozen once validated."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class DataConfig(Section):
-    """What the model is fine-tuned on."""
+    """Data that the model is fine-tuned on."""
 
     dataset: str = Field("qa", description="stdlib | unstructured | qa | a preset | a .jsonl/.parquet path | a hub id")
     dataset_config: str | None = Field(None, description="configuration name of a hub data set")
@@ -38,7 +38,7 @@ class DataConfig(Section):
 
 
 class RolloutConfig(Section):
-    """How completions are sampled (method.md sections 1 and 2)."""
+    """Anchors, and the sampling of completions at them."""
 
     n_samples: PositiveInt = Field(4, description="n, completions per context")
     completion_length: PositiveInt = Field(8, description="G, tokens per completion")
@@ -46,16 +46,16 @@ class RolloutConfig(Section):
     first_context_length: PositiveInt | None = Field(None, description="C, shortest context; default: stride")
     temperature: float = Field(0.6, gt=0.0, description="tau of the sampling policy")
     anchor_region: Literal["all", "answer"] = "all"
-    backend: Literal["strided", "vllm"] = Field("strided", description="strided: in process; vllm: an engine beside it")
-    sync_every_steps: PositiveInt = Field(1, description="vllm: updates between two transfers of the weights")
-    max_policy_lag: int = Field(0, ge=0, description="vllm: updates by which the weights that sample may be behind")
+    backend: Literal["strided", "vllm"] = Field("strided", description="strided: in process; vllm: an inference engine")
+    sync_every_steps: PositiveInt = Field(1, description="vllm: updates between two weight transfers")
+    max_policy_lag: int = Field(0, ge=0, description="vllm: updates by which the sampling weights may be older")
     importance_ratio_clip: float = Field(
-        2.0, ge=1.0, description="vllm: largest weight of a completion, pi_trainer / pi_engine"
+        2.0, ge=1.0, description="vllm: largest importance weight of a completion, pi_trainer / pi_engine"
     )
     parity_threshold: float | None = Field(
         None,
         gt=0.0,
-        description="vllm: largest mean difference of log-probabilities, engine against trainer, after a transfer; "
+        description="vllm: largest mean difference of log-probabilities between engine and trainer after a transfer; "
         "default: 0.0001, or 0.3 in bfloat16",
     )
 
@@ -65,7 +65,7 @@ class RolloutConfig(Section):
 
 
 class FeaturesConfig(Section):
-    """The frozen feature network (method.md section 3)."""
+    """The frozen feature network."""
 
     feature_network: str = Field("base", description="'base' (the generator before any training), a name, or a path")
     random_weights: bool = Field(False, description="same architecture, random weights (an ablation)")
@@ -74,10 +74,10 @@ class FeaturesConfig(Section):
     normalize: Literal["per_layer", "joint"] = "per_layer"
     backend: Literal["auto", "local", "service"] = Field(
         "auto",
-        description="local: a network per trial; service: one for all trials; auto: whatever the plan finds better",
+        description="local: a network per trial; service: one for all trials; auto: the better one by the plan",
     )
-    cache_memory_gib: float = Field(0.5, ge=0.0, description="service: features kept in memory")
-    cache_disk_gib: float = Field(2.0, ge=0.0, description="service: features kept on disk, for later studies too")
+    cache_memory_gib: float = Field(0.5, ge=0.0, description="service: feature cache in memory")
+    cache_disk_gib: float = Field(2.0, ge=0.0, description="service: feature cache on disk, reused by later studies")
     service_timeout_seconds: float = Field(120.0, gt=0.0, description="service: longest wait for an answer")
 
     @property
@@ -99,24 +99,24 @@ class VllmConfig(Section):
     """The engine of `rollout.backend: vllm`."""
 
     engine_scope: Literal["trial", "study"] = Field(
-        "trial", description="trial: an engine each; study: one engine takes turns with the weights of all trials"
+        "trial", description="trial: one engine per trial; study: one for all trials, which loads their weights in turn"
     )
     placement: Literal["own", "colocated"] = Field(
-        "own", description="own: GPUs of its own; colocated: on the trainer's GPU, asleep while that trains"
+        "own", description="own: GPUs of its own; colocated: on the trainer's GPU, asleep during training"
     )
     tensor_parallel_size: PositiveInt = Field(
         1, description="GPUs (processes, on a CPU) that share the engine's weights"
     )
     longest_request_tokens: PositiveInt | None = Field(
-        None, description="prompt and completion; default: of the trial's sequences, or of all that share the engine"
+        None, description="prompt and completion; default: the longest of the trials that use the engine"
     )
-    gpu_memory_utilization: float = Field(0.3, gt=0.0, le=1.0, description="fraction of its GPU that the engine takes")
-    kv_cache_gib: float = Field(1.0, gt=0.0, description="on a CPU: keys and values that the engine keeps")
+    gpu_memory_utilization: float = Field(0.3, gt=0.0, le=1.0, description="fraction of its GPU's memory to reserve")
+    kv_cache_gib: float = Field(1.0, gt=0.0, description="on a CPU: size of the KV cache")
     engine_timeout_seconds: float = Field(600.0, gt=0.0, description="longest wait for a batch of rollouts")
 
 
 class RewardConfig(Section):
-    """Rewards and baseline (method.md sections 4 to 6)."""
+    """Rewards and their baseline."""
 
     alpha: float = Field(1.0, ge=0.0, le=1.0, description="weight of the diversity term; 1 is the proper scoring rule")
     whitening: Whitening = "none"
@@ -124,13 +124,13 @@ class RewardConfig(Section):
 
 
 class LossConfig(Section):
-    """How rewards and cross-entropy become one loss (method.md section 6)."""
+    """Combination of rewards and cross-entropy into one loss."""
 
     gamma: float = Field(0.0, ge=0.0, description="weight of the cross-entropy term")
     aggregation: Literal["token_mean", "sum"] = "token_mean"
     kl_coefficient: float = Field(0.0, ge=0.0, description="weight of the KL term to the base model")
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    ce_region: Literal["all", "answer"] = Field("all", description="tokens that carry cross-entropy, SFT included")
+    ce_region: Literal["all", "answer"] = Field("all", description="tokens in the cross-entropy, in SFT too")
 
 
 class OptimizerConfig(Section):
@@ -147,7 +147,7 @@ class OptimizerConfig(Section):
 
 
 class TrainingConfig(Section):
-    """Length and placement of a run."""
+    """Steps, batches, memory and precision of a run."""
 
     steps: int = Field(100, ge=0, description="optimizer updates by the method, after any warm start")
     batch_size: PositiveInt = Field(8, description="sequences per optimizer update, over all workers")
@@ -156,35 +156,35 @@ class TrainingConfig(Section):
     memory_budget_gib: float | None = Field(
         None,
         gt=0.0,
-        description="what one worker may use; default: 90 % of its GPU, or 4 GiB (more if needed) on a CPU",
+        description="memory that one worker may use; default: 90 % of its GPU, or 4 GiB (more if needed) on a CPU",
     )
     warm_start_steps: int = Field(0, ge=0, description="SFT updates before the method starts")
     warm_start_learning_rate: float | None = Field(None, gt=0.0, description="default: learning_rate")
     precision: Literal["float32", "bfloat16"] = Field(
-        "float32", description="type that passes compute in; frozen networks are stored in it"
+        "float32", description="type of computation; frozen networks are stored in it"
     )
     weight_dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="type of trained weights, their gradients and optimizer states; bfloat16 saves memory"
     )
     sharding: Literal["none", "fsdp"] = Field(
-        "none", description="fsdp: divide weights and optimizer states among a trial's workers; none: repeat them"
+        "none", description="fsdp: shard weights and optimizer states over a trial's workers; none: replicate them"
     )
     activation_checkpointing: bool = Field(
-        False, description="compute activations again in the backward pass instead of keeping them"
+        False, description="recompute activations in the backward pass instead of storing them"
     )
     device: Literal["auto", "cpu", "cuda"] = "auto"
     attention: Literal["auto", "chunked", "flex"] = Field("auto", description="auto: flex on a GPU, chunked elsewhere")
     log_every_steps: PositiveInt = 5
-    sample_every_steps: PositiveInt = Field(50, description="write a few rollouts with their rewards this often")
+    sample_every_steps: PositiveInt = Field(50, description="steps between two samples of rollouts with their rewards")
 
 
 class LoraConfig(Section):
-    """Low-rank adapters: only these are trained, so the model's own weights also serve as feature network."""
+    """Low-rank adapters: only they are trained, so the model's own weights also serve as feature network."""
 
     lora_rank: int = Field(0, ge=0, description="rank of the adapters; 0 trains all weights instead")
     lora_alpha: float = Field(32.0, gt=0.0, description="adapters are scaled by lora_alpha / lora_rank")
     lora_targets: Annotated[
-        tuple[str, ...], BeforeValidator(lambda given: [given] if isinstance(given, str) else given)
+        tuple[str, ...], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
     ] = Field(("all-linear",), min_length=1, description="names of linear layers; all-linear: all but the head")
 
     @model_validator(mode="after")
@@ -195,7 +195,7 @@ class LoraConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """Validation during the run (split `validation`) and before and after it (split `heldout`)."""
+    """Evaluation during the run (split `validation`), and before and after it (split `heldout`)."""
 
     eval_every_steps: PositiveInt = 50
     validation_sequences: PositiveInt = 64
@@ -203,16 +203,16 @@ class EvaluationConfig(Section):
     cfm_samples: int = Field(4, ge=2, description="completions per context when estimating cfm_loss")
     profile_lengths: tuple[PositiveInt, ...] = Field((1, 2, 4, 8, 16, 32), min_length=1)
     evaluation_temperature: float | None = Field(None, gt=0.0, description="default: temperature")
-    evaluation_seed: int = Field(0, ge=0, description="common random numbers: the same in every trial of a study")
+    evaluation_seed: int = Field(0, ge=0, description="common random numbers, the same in every trial of a study")
 
 
 class CheckpointConfig(Section):
-    """What is kept of a trial, to resume from and to use afterwards."""
+    """Checkpoints that a trial writes and keeps."""
 
     checkpoint_every_steps: PositiveInt = 50
-    keep_checkpoints: PositiveInt = Field(2, description="the newest ones")
-    keep_best: int = Field(1, ge=0, description="the best ones by the study's objective")
-    keep_every_steps: PositiveInt | None = Field(None, description="checkpoints of every so many steps stay for good")
+    keep_checkpoints: PositiveInt = Field(2, description="number of newest ones to keep")
+    keep_best: int = Field(1, ge=0, description="number of best ones to keep, by the study's objective")
+    keep_every_steps: PositiveInt | None = Field(None, description="checkpoints at multiples of this are never removed")
 
 
 class TrackingConfig(Section):
@@ -224,7 +224,7 @@ class TrackingConfig(Section):
 
 
 class RunConfig(Section):
-    """One run: a method, a model, data and every setting. A study varies these keys."""
+    """One run: method, model, data and all settings. A study varies these keys."""
 
     name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     method: Literal["ebft", "sft"] = "ebft"
@@ -246,19 +246,19 @@ class RunConfig(Section):
 
     @property
     def uses_engine(self) -> bool:
-        """Whether its rollouts come from an inference engine."""
+        """Whether rollouts come from an inference engine."""
         return self.method == "ebft" and self.rollout.backend == "vllm"
 
     @property
     def feature_model(self) -> tuple[str, str | None]:
-        """Name and revision of the model that the feature network is made from."""
+        """Name and revision of the model behind the feature network."""
         if self.features.feature_network == "base":
             return self.model, self.model_revision
         return self.features.feature_network, None
 
     @property
     def longest_request(self) -> int:
-        """Tokens of prompt and completion that an engine is asked for at most."""
+        """Most tokens, prompt and completion, of one request to an engine."""
         return self.data.sequence_length + self.rollout.completion_length
 
     @property

@@ -1,4 +1,4 @@
-"""Text that every machine with this project installed has: Python source, split by file.
+"""Built-in data sets: Python source that is installed with this project, split by file.
 
 `stdlib`        the running Python's standard library without its tests: what the tiny models are pretrained on.
 `unstructured`  the test suites inside the pandas and numpy wheels: source in another style, the analogue of raw code.
@@ -20,7 +20,7 @@ from pathlib import Path
 
 from ebft_study.data.cache import Facts, cached_examples
 from ebft_study.data.examples import SPLITS, Example, TextDataset, build_dataset, digest, split_of
-from ebft_study.data.functions import function_pairs, normalised
+from ebft_study.data.functions import function_pairs, normalize
 from ebft_study.errors import DataError
 
 TEST_FOLDERS = frozenset({"test", "tests", "idle_test"})
@@ -33,19 +33,20 @@ GENERATED = frozenset({"__config__.py", "_version.py", "version.py"})  # written
 
 @dataclass(frozen=True)
 class Source:
-    """How one built-in data set is made. `read` gives its examples, with origin "file" or "file::function"."""
+    """A built-in data set. `read` gives its examples, with origin "file" or "file::function"; `slow`: cached."""
 
     summary: str
-    packages: tuple[str, ...]
-    has_answers: bool
-    slow: bool
     read: Callable[[], tuple[list[Example], Facts]]
+    packages: tuple[str, ...] = ()
+    has_answers: bool = False
+    slow: bool = False
 
 
 def load_builtin(name: str, max_examples: int | None) -> TextDataset:
-    """The built-in data set `name`, split by file; function pairs come from a cache when there is one."""
+    """Load the built-in data set `name`, split by file."""
     source = SOURCES[name]
-    versions = _versions(source.packages)
+    versions = {"python": platform.python_version()}
+    versions |= {package: importlib.metadata.version(package) for package in source.packages}
     examples, facts = cached_examples(name, versions, source.read) if source.slow else source.read()
     splits: dict[str, list[Example]] = {split: [] for split in SPLITS}
     for example in examples:
@@ -73,7 +74,7 @@ def _test_suites() -> tuple[list[Example], Facts]:
 
 
 def _functions() -> tuple[list[Example], Facts]:
-    """Function pairs; of bodies that differ only in comments, spacing and literals, the first in path order."""
+    """Extract function pairs; of bodies that differ only in comments, spacing and literals, the first in path order."""
     distinct: dict[str, Example] = {}
     copies = 0
     with _garbage_collection_paused():
@@ -83,7 +84,7 @@ def _functions() -> tuple[list[Example], Facts]:
                     continue
                 for name, prompt, answer in function_pairs(text):
                     example = Example(prompt, answer, f"{package}/{relative}::{name}")
-                    copies += distinct.setdefault(digest(normalised(answer)), example) is not example
+                    copies += distinct.setdefault(digest(normalize(answer)), example) is not example
     return list(distinct.values()), {"copies_removed": copies}
 
 
@@ -100,18 +101,18 @@ def _garbage_collection_paused() -> Iterator[None]:
 
 
 def _python_files(root: Path, skipped: frozenset[str] = frozenset()) -> Iterator[tuple[str, str]]:
-    """(path with forward slashes relative to `root`, text) of the UTF-8 Python files below it, in path order.
+    """Yield (path relative to `root` with forward slashes, text) of its UTF-8 Python files, in path order.
 
     Folders named in `skipped` are not entered: site-packages can be larger than the rest by far.
     """
-    found: dict[str, Path] = {}
-    for folder, subfolders, files in os.walk(root):
+    files: dict[str, Path] = {}
+    for folder, subfolders, names in os.walk(root):
         subfolders[:] = [name for name in subfolders if name not in skipped]
-        paths = [Path(folder, name) for name in files if name.endswith(".py")]
-        found |= {path.relative_to(root).as_posix(): path for path in paths}
-    for relative in sorted(found):
+        paths = [Path(folder, name) for name in names if name.endswith(".py")]
+        files |= {path.relative_to(root).as_posix(): path for path in paths}
+    for relative in sorted(files):
         try:
-            text = found[relative].read_text(encoding="utf-8")  # universal newlines: the same text on every platform
+            text = files[relative].read_text(encoding="utf-8")  # universal newlines: the same text on every platform
         except (UnicodeDecodeError, OSError):
             continue
         if text.strip():
@@ -119,38 +120,23 @@ def _python_files(root: Path, skipped: frozenset[str] = frozenset()) -> Iterator
 
 
 def _package_folder(package: str) -> Path:
-    """Where a package's source lies, without importing it."""
+    """Locate a package's source without importing it."""
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
         raise DataError(f"package {package!r} is not installed. Install the project's dependencies again")
     return Path(spec.origin).parent
 
 
-def _versions(packages: tuple[str, ...]) -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    return versions | {package: importlib.metadata.version(package) for package in packages}
-
-
 SOURCES = {
-    "stdlib": Source(
-        "the running Python's standard library without its tests",
-        packages=(),
-        has_answers=False,
-        slow=False,
-        read=_stdlib,
-    ),
+    "stdlib": Source("the running Python's standard library without its tests", _stdlib),
     "unstructured": Source(
-        "the test suites inside the pandas and numpy packages",
-        packages=TEST_PACKAGES,
-        has_answers=False,
-        slow=False,
-        read=_test_suites,
+        "the test suites inside the pandas and numpy packages", _test_suites, packages=TEST_PACKAGES
     ),
     "qa": Source(
         "functions of installed dependencies: signature and docstring -> body",
+        _functions,
         packages=FUNCTION_PACKAGES,
         has_answers=True,
         slow=True,
-        read=_functions,
     ),
 }

@@ -1,10 +1,12 @@
-"""What takes long to extract, download or tokenize, kept in the user's cache folder under a key of all it depends on.
+"""Cache of extracted, downloaded and tokenized data, in the user's cache folder.
 
-A file is put in place by an atomic rename and checked by content hash when read: a damaged one is made again.
+The key of a file covers all that its content depends on, the source of this package included. A file is written
+atomically and verified by content hash when read; a damaged one is made again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -12,7 +14,7 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,43 +26,48 @@ from ebft_study.data.examples import Example, content_hash, digest
 from ebft_study.errors import DataError
 from ebft_study.paths import cache_folder
 
-Facts = dict[str, Any]  # JSON values that tell about what was made: counts, the commit that was read
+Facts = dict[str, Any]  # JSON values that describe the data: counts, the commit that was read
 Tensors = dict[str, torch.Tensor]
+Value = TypeVar("Value")
 
 _SCHEMA = pa.schema([(name, pa.string()) for name in ("prompt", "answer", "origin")])
+_UNREADABLE = (OSError, KeyError, TypeError, ValueError, pa.ArrowException, safetensors.SafetensorError)
 
 
 def cached_examples(
     name: str, recipe: Mapping[str, object], extract: Callable[[], tuple[list[Example], Facts]]
 ) -> tuple[list[Example], Facts]:
-    """What `extract` returns, from the cache when `recipe`, and the code of this package, are unchanged."""
-    path = _path(name, recipe, "parquet")
-    found = _read_examples(path)
-    if found is None:
-        found = extract()
-        _write(path, functools.partial(_write_examples, *found))
-    return found
+    """Return what `extract` returns, from the cache when `recipe`, and the code of this package, are unchanged."""
+    return _cached(_path(name, recipe, "parquet"), _read_examples, _write_examples, extract)
 
 
 def cached_tensors(
     name: str, recipe: Mapping[str, object], make: Callable[[], tuple[Tensors, Facts]]
 ) -> tuple[Tensors, Facts]:
-    """What `make` returns, from the cache when `recipe`, and the code of this package, are unchanged."""
-    path = _path(name, recipe, "safetensors")
-    found = _read_tensors(path)
-    if found is None:
-        found = make()
-        _write(path, functools.partial(_write_tensors, *found))
-    return found
+    """Return what `make` returns, from the cache when `recipe`, and the code of this package, are unchanged."""
+    return _cached(_path(name, recipe, "safetensors"), _read_tensors, _write_tensors, make)
+
+
+def _cached(
+    path: Path,
+    read: Callable[[Path], tuple[Value, Facts]],
+    write: Callable[[Value, Facts, str], None],
+    make: Callable[[], tuple[Value, Facts]],
+) -> tuple[Value, Facts]:
+    with contextlib.suppress(*_UNREADABLE):  # missing or damaged
+        return read(path)
+    made = make()
+    _write(path, functools.partial(write, *made))
+    return made
 
 
 def _path(name: str, recipe: Mapping[str, object], suffix: str) -> Path:
-    key = digest(name, json.dumps(recipe, sort_keys=True), _own_source())
+    key = digest(name, json.dumps(recipe, sort_keys=True), _package_source())
     return cache_folder() / "data" / f"{name}-{key[:16]}.{suffix}"
 
 
 @functools.cache
-def _own_source() -> str:
+def _package_source() -> str:
     folder = Path(__file__).parent
     return digest(*(path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.py"))))
 
@@ -72,17 +79,13 @@ def _tensors_hash(tensors: Tensors) -> str:
     return state.hexdigest()
 
 
-def _read_examples(path: Path) -> tuple[list[Example], Facts] | None:
-    """The examples in `path`; None where there is no file, or one that is damaged."""
-    try:
-        table = pq.read_table(path)
-        examples = [Example(**row) for row in table.select(_SCHEMA.names).to_pylist()]
-        metadata = table.schema.metadata
-        if metadata[b"content"] != content_hash(examples).encode():
-            return None
-        return examples, json.loads(metadata[b"facts"])
-    except (OSError, KeyError, TypeError, ValueError, pa.ArrowException):
-        return None
+def _read_examples(path: Path) -> tuple[list[Example], Facts]:
+    table = pq.read_table(path)
+    examples = [Example(**row) for row in table.select(_SCHEMA.names).to_pylist()]
+    metadata = table.schema.metadata
+    if metadata[b"content"] != content_hash(examples).encode():
+        raise ValueError("the content is not what was written")
+    return examples, json.loads(metadata[b"facts"])
 
 
 def _write_examples(examples: list[Example], facts: Facts, path: str) -> None:
@@ -91,17 +94,13 @@ def _write_examples(examples: list[Example], facts: Facts, path: str) -> None:
     pq.write_table(pa.table(columns, schema=_SCHEMA.with_metadata(metadata)), path, compression="zstd")
 
 
-def _read_tensors(path: Path) -> tuple[Tensors, Facts] | None:
-    """The tensors in `path`; None where there is no file, or one that is damaged."""
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata, names = file.metadata(), list(file.keys())
-            tensors = {name: file.get_tensor(name) for name in names}
-        if metadata["content"] != _tensors_hash(tensors):
-            return None
-        return tensors, json.loads(metadata["facts"])
-    except (OSError, KeyError, TypeError, ValueError, safetensors.SafetensorError):
-        return None
+def _read_tensors(path: Path) -> tuple[Tensors, Facts]:
+    with safetensors.safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in list(file.keys())}
+    if metadata["content"] != _tensors_hash(tensors):
+        raise ValueError("the content is not what was written")
+    return tensors, json.loads(metadata["facts"])
 
 
 def _write_tensors(tensors: Tensors, facts: Facts, path: str) -> None:

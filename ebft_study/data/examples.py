@@ -1,4 +1,4 @@
-"""What every source of text yields, and how examples become a data set with three disjoint splits."""
+"""Examples, which every source of text yields, and data sets of them in three disjoint splits."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class TextDataset:
     """Text in three splits that share no example.
 
     `splits`: "train" | "validation" | "heldout" -> examples, in an order that is arbitrary but the same everywhere.
-    `provenance`: where it came from, with versions and counts. `fingerprint`: SHA-256 (hex) of all splits' content.
+    `provenance`: its origin, with versions and counts. `fingerprint`: SHA-256 (hex) of all splits' content.
     """
 
     name: str
@@ -46,7 +46,7 @@ def digest(*parts: str) -> str:
 
 
 def content_hash(examples: Iterable[Example]) -> str:
-    """SHA-256 (hex) of all that examples hold, in their order."""
+    """SHA-256 (hex) of all fields of examples, in their order."""
     return digest(*(part for example in examples for part in (example.prompt, example.answer, example.origin)))
 
 
@@ -54,16 +54,6 @@ def split_of(key: str) -> str:
     """The split of a file path or content hash: 90 % train, 5 % validation, 5 % heldout, by hash alone."""
     bucket = int(digest(key)[:8], 16) % 100
     return "train" if bucket < 90 else "validation" if bucket < 95 else "heldout"
-
-
-def shuffled(examples: Iterable[Example]) -> list[Example]:
-    """Examples in the order of their content hash: mixes files, and depends on nothing else."""
-    return sorted(examples, key=lambda example: (digest(example.prompt, example.answer), example.origin))
-
-
-def fingerprint_of(splits: Mapping[str, Iterable[Example]]) -> str:
-    """SHA-256 (hex) of the content of all splits, in their order."""
-    return digest(*(content_hash(splits[name]) for name in SPLITS))
 
 
 def build_dataset(
@@ -74,53 +64,54 @@ def build_dataset(
     provenance: Mapping[str, object],
     max_examples: int | None,
 ) -> TextDataset:
-    """A checked data set: no empty and no repeated example, within a split or across splits, and no empty split.
+    """Build a data set without empty or repeated examples (within a split or across splits) and without empty splits.
 
-    An example that occurs in several splits stays in the first of heldout, validation, train: what is evaluated on
-    does not depend on what is trained on. `max_examples` keeps the first training examples in hash order.
+    An example that occurs in several splits stays in the first of heldout, validation, train: evaluation data do not
+    depend on training data. Examples are in the order of their content hash, which mixes files and depends on nothing
+    else; `max_examples` keeps the first training examples in this order.
     """
-    seen: set[str] = set()
-    kept: dict[str, tuple[Example, ...]] = {}
-    counts = {"empty": 0, "repeated": 0}
-    for split in reversed(SPLITS):
-        chosen = []
-        for example in splits[split]:
-            key = digest(example.prompt, example.answer)
-            if not example.answer.strip() or (has_answers and not example.prompt.strip()):
-                counts["empty"] += 1
-            elif key in seen:
-                counts["repeated"] += 1
-            else:
-                seen.add(key)
-                chosen.append(example)
-        kept[split] = tuple(shuffled(chosen))
-    if not any(kept.values()):
+    distinct, dropped = _distinct(splits, has_answers)
+    total = sum(map(len, distinct.values()))
+    if total == 0:
         raise DataError(
-            f"data set {name!r}: yields no example ({counts['empty']} empty). Check its columns and content"
+            f"data set {name!r}: yields no example ({dropped['empty']} empty). Check its columns and content"
         )
-    kept = _without_empty_splits(name, kept)
-    kept["train"] = kept["train"][:max_examples]
-    sizes = {split: len(kept[split]) for split in SPLITS}
+    if total < len(SPLITS):
+        raise DataError(
+            f"data set {name!r}: has {total} distinct examples, and train, validation and heldout "
+            "need one each. Give at least 3"
+        )
+    for split in SPLITS:  # in a small file, hashing can leave a split empty: it takes an example of the largest one
+        if not distinct[split]:
+            distinct[split].append(max(distinct.values(), key=len).pop(0))
+    distinct["train"] = distinct["train"][:max_examples]
+    sizes = {split: len(distinct[split]) for split in SPLITS}
     return TextDataset(
         name=name,
         has_answers=has_answers,
-        splits={split: kept[split] for split in SPLITS},
-        provenance={**provenance, "examples": sizes, "dropped_examples": counts},
-        fingerprint=fingerprint_of(kept),
+        splits={split: tuple(distinct[split]) for split in SPLITS},
+        provenance={**provenance, "examples": sizes, "dropped_examples": dropped},
+        fingerprint=digest(*(content_hash(distinct[split]) for split in SPLITS)),
     )
 
 
-def _without_empty_splits(name: str, splits: dict[str, tuple[Example, ...]]) -> dict[str, tuple[Example, ...]]:
-    """In a small file the hash can leave a split empty: it then takes one example from the largest split."""
-    filled = dict(splits)
-    for split in SPLITS:
-        if not filled[split]:
-            largest = max(SPLITS, key=lambda candidate: len(filled[candidate]))
-            if len(filled[largest]) < 2:
-                total = sum(len(examples) for examples in splits.values())
-                raise DataError(
-                    f"data set {name!r}: has {total} distinct examples, and train, validation and heldout "
-                    "need one each. Give at least 3"
-                )
-            filled[split], filled[largest] = filled[largest][:1], filled[largest][1:]
-    return filled
+def _distinct(
+    splits: Mapping[str, Iterable[Example]], has_answers: bool
+) -> tuple[dict[str, list[Example]], dict[str, int]]:
+    """Distinct examples of each split in the order of their content hash, and counts of the dropped ones."""
+    seen: set[str] = set()
+    distinct: dict[str, list[Example]] = {split: [] for split in SPLITS}
+    dropped = {"empty": 0, "repeated": 0}
+    for split in reversed(SPLITS):
+        by_content: dict[str, Example] = {}
+        for example in splits[split]:
+            content = digest(example.prompt, example.answer)
+            if not example.answer.strip() or (has_answers and not example.prompt.strip()):
+                dropped["empty"] += 1
+            elif content in seen:
+                dropped["repeated"] += 1
+            else:
+                seen.add(content)
+                by_content[content] = example
+        distinct[split] = [by_content[content] for content in sorted(by_content)]
+    return distinct, dropped

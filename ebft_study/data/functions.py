@@ -1,4 +1,4 @@
-"""Cuts functions out of Python source: signature and docstring on one side, the body on the other."""
+"""Extracts functions from Python source as pairs: signature and docstring, and the body."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _COMMENT = re.compile(r"#.*")
 
 
 def function_pairs(source: str) -> Iterator[tuple[str, str, str]]:
-    """(qualified name, prompt, answer) of each function with a docstring and a real body, in source order.
+    """Yield (qualified name, prompt, answer) of each function with a docstring and a real body, in source order.
 
     The prompt is the `def` and the docstring's first paragraph, dedented to column 0 and ending with a newline; the
     answer is the rest, indented to continue it: `prompt + answer` is valid Python. Source that does not parse yields
@@ -30,13 +30,13 @@ def function_pairs(source: str) -> Iterator[tuple[str, str, str]]:
         return
     lines = source.split("\n")
     for name, node in _functions(tree.body, ""):
-        pair = _cut(node, lines)
+        pair = _extract(node, lines)
         if pair is not None:
             yield name, *pair
 
 
-def normalised(body: str) -> str:
-    """A body without comments, spacing and the values of literals: equal for copies that differ only in those."""
+def normalize(body: str) -> str:
+    """Remove comments, spacing and values of literals: copies that differ only in these become equal."""
     return "".join(_LITERAL.sub("0", _COMMENT.sub("", body)).split())
 
 
@@ -49,7 +49,8 @@ def _functions(body: list[ast.stmt], prefix: str) -> Iterator[tuple[str, Functio
             yield from _functions(node.body, f"{prefix}{node.name}.")
 
 
-def _cut(node: FunctionNode, lines: list[str]) -> tuple[str, str] | None:
+def _extract(node: FunctionNode, lines: list[str]) -> tuple[str, str] | None:
+    """Prompt and answer of a function; None where it cannot be cut cleanly at line boundaries."""
     documentation = ast.get_docstring(node, clean=True)
     rest = node.body[1:]
     if not documentation or not _does_something(rest):
@@ -71,7 +72,7 @@ def _cut(node: FunctionNode, lines: list[str]) -> tuple[str, str] | None:
 
 
 def _dedent(lines: list[str], width: int) -> str | None:
-    """Lines without their first `width` spaces; None where a line does not start with them."""
+    """Remove the first `width` spaces of each line; None where a line does not start with them."""
     if any(line[:width].strip(" ") for line in lines):
         return None
     return "\n".join(line[width:].rstrip() for line in lines)
@@ -79,13 +80,9 @@ def _dedent(lines: list[str], width: int) -> str | None:
 
 def _does_something(body: list[ast.stmt]) -> bool:
     """Whether a body is more than `pass`, `...`, or raising NotImplementedError."""
-    if not body:
-        return False
-    first = body[0]
-    if len(body) > 1:
-        return True
-    if isinstance(first, ast.Raise):
-        return "NotImplemented" not in ast.dump(first)
-    return not isinstance(first, ast.Pass) and not (
-        isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
-    )
+    match body:
+        case [] | [ast.Pass()] | [ast.Expr(value=ast.Constant())]:
+            return False
+        case [ast.Raise() as statement]:
+            return "NotImplemented" not in ast.dump(statement)
+    return True

@@ -1,4 +1,4 @@
-"""The paper's data sets: where they are on the hub, and how one of their rows becomes a prompt and an answer.
+"""Data sets of the paper: their names on the hub, and the mapping of their rows to prompts and answers.
 
 A preset also reads a local file in the same format: `dataset: "open_code_instruct:/path/to/file.jsonl"`.
 """
@@ -15,8 +15,11 @@ Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Mapped:
-    """How rows become examples. `columns` must exist; `pair(row)` gives (prompt, answer), None for an absent text."""
+class RowMapping:
+    """Conversion of rows to examples.
+
+    `columns` must exist; `pair(row)` gives (prompt, answer), with None for an absent text.
+    """
 
     columns: tuple[str, ...]
     has_answers: bool
@@ -27,51 +30,46 @@ class Mapped:
 class Preset:
     """A data set of the paper.
 
-    `mapped(dataset_config)` gives the row mapping and `hub_config(dataset_config)` the configuration's name on the
-    hub; None stands for the default. `config_maps_rows`: the configuration also matters for a local file.
+    `mapping(dataset_config)` is its row mapping and `hub_config(dataset_config)` the configuration's name on the hub;
+    None stands for the default. `config_maps_rows`: `dataset_config` also applies to a local file.
     """
 
     hub_id: str
-    default_config: str | None
-    mapped: Callable[[str | None], Mapped]
+    mapping: Callable[[str | None], RowMapping]
+    hub_config: Callable[[str | None], str | None]
     config_maps_rows: bool = False
-    hub_config: Callable[[str | None], str | None] = lambda config: config
 
 
-def raw_text(column: str) -> Mapped:
-    """Rows whose `column` is a document."""
-    return Mapped((column,), has_answers=False, pair=lambda row: ("", row[column]))
+def raw_text(column: str) -> RowMapping:
+    """Map rows whose `column` is a document."""
+    return RowMapping((column,), has_answers=False, pair=lambda row: ("", row[column]))
 
 
-def prompt_and_answer(prompt: str, answer: str) -> Mapped:
-    """Rows with a prompt and its answer in two columns, taken as they are."""
-    return Mapped((prompt, answer), has_answers=True, pair=lambda row: (row[prompt], row[answer]))
+def prompt_and_answer(prompt: str, answer: str) -> RowMapping:
+    """Map rows with a prompt and its answer in two columns, unchanged."""
+    return RowMapping((prompt, answer), has_answers=True, pair=lambda row: (row[prompt], row[answer]))
 
 
-def _open_code_instruct(config: str | None) -> Mapped:
-    """The question in `input`, the solution in `output`; a blank line between them tells where the question ends."""
-
-    def pair(row: Row) -> tuple[Any, Any]:
-        question = row["input"]
-        return (question.rstrip() + "\n\n" if isinstance(question, str) else question), row["output"]
-
-    return Mapped(("input", "output"), has_answers=True, pair=pair)
+def _question_and_solution(row: Row) -> tuple[Any, Any]:
+    """Columns `input` and `output`; a blank line between them tells where the question ends."""
+    question = row["input"]
+    return (question.rstrip() + "\n\n" if isinstance(question, str) else question), row["output"]
 
 
 LANGUAGES = {"cs": "Czech", "de": "German", "en": "English", "is": "Icelandic", "ru": "Russian", "zh": "Chinese"}
 
 
-def _alma(config: str | None) -> Mapped:
-    """`translation: {"de": ..., "en": ...}` as an instruction; config "en-de" translates the other way round."""
+def _translation(config: str | None) -> RowMapping:
+    """Map `translation: {"de": ..., "en": ...}` to an instruction; config "en-de" reverses the direction."""
     source, target = _language_pair(config)
     instruction = f"Translate this from {LANGUAGES[source]} to {LANGUAGES[target]}:\n"
 
     def pair(row: Row) -> tuple[Any, Any]:
         texts = row["translation"]
         if not isinstance(texts, Mapping) or source not in texts or target not in texts:
-            found = ", ".join(texts) if isinstance(texts, Mapping) else type(texts).__name__
+            content = ", ".join(texts) if isinstance(texts, Mapping) else type(texts).__name__
             raise DataError(
-                f"alma_human_parallel: column 'translation' needs {source!r} and {target!r} but holds {found}. "
+                f"alma_human_parallel: column 'translation' needs {source!r} and {target!r} but holds {content}. "
                 "Set dataset_config to its language pair, for example de-en"
             )
         if not isinstance(texts[source], str) or not isinstance(texts[target], str):
@@ -79,7 +77,7 @@ def _alma(config: str | None) -> Mapped:
         prompt = f"{instruction}{LANGUAGES[source]}: {texts[source].strip()}\n{LANGUAGES[target]}:"
         return prompt, f" {texts[target].strip()}" if texts[target].strip() else None
 
-    return Mapped(("translation",), has_answers=True, pair=pair)
+    return RowMapping(("translation",), has_answers=True, pair=pair)
 
 
 def _language_pair(config: str | None) -> tuple[str, str]:
@@ -93,16 +91,27 @@ def _language_pair(config: str | None) -> tuple[str, str]:
     return source, target
 
 
-def _alma_hub_config(config: str | None) -> str:
-    """On the hub a pair is one configuration, English last, whatever the direction."""
+def _translation_hub_config(config: str | None) -> str:
+    """Name of a language pair on the hub: English last, whatever the direction."""
     source, target = _language_pair(config)
     return f"{target}-en" if source == "en" else f"{source}-en"
 
 
 PRESETS = {
-    "open_code_instruct": Preset("nvidia/OpenCodeInstruct", None, _open_code_instruct),
-    "swallow_code": Preset("tokyotech-llm/swallow-code", "swallow-code", lambda config: raw_text("text")),
+    "open_code_instruct": Preset(
+        "nvidia/OpenCodeInstruct",
+        mapping=lambda config: RowMapping(("input", "output"), has_answers=True, pair=_question_and_solution),
+        hub_config=lambda config: config,
+    ),
+    "swallow_code": Preset(
+        "tokyotech-llm/swallow-code",
+        mapping=lambda config: raw_text("text"),
+        hub_config=lambda config: config or "swallow-code",
+    ),
     "alma_human_parallel": Preset(
-        "haoranxu/ALMA-Human-Parallel", "de-en", _alma, config_maps_rows=True, hub_config=_alma_hub_config
+        "haoranxu/ALMA-Human-Parallel",
+        mapping=_translation,
+        hub_config=_translation_hub_config,
+        config_maps_rows=True,
     ),
 }

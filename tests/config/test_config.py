@@ -1,4 +1,4 @@
-"""Reading configurations: names, types, ranges and rules between settings, each broken one in a single clear line."""
+"""Configurations: names, types, ranges and rules between settings; a broken one is reported in one line."""
 
 from __future__ import annotations
 
@@ -34,6 +34,11 @@ BROKEN = [
     ({"n_samples": 1}, "rollout.n_samples=1: the diversity term (alpha=1.0) compares samples"),
     ({"n_samples": 1, "alpha": 0}, "reward.baseline='rloo': with n_samples=1 there are no other samples"),
     ({"completion_length": 200}, "rollout.completion_length=200: a sequence of 128 tokens"),
+    (
+        {"first_context_length": 128},
+        "must hold the first context (128) and one completion. Use a longer sequence_length",
+    ),
+    ({"keep_every_steps": 75}, "checkpoint.keep_every_steps=75: there is a checkpoint every 50 steps only"),
     ({"profile_lengths": [8, 125]}, "evaluation.profile_lengths=[8, 125]"),
     ({"anchor_region": "answer", "dataset": "stdlib"}, "rollout.anchor_region='answer'"),
     ({"ce_region": "answer", "text_column": "t"}, "loss.ce_region='answer'"),

@@ -11,7 +11,7 @@ import pytest
 from ebft_study.config import DataConfig
 from ebft_study.data import SPLITS, builtin, load_text
 from ebft_study.data.examples import split_of
-from ebft_study.data.functions import normalised
+from ebft_study.data.functions import normalize
 from ebft_study.errors import DataError
 
 NAMES = ("stdlib", "unstructured", "qa")
@@ -81,7 +81,7 @@ def test_qa_pairs_are_valid_python_and_not_from_tests(datasets):
 
 
 def test_qa_bodies_that_differ_only_in_literals_occur_once(datasets):
-    bodies = [normalised(item.answer) for split in SPLITS for item in datasets["qa"].splits[split]]
+    bodies = [normalize(item.answer) for split in SPLITS for item in datasets["qa"].splits[split]]
     assert len(bodies) == len(set(bodies))
     assert datasets["qa"].provenance["copies_removed"] > 0
 

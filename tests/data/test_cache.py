@@ -1,4 +1,4 @@
-"""What is kept between runs, and what happens when it is damaged."""
+"""Cached data: made once per recipe, and again when the file is damaged."""
 
 from __future__ import annotations
 

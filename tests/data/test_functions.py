@@ -1,4 +1,4 @@
-"""Functions cut out of source by `ebft_study.data.functions`."""
+"""Extraction of functions from source by `ebft_study.data.functions`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import textwrap
 import pytest
 
 from ebft_study.data import functions
-from ebft_study.data.functions import function_pairs, normalised
+from ebft_study.data.functions import function_pairs, normalize
 
 SOURCE = '''
 import os
@@ -105,8 +105,8 @@ def test_pairs_of_real_modules_are_valid_python_with_the_original_body():
             assert ast.get_docstring(parsed)
 
 
-def test_normalised_bodies_are_equal_when_only_comments_spacing_and_literals_differ():
+def test_normalized_bodies_are_equal_when_only_comments_spacing_and_literals_differ():
     first = "    x = compute(1, 'a')  # one\n    return x\n"
     second = '    # two\n    x = compute( 20,\n        "bb")\n    return x\n'
-    assert normalised(first) == normalised(second)
-    assert normalised(first) != normalised(first.replace("compute", "other"))
+    assert normalize(first) == normalize(second)
+    assert normalize(first) != normalize(first.replace("compute", "other"))

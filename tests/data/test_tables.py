@@ -150,11 +150,11 @@ def test_a_preset_refuses_columns_of_ones_own(tmp_path):
         load("swallow_code", text_column="code")
 
 
-# --- the hub, imitated -----------------------------------------------------------------------------------------
+# --- a fake hub -----------------------------------------------------------------------------------------
 
 
 class Hub:
-    """Stands in for the hub: remembers what was asked for and streams rows from memory."""
+    """Fake of the hub: records its calls and streams rows from memory."""
 
     def __init__(self, monkeypatch, **splits):
         self.asked = []

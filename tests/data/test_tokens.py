@@ -9,7 +9,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from ebft_study.data import Example, TokenDataset, batch_indices, encoding, tokenize
+from ebft_study.data import Example, TokenDataset, batch_indices, tokenize
+from ebft_study.data import tokens as tokenization
 from ebft_study.errors import DataError
 
 TEXT = "def add(left, right):\n    return left + right\n\nclass Sum:\n    total = 0\n" * 20
@@ -230,9 +231,9 @@ def test_large_inputs_come_out_of_the_cache_unchanged(tokenizer, tmp_path, monke
     settings = {"sequence_length": T, "packing": packing, "has_answers": has_answers}
     fresh = tokenize(examples, tokenizer, **settings)
     monkeypatch.setenv("EBFT_STUDY_CACHE", str(tmp_path))
-    monkeypatch.setattr(encoding, "CACHED_CHARACTERS", 0)
+    monkeypatch.setattr(tokenization, "CACHED_CHARACTERS", 0)
     tokenize(examples, tokenizer, **settings)
-    monkeypatch.setattr(encoding, "_tokenize", lambda *_: pytest.fail("tokenized again"))
+    monkeypatch.setattr(tokenization, "_tokenize", lambda *_: pytest.fail("tokenized again"))
     cached = tokenize(examples, tokenizer, **settings)
     for name in ("tokens", "document_ids", "answer_mask"):
         assert torch.equal(getattr(cached, name), getattr(fresh, name))
@@ -242,7 +243,7 @@ def test_large_inputs_come_out_of_the_cache_unchanged(tokenizer, tmp_path, monke
 
 def test_the_cache_tells_tokenizers_and_settings_apart(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setenv("EBFT_STUDY_CACHE", str(tmp_path))
-    monkeypatch.setattr(encoding, "CACHED_CHARACTERS", 0)
+    monkeypatch.setattr(tokenization, "CACHED_CHARACTERS", 0)
     other = train_tokenizer(eos_token="<end>", pad_token="<pad>", unk_token="<unk>")
     for chosen in (tokenizer, other):
         for length in (8, 16):
