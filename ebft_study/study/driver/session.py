@@ -14,9 +14,9 @@ from typing import Any
 from rich.console import Console
 
 from ebft_study import results
+from ebft_study.analysis import usage
 from ebft_study.config import RunConfig
 from ebft_study.errors import EbftError, StorageError
-from ebft_study.report import planned
 from ebft_study.storage import StoragePath
 from ebft_study.study.cluster import own, requests
 from ebft_study.study.cluster.capacity import ClusterCapacity
@@ -137,12 +137,12 @@ def _announce(
     if spec.search.algorithm == "optuna":
         watch = f"the search: optuna-dashboard {journal.working_copy(folder)}"
         console.print(watch, markup=False, highlight=False, soft_wrap=True)
-    if planned.EVENT in set(results.read_table(folder, "events")["kind"]):
+    if usage.PLAN_EVENT in set(results.read_table(folder, "events")["kind"]):
         return None
     with contextlib.suppress(EbftError, OSError):  # a study is no worse without
         forecast = expected.forecast(spec, storage=folder.parent, concurrency=concurrency)
         if forecast is not None:
-            recorder.event(planned.EVENT, expected.message(forecast), **forecast)
+            recorder.event(usage.PLAN_EVENT, expected.message(forecast), **forecast)
             console.print(f"planned: {expected.message(forecast)}", markup=False, highlight=False)
             return expected.mean_seconds(forecast)
     return None
