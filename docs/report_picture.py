@@ -1,6 +1,6 @@
 """Draw the README's picture of a report: the verdicts and two figures of one study, in one small PNG file.
 
-    python docs/report_picture.py studies/quickstart docs/report.png
+python docs/report_picture.py studies/quickstart docs/report.png
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def draw(study_folder: Path, target: Path) -> None:
     chosen = [drawn[name] for name in RIGHT_COLUMN if name in drawn][:2]
     images = [_pixels(each) for each in chosen]
     heights = [image.height / image.width for image in images]
-    with matplotlib_style():
+    with plt.rc_context(drawing.RC):
         page = plt.figure(figsize=(12.5, 7.4))
         grid = page.add_gridspec(len(images), 2, width_ratios=(1, 1), height_ratios=heights, left=0.02, right=0.99,
                                  top=0.98, bottom=0.02, wspace=0.03, hspace=0.06)  # fmt: skip
@@ -41,12 +41,8 @@ def draw(study_folder: Path, target: Path) -> None:
             axes.axis("off")
         buffer = io.BytesIO()
         page.savefig(buffer, format="png", dpi=128)
-    # A palette of 64 colours makes the file a third as large.
-    Image.open(buffer).convert("RGB").quantize(64).save(target, optimize=True)
-
-
-def matplotlib_style() -> object:
-    return plt.rc_context(drawing.RC)
+    # A palette makes the file a third as large.
+    Image.open(buffer).convert("RGB").quantize(128, Image.Quantize.MAXCOVERAGE).save(target, optimize=True)
 
 
 def _pixels(figure: drawing.ReportFigure) -> Image.Image:
@@ -64,8 +60,8 @@ def _verdicts(axes: Axes, name: str, question: str, overview: str, verdicts: lis
     for verdict in verdicts:
         tag = {"fontsize": 8.5, "fontweight": "bold", "color": COLORS[verdict.ruling]}
         lines += [(f"{verdict.ruling}  ({verdict.reference})", 1.0, tag)]
-        lines += [(line, 1.0, {"fontsize": 9, "fontweight": "bold"}) for line in textwrap.wrap(verdict.claim, 88)]
-        lines += [(line, 1.0, {"fontsize": 8.5}) for line in textwrap.wrap(verdict.sentence, 100)]
+        lines += [(line, 1.0, {"fontsize": 9, "fontweight": "bold"}) for line in textwrap.wrap(verdict.claim, 76)]
+        lines += [(line, 1.0, {"fontsize": 8.5}) for line in textwrap.wrap(verdict.sentence, 92)]
         text, _, style = lines.pop()
         lines.append((text, 1.5, style))
     height, y = sum(step for _, step, _ in lines), 1.0

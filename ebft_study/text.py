@@ -61,8 +61,8 @@ def signed(value: float, decimals: int | None = None) -> str:
     """A difference with its sign; small ones get a digit more."""
     if is_missing(value):
         return NOTHING
-    places = decimals_of(value) if decimals is None else decimals
-    return f"{value:+.{places}f}".replace("-", "−")
+    digits = decimals_of(value) if decimals is None else decimals
+    return f"{value:+.{digits}f}".replace("-", "−")
 
 
 def decimals_of(*values: float) -> int:

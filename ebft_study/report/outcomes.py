@@ -194,6 +194,8 @@ def _along(axes: Axes, study: StudySummary, name: str, metric: str, drawn: Seque
         axes.set_xscale("log")
     elif len(values) > 1 and min(np.diff(values)) > 0.1 * (values[-1] - values[0]):
         axes.set_xticks(values, [text.setting(value) for value in values])
+    else:
+        axes.locator_params(axis="x", nbins=4)
 
 
 def _equal_but_for(
