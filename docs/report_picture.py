@@ -10,8 +10,9 @@ import sys
 import textwrap
 from pathlib import Path
 
-import matplotlib.pyplot as plt
+import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from PIL import Image
 
 from ebft_study import results
@@ -29,8 +30,8 @@ def draw(study_folder: Path, target: Path) -> None:
     chosen = [drawn[name] for name in RIGHT_COLUMN if name in drawn][:2]
     images = [_pixels(each) for each in chosen]
     heights = [image.height / image.width for image in images]
-    with plt.rc_context(drawing.RC):
-        page = plt.figure(figsize=(12.5, 7.4))
+    with matplotlib.rc_context(drawing.RC):
+        page = Figure(figsize=(12.5, 7.4))
         grid = page.add_gridspec(len(images), 2, width_ratios=(1, 1), height_ratios=heights, left=0.02, right=0.99,
                                  top=0.98, bottom=0.02, wspace=0.03, hspace=0.06)  # fmt: skip
         question = str(study.results.spec.get("question", ""))
