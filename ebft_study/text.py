@@ -1,12 +1,10 @@
-"""Numbers and names as people read them."""
+"""Formatting of numbers and names for people."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from typing import Any
-
-from ebft_study.analysis.statistics import Interval
 
 NOTHING = "–"
 SYMBOLS = {
@@ -63,8 +61,8 @@ def signed(value: float, decimals: int | None = None) -> str:
     """A difference with its sign; small ones get a digit more."""
     if is_missing(value):
         return NOTHING
-    places = decimals_of(value) if decimals is None else decimals
-    return f"{value:+.{places}f}".replace("-", "−")
+    digits = decimals_of(value) if decimals is None else decimals
+    return f"{value:+.{digits}f}".replace("-", "−")
 
 
 def decimals_of(*values: float) -> int:
@@ -73,33 +71,8 @@ def decimals_of(*values: float) -> int:
     return 3 if largest >= 0.0095 or largest == 0 else min(5, 1 - math.floor(math.log10(largest)))
 
 
-def difference(interval: Interval) -> str:
-    """−0.031 ± 0.007, a difference with the half-width of its interval; alone where one seed allows none."""
-    if interval.n == 0:
-        return NOTHING
-    places = decimals_of(interval.mean, interval.half_width)
-    margin = f" ± {number(interval.half_width, places)}" if interval.n > 1 else ""
-    return signed(interval.mean, places) + margin
-
-
-def spoken(interval: Interval) -> str:
-    """The same for a sentence: −0.031 (95 % interval −0.038 to −0.024, 3 seeds)."""
-    if interval.n < 2:
-        return f"{signed(interval.mean)} ({interval.n} seed, so no interval)"
-    places = decimals_of(interval.mean, interval.half_width)
-    low, high = signed(interval.low, places), signed(interval.high, places)
-    return f"{signed(interval.mean, places)} (95 % interval {low} to {high}, {interval.n} seeds)"
-
-
-def level(interval: Interval) -> str:
-    """2.613 ± 0.004, a mean with the half-width of its interval."""
-    if interval.n == 0:
-        return NOTHING
-    return number(interval.mean) + (f" ± {number(interval.half_width)}" if interval.n > 1 else "")
-
-
 def duration(seconds: Any) -> str:
-    """Seconds as people say them: 8.4 s, 3 min 5 s, 2 h 10 min."""
+    """A time span: 8.4 s, 3 min 5 s, 2 h 10 min."""
     if is_missing(seconds):
         return NOTHING
     if round(seconds, 1) < 60:

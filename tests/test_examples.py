@@ -46,8 +46,8 @@ def parsed(words: list[str]) -> dict[str, Any]:
     """The options of an ebft-study command, as the command line itself reads them."""
     command = typer.main.get_command(app)
     context = command.make_context("ebft-study", list(words), resilient_parsing=False)
-    name, own, rest = command.resolve_command(context, context._protected_args + context.args)  # type: ignore[attr-defined]
-    return dict(own.make_context(name, rest).params)
+    name, subcommand, rest = command.resolve_command(context, context._protected_args + context.args)  # type: ignore[attr-defined]
+    return dict(subcommand.make_context(name, rest).params)
 
 
 def test_the_slurm_script_is_bash_with_options_that_sbatch_has() -> None:
@@ -68,17 +68,17 @@ def test_the_slurm_script_runs_our_command_on_a_file_that_loads() -> None:
     defaults = dict(re.findall(r"^(FILE|PROFILE)=\$\{\d:-(\S+)\}$", text, re.MULTILINE))
     values = {**defaults, "HEAD": "10.0.0.1", "PORT": "20001"}
     words = [re.sub(r"\$([A-Z]+)", lambda match: values[match[1]], word) for word in shlex.split(line)]
-    given = parsed(words)
-    assert given["address"] == "10.0.0.1:20001"
-    assert given["resume"]
-    spec = study_file.load_study(ROOT / str(given["file"]), given["profile"]).spec
+    arguments = parsed(words)
+    assert arguments["address"] == "10.0.0.1:20001"
+    assert arguments["resume"]
+    spec = study_file.load_study(ROOT / str(arguments["file"]), arguments["profile"]).spec
     assert spec.resources.gpus_per_worker
 
 
-def check_fields(given: dict[str, Any], known: dict[str, Any], required: set[str]) -> None:
-    assert set(given) <= set(known)
-    assert required <= set(given)
-    for name, value in given.items():
+def check_fields(fields: dict[str, Any], known: dict[str, Any], required: set[str]) -> None:
+    assert set(fields) <= set(known)
+    assert required <= set(fields)
+    for name, value in fields.items():
         assert isinstance(value, known[name]), name
 
 
@@ -108,13 +108,13 @@ def test_the_kuberay_manifest_runs_our_command_with_the_ray_that_is_pinned() -> 
     _, job = yaml.safe_load_all(RAYJOB.read_text())
     program, *words = shlex.split(job["spec"]["entrypoint"])
     assert program == "ebft-study"
-    given = parsed(words)
+    arguments = parsed(words)
     mounts = job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][0]["volumeMounts"]
     shared = [mount["mountPath"] for mount in mounts]
-    assert any(str(given["storage"]).startswith(f"{path}/") for path in shared)
+    assert any(str(arguments["storage"]).startswith(f"{path}/") for path in shared)
     environment = yaml.safe_load(job["spec"]["runtimeEnvYAML"])["env_vars"]
     assert environment["EBFT_STUDY_CACHE"].startswith("/shared/")
-    study_file.load_study(ROOT / Path(*Path(given["file"]).parts[2:]), given["profile"])
+    study_file.load_study(ROOT / Path(*Path(arguments["file"]).parts[2:]), arguments["profile"]).spec
     assert f"=={job['spec']['rayClusterSpec']['rayVersion']}" in (ROOT / "pyproject.toml").read_text()
 
 

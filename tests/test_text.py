@@ -1,4 +1,4 @@
-"""Numbers as people read them."""
+"""Numbers and names as people read them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import math
 import pytest
 
 from ebft_study import text
-from ebft_study.analysis.statistics import Interval
 
 
 @pytest.mark.parametrize(
@@ -27,15 +26,6 @@ from ebft_study.analysis.statistics import Interval
 )
 def test_settings_are_short(value: object, expected: str) -> None:
     assert text.setting(value) == expected
-
-
-def test_differences_carry_sign_interval_and_enough_digits() -> None:
-    assert text.difference(Interval(-0.031, -0.041, -0.021, 3)) == "−0.031 ± 0.010"
-    assert text.difference(Interval(0.0021, -0.0006, 0.0048, 3)) == "+0.0021 ± 0.0027"
-    assert text.difference(Interval(0.2, math.nan, math.nan, 1)) == "+0.200"
-    assert text.difference(Interval(math.nan, math.nan, math.nan, 0)) == "–"
-    assert text.spoken(Interval(-0.031, -0.041, -0.021, 3)) == "−0.031 (95 % interval −0.041 to −0.021, 3 seeds)"
-    assert text.spoken(Interval(0.2, math.nan, math.nan, 1)) == "+0.200 (1 seed, so no interval)"
 
 
 def test_durations_sizes_and_counts() -> None:

@@ -1,9 +1,10 @@
-"""Reports of studies: statistics over seeds, figures, the paper's claims put to the test, one HTML file.
+"""Reports of studies: figures, the paper's claims put to the test, one HTML file.
 
     ebft_study.report.write_report(Path("studies/quickstart"))
 
-The parts are usable alone, in a notebook for instance: `tables.summarize(results)` gives a `Study`,
-`claims.judge(study)` the verdicts, `figures.draw_all(study)` the figures. Importing this package imports none of them.
+The parts are usable alone, in a notebook for instance, on the `StudySummary` of `ebft_study.analysis.summary`:
+`claims.judge(summary)` gives the verdicts, `figures.draw_all(summary)` the figures. Importing this package imports
+none of them.
 """
 
 from __future__ import annotations

@@ -1,23 +1,27 @@
-"""What the report's page says, as plain rows of text: the template only arranges it."""
+"""Texts and tables of the report's page, as plain rows: the template only arranges them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 
 from ebft_study import text
-from ebft_study.report.tables import HELDOUT, Configuration, Study, best
-from ebft_study.results.lineage import EXPLOIT
+from ebft_study.analysis.settings import assignments
+from ebft_study.analysis.summary import HELDOUT, Configuration, StudySummary, best
+from ebft_study.analysis.usage import PLAN_EVENT
+from ebft_study.results.lineage import EXPLOIT, lineage
 
-ROUTINE_EVENTS = ("started", "finished", "plan", EXPLOIT)
+ROUTINE_EVENTS = ("started", "finished", PLAN_EVENT, EXPLOIT)
 MAX_INCIDENTS = 30
 MAX_CONTEXT_CHARACTERS = 240
+SHOWN_METRICS = ("ce_loss", "ce_answer_loss", "cfm_loss")
+COMPARED_METRICS = ("ce_loss", "cfm_loss")
 
 
-def overview(study: Study) -> str:
+def overview(study: StudySummary) -> str:
     """One line: how much of the study is done."""
     statuses = study.results.trials["status"].value_counts()
     total, finished = int(statuses.sum()), int(statuses.get("finished", 0))
@@ -27,7 +31,7 @@ def overview(study: Study) -> str:
     return f"{line} · {len(study.configurations)} configurations × {seeds} seed{'s' * (seeds != 1)}"
 
 
-# --- tables ----------------------------------------------------------------------------------------------------
+# --- configurations --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -42,43 +46,42 @@ class ConfigurationRow:
     is_best: bool
 
 
-def configuration_rows(study: Study) -> list[ConfigurationRow]:
+def configuration_rows(study: StudySummary) -> list[ConfigurationRow]:
     """The base model, then every configuration; "best" is EBFT's best by validation CFM."""
     sft, winner = best(study.sft), best(study.ebft)
-    nothing = dict.fromkeys(_COMPARED, text.NOTHING)
-    base = {name: text.number(study.base(name)) for name in _SHOWN}
+    nothing = dict.fromkeys(COMPARED_METRICS, text.NOTHING)
+    base = {metric: text.number(study.base(metric)) for metric in SHOWN_METRICS}
     rows = [ConfigurationRow("base model", text.NOTHING, base, nothing, nothing, is_best=False)]
     for c in study.configurations:
-        reference = sft if c is not sft else None
+        to_sft = {m: c.versus(sft, m).as_difference() for m in COMPARED_METRICS} if sft and c is not sft else nothing
         rows.append(
             ConfigurationRow(
                 c.label,
                 f"{c.n_finished} of {len(c.trials)}",
-                {name: text.level(c.level(name)) for name in _SHOWN},
-                {name: text.difference(c.change(name)) for name in _COMPARED},
-                {m: text.difference(c.versus(reference, m)) for m in _COMPARED} if reference else nothing,
+                {metric: c.level(metric).as_level() for metric in SHOWN_METRICS},
+                {metric: c.change(metric).as_difference() for metric in COMPARED_METRICS},
+                to_sft,
                 is_best=c is winner,
             )
         )
     return rows
 
 
-_SHOWN = ("ce_loss", "ce_answer_loss", "cfm_loss")
-_COMPARED = ("ce_loss", "cfm_loss")
-
-
-def precision(study: Study) -> str:
+def precision(study: StudySummary) -> str:
     """How many contexts the held-out CFM was measured on, and how exact one model's value is."""
     rows = study.results.evaluations
     rows = rows[(rows["benchmark"] == HELDOUT) & (rows["metric"] == "cfm_loss") & (rows["position"] == study.length)]
     if not len(rows):
         return ""
     error = rows["standard_error"].median()
-    known = "" if text.is_missing(error) else f", with a standard error of {text.number(error)} for one model"
-    return f"CFM is measured on {text.count(rows['count'].median())} contexts at {study.length} tokens{known}."
+    exactness = "" if text.is_missing(error) else f", with a standard error of {text.number(error)} for one model"
+    return f"CFM is measured on {text.count(rows['count'].median())} contexts at {study.length} tokens{exactness}."
 
 
-def trial_rows(study: Study) -> list[dict[str, str]]:
+# --- trials and events -----------------------------------------------------------------------------------------
+
+
+def trial_rows(study: StudySummary) -> list[dict[str, str]]:
     """One line per trial: state, settings that vary, held-out values."""
     return [
         {
@@ -91,7 +94,7 @@ def trial_rows(study: Study) -> list[dict[str, str]]:
             "ce": text.number(_of_seed(c, "ce_loss", row)),
             "cfm": text.number(_of_seed(c, "cfm_loss", row)),
             "time": text.duration(row["total_seconds"]),
-            "reason": _reason(row),
+            "reason": "; ".join(str(row[key]) for key in ("stop_reason", "error") if not text.is_missing(row[key])),
         }
         for c in study.configurations
         for row in c.trials.sort_values("seed").to_dict("records")
@@ -104,17 +107,7 @@ def _of_seed(configuration: Configuration, metric: str, row: Mapping[Any, Any]) 
     return configuration.final.get((metric, None), {}).get(int(row["seed"]))
 
 
-def unfinished_rows(study: Study) -> list[dict[str, str]]:
-    """Trials that are not finished, with the reason on record."""
-    return [row for row in trial_rows(study) if row["status"] != "finished"]
-
-
-def _reason(row: Mapping[Any, Any]) -> str:
-    given = [row[key] for key in ("stop_reason", "error") if not text.is_missing(row[key])]
-    return "; ".join(str(reason) for reason in given)
-
-
-def incidents(study: Study) -> list[dict[str, str]]:
+def incidents(study: StudySummary) -> list[dict[str, str]]:
     """Events out of the ordinary, the last ones first."""
     events = study.results.events
     unusual = events[~events["kind"].isin(ROUTINE_EVENTS)].sort_values("time", ascending=False)
@@ -129,6 +122,26 @@ def incidents(study: Study) -> list[dict[str, str]]:
     ]
 
 
+def lineage_rows(study: StudySummary) -> list[dict[str, str]]:
+    """A line per exploit of population-based training, in order of time; empty for a study without any."""
+    return [
+        {
+            "trial": row["trial_id"],
+            "step": text.count(row["step"]),
+            "donor": row["donor"],
+            "donor_step": text.count(row["donor_step"]),
+            "score": text.number(row["score"]),
+            "donor_score": text.number(row["donor_score"]),
+            "before": assignments(row["before"], list(row["before"])),
+            "after": assignments(row["after"], list(row["after"])),
+        }
+        for row in lineage(study.results).to_dict("records")
+    ]
+
+
+# --- samples ---------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class SampleGroup:
     """Completions of one context by one trial at its last recorded step."""
@@ -139,45 +152,33 @@ class SampleGroup:
     completions: list[dict[str, str]]
 
 
-def sample_groups(study: Study, limit: int = 2) -> list[SampleGroup]:
-    """What the best EBFT model and SFT wrote for the same contexts."""
-    groups = []
-    for configuration in (best(study.ebft), best(study.sft)):
-        if configuration is not None:
-            rows = _last_samples(study, configuration)
-            for _, group in list(rows.groupby(["sequence", "anchor"]))[:limit]:
-                groups.append(_sample_group(configuration, group))
-    return groups
-
-
-def _last_samples(study: Study, configuration: Configuration) -> pd.DataFrame:
-    finished = configuration.trials.loc[configuration.trials["status"] == "finished", "trial_id"]
-    rows = study.results.samples
-    of_one_trial: pd.DataFrame = rows[rows["trial_id"] == finished.min()]
-    last: pd.DataFrame = of_one_trial[of_one_trial["step"] == of_one_trial["step"].max()]
-    return last
+def sample_groups(study: StudySummary, limit: int = 2) -> Iterator[SampleGroup]:
+    """Completions of the best EBFT model and of SFT for the same contexts."""
+    for configuration in filter(None, (best(study.ebft), best(study.sft))):
+        samples = study.results.samples
+        samples = samples[samples["trial_id"] == configuration.finished["trial_id"].min()]
+        last = samples[samples["step"] == samples["step"].max()]
+        for _, group in list(last.groupby(["sequence", "anchor"]))[:limit]:
+            yield _sample_group(configuration, group)
 
 
 def _sample_group(configuration: Configuration, group: pd.DataFrame) -> SampleGroup:
     first = group.iloc[0]
     context = str(first["context"])
     cut = "…" + context[-MAX_CONTEXT_CHARACTERS:] if len(context) > MAX_CONTEXT_CHARACTERS else context
+    parts = ("reward", "alignment", "diversity")
     completions = [
-        {"text": str(row["completion"]), **{key: text.number(row[key], 2) for key in _REWARD_PARTS}}
+        {"text": str(row["completion"]), **{part: text.number(row[part], 2) for part in parts}}
         for row in group.sort_values("reward", ascending=False).to_dict("records")
     ]
-    title = f"{configuration.label}, step {first['step']}"
-    return SampleGroup(title, cut, str(first["ground_truth"]), completions)
+    return SampleGroup(f"{configuration.label}, step {first['step']}", cut, str(first["ground_truth"]), completions)
 
 
-_REWARD_PARTS = ("reward", "alignment", "diversity")
+# --- limits ----------------------------------------------------------------------------------------------------
 
 
-# --- what is not there -----------------------------------------------------------------------------------------
-
-
-def missing(study: Study, drawn: Sequence[str]) -> list[str]:
-    """Plain sentences on what the reader may look for in vain, and what limits the numbers."""
+def missing(study: StudySummary, drawn: Sequence[str]) -> list[str]:
+    """Plain sentences on what the report lacks, and on what limits its numbers; `drawn` are names of figures."""
     notes = []
     statuses = study.results.trials["status"]
     if not len(statuses):
@@ -194,13 +195,11 @@ def missing(study: Study, drawn: Sequence[str]) -> list[str]:
             f"The study varies {names}, which changes what CFM measures: compare each configuration's CFM with its "
             "own base model, not with other configurations."
         )
-    for name, absent in _NEEDS.items():
-        if name not in drawn:
-            notes.append(absent)
+    notes += [note for name, note in NOT_DRAWN.items() if name not in drawn]
     return [*notes, *(f"Could not be read, left out: {problem}" for problem in study.results.problems)]
 
 
-_NEEDS = {
+NOT_DRAWN = {
     "learning_curves": "No learning curves: no trial has reported metrics.",
     "cfm_over_length": "No CFM over completion length: no held-out evaluation at two lengths or more.",
     "entropy": "No entropy by position: no held-out evaluation recorded it.",

@@ -1,15 +1,15 @@
-"""What a study was and cost, as rows of name and text: what was asked, what was held fixed, provenance, cost."""
+"""The study's design and origin, as rows of name and text: axes, procedure, fixed settings, provenance."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import pandas as pd
-
 from ebft_study import text
-from ebft_study.report import pareto, planned, savings, together
-from ebft_study.report.tables import Configuration, Study
+from ebft_study.analysis import pareto
+from ebft_study.analysis.settings import choices_of, is_number
+from ebft_study.analysis.summary import Configuration, StudySummary
+from ebft_study.analysis.usage import Facts
 
 # Settings worth naming even where they do not vary; the rest is in study.yaml and in the trials table.
 NOTABLE = (
@@ -18,59 +18,29 @@ NOTABLE = (
     *("whitening", "baseline", "aggregation", "kl_coefficient", "ce_region", "feature_network", "depths", "pooling"),
     *("normalize", "precision", "validation_sequences", "heldout_sequences", "cfm_samples", "evaluation_seed"),
 )
-Facts = list[tuple[str, str]]
+MAX_VALUES = 8
+HASH_LENGTH = 32
 
 
-def asked(study: Study) -> Facts:
+def asked(study: StudySummary) -> Facts:
     """Axes, baselines, seeds and how configurations were chosen."""
-    trials, spec = study.results.trials, study.results.spec
-    on_axes = [c for c in study.configurations if c.baseline is None]
-    choices = together.choices_of(spec)
-    rows = [
-        (text.named(name), _choices(choices[name]) if name in choices else _values(on_axes, name))
-        for name in study.varying
-    ]
+    choices = choices_of(study.results.spec)
     baselines = [c.label for c in study.configurations if c.baseline]
-    seeds = sorted({int(seed) for seed in trials["seed"].dropna()})
-    rows += [
+    seeds = sorted({int(seed) for seed in study.results.trials["seed"].dropna()})
+    return [
+        *(
+            (text.named(name), _choices(choices[name]) if name in choices else _values(study.on_axes, name))
+            for name in study.varying
+        ),
         ("Baselines", text.listed(baselines) or "none"),
         ("Seeds", text.setting(seeds) or text.NOTHING),
+        *_procedure(study.results.spec),
     ]
-    return [*rows, *_procedure(spec)]
-
-
-def _procedure(spec: Mapping[str, Any]) -> Facts:
-    """How configurations were chosen and stopped, as far as the study file says."""
-    search, scheduler = (_mapping(spec.get(key)) for key in ("search", "scheduler"))
-    rows: Facts = []
-    if search:
-        drawn = f", {search.get('num_configurations')} configurations" if search.get("num_configurations") else ""
-        sampler = f" ({search.get('sampler')})" if search.get("algorithm") == "optuna" else ""
-        rows.append(("Search", f"{search.get('algorithm')}{sampler}{drawn}"))
-    if scheduler:
-        rows.append(("Early stopping", _stopping(scheduler, _mapping(spec.get("stopping")))))
-    objectives = pareto.objectives(spec)
-    if objectives:
-        rows.append(
-            (
-                "Objectives" if len(objectives) > 1 else "Objective",
-                text.listed([f"{m} {n}" for n, m in objectives]),
-            )
-        )
-    return rows
-
-
-def _stopping(scheduler: Mapping[str, Any], rules: Mapping[str, Any]) -> str:
-    """The scheduler, and the rules for single trials."""
-    settings = {name: value for name, value in scheduler.items() if name != "kind"}
-    named = [f"{scheduler.get('kind')} ({_fact(settings)})"] if scheduler.get("kind") != "none" else []
-    named += [f"{name.replace('_', ' ')} ({_fact(rule)})" for name, rule in rules.items() if rule]
-    return text.listed(named) or "none"
 
 
 def _values(configurations: Sequence[Configuration], name: str) -> str:
     values = {text.setting(c.settings[name]): c.settings[name] for c in configurations}
-    if len(values) > 8 and all(isinstance(v, int | float) for v in values.values()):
+    if len(values) > MAX_VALUES and all(map(is_number, values.values())):
         return f"{len(values)} values from {text.setting(min(values.values()))} to {text.setting(max(values.values()))}"
     return ("; " if any(isinstance(value, tuple) for value in values.values()) else ", ").join(values)
 
@@ -84,100 +54,67 @@ def _choices(choices: Mapping[str, Mapping[str, Any]]) -> str:
     return "; ".join(f"{choice} ({meaning})" if meaning else choice for choice, meaning in meanings.items())
 
 
-def fixed_settings(study: Study) -> Facts:
+def _procedure(spec: Mapping[str, Any]) -> Facts:
+    """How configurations were chosen and stopped, as far as the study file says."""
+    search, scheduler, rules = (_mapping(spec.get(key)) for key in ("search", "scheduler", "stopping"))
+    rows: Facts = []
+    if search:
+        number = f", {search.get('num_configurations')} configurations" if search.get("num_configurations") else ""
+        sampler = f" ({search.get('sampler')})" if search.get("algorithm") == "optuna" else ""
+        rows.append(("Search", f"{search.get('algorithm')}{sampler}{number}"))
+    if scheduler:
+        settings = {name: value for name, value in scheduler.items() if name != "kind"}
+        stopping = [f"{scheduler.get('kind')} ({_value(settings)})"] if scheduler.get("kind") != "none" else []
+        stopping += [f"{name.replace('_', ' ')} ({_value(rule)})" for name, rule in rules.items() if rule]
+        rows.append(("Early stopping", text.listed(stopping) or "none"))
+    objectives = [f"{mode} {metric}" for metric, mode in pareto.objectives(spec)]
+    if objectives:
+        rows.append(("Objectives" if len(objectives) > 1 else "Objective", text.listed(objectives)))
+    return rows
+
+
+def fixed_settings(study: StudySummary) -> Facts:
     """Notable settings that all trials on the axes share."""
-    on_axes = [c for c in study.configurations if c.baseline is None] or list(study.configurations)
-    if not on_axes:
-        return []
+    configurations = study.on_axes or study.configurations
     names = [name for name in NOTABLE if name not in {*study.varying, *study.shown_as}]
-    return [(text.named(name), text.setting(on_axes[0].settings[name])) for name in names]
+    return [(text.named(name), text.setting(c.settings[name])) for c in configurations[:1] for name in names]
 
 
 def provenance(spec: Mapping[str, Any]) -> list[tuple[str, Facts]]:
-    """What data and models the study used, and the software, as recorded when it started."""
+    """Data, models and software that the study used, as recorded when it started."""
+    titles = {"data": "Data", "models": "Model"}
     groups = [
-        (f"{_KINDS.get(kind, kind)}: {name}", _facts(record))
+        (f"{titles.get(kind, kind)}: {name}", _rows(record))
         for kind, entries in _mapping(spec.get("provenance")).items()
         for name, record in _mapping(entries).items()
         if isinstance(record, Mapping)
     ]
     about = {key: spec[key] for key in ("created_at", "profile", "file", "git_revision") if spec.get(key)}
-    software = _facts({**about, "versions": _mapping(spec.get("versions"))})
+    software = _rows({**about, "versions": _mapping(spec.get("versions"))})
     return [*groups, *([("Study file and software", software)] if software else [])]
 
 
-_KINDS = {"data": "Data", "models": "Model"}
+def _rows(record: Mapping[str, Any]) -> Facts:
+    """A record as rows of text, without empty ones; a model's perplexity comes with that of the trigram baseline."""
+    values = {name: value for name, value in record.items() if not isinstance(value, Mapping) or any(value.values())}
+    rows = {name.replace("_", " "): _value(value) for name, value in values.items()}
+    if {"perplexity", "trigram perplexity"} <= rows.keys():
+        both = f"{rows.pop('perplexity')}, trigram baseline on the same tokens {rows.pop('trigram perplexity')}"
+        others = list(rows.items())
+        return [*others[:1], ("validation perplexity", both), *others[1:]]
+    return list(rows.items())
 
 
-def _facts(record: Mapping[str, Any]) -> Facts:
-    """A record as rows of text; a model's perplexity stands beside that of the trigram baseline."""
-    rows = [(key.replace("_", " "), _fact(value)) for key, value in record.items() if not _says_nothing(value)]
-    if {"perplexity", "trigram_perplexity"} <= record.keys():
-        both = (
-            f"{_fact(record['perplexity'])}, trigram baseline on the same tokens {_fact(record['trigram_perplexity'])}"
-        )
-        rows = [row for row in rows if row[0] not in ("perplexity", "trigram perplexity")]
-        rows.insert(1, ("validation perplexity", both))
-    return rows
-
-
-def _says_nothing(value: Any) -> bool:
-    """Counts that are all zero, such as of dropped examples, and empty records."""
-    return isinstance(value, Mapping) and not any(value.values())
-
-
-def _fact(value: Any) -> str:
+def _value(value: Any) -> str:
     if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_fact(inner)}" for key, inner in value.items())
-    if isinstance(value, str) and len(value) >= 32 and all(c in "0123456789abcdef" for c in value):
+        return ", ".join(f"{key} {_value(inner)}" for key, inner in value.items())
+    if isinstance(value, str) and len(value) >= HASH_LENGTH and all(c in "0123456789abcdef" for c in value):
         return value[:16] + "…"
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10_000:
         return text.count(value)
     if isinstance(value, float):
         return f"{value:.4g}" if abs(value) < 1e5 else text.count(round(value))
     return text.setting(value)
-
-
-def cost(study: Study) -> Facts:
-    """Time and memory that the study took."""
-    trials = study.results.trials
-    known = trials.dropna(subset=["started_at", "finished_at"])
-    wall = (known["finished_at"].max() - known["started_at"].min()).total_seconds() if len(known) else None
-    used = float(trials["total_seconds"].sum()) if trials["total_seconds"].notna().any() else None
-    resources = _mapping(study.results.spec.get("resources"))
-    workers = max(1, int(resources.get("workers_per_trial", 1)))  # 0: in the trial's own process
-    cpus, gpus = (workers * float(resources.get(key, default)) for key, default in _RESOURCES)
-    rows = [
-        ("Wall-clock, first start to last end", text.duration(wall)),
-        ("Trial time, summed", text.duration(used)),
-        (
-            f"CPU hours ({cpus:g} CPU per trial)",
-            text.number(used * cpus / 3600, 2) if used else text.NOTHING,
-        ),
-    ]
-    if gpus:
-        rows.append((f"GPU hours ({gpus:g} GPU per trial)", text.number((used or 0.0) * gpus / 3600, 2)))
-    saved = savings.saved(trials, resources)
-    return [
-        *rows,
-        *planned.rows(trials, study.results.events),
-        *([("Early stopping saved", saved)] if saved else []),
-        (
-            "Overhead per trial, start to first step (median)",
-            text.duration(_statistic(trials, "startup_seconds")),
-        ),
-        ("Training per trial (median)", text.duration(_statistic(trials, "train_seconds"))),
-        ("Peak memory of a training process", text.size(_statistic(trials, "peak_memory_bytes", "max"))),
-        ("Machines", text.listed(sorted(trials["host"].dropna().unique())) or text.NOTHING),
-    ]
-
-
-_RESOURCES = (("cpus_per_worker", 1), ("gpus_per_worker", 0))
-
-
-def _statistic(trials: pd.DataFrame, column: str, how: str = "median") -> float | None:
-    values = trials[column].dropna()
-    return float(values.agg(how)) if len(values) else None
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

@@ -1,11 +1,11 @@
-"""Figures of a study: every configuration against the base model, and learning curves; `draw_all` for all of them.
+"""Figures of a study: `draw_all` for all of them, and those with curves: over steps and along the completion.
 
-Each function returns None where the study has nothing to draw. Lower is better for CE and CFM everywhere. Differences
-are to the base model of the same trial: below zero is a gain.
+A drawing function returns None where the study has nothing to draw. Lower is better for CE and CFM everywhere.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import matplotlib
@@ -13,79 +13,45 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
+from numpy.typing import ArrayLike
 
-from ebft_study.report import pareto, style
-from ebft_study.report.grids import axis_plots, heat_maps
-from ebft_study.report.pictures import DIVERGENCE, TITLES, Picture, most_relevant, panel_title, unit_of
-from ebft_study.report.profiles import entropy_by_position, length_profile
-from ebft_study.report.tables import Configuration, Study
+from ebft_study.analysis.statistics import mean_interval
+from ebft_study.analysis.summary import Configuration, StudySummary
+from ebft_study.report import drawing, outcomes
+from ebft_study.report.drawing import ReportFigure, Style
 
-# More lines or rows than this cannot be told apart: the best by validation are drawn, and the caption says so.
+# More lines than this cannot be told apart: the best by validation are drawn, and the caption says so.
 MAX_LINES = 12
-MAX_ROWS = 30
 
 
-def draw_all(study: Study) -> list[Picture]:
+def draw_all(study: StudySummary) -> list[ReportFigure]:
     """Every figure that the study's data allow."""
-    drawers: tuple[Callable[[Study], Picture | None], ...] = (
-        differences,
+    drawers: tuple[Callable[[StudySummary], ReportFigure | None], ...] = (
+        outcomes.differences,
         learning_curves,
-        heat_maps,
-        axis_plots,
+        outcomes.heat_maps,
+        outcomes.along_settings,
         length_profile,
         entropy_by_position,
-        pareto.picture,
+        outcomes.pareto_front,
     )
-    with matplotlib.rc_context(style.RC):
-        return [picture for draw in drawers if (picture := draw(study)) is not None]
+    with matplotlib.rc_context(drawing.RC):
+        return [figure for draw in drawers if (figure := draw(study)) is not None]
 
 
-# --- configurations against the base model ---------------------------------------------------------------------
+def _curve(axes: Axes, x: ArrayLike, y: ArrayLike, style: Style, label: str, marker: str = "") -> None:
+    axes.plot(x, y, color=style.color, linestyle=style.linestyle, marker=marker, markersize=3.5, label=label)
 
 
-def differences(study: Study) -> Picture | None:
-    """Every configuration's held-out CE and CFM minus the base model's, with intervals and single seeds."""
-    rows = [c for c in study.configurations if c.change("ce_loss").n or c.change("cfm_loss").n]
-    if not rows:
-        return None
-    shown, omitted = most_relevant(rows, MAX_ROWS)
-    looks = style.looks(study)
-    figure = Figure(figsize=(8.4, 1.3 + 0.3 * len(shown)), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
-    for axes, metric in zip(panels, TITLES, strict=True):
-        axes.axvline(0, color=style.BASE_COLOR, linestyle="--", linewidth=1.2)
-        for y, configuration in enumerate(shown):
-            _difference_row(axes, y, configuration, metric, looks[configuration.name])
-        axes.set_title(panel_title(study, metric))
-        axes.set_xlabel(f"difference to base model ({unit_of(metric)})")
-        axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
-        axes.grid(axis="y", visible=False)
-    panels[0].set_yticks(range(len(shown)), [c.label for c in shown])
-    panels[0].set_ylim(len(shown) - 0.4, -0.6)
-    caption = (
-        "Mean over seeds of the held-out value after training minus the base model's, with the 95 % interval over "
-        "seeds; the small dots below it are single seeds. Left of the dashed line is better than the base model."
-        f"{omitted}"
-    )
-    return Picture("differences", "Every configuration against the base model", caption, figure)
-
-
-def _difference_row(axes: Axes, y: int, configuration: Configuration, metric: str, look: style.Look) -> None:
-    final, base = (values.get((metric, None), {}) for values in (configuration.final, configuration.base))
-    singles = [final[seed] - base[seed] for seed in final if seed in base]
-    axes.plot(singles, [y + 0.26] * len(singles), ".", color=look.color, alpha=0.6, markersize=4, markeredgewidth=0)
-    change = configuration.change(metric)
-    if change.n > 1:
-        axes.plot([change.low, change.high], [y, y], color=look.color, linewidth=2)
-    if change.n:
-        axes.plot(change.mean, y, look.marker, color=look.color, markersize=5.5)
+def _band(axes: Axes, x: ArrayLike, low: ArrayLike, high: ArrayLike, style: Style) -> None:
+    axes.fill_between(x, low, high, color=style.color, alpha=0.14, lw=0)
 
 
 # --- learning curves -------------------------------------------------------------------------------------------
 
 
-def learning_curves(study: Study) -> Picture | None:
+def learning_curves(study: StudySummary) -> ReportFigure | None:
     """CE, CFM (validation) and reward (training batch) over steps."""
     panels = [
         ("ce_loss", "Validation CE", "nats/token"),
@@ -96,55 +62,52 @@ def learning_curves(study: Study) -> Picture | None:
     panels = [panel for panel in panels if metrics[panel[0]].notna().any()]
     if not panels:
         return None
-    shown, omitted = most_relevant(study.configurations, MAX_LINES)
-    figure = Figure(figsize=(8.4, 0.5 + 2.55 * len(panels)))
-    figure.subplots_adjust(left=0.09, right=0.78, top=1 - 0.3 / figure.get_figheight(), hspace=0.34, bottom=0.07)
+    shown, omitted = drawing.most_relevant(study.configurations, MAX_LINES)
+    figure = Figure(figsize=(8.4, 0.5 + 2.55 * len(panels)), layout="constrained")
     for axes, (metric, title, unit) in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True):
-        _curves(axes, study, shown, metric)
+        _learning_curve(axes, study, shown, metric)
         axes.set_title(title)
         axes.set_ylabel(unit)
     axes.set_xlabel("optimizer step")
+    drawing.add_legend(figure)
     caption = (
         "Lines are means over the seeds of a configuration, bands span its lowest to highest seed; the dashed line is "
         "the base model (step 0). Thin lines ending in × are trials that did not finish; they are not in the means. "
-        "A line that rises far above the rest leaves the frame; its label stays at the edge. "
+        "A line that rises far above the rest leaves the frame. "
         "The reward's scale depends on α, so compare its course, not its height, across α."
         f"{omitted}"
     )
-    return Picture("learning_curves", "Learning curves", caption, figure)
+    return ReportFigure("learning_curves", "Learning curves", caption, figure)
 
 
-def _curves(axes: Axes, study: Study, shown: Sequence[Configuration], metric: str) -> None:
-    looks, ends, means = style.looks(study), [], list[pd.Series]()
+def _learning_curve(axes: Axes, study: StudySummary, shown: Sequence[Configuration], metric: str) -> None:
+    styles, means = drawing.configuration_styles(study), list[pd.Series]()
     for configuration in shown:
-        look = looks[configuration.name]
-        finished, others = _series(study, configuration, metric)
-        for one in others:
-            axes.plot(one.index, one, color=look.color, linewidth=0.8, alpha=0.7)
-            axes.plot(one.index[-1:], one[-1:], "x", color=look.color, markersize=5)
-        if finished.empty:
-            ends += [(one.index[-1], one.iloc[-1], f"{configuration.label} ×", look.color) for one in others[:1]]
-            continue
-        mean = finished.mean(axis=1)
-        axes.fill_between(mean.index, finished.min(axis=1), finished.max(axis=1), color=look.color, alpha=0.15, lw=0)
-        axes.plot(mean.index, mean, color=look.color, linestyle=look.linestyle)
-        ends.append((mean.index[-1], mean.iloc[-1], configuration.label, look.color))
-        means.append(mean)
-    at_start = study.results.metrics.loc[study.results.metrics["step"] == 0, metric].dropna()
-    axes.set_xlim(0, max(study.results.metrics["step"].max(), 1))
+        style = styles[configuration.name]
+        finished, unfinished = _series(study, configuration, metric)
+        if len(finished):
+            mean = finished.mean(axis=1)
+            _band(axes, mean.index, finished.min(axis=1), finished.max(axis=1), style)
+            _curve(axes, mean.index, mean, style, configuration.label)
+            means.append(mean)
+        for series in unfinished:
+            label = None if len(finished) else f"{configuration.label} ×"
+            axes.plot(series.index, series, color=style.color, linewidth=0.8, alpha=0.7, label=label)
+            axes.plot(series.index[-1:], series[-1:], "x", color=style.color, markersize=5)
+    steps = study.results.metrics["step"]
+    at_start = study.results.metrics.loc[steps == 0, metric].dropna()
+    axes.set_xlim(0, max(steps.max(), 1))
     if len(at_start):
         _leave_out_divergence(axes, at_start.mean(), means)
-        axes.axhline(at_start.mean(), color=style.BASE_COLOR, linestyle="--", linewidth=1.2, zorder=1)
-        ends.append((axes.get_xlim()[1], at_start.mean(), style.BASE_LABEL, style.BASE_COLOR))
-    style.label_line_ends(axes, ends)
+        drawing.base_line(axes, at_start.mean())
 
 
 def _leave_out_divergence(axes: Axes, base: float, means: Sequence[pd.Series]) -> None:
     """Let lines that rise far above the base model leave the frame, or they would flatten all the others."""
-    far = [float((mean - base).abs().max()) for mean in means if len(mean)]
-    if not far:
+    largest = [float((mean - base).abs().max()) for mean in means if len(mean)]
+    if not largest:
         return
-    limit = base + DIVERGENCE * float(np.median(far))
+    limit = base + drawing.DIVERGENCE * float(np.median(largest))
     values = np.concatenate([*means, [base]])
     if values.max() > limit:
         inside = values[values <= limit]
@@ -152,11 +115,90 @@ def _leave_out_divergence(axes: Axes, base: float, means: Sequence[pd.Series]) -
         axes.set_ylim(inside.min() - margin, inside.max() + margin)
 
 
-def _series(study: Study, configuration: Configuration, metric: str) -> tuple[pd.DataFrame, list[pd.Series]]:
-    """Steps x finished trials at the steps that all of them reported, and the other trials one by one."""
+def _series(study: StudySummary, configuration: Configuration, metric: str) -> tuple[pd.DataFrame, list[pd.Series]]:
+    """Steps x finished trials at the steps that all of them reported, and each of the other trials."""
     rows = study.results.metrics[study.results.metrics["trial_id"].isin(configuration.trials["trial_id"])]
     table = rows[np.isfinite(rows[metric])].pivot(index="step", columns="trial_id", values=metric)
-    finished = configuration.trials.loc[configuration.trials["status"] == "finished", "trial_id"]
-    done = table[[name for name in table.columns if name in set(finished)]]
-    others = [table[name].dropna() for name in table.columns if name not in set(finished)]
-    return (done.dropna() if done.shape[1] else pd.DataFrame()), [one for one in others if len(one)]
+    is_finished = table.columns.isin(configuration.finished["trial_id"])
+    finished = table.loc[:, is_finished]
+    unfinished = [table[name].dropna() for name in table.columns[~is_finished]]
+    complete = finished.dropna() if finished.shape[1] else pd.DataFrame()
+    return complete, [series for series in unfinished if len(series)]
+
+
+# --- along the completion --------------------------------------------------------------------------------------
+
+
+def length_profile(study: StudySummary) -> ReportFigure | None:
+    """CFM over completion length for the base model, SFT and the best EBFT, and the differences to the base model."""
+    models = drawing.compared_configurations(study)
+    models = [(label, c) for label, c in models if any(c.level("cfm_loss", length).n for length in study.lengths)]
+    base = [study.base("cfm_loss", length) for length in study.lengths]
+    if len(study.lengths) < 2 or (not models and all(map(math.isnan, base))):
+        return None
+    styles = drawing.configuration_styles(study)
+    figure = Figure(figsize=(8.4, 3.3), layout="constrained")
+    levels, gains = figure.subplots(1, 2)
+    levels.plot(study.lengths, base, "--", color=drawing.BASE_COLOR, linewidth=1.4, marker=".")
+    drawing.base_line(gains)
+    for label, model in models:
+        style = styles[model.name]
+        changes = [model.change("cfm_loss", length) for length in study.lengths]
+        means = [model.level("cfm_loss", length).mean for length in study.lengths]
+        _curve(levels, study.lengths, means, style, label, style.marker)
+        _curve(gains, study.lengths, [change.mean for change in changes], style, label, style.marker)
+        _band(gains, study.lengths, [change.low for change in changes], [change.high for change in changes], style)
+    levels.set_title("Held-out CFM")
+    levels.set_ylabel("squared feature norm")
+    gains.set_title("Difference to the base model")
+    for axes in (levels, gains):
+        _length_axis(axes, study)
+    drawing.add_legend(figure)
+    caption = (
+        "Left: held-out CFM against the length of the completion (mean over seeds). Right: the same minus the base "
+        "model, with 95 % intervals over seeds; below zero is better. The dotted line marks the length of the "
+        "rollouts in training. The EBFT configuration is the one with the lowest validation CFM."
+    )
+    return ReportFigure("cfm_over_length", "CFM over completion length", caption, figure)
+
+
+def _length_axis(axes: Axes, study: StudySummary) -> None:
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(study.lengths, [str(length) for length in study.lengths])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel("completion length (tokens)")
+    if study.length is not None:
+        axes.axvline(study.length, color=drawing.QUIET, linestyle=":", linewidth=1)
+        at_bottom = axes.get_xaxis_transform()
+        axes.text(study.length, 0.02, f" G={study.length}", transform=at_bottom, fontsize=8, color=drawing.QUIET)
+
+
+def entropy_by_position(study: StudySummary) -> ReportFigure | None:
+    """Entropy of the k-th generated token: flat for a calibrated model."""
+    models = drawing.compared_configurations(study)
+    measured = {key for _, c in models for key in (*c.final, *c.base)}
+    positions = sorted({k for metric, k in measured if metric == "entropy" and k is not None})
+    if not positions:
+        return None
+    styles = drawing.configuration_styles(study)
+    figure = Figure(figsize=(8.4, 3.1), layout="constrained")
+    axes = figure.subplots()
+    base = [study.base("entropy", k) for k in positions]
+    axes.plot(positions, base, "--", color=drawing.BASE_COLOR, linewidth=1.4, label=drawing.BASE_LABEL)
+    for label, model in models:
+        by_position = [list(model.final.get(("entropy", k), {}).values()) for k in positions]
+        if all(by_position):
+            _band(axes, positions, list(map(min, by_position)), list(map(max, by_position)), styles[model.name])
+            _curve(axes, positions, [mean_interval(v).mean for v in by_position], styles[model.name], label)
+    axes.set_title("Entropy of the next token during generation, held-out contexts")
+    axes.set_xlabel("position in the completion (tokens)")
+    axes.set_ylabel("nats/token")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.margins(x=0.01)
+    drawing.add_legend(figure)
+    caption = (
+        "A calibrated model's entropy does not drift with the position of the generated token. Lines are means "
+        "over seeds, bands span the lowest to the highest. The EBFT configuration is the one with the lowest "
+        "validation CFM."
+    )
+    return ReportFigure("entropy", "Entropy by position", caption, figure)

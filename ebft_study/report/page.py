@@ -1,11 +1,10 @@
-"""The report: one self-contained HTML file with its figures inline, and the figures as PNG and SVG beside it."""
+"""The report: one self-contained HTML file with its figures inline, and the figures as PNG and SVG next to it."""
 
 from __future__ import annotations
 
 import datetime
 import io
 import re
-from collections.abc import Sequence
 from pathlib import Path
 
 import jinja2
@@ -13,11 +12,12 @@ import matplotlib
 from markupsafe import Markup
 
 from ebft_study import text
-from ebft_study.report import content, facts, pareto, population, services
+from ebft_study.analysis import pareto, usage
+from ebft_study.analysis.summary import summarize
+from ebft_study.report import content, facts
 from ebft_study.report.claims import judge
+from ebft_study.report.drawing import ReportFigure
 from ebft_study.report.figures import draw_all
-from ebft_study.report.pictures import Picture
-from ebft_study.report.tables import summarize
 from ebft_study.results import load
 from ebft_study.storage import StoragePath
 
@@ -28,47 +28,13 @@ DOTS_PER_INCH = 160
 def write(study_folder: StoragePath) -> Path | StoragePath:
     """Write `report.html` and `figures/` of the study in `study_folder`; returns the HTML file."""
     study = summarize(load(study_folder))
-    pictures = draw_all(study)
-    vectors = {picture.name: _svg(picture) for picture in pictures}
-    _save_figures(pictures, vectors, study_folder / "figures")
+    spec = study.results.spec
+    figures = draw_all(study)
+    svgs = {figure.name: _svg(figure) for figure in figures}
+    for figure in figures:
+        _save(figure, svgs[figure.name], study_folder / "figures")
     verdicts = judge(study)
-    page = (
-        _environment()
-        .get_template(TEMPLATE)
-        .render(
-            study=study,
-            question=study.results.spec.get("question"),
-            profile=study.results.spec.get("profile"),
-            verdicts=verdicts,
-            rulings=[
-                (name, sum(v.ruling == name for v in verdicts)) for name in ("agrees", "disagrees", "cannot tell")
-            ],
-            overview=content.overview(study),
-            asked=facts.asked(study),
-            fixed=facts.fixed_settings(study),
-            provenance=facts.provenance(study.results.spec),
-            cost=[*facts.cost(study), *services.used(study.results.metrics)],
-            configurations=content.configuration_rows(study),
-            precision=content.precision(study),
-            trials=content.trial_rows(study),
-            unfinished=content.unfinished_rows(study),
-            incidents=content.incidents(study),
-            objectives=[name for name, _ in pareto.objectives(study.results.spec)],
-            front=pareto.rows(study),
-            takeovers=population.rows(study),
-            samples=content.sample_groups(study),
-            missing=content.missing(study, [picture.name for picture in pictures]),
-            pictures=pictures,
-            vectors={name: Markup(_inline(svg, name)) for name, svg in vectors.items()},
-            written=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        )
-    )
-    target = study_folder / "report.html"
-    target.write_bytes(page.encode())
-    return target.local or target
-
-
-def _environment() -> jinja2.Environment:
+    rulings = [(name, sum(v.ruling == name for v in verdicts)) for name in ("agrees", "disagrees", "cannot tell")]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -76,16 +42,49 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.globals["text"] = text
-    return environment
+    page = environment.get_template(TEMPLATE).render(
+        text=text,
+        study=study,
+        question=spec.get("question"),
+        profile=spec.get("profile"),
+        verdicts=verdicts,
+        rulings=rulings,
+        overview=content.overview(study),
+        asked=facts.asked(study),
+        fixed=facts.fixed_settings(study),
+        provenance=facts.provenance(spec),
+        cost=usage.cost(study.results),
+        configurations=content.configuration_rows(study),
+        precision=content.precision(study),
+        trials=content.trial_rows(study),
+        incidents=content.incidents(study),
+        objectives=[metric for metric, _ in pareto.objectives(spec)],
+        front=pareto.rows(study),
+        lineage=content.lineage_rows(study),
+        samples=list(content.sample_groups(study)),
+        missing=content.missing(study, list(svgs)),
+        figures=figures,
+        svgs={name: Markup(_inline(svg, name)) for name, svg in svgs.items()},
+        written=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    )
+    target = study_folder / "report.html"
+    target.write_bytes(page.encode())
+    return target.local or target
 
 
-def _svg(picture: Picture) -> str:
+def _svg(figure: ReportFigure) -> str:
     """The figure as SVG: equal data give equal bytes."""
     buffer = io.BytesIO()
-    with matplotlib.rc_context({"svg.hashsalt": picture.name, "svg.fonttype": "path"}):
-        picture.figure.savefig(buffer, format="svg", metadata={"Date": None})
+    with matplotlib.rc_context({"svg.hashsalt": figure.name, "svg.fonttype": "path"}):
+        figure.figure.savefig(buffer, format="svg", metadata={"Date": None})
     return buffer.getvalue().decode()
+
+
+def _save(figure: ReportFigure, svg: str, folder: StoragePath) -> None:
+    buffer = io.BytesIO()
+    figure.figure.savefig(buffer, format="png", dpi=DOTS_PER_INCH)
+    (folder / f"{figure.name}.png").write_bytes(buffer.getvalue())
+    (folder / f"{figure.name}.svg").write_bytes(svg.encode())
 
 
 def _inline(svg: str, name: str) -> str:
@@ -97,11 +96,3 @@ def _inline(svg: str, name: str) -> str:
     element = re.sub(r'(href=")#', rf"\1#{name}-", element)
     element = element.replace("url(#", f"url(#{name}-")
     return re.sub(r"<metadata>.*?</metadata>", "", element, flags=re.DOTALL)
-
-
-def _save_figures(pictures: Sequence[Picture], vectors: dict[str, str], folder: StoragePath) -> None:
-    for picture in pictures:
-        buffer = io.BytesIO()
-        picture.figure.savefig(buffer, format="png", dpi=DOTS_PER_INCH)
-        (folder / f"{picture.name}.png").write_bytes(buffer.getvalue())
-        (folder / f"{picture.name}.svg").write_bytes(vectors[picture.name].encode())

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from ebft_study.analysis.statistics import mean_interval, paired_difference
+from ebft_study.analysis.statistics import Interval, mean_interval, paired_difference
 
 # Quantiles of Student's t at 0.975 from printed tables.
 T_QUANTILE = {2: 12.706, 3: 4.303, 5: 2.776, 10: 2.262}
@@ -75,3 +75,12 @@ def test_equal_values_give_an_interval_of_no_width() -> None:
 
 def test_non_finite_values_are_left_out() -> None:
     assert mean_interval([1.0, math.nan, 2.0, math.inf]).n == 2
+
+
+def test_differences_carry_sign_interval_and_enough_digits() -> None:
+    assert Interval(-0.031, -0.041, -0.021, 3).as_difference() == "−0.031 ± 0.010"
+    assert Interval(0.0021, -0.0006, 0.0048, 3).as_difference() == "+0.0021 ± 0.0027"
+    assert Interval(0.2, math.nan, math.nan, 1).as_difference() == "+0.200"
+    assert Interval(math.nan, math.nan, math.nan, 0).as_difference() == "–"
+    assert Interval(-0.031, -0.041, -0.021, 3).in_words() == "−0.031 (95 % interval −0.041 to −0.021, 3 seeds)"
+    assert Interval(0.2, math.nan, math.nan, 1).in_words() == "+0.200 (1 seed, so no interval)"

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from ebft_study.report import claims, tables
+from ebft_study.analysis.summary import summarize
+from ebft_study.report import claims
 from ebft_study.report.claims import Verdict
-from ebft_study.report.tables import Study
 from ebft_study.results import load
 from tests.synthetic_study import PAPER_LIKE, Effect, write_study
 
@@ -17,7 +17,7 @@ NAMES = [claim.__name__ for claim in claims.CLAIMS]
 
 
 def verdicts(folder: Path) -> dict[str, Verdict]:
-    study = tables.summarize(load(folder))
+    study = summarize(load(folder))
     return {claim.__name__: claim(study) for claim in claims.CLAIMS}
 
 
@@ -36,14 +36,13 @@ def test_a_study_like_the_paper_agrees_where_it_was_made_to(paper_like: dict[str
 
 
 def test_sentences_carry_the_constructed_numbers(paper_like: dict[str, Verdict]) -> None:
-    said = paper_like
-    assert "base 2.648" in said["ebft_lowers_cfm"].sentence
-    assert "3 seeds" in said["ebft_lowers_cfm"].sentence
-    assert "each after 320 sequences" in said["ebft_beats_sft_on_cfm"].sentence
-    assert "α=1, γ=0.1 against α=1, γ=0" in said["gamma_lowers_ce_and_keeps_the_gain"].sentence
-    assert "α=0: +0.3" in said["small_alpha_raises_ce"].sentence
-    assert "at 16 tokens" in said["gain_persists_at_longer_completions"].sentence
-    assert all(v.reference for v in said.values())
+    assert "base 2.648" in paper_like["ebft_lowers_cfm"].sentence
+    assert "3 seeds" in paper_like["ebft_lowers_cfm"].sentence
+    assert "each after 320 sequences" in paper_like["ebft_beats_sft_on_cfm"].sentence
+    assert "α=1, γ=0.1 against α=1, γ=0" in paper_like["gamma_lowers_ce_and_keeps_the_gain"].sentence
+    assert "α=0: +0.3" in paper_like["small_alpha_raises_ce"].sentence
+    assert "at 16 tokens" in paper_like["gain_persists_at_longer_completions"].sentence
+    assert all(v.reference for v in paper_like.values())
 
 
 def test_the_opposite_effects_turn_every_verdict(tmp_path: Path) -> None:
@@ -82,13 +81,13 @@ def test_differences_within_the_noise_are_undecided(tmp_path: Path) -> None:
 
 
 def test_one_seed_decides_nothing(tmp_path: Path) -> None:
-    said = verdicts(write_study(tmp_path / "s", effects=FEW, seeds=(0,)))
-    assert {v.ruling for v in said.values()} == {"cannot tell"}
-    assert "1 seed, so no interval" in said["ebft_lowers_cfm"].sentence
+    judged = verdicts(write_study(tmp_path / "s", effects=FEW, seeds=(0,)))
+    assert {v.ruling for v in judged.values()} == {"cannot tell"}
+    assert "1 seed, so no interval" in judged["ebft_lowers_cfm"].sentence
 
 
 @pytest.mark.parametrize(
-    ("kept", "claim", "lacking"),
+    ("keys", "claim", "lacking"),
     [
         ([(0.5, 0.0), None], "ebft_lowers_cfm", "EBFT with alpha=1"),
         ([(0.5, 0.0), None], "ce_does_not_rise", "EBFT with alpha=1"),
@@ -98,8 +97,8 @@ def test_one_seed_decides_nothing(tmp_path: Path) -> None:
         ([None], "gain_persists_at_longer_completions", "EBFT with alpha=1"),
     ],
 )
-def test_what_the_study_lacks_is_named(tmp_path: Path, kept: list[object], claim: str, lacking: str) -> None:
-    verdict = verdicts(write_study(tmp_path / "s", effects={k: PAPER_LIKE[k] for k in kept}))[claim]  # type: ignore[index]
+def test_what_the_study_lacks_is_named(tmp_path: Path, keys: list[object], claim: str, lacking: str) -> None:
+    verdict = verdicts(write_study(tmp_path / "s", effects={k: PAPER_LIKE[k] for k in keys}))[claim]  # type: ignore[index]
     assert verdict.ruling == "cannot tell"
     assert lacking in verdict.sentence
 
@@ -116,11 +115,11 @@ def test_sft_with_other_data_is_no_comparison(tmp_path: Path) -> None:
 
 def test_trials_that_did_not_finish_are_left_out_and_named(tmp_path: Path) -> None:
     statuses = {((1.0, 0.0), 2): "stopped", ((0.0, 0.0), 0): "failed", ((0.0, 0.0), 1): "stopped"}
-    said = verdicts(write_study(tmp_path / "s", effects=FEW, seeds=(0, 1, 2, 3, 4), statuses=statuses))
-    assert said["ebft_lowers_cfm"].ruling == "agrees"
-    assert "4 seeds" in said["ebft_lowers_cfm"].sentence
-    assert "Left out: α=1, γ=0: 1 stopped" in said["ebft_lowers_cfm"].sentence
-    assert "1 failed, 1 stopped" in said["small_alpha_raises_ce"].sentence
+    judged = verdicts(write_study(tmp_path / "s", effects=FEW, seeds=(0, 1, 2, 3, 4), statuses=statuses))
+    assert judged["ebft_lowers_cfm"].ruling == "agrees"
+    assert "4 seeds" in judged["ebft_lowers_cfm"].sentence
+    assert "Left out: α=1, γ=0: 1 stopped" in judged["ebft_lowers_cfm"].sentence
+    assert "1 failed, 1 stopped" in judged["small_alpha_raises_ce"].sentence
 
 
 def test_the_compared_configuration_is_chosen_on_validation_not_on_heldout(tmp_path: Path) -> None:
@@ -131,8 +130,7 @@ def test_the_compared_configuration_is_chosen_on_validation_not_on_heldout(tmp_p
     results = load(folder)
     worse = results.trials.loc[results.trials["learning_rate"] == 1e-4, "trial_id"]
     results.metrics.loc[results.metrics["trial_id"].isin(worse), "cfm_loss"] -= 1.0
-    study: Study = tables.summarize(results)
-    assert "lr=1e-4" in claims.ebft_lowers_cfm(study).sentence
+    assert "lr=1e-4" in claims.ebft_lowers_cfm(summarize(results)).sentence
 
 
 @pytest.mark.parametrize("sft_model", ["tiny-1m", "tiny-4m"])

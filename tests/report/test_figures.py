@@ -13,26 +13,27 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
-from ebft_study.report import figures, style, tables
-from ebft_study.report.pictures import Picture
+from ebft_study.analysis.summary import StudySummary, summarize
+from ebft_study.report import drawing, figures, outcomes
+from ebft_study.report.drawing import ReportFigure
 from ebft_study.results import load
 from tests.synthetic_study import PAPER_LIKE, write_study
 
 ALWAYS = {"differences", "learning_curves", "cfm_over_length", "entropy"}
 
 
-def study(folder: Path, **options: object) -> tables.Study:
-    return tables.summarize(load(write_study(folder, **options)))  # type: ignore[arg-type]
+def study(folder: Path, **options: object) -> StudySummary:
+    return summarize(load(write_study(folder, **options)))  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
-def grid(tmp_path_factory: pytest.TempPathFactory) -> tables.Study:
+def grid(tmp_path_factory: pytest.TempPathFactory) -> StudySummary:
     return study(tmp_path_factory.mktemp("figures") / "grid")
 
 
 @pytest.fixture(scope="module")
-def drawn(grid: tables.Study) -> dict[str, Picture]:
-    return {picture.name: picture for picture in figures.draw_all(grid)}
+def drawn(grid: StudySummary) -> dict[str, ReportFigure]:
+    return {report_figure.name: report_figure for report_figure in figures.draw_all(grid)}
 
 
 def visible_texts(figure: Figure) -> list[tuple[str, Bbox]]:
@@ -61,25 +62,27 @@ def texts_outside(figure: Figure) -> list[str]:
     return [text for text, box in visible_texts(figure) if not (page.contains(*box.min) and page.contains(*box.max))]
 
 
-def test_a_grid_of_two_numbers_gets_heat_maps(drawn: dict[str, Picture]) -> None:
+def test_a_grid_of_two_numbers_gets_heat_maps(drawn: dict[str, ReportFigure]) -> None:
     assert set(drawn) == ALWAYS | {"heat_maps"}
 
 
-def test_no_text_overlaps_or_leaves_the_page(drawn: dict[str, Picture]) -> None:
-    with matplotlib.rc_context(style.RC):
-        for picture in drawn.values():
-            assert overlapping_texts(picture.figure) == [], picture.name
-            assert texts_outside(picture.figure) == [], picture.name
+def test_no_text_overlaps_or_leaves_the_page(drawn: dict[str, ReportFigure]) -> None:
+    with matplotlib.rc_context(drawing.RC):
+        for report_figure in drawn.values():
+            assert overlapping_texts(report_figure.figure) == [], report_figure.name
+            assert texts_outside(report_figure.figure) == [], report_figure.name
 
 
-def test_every_panel_says_what_its_axes_are(drawn: dict[str, Picture]) -> None:
-    for picture in drawn.values():
-        labels = [(axes.get_xlabel(), axes.get_ylabel(), axes.get_title(loc="left")) for axes in picture.figure.axes]
-        assert all(any(label) for label in labels), picture.name
-        assert any("token" in text for label in labels for text in label), f"{picture.name} states units"
+def test_every_panel_says_what_its_axes_are(drawn: dict[str, ReportFigure]) -> None:
+    for report_figure in drawn.values():
+        labels = [
+            (axes.get_xlabel(), axes.get_ylabel(), axes.get_title(loc="left")) for axes in report_figure.figure.axes
+        ]
+        assert all(any(label) for label in labels), report_figure.name
+        assert any("token" in text for label in labels for text in label), f"{report_figure.name} states units"
 
 
-def test_heat_maps_are_annotated_with_the_differences(grid: tables.Study, drawn: dict[str, Picture]) -> None:
+def test_heat_maps_are_annotated_with_the_differences(grid: StudySummary, drawn: dict[str, ReportFigure]) -> None:
     written = {t.get_text() for t in drawn["heat_maps"].figure.findobj(Text)}
     for configuration in grid.ebft:
         for metric in ("ce_loss", "cfm_loss"):
@@ -91,16 +94,16 @@ def test_a_cell_that_was_not_run_is_told_from_one_that_did_not_finish(tmp_path: 
     effects = {(0.0, 0.0): (0.3, 0.2), (1.0, 0.0): (-0.02, -0.03), (1.0, 0.1): (-0.1, -0.03)}
     statuses = {((1.0, 0.1), seed): "failed" for seed in (0, 1)}
     incomplete = study(tmp_path / "s", effects=effects, statuses=statuses, seeds=(0, 1))
-    picture = {p.name: p for p in figures.draw_all(incomplete)}["heat_maps"]
-    written = [t.get_text() for t in picture.figure.findobj(Text)]
+    report_figure = {p.name: p for p in figures.draw_all(incomplete)}["heat_maps"]
+    written = [t.get_text() for t in report_figure.figure.findobj(Text)]
     assert written.count("not run") == 2, "once per metric: alpha=0, gamma=0.1"
     assert written.count("no finished\ntrial") == 2
 
 
-def test_each_configuration_has_a_look_of_its_own(grid: tables.Study) -> None:
-    looks = style.looks(grid)
-    assert set(looks) == {c.name for c in grid.configurations}
-    assert len({(look.color, str(look.linestyle)) for look in looks.values()}) == len(grid.configurations)
+def test_each_configuration_has_a_style_of_its_own(grid: StudySummary) -> None:
+    styles = drawing.configuration_styles(grid)
+    assert set(styles) == {c.name for c in grid.configurations}
+    assert len({(each.color, str(each.linestyle)) for each in styles.values()}) == len(grid.configurations)
 
 
 def _simulate(color: str, matrix: np.ndarray) -> np.ndarray:
@@ -120,16 +123,16 @@ PROTANOPIA = np.array([[0.152, 1.053, -0.205], [0.115, 0.786, 0.099], [-0.004, -
 def test_a_sequence_of_configurations_has_colours_apart(tmp_path: Path) -> None:
     effects = {1e-4 * i: (0.0, 0.0) for i in range(1, 12)}
     many = study(tmp_path / "s", effects=effects, settings=lambda key: {"learning_rate": key}, seeds=(0,))
-    looks = [(look.color, str(look.linestyle)) for look in style.looks(many).values()]
-    assert len(set(looks)) == len(effects)
+    styles = [(each.color, str(each.linestyle)) for each in drawing.configuration_styles(many).values()]
+    assert len(set(styles)) == len(effects)
     for vision in (np.eye(3), DEUTERANOPIA, PROTANOPIA):
-        seen = [_simulate(color, vision) for color in {color for color, _ in looks}]
+        seen = [_simulate(color, vision) for color in {color for color, _ in styles}]
         assert min(np.linalg.norm(a - b) for a, b in itertools.combinations(seen, 2)) > 15
 
 
 @pytest.mark.parametrize("vision", [np.eye(3), DEUTERANOPIA, PROTANOPIA], ids=["normal", "deuteranopia", "protanopia"])
-def test_colours_stay_apart_for_colour_blind_readers(grid: tables.Study, vision: np.ndarray) -> None:
-    colors = [look.color for look in style.looks(grid).values()]
+def test_colours_stay_apart_for_colour_blind_readers(grid: StudySummary, vision: np.ndarray) -> None:
+    colors = [each.color for each in drawing.configuration_styles(grid).values()]
     for left, right in itertools.combinations(colors, 2):
         distance = np.linalg.norm(_simulate(left, vision) - _simulate(right, vision))
         assert distance > 15, (left, right)
@@ -143,45 +146,35 @@ def test_other_axes_are_drawn_along_each_setting(tmp_path: Path) -> None:
         settings=lambda key: {"learning_rate": key[0], "whitening": key[1]},
         seeds=(0, 1),
     )
-    pictures = {p.name: p for p in figures.draw_all(other)}
-    assert set(pictures) == ALWAYS | {"settings"}
-    assert len(pictures["settings"].figure.axes) == 4
-    with matplotlib.rc_context(style.RC):
-        assert overlapping_texts(pictures["settings"].figure) == []
-        assert texts_outside(pictures["settings"].figure) == []
+    by_name = {p.name: p for p in figures.draw_all(other)}
+    assert set(by_name) == ALWAYS | {"settings"}
+    assert len(by_name["settings"].figure.axes) == 4
+    with matplotlib.rc_context(drawing.RC):
+        assert overlapping_texts(by_name["settings"].figure) == []
+        assert texts_outside(by_name["settings"].figure) == []
 
 
 def test_many_configurations_are_cut_to_the_best_and_said_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(figures, "MAX_LINES", 3)
-    monkeypatch.setattr(figures, "MAX_ROWS", 4)
+    monkeypatch.setattr(outcomes, "MAX_ROWS", 4)
     effects = {1e-4 * i: (-0.01, -0.01 * i) for i in range(1, 8)} | {None: (-0.2, 0.1)}
     many = study(tmp_path / "s", effects=effects, settings=lambda key: {"learning_rate": key}, seeds=(0,))
-    pictures = {p.name: p for p in figures.draw_all(many)}
-    assert "5 more are in the table" in pictures["learning_curves"].caption
-    assert "4 more are in the table" in pictures["differences"].caption
-    labels = [t.get_text() for t in pictures["differences"].figure.findobj(Text)]
+    by_name = {p.name: p for p in figures.draw_all(many)}
+    assert "5 more are in the table" in by_name["learning_curves"].caption
+    assert "4 more are in the table" in by_name["differences"].caption
+    labels = [t.get_text() for t in by_name["differences"].figure.findobj(Text)]
     assert {"lr=7e-4", "lr=6e-4", "lr=5e-4"} <= set(labels), "the lowest CFM stays"
     assert "SFT" in labels, "baselines stay although their CFM is the worst"
 
 
 def test_a_diverging_line_does_not_flatten_the_others(tmp_path: Path) -> None:
     effects = {**{k: PAPER_LIKE[k] for k in ((1.0, 0.0), (1.0, 0.1), None)}, (0.0, 0.0): (30.0, 12.0)}
-    pictures = {p.name: p for p in figures.draw_all(study(tmp_path / "s", effects=effects, seeds=(0, 1)))}
-    ce, cfm = pictures["learning_curves"].figure.axes[:2]
+    by_name = {p.name: p for p in figures.draw_all(study(tmp_path / "s", effects=effects, seeds=(0, 1)))}
+    ce, cfm = by_name["learning_curves"].figure.axes[:2]
     assert ce.get_ylim()[1] - ce.get_ylim()[0] < 2
     assert cfm.get_ylim()[1] - cfm.get_ylim()[0] < 1
 
 
 def test_nothing_is_drawn_from_nothing(tmp_path: Path) -> None:
     (tmp_path / "study.yaml").write_text("question: q\n")
-    assert figures.draw_all(tables.summarize(load(tmp_path))) == []
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_labels_are_moved_apart_as_little_as_needed(seed: int) -> None:
-    random = np.random.default_rng(seed)
-    wanted = np.sort(random.choice([random.random(12), np.round(random.random(12), 1)]))
-    placed = style.spread(wanted, 0.05)
-    assert np.diff(placed).min() >= 0.05 - 1e-12
-    assert placed.mean() == pytest.approx(wanted.mean())
-    assert style.spread(np.array([0.0, 1.0, 2.0]), 0.5).tolist() == [0.0, 1.0, 2.0]
+    assert figures.draw_all(summarize(load(tmp_path))) == []

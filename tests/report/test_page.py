@@ -1,8 +1,10 @@
-"""The page: self-contained, escaped, and written for any state that a study can be in."""
+"""The page: self-contained, escaped, and written for any state that a study can be in; the README's picture of it."""
 
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from collections.abc import Mapping
 from html.parser import HTMLParser
 from pathlib import Path
@@ -175,10 +177,16 @@ def test_files_that_could_not_be_read_are_named(tmp_path: Path) -> None:
     text = Page(write_report(folder)).text
     assert "broken.parquet" in text
     assert "study.yaml: no such file" in text
-    assert "The question of this study is not on record" in text
+    assert "The question of this study is not recorded" in text
 
 
 def test_a_folder_without_a_study_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ResultsError, match="neither a study's folder nor the name of one"):
         write_report(tmp_path / "nowhere")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_picture_for_the_readme_is_small(folder: Path, tmp_path: Path) -> None:
+    program = Path(__file__).parents[2] / "docs" / "report_picture.py"
+    subprocess.run([sys.executable, program, folder, tmp_path / "report.png"], check=True)
+    assert (tmp_path / "report.png").stat().st_size < 150_000

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from ebft_study import results
-from ebft_study.report import population
-from ebft_study.report.tables import summarize
+from ebft_study.analysis.summary import summarize
+from ebft_study.report import content
 from ebft_study.results.lineage import EXPLOIT, lineage, settings_in_force
 from tests.synthetic_study import PAPER_LIKE, write_study
 
@@ -46,11 +46,11 @@ def test_a_study_without_takeovers_has_an_empty_lineage(tmp_path: Path) -> None:
     folder = write_study(tmp_path / "s", effects=SMALL, seeds=(0,))
     assert lineage(folder).empty
     assert list(lineage(folder).columns)[:3] == ["time", "trial_id", "attempt"]
-    assert population.rows(summarize(results.load(folder))) == []
+    assert content.lineage_rows(summarize(results.load(folder))) == []
 
 
 def test_the_report_has_a_line_for_each(study: Path) -> None:
-    rows = population.rows(summarize(results.load(study)))
+    rows = content.lineage_rows(summarize(results.load(study)))
     assert rows[0] == {
         "trial": "t001", "step": "20", "donor": "t000", "donor_step": "25", "score": "2.500", "donor_score": "2.250",
         "before": "γ=0.1", "after": "γ=0.05",

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from ebft_study import results
+from ebft_study.analysis import usage
 from ebft_study.errors import EbftError, StorageError
-from ebft_study.report import planned
 from ebft_study.storage import StoragePath
 from ebft_study.study.cluster import existing, own
 from ebft_study.study.cluster.requests import ResourceRequest
@@ -134,12 +134,12 @@ def _announce(
     if study.spec.search.algorithm == "optuna":
         dashboard = f"the search: optuna-dashboard {journal.working_copy(folder)}"
         console.print(dashboard, markup=False, highlight=False, soft_wrap=True)
-    if planned.EVENT in set(results.read_table(folder, "events")["kind"]):
+    if usage.PLAN_EVENT in set(results.read_table(folder, "events")["kind"]):
         return None
     with contextlib.suppress(EbftError, OSError):  # a study is no worse without
         expected = prediction.predict(study, storage=folder.parent)
         if expected is not None:
-            recorder.event(planned.EVENT, expected.message, **expected.details)
+            recorder.event(usage.PLAN_EVENT, expected.message, **expected.details)
             console.print(f"planned: {expected.message}", markup=False, highlight=False)
             return expected.mean_seconds
     return None

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from ebft_study import results
-from ebft_study.report import savings, services
+from ebft_study.analysis import usage
 from ebft_study.results.lineage import EXPLOIT
 from ebft_study.storage import Location, storage_path
 from ebft_study.study.folder import history, lock, study_yaml, trial_states
@@ -36,10 +36,10 @@ def show(folder: Location, console: Console) -> None:
             states, columns, title=title, plan=display.Plan(trials.number_of_trials(spec)), most=_MOST_TRIALS
         )
     )
-    saved = savings.saved(results.read_table(folder, "trials"), spec.resources.model_dump())
+    saved = usage.savings(results.read_table(folder, "trials"), spec.resources.model_dump())
     if saved:
         console.print(f"early stopping saved {saved}", markup=False, highlight=False, soft_wrap=True)
-    for name, value in services.used(results.read_table(folder, "metrics")):
+    for name, value in usage.services(results.read_table(folder, "metrics")):
         console.print(f"{name}: {value}", markup=False, highlight=False, soft_wrap=True)
     _show_events(folder, console)
     for problem in history.problems(folder):

@@ -16,8 +16,8 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
+from ebft_study.analysis.pareto import front
 from ebft_study.errors import ConfigError
-from ebft_study.report.pareto import front
 from ebft_study.study.folder.trial_states import TrialResult
 from ebft_study.study.search import objectives, optuna_search
 from ebft_study.study.search.optuna_search import OptunaSearch

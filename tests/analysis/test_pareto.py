@@ -1,4 +1,4 @@
-"""The Pareto front of a report: against the definition, and against Optuna's."""
+"""The Pareto front: against the definition, against Optuna's, and in the report."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import pytest
 import yaml
 from optuna.distributions import FloatDistribution
 
-from ebft_study.report import pareto, write_report
-from ebft_study.report.tables import Study, summarize
+from ebft_study.analysis import pareto
+from ebft_study.analysis.summary import StudySummary, summarize
+from ebft_study.report import outcomes, write_report
 from ebft_study.results import load
 from tests.synthetic_study import write_study
 
@@ -44,7 +45,7 @@ def test_equal_rows_are_both_on_the_front_and_nothing_has_none() -> None:
     assert pareto.front([], ["min", "min"]) == []
 
 
-def summary_of(folder: Path, objective: object = BOTH, **changes: object) -> Study:
+def summary_of(folder: Path, objective: object = BOTH, **changes: object) -> StudySummary:
     write_study(folder, effects=EFFECTS, noise=0.001, **changes)  # type: ignore[arg-type]
     content = yaml.safe_load((folder / "study.yaml").read_text())
     (folder / "study.yaml").write_text(yaml.safe_dump({**content, "objective": objective}))
@@ -53,18 +54,18 @@ def summary_of(folder: Path, objective: object = BOTH, **changes: object) -> Stu
 
 def test_the_table_lists_the_front_without_baselines(tmp_path: Path) -> None:
     study = summary_of(tmp_path / "s")
-    found = pareto.points(study)
-    on_front = {tuple(p.configuration.settings[k] for k in ("alpha", "gamma")) for p in found if p.on_front}
+    points = pareto.points(study)
+    on_front = {tuple(p.configuration.settings[k] for k in ("alpha", "gamma")) for p in points if p.on_front}
     assert on_front == {(1.0, 0.0), (1.0, 0.1), (0.5, 0.0)}
-    assert found[-1].configuration.baseline == "sft"  # which would beat them all
-    first = [point.values[0] for point in found if point.on_front]
+    assert points[-1].configuration.baseline == "sft"  # which would beat them all
+    first = [point.values[0] for point in points if point.on_front]
     assert first == sorted(first)
     rows = pareto.rows(study)
     assert len(rows) == 3
     assert len(rows[0]["values"]) == 2
-    picture = pareto.picture(study)
-    assert picture
-    assert "lower is better" in picture.figure.axes[0].get_xlabel()
+    figure = outcomes.pareto_front(study)
+    assert figure
+    assert "lower is better" in figure.figure.axes[0].get_xlabel()
 
 
 def test_what_did_not_finish_is_not_compared(tmp_path: Path) -> None:
@@ -77,7 +78,7 @@ def test_what_did_not_finish_is_not_compared(tmp_path: Path) -> None:
 def test_one_objective_has_no_front(tmp_path: Path) -> None:
     study = summary_of(tmp_path / "s", BOTH[0], seeds=(0,))
     assert pareto.rows(study) == []
-    assert pareto.picture(study) is None
+    assert outcomes.pareto_front(study) is None
     assert pareto.objectives(study.results.spec) == [("ce_loss", "min")]
     assert pareto.objectives({}) == []
 

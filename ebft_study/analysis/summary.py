@@ -1,4 +1,4 @@
-"""From raw results to what a report speaks about: configurations, each with its held-out values by seed.
+"""Summary of a study's tables: its configurations, each with its held-out values by seed.
 
 A configuration is one setting of all hyperparameters but the seed. Its values are the held-out evaluations after
 training; the base model's are those of step 0 of the same trials. Only finished trials enter comparisons, so that all
@@ -8,6 +8,7 @@ of a configuration's values are at the same amount of data.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,33 +17,43 @@ import numpy as np
 import pandas as pd
 
 from ebft_study import text
+from ebft_study.analysis.settings import (
+    assignments,
+    choices_of,
+    configuration_names,
+    grouped_settings,
+    plain,
+    sort_key,
+    varying_settings,
+    with_choices,
+)
 from ebft_study.analysis.statistics import Interval, mean_interval, paired_difference
-from ebft_study.report import together
 from ebft_study.results import Results, schema
 
 HELDOUT = "heldout"
-NOT_AN_AXIS = ("name", "seed")
 # Settings that change what cfm_loss measures, so that its values are not comparable across them.
 MEASURES_CFM = (
     *("model", "feature_network", "random_weights", "depths", "pooling", "normalize", "dataset", "sequence_length"),
     *("packing", "stride", "first_context_length", "anchor_region", "evaluation_temperature", "cfm_samples"),
 )
-Values = dict[int, float]
+BySeed = dict[int, float]
+Values = dict[tuple[str, int | None], BySeed]
+"""(metric, position) -> seed -> value; ("cfm_loss", None) is the value at the completion length of comparisons."""
 
 
 @dataclass(frozen=True)
 class Configuration:
-    """All trials of one setting. Values are keyed by (metric, position), then by seed."""
+    """All trials of one setting, with their held-out values after training (`final`) and before it (`base`)."""
 
     name: str
     label: str
     baseline: str | None
     settings: dict[str, Any]
     trials: pd.DataFrame
-    final: dict[tuple[str, int | None], Values] = field(repr=False)
-    base: dict[tuple[str, int | None], Values] = field(repr=False)
+    final: Values = field(repr=False)
+    base: Values = field(repr=False)
     validation_cfm: float
-    ce_rise: Values = field(default_factory=dict)
+    ce_rise: BySeed = field(default_factory=dict)
     """Validation CE at the end minus that at the method's first step, which a warm start moves; by seed."""
 
     @property
@@ -50,15 +61,19 @@ class Configuration:
         return self.settings.get("method") == "sft"
 
     @property
+    def finished(self) -> pd.DataFrame:
+        """The finished trials."""
+        return self.trials[self.trials["status"] == "finished"]
+
+    @property
     def n_finished(self) -> int:
-        return int((self.trials["status"] == "finished").sum())
+        return len(self.finished)
 
     @property
     def sequences_seen(self) -> float:
         """Training sequences of a finished trial; NaN when unknown."""
-        done = self.trials[self.trials["status"] == "finished"]
-        counted = done["sequences_seen"].fillna(done["steps_done"] * done["batch_size"])
-        return float(counted.median())
+        done = self.finished
+        return float(done["sequences_seen"].fillna(done["steps_done"] * done["batch_size"]).median())
 
     def level(self, metric: str, position: int | None = None) -> Interval:
         """Mean held-out value after training."""
@@ -74,8 +89,8 @@ class Configuration:
 
 
 @dataclass(frozen=True)
-class Study:
-    """A study as its report sees it. `length` is the completion length at which cfm_loss is compared.
+class StudySummary:
+    """A study's configurations, and the completion `length` at which their cfm_loss is compared.
 
     `varying` are settings, and axes of choices, which stand for all settings that they change.
     """
@@ -94,6 +109,11 @@ class Study:
         return str(names.iloc[0]) if len(names) else self.results.folder.name
 
     @property
+    def on_axes(self) -> tuple[Configuration, ...]:
+        """All configurations but the named baselines."""
+        return tuple(c for c in self.configurations if c.baseline is None)
+
+    @property
     def ebft(self) -> tuple[Configuration, ...]:
         return tuple(c for c in self.configurations if c.settings.get("method") == "ebft")
 
@@ -105,16 +125,14 @@ class Study:
     def not_comparable(self) -> tuple[str, ...]:
         """Varying settings across which values of cfm_loss must not be compared."""
         settings = {name: name for name in self.varying} | self.shown_as
-        changing = [name for name in settings if name in MEASURES_CFM or self._sets_evaluation_temperature(name)]
-        return tuple(dict.fromkeys(settings[name] for name in changing))
-
-    def _sets_evaluation_temperature(self, name: str) -> bool:
-        return name == "temperature" and bool(self.results.trials["evaluation_temperature"].isna().any())
+        # Unless it is set, the temperature of evaluations is that of training.
+        follows = bool(self.results.trials["evaluation_temperature"].isna().any())
+        measures_cfm = (*MEASURES_CFM, "temperature") if follows else MEASURES_CFM
+        return tuple(dict.fromkeys(settings[name] for name in settings if name in measures_cfm))
 
     def base(self, metric: str, position: int | None = None) -> float:
         """The base model's held-out value, averaged over all trials (they agree where they share a base model)."""
-        values = [v for c in self.configurations for v in c.base.get((metric, position), {}).values()]
-        return float(np.mean(values)) if values else math.nan
+        return _mean([v for c in self.configurations for v in c.base.get((metric, position), {}).values()])
 
 
 def best(configurations: Iterable[Configuration]) -> Configuration | None:
@@ -123,66 +141,40 @@ def best(configurations: Iterable[Configuration]) -> Configuration | None:
     return min(done, key=lambda c: (math.isnan(c.validation_cfm), c.validation_cfm), default=None)
 
 
-def summarize(results: Results) -> Study:
+def summarize(results: Results) -> StudySummary:
     """The configurations of a study, those on the axes first, each ordered by its settings."""
-    trials = together.with_choices(results.trials, results.spec)
-    shown_as = together.stand_ins(results.spec, varying_settings(trials))
+    trials = with_choices(results.trials, results.spec)
+    shown_as = grouped_settings(results.spec, varying_settings(trials))
     varying = tuple(dict.fromkeys(shown_as.values()))
+    trials = trials.assign(group=configuration_names(trials, varying))
     length, lengths = _completion_lengths(results)
-    final, base = _heldout(results, length)
+    final, base = _heldout(results, trials, length)
     validation, rises = _last_validation_cfm(results), _validation_ce_rise(results)
+    names = [*(column.name for column in schema.hyperparameters()), *choices_of(results.spec)]
     configurations = []
-    names = [*(column.name for column in schema.hyperparameters()), *together.choices_of(results.spec)]
-    for name, group in trials.groupby(_configuration_names(trials, varying), sort=False):
-        seeds = _seeds(group)
-        finished = _seeds(group[group["status"] == "finished"])
-        settings = {key: _plain(group.iloc[0][key]) for key in names}
-        baseline = _plain(group.iloc[0]["named_baseline"])
+    for name, group in trials.groupby("group", sort=False):
+        settings = {key: plain(group.iloc[0][key]) for key in names}
+        baseline = plain(group.iloc[0]["named_baseline"])
+        finished = group[group["status"] == "finished"].dropna(subset=["seed"]).set_index("trial_id")["seed"]
         configurations.append(
             Configuration(
                 name=str(name),
-                label=_label(str(name), baseline, settings, varying),
+                label=_baseline_label(baseline) or assignments(settings, varying) or str(name),
                 baseline=baseline,
                 settings=settings,
                 trials=group,
-                final=_by_seed(final, finished),
-                base=_by_seed(base, seeds),
-                validation_cfm=_mean([validation.get(trial_id, math.nan) for trial_id in finished]),
-                ce_rise={seed: rises[trial_id] for trial_id, seed in finished.items() if trial_id in rises},
+                final=final.get(str(name), {}),
+                base=base.get(str(name), {}),
+                validation_cfm=_mean([validation.get(trial_id, math.nan) for trial_id in finished.index]),
+                ce_rise={int(seed): rises[trial_id] for trial_id, seed in finished.items() if trial_id in rises},
             )
         )
-    ordered = sorted(configurations, key=lambda c: (c.baseline or "", *[order(c.settings[n]) for n in varying]))
-    return Study(results, varying, _with_unique_labels(ordered), length, lengths, shown_as)
+    ordered = sorted(configurations, key=lambda c: (c.baseline or "", *[sort_key(c.settings[n]) for n in varying]))
+    return StudySummary(results, varying, _with_unique_labels(ordered), length, lengths, shown_as)
 
 
-def _seeds(trials: pd.DataFrame) -> dict[str, int]:
-    known = trials.dropna(subset=["seed"])
-    return {str(trial): int(seed) for trial, seed in zip(known["trial_id"], known["seed"], strict=True)}
-
-
-def varying_settings(trials: pd.DataFrame) -> tuple[str, ...]:
-    """Settings that differ between trials on the axes (named baselines and seeds aside), in schema order."""
-    on_axes = trials[trials["named_baseline"].isna()]
-    names = [c.name for c in schema.hyperparameters() if c.name not in NOT_AN_AXIS]
-    return tuple(name for name in names if len({repr(_plain(v)) for v in on_axes[name]}) > 1)
-
-
-def _configuration_names(trials: pd.DataFrame, varying: Sequence[str]) -> pd.Series:
-    """The configuration of each trial; without one, a trial stands alone.
-
-    Names hold rounded numbers, so two configurations of a search can share one: their exact settings tell them apart.
-    """
-    names = trials["configuration"].fillna(trials["label"]).fillna(trials["trial_id"])
-    exact = [repr([_plain(value) for value in row]) for row in trials[list(varying)].to_numpy(dtype=object).tolist()]
-    distinct = names.to_frame("name").assign(exact=exact).drop_duplicates()["name"].value_counts()
-    shared = names.map(distinct) > 1
-    return names.where(~shared, names + " " + pd.Series(exact, index=trials.index, dtype="str"))
-
-
-def _label(name: str, baseline: str | None, settings: dict[str, Any], varying: Sequence[str]) -> str:
-    if baseline:
-        return "SFT" if baseline == "sft" else baseline
-    return ", ".join(f"{text.symbol(key)}={text.setting(settings[key])}" for key in varying) or name
+def _baseline_label(baseline: str | None) -> str | None:
+    return "SFT" if baseline == "sft" else baseline
 
 
 def _with_unique_labels(configurations: Sequence[Configuration]) -> tuple[Configuration, ...]:
@@ -207,34 +199,24 @@ def _heldout_rows(results: Results) -> pd.DataFrame:
     return rows[(rows["benchmark"] == HELDOUT) & rows["value"].notna()]
 
 
-Measured = dict[str, dict[tuple[str, int | None], float]]
-
-
-def _heldout(results: Results, length: int | None) -> tuple[Measured, Measured]:
-    """Held-out values of each trial at its last step, and at step 0."""
+def _heldout(results: Results, trials: pd.DataFrame, length: int | None) -> tuple[dict[str, Values], dict[str, Values]]:
+    """Held-out values by configuration: of finished trials at their last step, and of all trials at step 0."""
     rows = _heldout_rows(results)
-    last = rows[rows["step"] == rows.groupby("trial_id")["step"].transform("max")]
-    return _measured(last[last["step"] > 0], length), _measured(rows[rows["step"] == 0], length)
+    last = rows[(rows["step"] == rows.groupby("trial_id")["step"].transform("max")) & (rows["step"] > 0)]
+    finished = trials[trials["status"] == "finished"]
+    return _by_configuration(last, finished, length), _by_configuration(rows[rows["step"] == 0], trials, length)
 
 
-def _measured(rows: pd.DataFrame, length: int | None) -> Measured:
-    """trial -> (metric, position) -> value; (cfm_loss, None) is the value at the compared length."""
-    found: Measured = {}
-    for trial, metric, at, value in rows[["trial_id", "metric", "position", "value"]].to_numpy().tolist():
+def _by_configuration(rows: pd.DataFrame, trials: pd.DataFrame, length: int | None) -> dict[str, Values]:
+    seeds = trials.loc[trials["seed"].notna(), ["trial_id", "group", "seed"]]
+    table = rows[["trial_id", "metric", "position", "value"]].merge(seeds, on="trial_id")
+    values: dict[str, Values] = defaultdict(lambda: defaultdict(dict))
+    for _, metric, at, value, group, seed in table.to_numpy(dtype=object).tolist():
         position = None if text.is_missing(at) else int(at)
-        values = found.setdefault(trial, {})
-        values[metric, position] = value
+        values[group][metric, position][int(seed)] = value
         if metric == "cfm_loss" and position == length:
-            values[metric, None] = value
-    return found
-
-
-def _by_seed(measured: Measured, seeds: dict[str, int]) -> dict[tuple[str, int | None], Values]:
-    by_seed: dict[tuple[str, int | None], Values] = {}
-    for trial_id, seed in seeds.items():
-        for key, value in measured.get(trial_id, {}).items():
-            by_seed.setdefault(key, {})[seed] = value
-    return by_seed
+            values[group][metric, None][int(seed)] = value
+    return values
 
 
 def _last_validation_cfm(results: Results) -> dict[str, float]:
@@ -256,22 +238,3 @@ def _validation_ce_rise(results: Results) -> dict[str, float]:
 
 def _mean(values: Sequence[float]) -> float:
     return float(np.mean(values)) if values else math.nan
-
-
-def _plain(value: Any) -> Any:
-    """A cell of a data frame as a Python value: arrays become tuples, missing values None."""
-    if isinstance(value, np.ndarray):
-        return tuple(value.tolist())
-    value = value.item() if isinstance(value, np.generic) else value
-    return None if text.is_missing(value) else value
-
-
-def order(value: Any) -> tuple[int, float, str]:
-    """A sort key for settings of any type: numbers by size, choices as listed, lists by length, the rest by text."""
-    if isinstance(value, int | float):
-        return (0, float(value), "")
-    if value is None:
-        return (2, 0.0, "")
-    if isinstance(value, together.Choice):
-        return (1, float(value.rank), "")
-    return (1, float(len(value)) if isinstance(value, tuple) else 0.0, str(value))

@@ -1,4 +1,4 @@
-"""Configurations found from the data: what varies, whose values, compared with what."""
+"""Summaries of tables: configurations, the settings that vary, held-out values and their differences."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from ebft_study.report import tables
+from ebft_study.analysis.summary import StudySummary, best, summarize
 from ebft_study.results import TrialRecorder, load
 from tests.synthetic_study import BASE_CE, BASE_CFM, LENGTHS, PAPER_LIKE, write_study
 
 
-def study(folder: Path, **options: object) -> tables.Study:
-    return tables.summarize(load(write_study(folder, **options)))  # type: ignore[arg-type]
+def summary_of(folder: Path, **options: object) -> StudySummary:
+    return summarize(load(write_study(folder, **options)))  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
-def grid(tmp_path_factory: pytest.TempPathFactory) -> tables.Study:
-    return study(tmp_path_factory.mktemp("tables") / "grid")
+def grid(tmp_path_factory: pytest.TempPathFactory) -> StudySummary:
+    return summary_of(tmp_path_factory.mktemp("tables") / "grid")
 
 
-def test_varying_settings_are_found_without_seed_and_baselines(grid: tables.Study) -> None:
+def test_varying_settings_are_found_without_seed_and_baselines(grid: StudySummary) -> None:
     assert grid.varying == ("alpha", "gamma")
     assert [c.label for c in grid.configurations][:3] == ["α=0, γ=0", "α=0, γ=0.03", "α=0, γ=0.1"]
     assert grid.configurations[-1].label == "SFT"
@@ -30,7 +30,7 @@ def test_varying_settings_are_found_without_seed_and_baselines(grid: tables.Stud
     assert {c.n_finished for c in grid.configurations} == {3}
 
 
-def test_base_values_are_those_of_step_0_and_changes_are_paired(grid: tables.Study) -> None:
+def test_base_values_are_those_of_step_0_and_changes_are_paired(grid: StudySummary) -> None:
     assert grid.base("ce_loss") == pytest.approx(BASE_CE)
     assert grid.base("cfm_loss") == pytest.approx(BASE_CFM[8])
     assert grid.base("cfm_loss", 32) == pytest.approx(BASE_CFM[32])
@@ -42,13 +42,13 @@ def test_base_values_are_those_of_step_0_and_changes_are_paired(grid: tables.Stu
         assert configuration.change("ce_loss").n == 3
 
 
-def test_cfm_is_compared_at_the_training_length(grid: tables.Study) -> None:
+def test_cfm_is_compared_at_the_training_length(grid: StudySummary) -> None:
     assert (grid.length, grid.lengths) == (8, LENGTHS)
-    one = grid.configurations[0]
-    assert one.final["cfm_loss", None] == one.final["cfm_loss", 8]
+    first = grid.configurations[0]
+    assert first.final["cfm_loss", None] == first.final["cfm_loss", 8]
 
 
-def test_noise_that_seeds_share_cancels_against_sft(grid: tables.Study) -> None:
+def test_noise_that_seeds_share_cancels_against_sft(grid: StudySummary) -> None:
     sft = grid.sft[0]
     ebft = next(c for c in grid.ebft if c.label == "α=1, γ=0")
     alone, paired = ebft.change("cfm_loss"), ebft.versus(sft, "cfm_loss")
@@ -57,54 +57,54 @@ def test_noise_that_seeds_share_cancels_against_sft(grid: tables.Study) -> None:
 
 def test_list_settings_can_vary(tmp_path: Path) -> None:
     effects = {(0.5,): (0.0, -0.01), (0.25, 0.75): (0.0, -0.02)}
-    found = study(tmp_path / "s", effects=effects, settings=lambda key: {"depths": list(key)}, seeds=(0, 1))
-    assert found.varying == ("depths",)
-    assert {c.label for c in found.configurations} == {"depths=0.5", "depths=0.25, 0.75"}
-    assert found.not_comparable == ("depths",)
+    summary = summary_of(tmp_path / "s", effects=effects, settings=lambda key: {"depths": list(key)}, seeds=(0, 1))
+    assert summary.varying == ("depths",)
+    assert {c.label for c in summary.configurations} == {"depths=0.5", "depths=0.25, 0.75"}
+    assert summary.not_comparable == ("depths",)
 
 
 def test_the_temperature_of_evaluation_follows_that_of_training_unless_set(tmp_path: Path) -> None:
-    found = study(tmp_path / "s", effects={0.6: (0, 0), 1.0: (0, 0)}, settings=lambda key: {"temperature": key})
-    assert found.not_comparable == ("temperature",)
+    summary = summary_of(tmp_path / "s", effects={0.6: (0, 0), 1.0: (0, 0)}, settings=lambda key: {"temperature": key})
+    assert summary.not_comparable == ("temperature",)
 
 
 def test_trials_of_unequal_attempts_count_once(tmp_path: Path) -> None:
     folder = write_study(tmp_path / "s", effects={(1.0, 0.0): (-0.02, -0.03)})
     again = TrialRecorder(folder, study="s", trial_id="t000", attempt=1)
     again.evaluations(40, [{"benchmark": "heldout", "metric": "ce_loss", "value": 9.0, "count": 1}])
-    (configuration,) = tables.summarize(load(folder)).configurations
+    (configuration,) = summarize(load(folder)).configurations
     assert configuration.final["ce_loss", None][0] == 9.0
     assert len(configuration.final["ce_loss", None]) == 3
 
 
 def test_unfinished_trials_have_base_values_but_no_final_ones(tmp_path: Path) -> None:
     statuses = {((1.0, 0.0), 0): "running", ((1.0, 0.0), 1): "pending"}
-    found = study(tmp_path / "s", effects={(1.0, 0.0): (-0.02, -0.03)}, statuses=statuses, seeds=(0, 1))
-    (configuration,) = found.configurations
+    summary = summary_of(tmp_path / "s", effects={(1.0, 0.0): (-0.02, -0.03)}, statuses=statuses, seeds=(0, 1))
+    (configuration,) = summary.configurations
     assert configuration.n_finished == 0
     assert configuration.final == {}
-    assert found.base("ce_loss") == pytest.approx(BASE_CE)
-    assert tables.best(found.configurations) is None
+    assert summary.base("ce_loss") == pytest.approx(BASE_CE)
+    assert best(summary.configurations) is None
 
 
 def test_no_trials_at_all(tmp_path: Path) -> None:
     (tmp_path / "study.yaml").write_text("question: q\n")
-    found = tables.summarize(load(tmp_path))
-    assert (found.configurations, found.varying, found.length) == ((), (), None)
-    assert math.isnan(found.base("ce_loss"))
-    assert found.name == tmp_path.name
+    summary = summarize(load(tmp_path))
+    assert (summary.configurations, summary.varying, summary.length) == ((), (), None)
+    assert math.isnan(summary.base("ce_loss"))
+    assert summary.name == tmp_path.name
 
 
 def test_trials_without_a_configuration_stand_alone(tmp_path: Path) -> None:
     results = load(write_study(tmp_path / "s", effects={(1.0, 0.0): (0, 0)}))
     results.trials["configuration"] = pd.Series([None] * len(results.trials), dtype="str")
-    assert len(tables.summarize(results).configurations) == 3
+    assert len(summarize(results).configurations) == 3
 
 
 def test_configurations_whose_rounded_names_agree_stay_apart(tmp_path: Path) -> None:
     results = load(write_study(tmp_path / "s", effects={1e-4: (0, 0), 1.00004e-4: (0.1, 0)}, settings=_learning_rate))
     results.trials["configuration"] = "learning_rate=0.0001"
-    first, second = tables.summarize(results).configurations
+    first, second = summarize(results).configurations
     assert first.name != second.name
     assert first.label != second.label
     assert second.change("ce_loss").mean - first.change("ce_loss").mean == pytest.approx(0.1, abs=0.02)

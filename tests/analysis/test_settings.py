@@ -1,4 +1,4 @@
-"""Settings that move together are one axis of a report."""
+"""Grouped settings are one axis of a report."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import pytest
 import yaml
 
 from ebft_study import results, text
-from ebft_study.report import facts, tables, together, write_report
+from ebft_study.analysis.settings import grouped_settings, sort_key
+from ebft_study.analysis.summary import summarize
+from ebft_study.report import facts, write_report
 from tests.synthetic_study import write_study
 
 SIZES = {
@@ -48,7 +50,7 @@ def loaded(folder: Path) -> results.Results:
 
 
 def test_choices_and_links_are_shown_as_one_axis_each(loaded: results.Results) -> None:
-    study = tables.summarize(loaded)
+    study = summarize(loaded)
     assert set(study.varying) == {"size", "gamma"}
     assert study.shown_as["model"] == study.shown_as["learning_rate"] == "size"
     assert study.shown_as["batch_size"] == "gamma"
@@ -58,20 +60,20 @@ def test_choices_and_links_are_shown_as_one_axis_each(loaded: results.Results) -
 
 
 def test_choices_are_ordered_as_the_study_file_lists_them(loaded: results.Results) -> None:
-    found = [c.settings["size"] for c in tables.summarize(loaded).ebft]
-    assert sorted(set(found), key=tables.order) == ["large", "small"]
-    assert found in (["large", "large", "small", "small"], ["large", "small"] * 2)
+    sizes = [c.settings["size"] for c in summarize(loaded).ebft]
+    assert sorted(set(sizes), key=sort_key) == ["large", "small"]
+    assert sizes in (["large", "large", "small", "small"], ["large", "small"] * 2)
 
 
 def test_the_report_says_what_choices_stand_for(loaded: results.Results) -> None:
-    asked = dict(facts.asked(tables.summarize(loaded)))
+    asked = dict(facts.asked(summarize(loaded)))
     assert "small (model tiny-4m, feature_network tiny-1m, lr 1e-4)" in asked["size"]
     assert text.named("size") == "size"
 
 
-def test_what_several_axes_set_is_told_by_its_value() -> None:
+def test_a_setting_of_several_axes_stands_for_itself() -> None:
     spec = {"axes": {axis: {"choices": {"a": {"features.depths": [0.5]}}} for axis in ("one", "two")}}
-    assert together.stand_ins(spec, ("depths", "alpha")) == {"depths": "depths", "alpha": "alpha"}
+    assert grouped_settings(spec, ("depths", "alpha")) == {"depths": "depths", "alpha": "alpha"}
 
 
 def test_the_report_of_such_a_study_draws_outcomes_along_the_axis(folder: Path) -> None:

@@ -1,0 +1,125 @@
+"""The settings of a study's trials: which of them vary, which are grouped, how they sort and name configurations.
+
+Settings that change together are grouped: an axis of choices stands for all settings of its choices, and linked
+settings stand under the first one. A report that showed each of them would draw one question several times, and find
+no two configurations that differ in one setting alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from ebft_study import config, text
+from ebft_study.results import schema
+
+NOT_AN_AXIS = ("name", "seed")
+
+
+class Choice(str):
+    """The name of a choice, which sorts as the study file lists it."""
+
+    rank: int
+
+    def __new__(cls, name: str, rank: int) -> Choice:
+        choice = super().__new__(cls, name)
+        choice.rank = rank
+        return choice
+
+
+def choices_of(spec: Mapping[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Axis -> choice -> the settings that it stands for, as short name -> value; from study.yaml."""
+    axes = spec.get("axes")
+    return {
+        axis: {
+            name: {config.short_name(path): value for path, value in settings.items()}
+            for name, settings in values["choices"].items()
+        }
+        for axis, values in (axes.items() if isinstance(axes, Mapping) else ())
+        if isinstance(values, Mapping) and isinstance(values.get("choices"), Mapping)
+    }
+
+
+def with_choices(trials: pd.DataFrame, spec: Mapping[str, Any]) -> pd.DataFrame:
+    """Trials with a column per axis of choices, read from the configuration's name; None for baselines."""
+    names = trials["configuration"].where(trials["named_baseline"].isna())
+    columns = {}
+    for axis, choices in choices_of(spec).items():
+        by_name = {name: Choice(name, rank) for rank, name in enumerate(choices)}
+        values = [by_name.get(_value_in_name(name, axis)) for name in names]
+        columns[axis] = pd.Series(values, index=trials.index, dtype=object)
+    return trials.assign(**columns)
+
+
+def _value_in_name(configuration: Any, axis: str) -> str:
+    """The value of an axis in a configuration's name, `size=small alpha=1`."""
+    parts = configuration.split(" ") if isinstance(configuration, str) else ()
+    return next((part.partition("=")[2] for part in parts if part.startswith(f"{axis}=")), "")
+
+
+def varying_settings(trials: pd.DataFrame) -> tuple[str, ...]:
+    """Settings that differ between trials on the axes (named baselines and seeds aside), in schema order."""
+    on_axes = trials[trials["named_baseline"].isna()]
+    names = [c.name for c in schema.hyperparameters() if c.name not in NOT_AN_AXIS]
+    return tuple(name for name in names if len({repr(plain(value)) for value in on_axes[name]}) > 1)
+
+
+def grouped_settings(spec: Mapping[str, Any], varying: Sequence[str]) -> dict[str, str]:
+    """Varying setting -> the axis or setting that stands for it; itself where nothing else determines it."""
+    setters: dict[str, list[str]] = {name: [] for name in varying}
+    for axis, choices in choices_of(spec).items():
+        for name in dict.fromkeys(name for settings in choices.values() for name in settings if name in setters):
+            setters[name].append(axis)
+    # A setting that several axes set, each under its own condition, stands for itself.
+    shown_as = {name: axes[0] if len(axes) == 1 else name for name, axes in setters.items()}
+    linked = spec.get("linked")
+    for path, link in linked.items() if isinstance(linked, Mapping) else ():
+        operands = next(iter(link.values()), ())
+        origins = [operands] if isinstance(operands, str) else [each for each in operands if isinstance(each, str)]
+        leaders = [shown_as[name] for name in map(config.short_name, origins) if name in shown_as]
+        if config.short_name(path) in shown_as and leaders:
+            shown_as[config.short_name(path)] = leaders[0]
+    return shown_as
+
+
+def configuration_names(trials: pd.DataFrame, varying: Sequence[str]) -> pd.Series:
+    """The configuration of each trial; a trial without one is a configuration of its own.
+
+    Names hold rounded numbers, so two configurations of a search can share one: their exact settings tell them apart.
+    """
+    names = trials["configuration"].fillna(trials["label"]).fillna(trials["trial_id"])
+    exact = [repr([plain(value) for value in row]) for row in trials[list(varying)].to_numpy(dtype=object).tolist()]
+    distinct = names.to_frame("name").assign(exact=exact).drop_duplicates()["name"].value_counts()
+    shared = names.map(distinct) > 1
+    return names.where(~shared, names + " " + pd.Series(exact, index=trials.index, dtype="str"))
+
+
+def assignments(settings: Mapping[str, Any], names: Sequence[str]) -> str:
+    """`α=1, γ=0.1`: the values of some settings, with the paper's symbols."""
+    return ", ".join(f"{text.symbol(name)}={text.setting(settings[name])}" for name in names)
+
+
+def plain(value: Any) -> Any:
+    """A cell of a data frame as a Python value: arrays become tuples, missing values None."""
+    if isinstance(value, np.ndarray):
+        return tuple(value.tolist())
+    value = value.item() if isinstance(value, np.generic) else value
+    return None if text.is_missing(value) else value
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def sort_key(value: Any) -> tuple[int, float, str]:
+    """Order of values of any type: numbers by size, choices as listed, lists by length, the rest by text."""
+    if isinstance(value, int | float):
+        return (0, float(value), "")
+    if value is None:
+        return (2, 0.0, "")
+    if isinstance(value, Choice):
+        return (1, float(value.rank), "")
+    return (1, float(len(value)) if isinstance(value, tuple) else 0.0, str(value))

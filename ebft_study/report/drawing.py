@@ -1,0 +1,168 @@
+"""The parts that all figures share: one style per configuration, legends, the base model's line, titles and limits.
+
+A configuration has the same colour in every figure that compares configurations, safe for colour-blind readers. Where
+two settings span a grid, the first chooses the hue and the second the lightness, so that the eye can follow either.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from ebft_study.analysis.settings import sort_key
+from ebft_study.analysis.summary import Configuration, StudySummary, best
+
+INK = "#222222"
+QUIET = "#6b6b6b"
+BASE_COLOR = "#6b6b6b"
+BASE_LABEL = "base model"
+# Hues that stay apart in deuteranopia and protanopia; light to dark within each.
+_RAMPS = (
+    ("#6db1e6", "#2372b8", "#0a3464"),
+    ("#f2a654", "#d2611a", "#843600"),
+    ("#e2aac9", "#c4619a", "#4f1d3a"),
+)
+_SEQUENCE = ("#2372b8", "#d2611a", "#27a39b", "#e2aac9", "#843600", "#6db1e6", "#4f1d3a", "#f2a654")
+_LINES = ("-", (0, (4, 1.5)), (0, (1.5, 1.2)), (0, (7, 1.5, 1.5, 1.5)))
+_MARKERS = ("o", "v", "D")
+_BASELINES = ("#000000", "#555555")
+
+# Metrics compared on the held-out split, with the titles of their panels.
+TITLES = {"ce_loss": "Held-out CE", "cfm_loss": "Held-out CFM"}
+# A value further from the base model than so many times the median one may leave the frame or the colour scale.
+DIVERGENCE = 4.0
+LEGEND_CHARACTERS = 26
+
+RC: dict[str, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.labelsize": 9,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": "#9a9a9a",
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.unicode_minus": True,
+    "grid.color": "#e6e6e6",
+    "grid.linewidth": 0.7,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+    "legend.handlelength": 2.6,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "xtick.labelsize": 8.5,
+    "ytick.labelsize": 8.5,
+    "lines.linewidth": 1.8,
+    "text.color": INK,
+    "svg.fonttype": "path",
+}
+
+
+@dataclass(frozen=True)
+class ReportFigure:
+    """A figure with its file name, title, and a caption that says how to read it."""
+
+    name: str
+    title: str
+    caption: str
+    figure: Figure
+
+
+@dataclass(frozen=True)
+class Style:
+    """How one configuration is drawn."""
+
+    color: str
+    linestyle: Any = "-"
+    marker: str = "o"
+
+
+def configuration_styles(study: StudySummary) -> dict[str, Style]:
+    """Configuration name -> style."""
+    names = [c.name for c in study.on_axes]
+    styles = _grid_styles(study) or dict(zip(names, sequence(len(names)), strict=True))
+    baselines = [c.name for c in study.configurations if c.baseline is not None]
+    for name, color in zip(baselines, itertools.cycle(_BASELINES), strict=False):
+        styles[name] = Style(color, (0, (5, 1.2, 1, 1.2)), "s")
+    return styles
+
+
+def _grid_styles(study: StudySummary) -> dict[str, Style]:
+    """Hue by the first varying setting, lightness by the second; empty where the settings are no small grid."""
+    if len(study.varying) != 2:
+        return {}
+    first, second = study.varying
+    hues, shades = (sorted({c.settings[name] for c in study.on_axes}, key=sort_key) for name in study.varying)
+    if len(hues) > len(_RAMPS) or len(shades) > len(_RAMPS[0]):
+        return {}
+    # With two levels the extremes of a ramp stay furthest apart.
+    levels = {1: (1,), 2: (0, 2), 3: (0, 1, 2)}[len(shades)]
+    styles = {}
+    for c in study.on_axes:
+        hue, shade = hues.index(c.settings[first]), shades.index(c.settings[second])
+        styles[c.name] = Style(_RAMPS[len(hues) - 1 - hue][levels[shade]], marker=_MARKERS[hue])
+    return styles
+
+
+def sequence(number: int) -> list[Style]:
+    """Styles that differ in colour, then in the line."""
+    combinations = itertools.cycle(Style(color, line) for line, color in itertools.product(_LINES, _SEQUENCE))
+    return list(itertools.islice(combinations, number))
+
+
+def add_legend(figure: Figure) -> None:
+    """Put one legend for all panels to the right of them."""
+    entries: dict[str, Artist] = {}
+    for axes in figure.axes:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            entries.setdefault(wrapped(label), handle)
+    figure.legend(entries.values(), entries.keys(), loc="outside right upper")
+
+
+def wrapped(label: str) -> str:
+    return textwrap.fill(label, LEGEND_CHARACTERS)
+
+
+def base_line(axes: Axes, value: float = 0.0) -> None:
+    """Draw a horizontal line at the base model's value."""
+    axes.axhline(value, color=BASE_COLOR, linestyle="--", linewidth=1.2, zorder=1, label=BASE_LABEL)
+
+
+def compared_configurations(study: StudySummary) -> list[tuple[str, Configuration]]:
+    """Labels of SFT and of the best EBFT configuration, each chosen by validation CFM."""
+    chosen = [c for c in (best(study.sft), best(study.ebft)) if c is not None]
+    return [(c.label if c.baseline else f"EBFT {c.label}", c) for c in chosen]
+
+
+def most_relevant(configurations: Sequence[Configuration], limit: int) -> tuple[list[Configuration], str]:
+    """At most `limit` configurations in their order, baselines before others, and a note on those left out."""
+    if len(configurations) <= limit:
+        return list(configurations), ""
+    ranked = sorted(configurations, key=lambda c: (c.baseline is None, math.isnan(c.validation_cfm), c.validation_cfm))
+    drawn = {c.name for c in ranked[:limit]}
+    left_out = len(configurations) - limit
+    note = f" Drawn are the {limit} best by validation CFM, baselines included; {left_out} more are in the table."
+    return [c for c in configurations if c.name in drawn], note
+
+
+def unit_of(metric: str) -> str:
+    return "nats/token" if metric == "ce_loss" else "squared feature norm"
+
+
+def panel_title(study: StudySummary, metric: str) -> str:
+    """The title of a panel of held-out values; CFM says at which completion length."""
+    at = f", {study.length} tokens" if metric == "cfm_loss" and study.length is not None else ""
+    return TITLES[metric] + at
