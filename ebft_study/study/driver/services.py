@@ -70,15 +70,6 @@ class StudyServices:
                 found += ray.get(service.problems.remote(), timeout=_CLOSE_SECONDS)
         return found
 
-    def close(self) -> list[str]:
-        """Have caches written to disk; returns what went wrong with them."""
-        import ray
-
-        for service in self._features.values():
-            with contextlib.suppress(ray.exceptions.RayError):
-                ray.get(service.close.remote(), timeout=_CLOSE_SECONDS)
-        return self.problems()
-
 
 def needs_ray(run: RunConfig) -> bool:
     """Whether a single run has need of other processes."""

@@ -235,7 +235,7 @@ def _tune(
         try:
             tuner.fit()
         finally:
-            for problem in shared.close():
+            for problem in shared.problems():
                 monitor.note("cache", problem)
 
 

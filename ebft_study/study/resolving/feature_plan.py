@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from ebft_study import text
 from ebft_study.config import RunConfig
 from ebft_study.cost import StepShape, step_cost
+from ebft_study.features import NetworkOptions
 from ebft_study.study.spec.study_spec import ResourcesSpec
 from ebft_study.training.memory import shapes
 
@@ -84,7 +84,7 @@ def check_cache(runs: Sequence[RunConfig], plan: FeaturePlan, resources: Resourc
     backends = {run.features.backend: run for run in runs if may_need_a_service(run)}
     asked = backends.get("service") or (backends.get("auto") if plan.backend == "service" else None)
     if asked is not None:
-        from ebft_study.features.service import open_cache
+        from ebft_study.features.cache import open_cache
 
         open_cache(network_options(asked, resources), lambda _problem: None).close()
 
@@ -99,9 +99,7 @@ def shares_generator(run: RunConfig) -> bool:
     return run.lora.lora_rank > 0 and run.features.is_base
 
 
-def network_options(run: RunConfig, resources: ResourcesSpec) -> Any:
-    from ebft_study.features.service import NetworkOptions
-
+def network_options(run: RunConfig, resources: ResourcesSpec) -> NetworkOptions:
     return NetworkOptions.from_config(
         run, device=torch.device(resources.device_of(run)), threads=resources.cpus_per_worker
     )
