@@ -25,15 +25,14 @@ from benchmarks.cluster import empty_cache, local_ray, require
 from benchmarks.rows import Row, judged
 from benchmarks.settings import DEPTHS, Settings
 from benchmarks.shapes import Inputs, model_config, random_inputs, random_model
-from ebft_study.features import FeatureBackend, Features
+from ebft_study.features import FeatureBackend, Features, NetworkOptions
 from ebft_study.features.keys import FeatureSpec
 from ebft_study.features.local import LocalFeatures
 from ebft_study.networks.loading import load_model
 from ebft_study.pretraining.ladder import train_tokenizer
 
 if TYPE_CHECKING:
-    from ebft_study.features.client import ServiceFeatures
-    from ebft_study.features.service import NetworkOptions
+    from ebft_study.features.service import ServiceFeatures
 
 EPOCHS = 2
 TOLERANCE = 1e-6
@@ -172,11 +171,10 @@ def service_side(grid: Grid, folder: Path) -> Side:
     """One network in an actor, asked by one thread per trial; Ray runs."""
     import ray
 
-    from ebft_study.features.client import ServiceFeatures
-    from ebft_study.features.service import NetworkOptions, start_service
+    from ebft_study.features.service import ServiceFeatures, start_service
 
     run = grid.settings.run()
-    options: NetworkOptions = replace(
+    options = replace(
         NetworkOptions.from_config(run, device=torch.device("cpu"), threads=torch.get_num_threads()), name=str(folder)
     )
     # The service lives as long as this handle.

@@ -13,8 +13,7 @@ from ebft_study.algorithm.anchors import Anchors
 from ebft_study.data import Batch
 from ebft_study.features import Features
 from ebft_study.features.cache import MemoryCache, TieredCache
-from ebft_study.features.cached import CachedFeatures
-from ebft_study.features.client import request_of
+from ebft_study.features.embedder import Embedder, FeatureRequest
 from ebft_study.features.keys import FeatureSpec
 from ebft_study.features.local import LocalFeatures
 from ebft_study.rollouts import RolloutBackend
@@ -40,20 +39,20 @@ class TestLocalFeatures(FeatureContract):
 
 
 class InProcess:
-    """What the service does, without a service."""
+    """A backend over an embedder, as the service is, without its actor."""
 
     pooling: Any
     normalize: Any
     fingerprint = "f"
 
-    def __init__(self, cached: CachedFeatures, spec: FeatureSpec) -> None:
-        self.cached, self.spec = cached, spec
-        self.indices, self.pooling, self.normalize = cached.indices(spec), spec.pooling, spec.normalize
+    def __init__(self, embedder: Embedder, spec: FeatureSpec) -> None:
+        self.embedder, self.spec = embedder, spec
+        self.indices, self.pooling, self.normalize = embedder.indices(spec), spec.pooling, spec.normalize
 
     def embed(
         self, batch: Batch, anchors: Anchors, completions: Tensor, *, lengths: Sequence[int] | None = None
     ) -> list[Features]:
-        (reply,) = self.cached.embed([request_of(self.spec, batch, anchors, completions, lengths)])
+        (reply,) = self.embedder.embed([FeatureRequest.from_batch(self.spec, batch, anchors, completions, lengths)])
         return [Features(torch.tensor(phi), torch.tensor(psi)) for phi, psi in zip(reply.phi, reply.psi, strict=True)]
 
     def drain_usage(self) -> dict[str, tuple[float, float]]:
@@ -61,12 +60,12 @@ class InProcess:
 
 
 @pytest.mark.parametrize("capacity", [0, 2**14, 2**24], ids=["no cache", "small cache", "cache"])
-class TestCachedFeatures(FeatureContract):
+class TestEmbedder(FeatureContract):
     @pytest.fixture
     def make(self, capacity: int) -> Make:
-        cached = CachedFeatures(small_model(), TieredCache(MemoryCache(capacity), None), fingerprint="f")
+        embedder = Embedder(small_model(), TieredCache(MemoryCache(capacity), None), fingerprint="f")
 
         def build(pooling: Any = "last_token", normalize: Any = "per_layer") -> InProcess:
-            return InProcess(cached, FeatureSpec(DEPTHS, pooling, normalize))
+            return InProcess(embedder, FeatureSpec(DEPTHS, pooling, normalize))
 
         return build

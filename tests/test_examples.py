@@ -114,7 +114,7 @@ def test_the_kuberay_manifest_runs_our_command_with_the_ray_that_is_pinned() -> 
     assert any(str(arguments["storage"]).startswith(f"{path}/") for path in shared)
     environment = yaml.safe_load(job["spec"]["runtimeEnvYAML"])["env_vars"]
     assert environment["EBFT_STUDY_CACHE"].startswith("/shared/")
-    study_file.load_study(ROOT / Path(*Path(arguments["file"]).parts[2:]), arguments["profile"]).spec
+    study_file.load_study(ROOT / Path(*Path(arguments["file"]).parts[2:]), arguments["profile"])
     assert f"=={job['spec']['rayClusterSpec']['rayVersion']}" in (ROOT / "pyproject.toml").read_text()
 
 

@@ -1,14 +1,19 @@
-"""Feature vectors kept under 32-byte digests of all that they depend on, in memory and on disk.
+"""A cache of feature vectors under 32-byte keys: memory over disk.
 
-Keys decide: what is found under a key was put under it, bit for bit. Every row on disk is checked when it is read, so
-that a wrong hit is impossible and a lost row only costs the time to compute it again. Caches are used by one thread.
-The folder of `DiskCache` may be shared by any number of processes, of one study or several, on a local disk or NFS.
+A vector is found under its key bit for bit or not at all: every row on disk has a checksum, so a wrong hit is
+impossible, and a lost row only costs the time to compute it again. A cache is used by one thread. Any number of
+processes may use one folder, of one study or several.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+import hashlib
+import sqlite3
+import tempfile
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -16,25 +21,33 @@ from typing import Protocol
 import numpy as np
 
 from ebft_study.errors import ConfigError
-from ebft_study.features.shards import KEY_BYTES, ShardFolder
+from ebft_study.features import NetworkOptions
+from ebft_study.features.keys import KEY_BYTES
+from ebft_study.paths import cache_folder
 
 ENTRY_OVERHEAD = 320
 """Bytes of memory per row beyond its content: two bytes objects, the entry of an OrderedDict, and the allocator's loss.
 
 An upper bound: tracemalloc shows 170 to 300 for 1,000 to 350,000 rows of 1 to 4608 numbers, old rows evicted or not.
 """
-_FILES_AT_LEAST = 8  # that fit on disk, so that deleting one loses a small part of what is kept
+_LOCK_SECONDS = 30.0  # a transaction of another process takes less than a second
+_CHECKSUM_BYTES = 8
+_ERRORS = (sqlite3.Error, UnicodeDecodeError)  # the latter from names and messages in a damaged file
+_SCHEMA = (
+    "CREATE TABLE IF NOT EXISTS rows (key BLOB UNIQUE, used REAL, content BLOB)",
+    "CREATE INDEX IF NOT EXISTS rows_used ON rows (used)",
+)
 
 
 class Cache(Protocol):
-    """What was put may be found again, bit for bit, until newer rows need its room."""
+    """Finds what was put, bit for bit, until newer rows need its room."""
 
     def get(self, keys: Sequence[bytes]) -> dict[bytes, np.ndarray]:
-        """The rows that are there, float32 of shape [d]. They are read-only for good."""
+        """Return the rows in the cache: read-only, float32 of shape [d]."""
         ...
 
     def put(self, rows: Mapping[bytes, np.ndarray]) -> None:
-        """Keep copies of the rows; a key that is there already is left as it is.
+        """Store copies of the rows; a key that the cache has is left as it is.
 
         Raises:
             ValueError: a key is not 32 bytes long, or a row is not float32 of shape [d], d > 0.
@@ -43,155 +56,184 @@ class Cache(Protocol):
 
     @property
     def used_bytes(self) -> int:
-        """What counts towards the capacity."""
-        ...
-
-    def flush(self) -> None:
-        """Let other processes find what was put, where they can."""
-        ...
-
-    def close(self) -> None:
-        """Flush and free the memory. The cache is not used afterwards; closing again does nothing."""
+        """Bytes that count towards the capacity."""
         ...
 
 
 class MemoryCache:
-    """The rows used last, up to `capacity_bytes` of content and overhead; a row that alone is larger is not kept."""
+    """Keeps the most recently used rows, up to `capacity_bytes` of content and overhead."""
 
     def __init__(self, capacity_bytes: int) -> None:
-        self._capacity, self._used = capacity_bytes, 0
+        self.used_bytes = 0
+        self._capacity = capacity_bytes
         self._rows: OrderedDict[bytes, bytes] = OrderedDict()
 
     def get(self, keys: Sequence[bytes]) -> dict[bytes, np.ndarray]:
-        """See `Cache.get`. A row found is the one used last."""
-        found = {}
-        for key in keys:
-            content = self._rows.get(key)
-            if content is not None:
-                self._rows.move_to_end(key)
-                found[key] = _as_row(content)
-        return found
+        """See `Cache.get`. A hit makes a row the most recently used one."""
+        hits = [key for key in keys if key in self._rows]
+        for key in hits:
+            self._rows.move_to_end(key)
+        return {key: _as_row(self._rows[key]) for key in hits}
 
     def put(self, rows: Mapping[bytes, np.ndarray]) -> None:
-        """See `Cache.put`."""
+        """See `Cache.put`. A row that alone exceeds the capacity is not stored."""
         for key, row in rows.items():
             content = _row_content(key, row)
             if key in self._rows:
                 self._rows.move_to_end(key)
             elif len(content) + ENTRY_OVERHEAD <= self._capacity:
                 self._rows[key] = content
-                self._used += len(content) + ENTRY_OVERHEAD
-                self._evict()
-
-    @property
-    def used_bytes(self) -> int:
-        """Bytes of the rows' content and overhead."""
-        return self._used
-
-    def flush(self) -> None:
-        """Nothing to do: no other process can find the rows."""
-
-    def close(self) -> None:
-        """See `Cache.close`."""
-        self._rows.clear()
-        self._used = 0
-
-    def _evict(self) -> None:
-        while self._used > self._capacity:
+                self.used_bytes += len(content) + ENTRY_OVERHEAD
+        while self.used_bytes > self._capacity:
             _, content = self._rows.popitem(last=False)
-            self._used -= len(content) + ENTRY_OVERHEAD
+            self.used_bytes -= len(content) + ENTRY_OVERHEAD
 
 
 class DiskCache:
-    """Rows in immutable files of one folder; the files used last are kept, up to `capacity_bytes`.
+    """Keeps the most recently used rows in one SQLite file, up to `capacity_bytes` of file.
 
-    Rows are collected in memory and written as one file (`shards.py`) at a time: when `shard_bytes` have come together,
-    but never more than an eighth of the capacity, and at every flush. Few large files serve better than many small
-    ones, so flush seldom. The index takes some 200 bytes of memory per row on disk.
+    Each call opens the file, so a file that another process deletes is noticed by the next call. SQLite's rollback
+    journal makes a transaction atomic for other processes and when its writer is killed. Nothing is synced to disk:
+    what a power cut damages is found by SQLite or by a checksum.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        capacity_bytes: int,
-        *,
-        shard_bytes: int = 8 * 2**20,
-        on_problem: Callable[[str], None],
-    ) -> None:
+    def __init__(self, folder: Path, capacity_bytes: int, *, on_problem: Callable[[str], None]) -> None:
         """
         Args:
-            on_problem: told in one line of every damaged file, and once when nothing more can be written.
+            on_problem: receives one line for every damage, and one when the disk can no longer be read or written.
 
         Raises:
-            ConfigError: the folder cannot be made, written or listed.
+            ConfigError: the folder cannot be made or written.
         """
-        self._folder, self._on_problem = Path(folder), on_problem
-        self._shard_bytes = min(shard_bytes, capacity_bytes // _FILES_AT_LEAST)
-        self._buffer: dict[bytes, bytes] = {}
-        self._buffered, self._writing = 0, True
+        self._path = Path(folder) / "features.sqlite"
+        self._capacity, self._on_problem = capacity_bytes, on_problem
+        self._readable = self._writable = True
         try:
-            self._files = ShardFolder(self._folder, capacity_bytes, on_problem)
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
             raise ConfigError(
-                f"{self._folder}: feature cache cannot be written ({error.strerror}). Set EBFT_STUDY_CACHE to a folder "
+                f"{folder}: feature cache cannot be written ({error.strerror}). Set EBFT_STUDY_CACHE to a folder "
                 "that can be written, or features.cache_disk_gib=0 to keep features in memory only"
             ) from None
+        # The capacity may have been lowered since the last study.
+        if self.used_bytes > capacity_bytes:
+            self._write({})
 
     def get(self, keys: Sequence[bytes]) -> dict[bytes, np.ndarray]:
-        """See `Cache.get`. A row that is damaged is not found, and its file is deleted."""
-        found = {key: self._buffer[key] for key in keys if key in self._buffer}
-        found.update(self._files.find(key for key in keys if key not in found))
-        missing = [key for key in keys if key not in found]
-        if missing and self._files.list_if_due():
-            found.update(self._files.find(missing))
-        return {key: _as_row(content) for key, content in found.items()}
+        """See `Cache.get`. A damaged row is a miss, and is deleted."""
+        if not (keys and self.used_bytes and self._readable):
+            return {}
+        stored: dict[bytes, bytes] = {}
+        try:
+            with self._transaction("BEGIN") as database:
+                for key in keys:
+                    for (content,) in database.execute("SELECT content FROM rows WHERE key = ?", (key,)):
+                        stored[key] = content
+        except _ERRORS as error:
+            if not self._delete_if_damaged(error):
+                self._readable = False
+                self._on_problem(f"{self._path}: cannot be read ({error}); its features are computed again")
+            return {}
+        damaged = [(key,) for key, content in stored.items() if not _is_intact(key, content)]
+        if damaged:
+            self._on_problem(f"{self._path}: {len(damaged)} damaged rows; they are deleted and computed again")
+            self._change("DELETE FROM rows WHERE key = ?", damaged)
+        hits = {key: _as_row(stored[key][_CHECKSUM_BYTES:]) for key in stored.keys() - {key for (key,) in damaged}}
+        self._change("UPDATE rows SET used = ? WHERE key = ?", [(time.time(), key) for key in hits])
+        return hits
 
     def put(self, rows: Mapping[bytes, np.ndarray]) -> None:
-        """See `Cache.put`. Once a write has failed, nothing more is kept, and `on_problem` has been told why."""
-        for key, row in rows.items():
-            content = _row_content(key, row)
-            if self._writing and key not in self._buffer and key not in self._files:
-                self._buffer[key] = content
-                self._buffered += len(content)
-                if self._buffered >= self._shard_bytes:
-                    self.flush()
+        """See `Cache.put`. A row of more than half the capacity is not stored; after a failed write none is."""
+        contents = {key: _row_content(key, row) for key, row in rows.items()}
+        fitting = {key: content for key, content in contents.items() if 2 * len(content) <= self._capacity}
+        if fitting and self._writable:
+            self._write(fitting)
 
     @property
     def used_bytes(self) -> int:
-        """Bytes of the files in the folder, as far as this process knows of them."""
-        return self._files.used_bytes
-
-    def flush(self) -> None:
-        """Write the rows that are still collected in memory, as one file per length of row."""
-        rows, self._buffer, self._buffered = self._buffer, {}, 0
-        if rows:
-            self._files.list_if_due()
-        by_length: defaultdict[int, dict[bytes, bytes]] = defaultdict(dict)
-        for key, content in rows.items():
-            if key not in self._files:  # another process may have written it meanwhile
-                by_length[len(content)][key] = content
+        """Bytes of the file."""
         try:
-            for group in by_length.values():
-                self._files.write(group)
-        except OSError as error:
-            self._stop_writing(error)
+            return self._path.stat().st_size
+        except OSError:
+            return 0
 
-    def close(self) -> None:
-        """See `Cache.close`. No file is open between calls."""
-        self.flush()
-        self._files.clear()
+    def _write(self, contents: Mapping[bytes, bytes]) -> None:
+        now = time.time()
+        entries = [(key, now, _checksum(key, content) + content) for key, content in contents.items()]
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._transaction("BEGIN IMMEDIATE") as database:
+                self._evict(database, sum(len(content) for *_, content in entries))
+                database.executemany("INSERT OR IGNORE INTO rows VALUES (?, ?, ?)", entries)
+                self._evict(database, 0)
+        except (OSError, *_ERRORS) as error:
+            if not self._delete_if_damaged(error):
+                self._writable = False
+                self._on_problem(
+                    f"{self._path.parent}: feature cache cannot be written ({error}); no more features are kept on "
+                    "disk. Free space or set EBFT_STUDY_CACHE to another folder; results are not affected, only time"
+                )
 
-    def _stop_writing(self, error: OSError) -> None:
-        self._writing = False
-        self._on_problem(
-            f"{self._folder}: feature cache cannot be written ({error.strerror}); no more features are kept on disk. "
-            "Free space or set EBFT_STUDY_CACHE to another folder; results are not affected, only time"
-        )
+    def _change(self, statement: str, parameters: list[tuple[object, ...]]) -> None:
+        """Change rows. Where that fails, rows are evicted too early, or damage is found again."""
+        with contextlib.suppress(*_ERRORS), self._transaction("BEGIN IMMEDIATE") as database:
+            database.executemany(statement, parameters)
+
+    @contextlib.contextmanager
+    def _transaction(self, begin: str) -> Iterator[sqlite3.Connection]:
+        """Open the file for one transaction; closing it rolls back what an error interrupts."""
+        connection = sqlite3.connect(self._path, timeout=_LOCK_SECONDS, isolation_level=None)
+        with contextlib.closing(connection) as database:
+            database.execute("PRAGMA synchronous = OFF")
+            if not self.used_bytes:
+                # Of an existing file, the second one would be written anew every time.
+                database.execute("PRAGMA page_size = 2048")
+                database.execute("PRAGMA auto_vacuum = INCREMENTAL")
+            database.execute(begin)
+            for statement in _SCHEMA:
+                database.execute(statement)
+            yield database
+            database.execute("COMMIT")
+
+    def _evict(self, database: sqlite3.Connection, n_bytes: int) -> None:
+        """Delete the least recently used rows until `n_bytes` more fit, and shorten a file over the capacity."""
+
+        def pragma(name: str) -> int:
+            return int(database.execute(f"PRAGMA {name}").fetchone()[0])
+
+        page_bytes, doomed = pragma("page_size"), [(0,)]
+        # Rows share pages, so deleting their bytes may free fewer.
+        while doomed:
+            excess = (pragma("page_count") - pragma("freelist_count")) * page_bytes + n_bytes - self._capacity
+            doomed = []
+            for rowid, size in database.execute("SELECT rowid, length(content) FROM rows ORDER BY used, rowid"):
+                if excess <= 0:
+                    break
+                doomed.append((rowid,))
+                excess -= size
+            database.executemany("DELETE FROM rows WHERE rowid = ?", doomed)
+        excess_pages = pragma("page_count") - self._capacity // page_bytes
+        for _ in range(excess_pages):
+            # A larger argument would not help: the sqlite3 module runs the first page's step only.
+            database.execute("PRAGMA incremental_vacuum(1)")
+
+    def _delete_if_damaged(self, error: Exception) -> bool:
+        """Delete a file that SQLite cannot make sense of; False where the error has another cause."""
+        schema_is_wrong = getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_ERROR
+        if isinstance(error, OSError | sqlite3.OperationalError) and not schema_is_wrong:
+            return False
+        with contextlib.suppress(OSError):
+            # A journal must never meet another file than its own.
+            self._path.with_name(f"{self._path.name}-journal").unlink(missing_ok=True)
+            self._path.unlink(missing_ok=True)
+        self._on_problem(f"{self._path}: damaged ({error}); it is deleted, and its features are computed again")
+        return True
 
 
 @dataclass(frozen=True)
 class Hits:
-    """Where distinct keys were found."""
+    """Numbers of distinct keys by where they were found."""
 
     memory: int
     disk: int
@@ -199,7 +241,7 @@ class Hits:
 
 
 class TieredCache:
-    """Memory over disk: rows found on disk move up, rows put go to both. Without a disk it is the memory alone."""
+    """Memory over disk: a hit on disk moves up, `put` writes to both. Without a disk it is the memory alone."""
 
     def __init__(self, memory: Cache, disk: Cache | None) -> None:
         self._memory, self._disk = memory, disk
@@ -209,41 +251,41 @@ class TieredCache:
         return self.get_with_tiers(keys)[0]
 
     def get_with_tiers(self, keys: Sequence[bytes]) -> tuple[dict[bytes, np.ndarray], Hits]:
-        """See `Cache.get`; also where the rows were found."""
+        """See `Cache.get`; also counts the hits of each tier."""
         distinct = list(dict.fromkeys(keys))
-        found = self._memory.get(distinct)
-        missing = [key for key in distinct if key not in found]
-        below = self._disk.get(missing) if self._disk is not None and missing else {}
-        self._memory.put(below)
-        hits = Hits(memory=len(found), disk=len(below), missed=len(missing) - len(below))
-        return found | below, hits
+        in_memory = self._memory.get(distinct)
+        missing = [key for key in distinct if key not in in_memory]
+        on_disk = self._disk.get(missing) if self._disk is not None else {}
+        self._memory.put(on_disk)
+        hits = Hits(memory=len(in_memory), disk=len(on_disk), missed=len(missing) - len(on_disk))
+        return in_memory | on_disk, hits
 
     def put(self, rows: Mapping[bytes, np.ndarray], *, on_disk: bool = True) -> None:
-        """See `Cache.put`; `on_disk`: they are worth a place there, too."""
-        for tier in self._tiers() if on_disk else [self._memory]:
-            tier.put(rows)
+        """See `Cache.put`; `on_disk`: they are worth keeping there, too."""
+        self._memory.put(rows)
+        if self._disk is not None and on_disk:
+            self._disk.put(rows)
 
     @property
     def used_bytes(self) -> int:
         """Bytes of memory and disk together."""
-        return sum(tier.used_bytes for tier in self._tiers())
+        return self._memory.used_bytes + (self._disk.used_bytes if self._disk is not None else 0)
 
-    def flush(self) -> None:
-        """See `Cache.flush`."""
-        for tier in self._tiers():
-            tier.flush()
 
-    def close(self) -> None:
-        """See `Cache.close`."""
-        for tier in self._tiers():
-            tier.close()
+def open_cache(options: NetworkOptions, on_problem: Callable[[str], None]) -> TieredCache:
+    """Open the cache of a feature service; see `DiskCache` for `on_problem`.
 
-    def _tiers(self) -> list[Cache]:
-        return [self._memory] if self._disk is None else [self._memory, self._disk]
+    Raises:
+        ConfigError: the cache folder cannot be written.
+    """
+    disk: Cache | None = None
+    if options.disk_bytes:
+        disk = DiskCache(cache_folder() / "features", options.disk_bytes, on_problem=on_problem)
+    return TieredCache(MemoryCache(options.memory_bytes), disk)
 
 
 def _row_content(key: bytes, row: np.ndarray) -> bytes:
-    """A copy of the row's bytes; ValueError unless the key has 32 bytes and the row is float32, of shape [d], d > 0."""
+    """Copy the row's bytes; ValueError unless the key has 32 bytes and the row is float32 of shape [d], d > 0."""
     if len(key) != KEY_BYTES:
         raise ValueError(f"a key has {KEY_BYTES} bytes, but got {len(key)}")
     if row.dtype != np.float32 or row.ndim != 1 or not row.size:
@@ -252,5 +294,14 @@ def _row_content(key: bytes, row: np.ndarray) -> bytes:
 
 
 def _as_row(content: bytes) -> np.ndarray:
-    """The row with these bytes. It cannot be made writable, because bytes cannot."""
+    """Return the row with these bytes, read-only as bytes are."""
     return np.frombuffer(content, np.float32)
+
+
+def _checksum(key: bytes, content: bytes) -> bytes:
+    return hashlib.blake2b(key + content, digest_size=_CHECKSUM_BYTES).digest()
+
+
+def _is_intact(key: bytes, stored: object) -> bool:
+    """Whether the stored checksum and content belong to the key; damage may change even the type."""
+    return isinstance(stored, bytes) and stored[:_CHECKSUM_BYTES] == _checksum(key, stored[_CHECKSUM_BYTES:])

@@ -1,4 +1,4 @@
-"""Digests that name a feature by everything that it depends on."""
+"""Keys of features: digests of everything that a feature depends on."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ import numpy as np
 from ebft_study.algorithm.features import Normalization, Pooling
 
 KEY_BYTES = 32
-_VERSION = 1  # of how features are computed; another one shares no features with older ones
+_VERSION = 1  # of the way features are computed; raise it when that changes
 
 
 @dataclass(frozen=True)
 class FeatureSpec:
-    """Which features of a network, as plain values."""
+    """The features to take from a network, as plain values."""
 
     depths: tuple[float, ...]
     pooling: Pooling
     normalize: Normalization
 
     def root(self, *, indices: Sequence[int], fingerprint: str, dtype: str, device: str, torch_version: str) -> bytes:
-        """What the keys of one network's features begin with; `indices` are the layers that the depths stand for.
+        """Return the common start of the keys of one network's features; `indices` are the layers at the depths.
 
-        Types, devices and versions of torch round differently, so they share nothing.
+        Types, devices and versions of torch round differently, so they share no features.
         """
         parts = {
             "version": _VERSION,
@@ -43,22 +43,22 @@ class FeatureSpec:
 
 @dataclass(frozen=True)
 class Keys:
-    """Keys of one sequence at one length: of the truth [B] and of the samples [B][n]; None where not valid."""
+    """Keys of one sequence at one length: ground truth [B] and samples [B][n]; None where the anchor is not valid."""
 
     truth: list[bytes | None]
     samples: list[list[bytes] | None]
 
     def sample(self, b: int, j: int) -> bytes:
-        """The key of sample j at the valid anchor b."""
-        own = self.samples[b]
-        assert own is not None
-        return own[j]
+        """Return the key of sample j at the valid anchor b."""
+        of_anchor = self.samples[b]
+        assert of_anchor is not None
+        return of_anchor[j]
 
-    def every_truth(self) -> list[bytes]:
+    def all_truths(self) -> list[bytes]:
         return [key for key in self.truth if key is not None]
 
-    def every_sample(self) -> list[bytes]:
-        return [key for own in self.samples if own is not None for key in own]
+    def all_samples(self) -> list[bytes]:
+        return [key for of_anchor in self.samples for key in of_anchor or ()]
 
 
 def sequence_keys(
@@ -69,10 +69,10 @@ def sequence_keys(
     *,
     length: int,
 ) -> Keys:
-    """Keys of the first `length` tokens of one sequence's completions.
+    """Compute the keys of the first `length` tokens of one sequence's completions.
 
-    A key is a digest of (root, length, context tokens, completion tokens): with the length given, the bytes say where
-    the context ends, so two different pairs never have the same ones. Nested contexts are read once.
+    A key is a digest of (root, length, context tokens, completion tokens): with the length given, the bytes tell where
+    the context ends, so two different pairs never have the same bytes. Nested contexts are read once.
 
     Args:
         root: see `FeatureSpec.root`.
@@ -80,34 +80,34 @@ def sequence_keys(
         contexts: start and end of each anchor's context; equal where the anchor is not valid.
         completions: [B, n, G] int64.
     """
-    begun = _digest(root + length.to_bytes(8, "little"))
-    found = Keys([], [])
-    content = np.ascontiguousarray(tokens, dtype=np.int64)
-    drawn = np.ascontiguousarray(completions[..., :length], dtype=np.int64)
-    for (state, end), own in zip(_contexts(begun, content, contexts), drawn, strict=True):
-        if state is None:
-            found.truth.append(None)
-            found.samples.append(None)
+    start = _digest(root + length.to_bytes(8, "little"))
+    keys = Keys([], [])
+    tokens = np.ascontiguousarray(tokens, dtype=np.int64)
+    completions = np.ascontiguousarray(completions[..., :length], dtype=np.int64)
+    for (context, end), samples in zip(_context_digests(start, tokens, contexts), completions, strict=True):
+        if context is None:
+            keys.truth.append(None)
+            keys.samples.append(None)
             continue
-        found.truth.append(_key(state, content[end : end + length]))
-        found.samples.append([_key(state, completion) for completion in own])
-    return found
+        keys.truth.append(_key(context, tokens[end : end + length]))
+        keys.samples.append([_key(context, completion) for completion in samples])
+    return keys
 
 
-def _contexts(
-    begun: hashlib.blake2b, content: np.ndarray, contexts: Sequence[Sequence[int]]
+def _context_digests(
+    root: hashlib.blake2b, tokens: np.ndarray, contexts: Sequence[Sequence[int]]
 ) -> Iterator[tuple[hashlib.blake2b | None, int]]:
-    """The digest after each context, and its end; a context that continues the one before is not read again."""
-    state, at = None, (-1, -1)
+    """Yield the digest after each context, and its end; a context that extends the one before continues its digest."""
+    digest, (digest_start, digest_end) = root, (-1, -1)
     for start, end in contexts:
         if start == end:
             yield None, end
             continue
-        if state is None or start != at[0] or end < at[1]:
-            state, at = begun.copy(), (start, start)
-        state.update(content[at[1] : end].tobytes())
-        at = (start, end)
-        yield state, end
+        if start != digest_start or end < digest_end:
+            digest, digest_end = root.copy(), start
+        digest.update(tokens[digest_end:end].tobytes())
+        digest_start, digest_end = start, end
+        yield digest, end
 
 
 def _key(context: hashlib.blake2b, completion: np.ndarray) -> bytes:

@@ -1,4 +1,4 @@
-"""The feature network in the training process."""
+"""The feature network in the training process: loading it, and embedding with it."""
 
 from __future__ import annotations
 
@@ -17,17 +17,20 @@ from ebft_study.algorithm.anchors import (
     gather_rows,
 )
 from ebft_study.algorithm.features import Normalization, Pooling, feature_map, layer_indices
+from ebft_study.config import RunConfig
 from ebft_study.data import Batch
+from ebft_study.errors import ModelError
 from ebft_study.features import Features
 from ebft_study.networks.blocks import Backend, Blocks, Prefix, captured_layers, mlp_only_at, run_blocks, run_prefix
+from ebft_study.networks.loading import LoadedModel, frozen_copy, load_model
 from ebft_study.networks.lora import base_weights
 
-TOKENS_AT_ONCE = {"cpu": 2**10, "cuda": 2**17}
-"""Completion tokens per pass; more are embedded one part after another, with the same result."""
+TOKENS_PER_PASS = {"cpu": 2**10, "cuda": 2**17}
+"""Completion tokens per pass; more are embedded in several passes, with the same result."""
 
 
 class LocalFeatures:
-    """A frozen network, run up to the deepest layer asked for: no logits, nothing embedded twice."""
+    """A frozen network, run up to the deepest requested layer: no logits, nothing embedded twice."""
 
     def __init__(
         self,
@@ -42,8 +45,8 @@ class LocalFeatures:
     ):
         """
         Args:
-            network: taken over (frozen, put in evaluation mode, and shortened in place), unless it is `shared`.
-            shared: the network is the generator, which has adapters; features are those of its own weights.
+            network: frozen, put in evaluation mode and shortened in place, unless it is `shared`.
+            shared: the network is the generator, which has adapters; features are those of its base weights.
             fingerprint: identifies the network's weights.
         """
         self.network, self.pooling, self.normalize, self.backend = network, pooling, normalize, backend
@@ -67,24 +70,24 @@ class LocalFeatures:
         lengths = lengths or [G]
         with self._running(), captured_layers(self.network, self.indices) as captured:
             prefix, layers = self._prefix(batch, captured)
-            at = completion_positions(anchors, G, batch.tokens.shape[1])
-            psi = self._map([gather_rows(states, at) for states in layers], lengths)
+            positions = completion_positions(anchors, G, batch.tokens.shape[1])
+            psi = self._map([gather_rows(states, positions) for states in layers], lengths)
             contexts = contexts_of(batch.document_ids, anchors)
             chosen, inverse = distinct_completions(completions, anchors.valid)
-            concurrency = max(1, TOKENS_AT_ONCE[completions.device.type] // (len(completions) * G))
+            per_pass = max(1, TOKENS_PER_PASS[completions.device.type] // (len(completions) * G))
             parts = [
                 self._samples(captured, prefix, contexts, completions, part, lengths)
-                for part in chosen.split(concurrency, dim=1)
+                for part in chosen.split(per_pass, dim=1)
             ]
         phi = [gather_rows(torch.cat(distinct, dim=1), inverse) for distinct in zip(*parts, strict=True)]
         return [Features(*pair) for pair in zip(phi, psi, strict=True)]
 
-    def forget(self) -> None:
-        """Free the sequences that were run last."""
+    def free_prefix(self) -> None:
+        """Free the keys and values of the batch that was run last."""
         self._last = None
 
     def drain_usage(self) -> dict[str, tuple[float, float]]:
-        """Nothing is measured that the phases of a step do not show."""
+        """Return nothing: the phases of a step show the cost."""
         return {}
 
     def _shorten(self) -> None:
@@ -94,7 +97,7 @@ class LocalFeatures:
 
     @contextmanager
     def _running(self) -> Iterator[None]:
-        """A shared network is the feature network inside, and the generator again afterwards."""
+        """Turn a shared network into the feature network inside the context, and back into the generator after it."""
         if not self.shared:
             yield
             return
@@ -108,7 +111,7 @@ class LocalFeatures:
                 body.layers, body.norm = layers, norm
 
     def _prefix(self, batch: Batch, captured: dict[int, Tensor]) -> tuple[Prefix, list[Tensor]]:
-        """The batch's sequences and their chosen layers; kept for the next call, which may ask for other anchors."""
+        """Run the batch's sequences; the last batch's are reused, because its next call may have other anchors."""
         if self._last is None or self._last[0] is not batch:
             self._last = None
             prefix = run_prefix(self.network, batch.tokens, batch.document_ids)
@@ -124,16 +127,16 @@ class LocalFeatures:
         part: Tensor,
         lengths: Sequence[int],
     ) -> list[Tensor]:
-        """phi [S, M', d] at every length, of the completions with the numbers `part` [S, M']."""
+        """Return phi [S, M', d] at every length, of the completions with the indices `part` [S, M']."""
         blocks = Blocks(Contexts(*(bound.gather(1, part // completions.shape[2]) for bound in contexts)))
         tokens = gather_rows(completions.flatten(1, 2), part)
-        with self._only_what_is_read(part.shape[1], completions.shape[3], lengths):
+        with self._last_tokens_only(part.shape[1], completions.shape[3], lengths):
             states = run_blocks(self.network, prefix, blocks, tokens, backend=self.backend)
         layers = self._layers(captured, states.flatten(1, 2))
         return self._map([layer.unflatten(1, tokens.shape[1:]) for layer in layers], lengths)
 
-    def _only_what_is_read(self, n_blocks: int, G: int, lengths: Sequence[int]) -> AbstractContextManager[None]:
-        """Of the deepest layer, `last_token` reads one token per block and length."""
+    def _last_tokens_only(self, n_blocks: int, G: int, lengths: Sequence[int]) -> AbstractContextManager[None]:
+        """Restrict the deepest layer's MLP to the tokens that `last_token` reads, one per block and length."""
         if self.pooling != "last_token":
             return nullcontext()
         device = next(self.network.parameters()).device
@@ -150,3 +153,42 @@ class LocalFeatures:
             feature_map([h[..., :length, :] for h in layers], pooling=self.pooling, normalize=self.normalize)
             for length in lengths
         ]
+
+
+def load_feature_network(config: RunConfig, base: LoadedModel) -> LocalFeatures:
+    """Load the frozen feature network of a run; `base` is the generator before any training, a warm start included.
+
+    Raises:
+        ModelError: its vocabulary is not the generator's, so token ids mean other things to it.
+    """
+    features = config.features
+    shared = features.is_base and config.lora.lora_rank > 0
+    network, fingerprint = base.model, base.fingerprint
+    if not features.is_base:
+        name, revision = config.feature_model
+        other = load_model(
+            name,
+            revision=revision,
+            random_weights=features.random_weights,
+            device=next(base.model.parameters()).device,
+            dtype=getattr(torch, config.training.precision),
+            attention=config.training.attention,
+        )
+        if other.tokenizer.get_vocab() != base.tokenizer.get_vocab():
+            raise ModelError(
+                f"features.feature_network={other.name!r}: its vocabulary ({len(other.tokenizer)} tokens) differs from "
+                f"that of model {base.name!r} ({len(base.tokenizer)} tokens). Use a network with the same tokenizer, "
+                "such as one of its family"
+            )
+        network, fingerprint = other.model, other.fingerprint
+    elif not shared:
+        network = frozen_copy(config, base)
+    return LocalFeatures(
+        network,
+        depths=features.depths,
+        pooling=features.pooling,
+        normalize=features.normalize,
+        backend=config.training.attention,
+        shared=shared,
+        fingerprint=fingerprint,
+    )

@@ -50,12 +50,12 @@ class Services:
     def features(self, config: RunConfig, base: LoadedModel) -> FeatureBackend:
         """Where training and evaluation embed."""
         if config.features.backend != "service":
-            from ebft_study.features.loading import load_feature_network
+            from ebft_study.features.local import load_feature_network
 
             return load_feature_network(config, base)
-        from ebft_study.features.client import ServiceFeatures
+        from ebft_study.features import NetworkOptions
         from ebft_study.features.keys import FeatureSpec
-        from ebft_study.features.service import NetworkOptions
+        from ebft_study.features.service import ServiceFeatures
 
         device = next(base.model.parameters()).device
         spec = FeatureSpec(config.features.depths, config.features.pooling, config.features.normalize)

@@ -13,7 +13,7 @@ from ebft_study.data import TextDataset, TokenDataset, load_text, tokenize
 from ebft_study.errors import ConfigError, DataError, ModelError
 from ebft_study.evaluation import Evaluator
 from ebft_study.features import FeatureBackend
-from ebft_study.features.loading import load_feature_network
+from ebft_study.features.local import load_feature_network
 from ebft_study.methods import Method
 from ebft_study.methods.build import build_method
 from ebft_study.methods.sft import Sft

@@ -45,52 +45,39 @@ class CacheContract:
     def cache(self, make: Callable[[int], Cache]) -> Cache:
         return make(2**20)
 
-    @pytest.mark.parametrize("flushed", [False, True])
-    def test_what_was_put_is_found_bit_for_bit(self, cache: Cache, flushed: bool) -> None:
+    def test_what_was_put_is_found_bit_for_bit(self, cache: Cache) -> None:
         expected = {**rows(*range(50)), key(50): SPECIAL}
         cache.put(expected)
-        if flushed:
-            cache.flush()
         assert same(cache.get(list(expected)), expected)
 
-    @pytest.mark.parametrize("flushed", [False, True])
-    def test_unknown_keys_are_absent(self, cache: Cache, flushed: bool) -> None:
+    def test_unknown_keys_are_absent(self, cache: Cache) -> None:
         assert cache.get([key(1)]) == {}
         cache.put(rows(1, 2))
-        if flushed:
-            cache.flush()
         assert same(cache.get([key(3), key(1), key(1), key(4)]), rows(1))
 
     def test_every_key_has_its_own_row(self, cache: Cache) -> None:
         for start in range(0, 600, 60):
             cache.put(rows(*range(start, start + 60)))
-            cache.flush()
         order = np.random.default_rng(0).permutation(600)
         assert same(cache.get([key(i) for i in order]), rows(*range(600)))
 
     def test_put_twice_is_put_once(self, cache: Cache) -> None:
         cache.put(rows(1, 2))
-        cache.flush()
         used = cache.used_bytes
         for _ in range(3):
             cache.put(rows(2, 1))
-            cache.flush()
         assert cache.used_bytes == used > 0
         assert same(cache.get([key(1), key(2)]), rows(1, 2))
 
     def test_rows_may_differ_in_length(self, cache: Cache) -> None:
         expected = rows(1, 2, d=1) | rows(3, d=384) | rows(4, 5, d=7) | rows(6, d=384)
         cache.put(expected)
-        cache.flush()
         assert same(cache.get(list(expected)), expected)
 
-    @pytest.mark.parametrize("flushed", [False, True])
-    def test_nothing_done_to_arrays_outside_reaches_the_cache(self, cache: Cache, flushed: bool) -> None:
+    def test_nothing_done_to_arrays_outside_reaches_the_cache(self, cache: Cache) -> None:
         given = row(1)
         cache.put({key(1): given})
         given[:] = 0
-        if flushed:
-            cache.flush()
         for _ in range(2):
             found = cache.get([key(1)])[key(1)]
             with pytest.raises(ValueError):
@@ -102,7 +89,6 @@ class CacheContract:
     def test_a_view_of_a_larger_array_is_put_as_its_own_numbers(self, cache: Cache) -> None:
         table = np.arange(60, dtype=np.float32).reshape(6, 10)
         cache.put({key(1): table[:, 3]})
-        cache.flush()
         assert cache.get([key(1)])[key(1)].tolist() == [3, 13, 23, 33, 43, 53]
 
     def test_bytes_stay_bounded_and_the_newest_rows_stay(self, make: Callable[[int], Cache]) -> None:
@@ -112,7 +98,6 @@ class CacheContract:
         for i in range(n):
             cache.put(rows(i, d=d))
             assert cache.used_bytes <= capacity
-        cache.flush()
         assert capacity // 4 < cache.used_bytes <= capacity
         newest = rows(*range(n - 50, n), d=d)
         assert same(cache.get(list(newest)), newest)
@@ -123,19 +108,16 @@ class CacheContract:
         cache.put(rows(1))
         cache.put(rows(2, d=8_000))
         cache.put(rows(3))
-        cache.flush()
         assert same(cache.get([key(i) for i in (1, 2, 3)]), rows(1, 3))
 
     def test_no_capacity_keeps_nothing(self, make: Callable[[int], Cache]) -> None:
         cache = make(0)
         cache.put(rows(1, 2))
-        cache.flush()
         assert cache.get([key(1), key(2)]) == {}
         assert cache.used_bytes == 0
 
     def test_nothing_asked_or_put_is_nothing_done(self, cache: Cache) -> None:
         cache.put({})
-        cache.flush()
         assert cache.get([]) == {}
         assert cache.used_bytes == 0
         cache.put(rows(1))
@@ -154,10 +136,4 @@ class CacheContract:
     def test_what_is_no_key_or_no_row_is_refused(self, cache: Cache, wrong_key: bytes, wrong_row: np.ndarray) -> None:
         with pytest.raises(ValueError, match="but got"):
             cache.put({wrong_key: wrong_row})
-        cache.flush()
         assert cache.used_bytes == 0
-
-    def test_closing_twice_is_closing_once(self, cache: Cache) -> None:
-        cache.put(rows(1))
-        cache.close()
-        cache.close()

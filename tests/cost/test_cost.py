@@ -63,7 +63,7 @@ def limits_of_the_implementation(device_type: str) -> Limits:
     return Limits(
         logits_at_once=blocks.logits_at_once(device),
         scores_at_once=blocks._scores_at_once(device),
-        feature_tokens_at_once=local.TOKENS_AT_ONCE[device_type],
+        feature_tokens_at_once=local.TOKENS_PER_PASS[device_type],
         chunks=attention.CHUNKS,
         fused_attention=device_type == "cuda",
     )

@@ -13,8 +13,7 @@ import torch
 from ebft_study.algorithm.anchors import find_anchors
 from ebft_study.data import Batch
 from ebft_study.features.cache import MemoryCache, TieredCache
-from ebft_study.features.cached import CachedFeatures, FeatureRequest
-from ebft_study.features.client import request_of
+from ebft_study.features.embedder import Embedder, FeatureRequest
 from ebft_study.features.keys import FeatureSpec, sequence_keys
 from ebft_study.networks.loading import fingerprint
 from tests.small_models import small_batch, small_model
@@ -80,20 +79,20 @@ def test_no_two_pairs_of_context_and_completion_share_a_key() -> None:
 
 def request(batch: Batch, completions: torch.Tensor) -> FeatureRequest:
     anchors = find_anchors(batch.document_ids, completion_length=4, stride=4, first_context_length=4)
-    return request_of(SPEC, batch, anchors, completions, None)
+    return FeatureRequest.from_batch(SPEC, batch, anchors, completions, None)
 
 
 @pytest.fixture
-def cached() -> CachedFeatures:
-    return CachedFeatures(small_model(), TieredCache(MemoryCache(2**24), None), fingerprint="f")
+def embedder() -> Embedder:
+    return Embedder(small_model(), TieredCache(MemoryCache(2**24), None), fingerprint="f")
 
 
-def test_what_two_requests_of_one_pass_have_in_common_is_embedded_once(cached: CachedFeatures) -> None:
+def test_what_two_requests_of_one_pass_have_in_common_is_embedded_once(embedder: Embedder) -> None:
     batch = small_batch([[0] * 16])
     drawn = torch.randint(0, 40, (1, 3, 2, 4), generator=torch.Generator().manual_seed(0))
     other = drawn.clone()
     other[0, 1, 1] += 1
-    first, second = cached.embed([request(batch, drawn), request(batch, other % 40)])
+    first, second = embedder.embed([request(batch, drawn), request(batch, other % 40)])
     # A sequence of 16 tokens and six completions of four; then the sequence and the one that differs.
     assert (first.usage.tokens_embedded, first.usage.tokens_saved) == (16 + 24, 0)
     assert (second.usage.tokens_embedded, second.usage.tokens_saved) == (16 + 4, 20)
@@ -104,13 +103,13 @@ def test_what_two_requests_of_one_pass_have_in_common_is_embedded_once(cached: C
     assert not np.array_equal(first.phi[0][0, 1, 1], second.phi[0][0, 1, 1])
 
 
-def test_a_sequence_of_which_everything_is_known_is_not_run(cached: CachedFeatures) -> None:
+def test_a_sequence_of_which_everything_is_known_is_not_run(embedder: Embedder) -> None:
     batch = small_batch([[0] * 16, [0] * 16])
     drawn = torch.randint(0, 40, (2, 3, 2, 4), generator=torch.Generator().manual_seed(0))
-    cached.embed([request(batch, drawn)])
+    embedder.embed([request(batch, drawn)])
     changed = drawn.clone()
     changed[1, 0, 0] = (changed[1, 0, 0] + 1) % 40
-    (reply,) = cached.embed([request(batch, changed)])
+    (reply,) = embedder.embed([request(batch, changed)])
     assert reply.usage.tokens_embedded == 16 + 4
-    assert reply.usage.truths_found == reply.usage.truths == 6
-    assert reply.usage.samples_found == reply.usage.samples - 1
+    assert reply.usage.truth_hits == reply.usage.truths == 6
+    assert reply.usage.sample_hits == reply.usage.samples - 1

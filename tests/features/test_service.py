@@ -18,9 +18,9 @@ from ebft_study import actors
 from ebft_study.config import build_run, nest
 from ebft_study.data import Batch
 from ebft_study.errors import ModelError, ServiceError
-from ebft_study.features.client import ServiceFeatures
+from ebft_study.features import NetworkOptions
 from ebft_study.features.keys import FeatureSpec
-from ebft_study.features.service import NetworkOptions, start_service
+from ebft_study.features.service import ServiceFeatures, start_service
 from ebft_study.training.services import Services
 from tests.contracts.features import DEPTHS, FeatureContract, Make, anchors_in, random_completions
 from tests.small_models import small_batch, small_model
@@ -165,7 +165,6 @@ def test_a_killed_service_comes_back_while_callers_wait_and_knows_what_was_on_di
     completions = random_completions(anchors, 2, 4)
     before = backend.embed(batch, anchors, completions)[0]
     handle = actors.find(options.service_name, seconds=5)
-    ray.get(handle.close.remote())
     backend.drain_usage()
     first = ray.get(handle.process_id.remote())
     os.kill(first, signal.SIGKILL)
@@ -176,7 +175,7 @@ def test_a_killed_service_comes_back_while_callers_wait_and_knows_what_was_on_di
     assert torch.equal(before.psi, after.psi)
     torch.testing.assert_close(before.phi, after.phi, atol=1e-6, rtol=0)
     usage = backend.drain_usage()
-    # Six of ground truth; samples are kept in memory only.
+    # Six of ground truth; samples are in memory only.
     assert usage["feature_hit_rate_disk"] == (6.0, 18.0)
     assert usage["ground_truth_hit_rate"] == (6.0, 6.0)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ebft_study.errors import ModelError
-from ebft_study.features.loading import load_feature_network
+from ebft_study.features.local import load_feature_network
 from ebft_study.networks.loading import load_model
 from tests.tiny_run import tiny_config, write_model
 

@@ -14,7 +14,7 @@ from torch import nn
 from ebft_study.algorithm.anchors import completions_at
 from ebft_study.config import LoraConfig
 from ebft_study.errors import ModelError
-from ebft_study.features.loading import load_feature_network
+from ebft_study.features.local import load_feature_network
 from ebft_study.methods import MetricAccumulator
 from ebft_study.networks.blocks import completion_log_probs, run_prefix
 from ebft_study.networks.loading import load_generator, load_model, trained_parameters

@@ -15,7 +15,7 @@ from torch import multiprocessing, nn
 from ebft_study.config import RunConfig
 from ebft_study.errors import ServiceError
 from ebft_study.features import FeatureBackend
-from ebft_study.features.loading import load_feature_network
+from ebft_study.features.local import load_feature_network
 from ebft_study.networks.loading import LoadedModel
 from ebft_study.rollouts import RolloutBackend, Rollouts
 from tests.rollout_backends import WithoutGraph

@@ -61,15 +61,6 @@ class StudyServices:
                 problems += ray.get(service.problems.remote(), timeout=_CLOSE_SECONDS)
         return problems
 
-    def close(self) -> list[str]:
-        """Have caches written to disk; returns the problems with them."""
-        import ray
-
-        for service in self._features.values():
-            with contextlib.suppress(ray.exceptions.RayError):
-                ray.get(service.close.remote(), timeout=_CLOSE_SECONDS)
-        return self.problems()
-
 
 def needs_ray(run: RunConfig) -> bool:
     """Whether a single run needs other processes."""

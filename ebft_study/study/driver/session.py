@@ -233,7 +233,7 @@ def _tune(
         try:
             tuner.fit()
         finally:
-            for problem in services.close():
+            for problem in services.problems():
                 monitor.note("cache", problem)
 
 

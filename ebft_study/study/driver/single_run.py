@@ -77,7 +77,7 @@ def _services(run: RunConfig, monitor: Monitor) -> Iterator[None]:
         try:
             yield
         finally:
-            for problem in shared.close():
+            for problem in shared.problems():
                 monitor.note("cache", problem)
 
 

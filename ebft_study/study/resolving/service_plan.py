@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from ebft_study import text
 from ebft_study.config import RunConfig
 from ebft_study.cost import StepShape, step_cost
+from ebft_study.features import NetworkOptions
 from ebft_study.study.spec.study_spec import ResourcesSpec
 from ebft_study.training.memory import shapes
 
@@ -96,7 +96,7 @@ def check_cache(runs: Sequence[RunConfig], plan: ServicePlan, resources: Resourc
     backends = {run.features.backend: run for run in runs if may_need_service(run)}
     wanted = backends.get("service") or (backends.get("auto") if plan.backend == "service" else None)
     if wanted is not None:
-        from ebft_study.features.service import open_cache
+        from ebft_study.features.cache import open_cache
 
         open_cache(network_options(wanted, resources), lambda _problem: None).close()
 
@@ -111,10 +111,8 @@ def shares_generator(run: RunConfig) -> bool:
     return run.lora.lora_rank > 0 and run.features.is_base
 
 
-def network_options(run: RunConfig, resources: ResourcesSpec) -> Any:
+def network_options(run: RunConfig, resources: ResourcesSpec) -> NetworkOptions:
     """The feature network of a run, as its service is started with it."""
-    from ebft_study.features.service import NetworkOptions
-
     return NetworkOptions.from_config(
         run, device=torch.device(resources.device_of(run)), threads=resources.cpus_per_worker
     )
