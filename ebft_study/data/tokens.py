@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from ebft_study.algorithm.losses import next_token_mask
 from ebft_study.errors import DataError
 
 PADDING_DOCUMENT = -1
@@ -34,6 +35,10 @@ class Batch:
             answer_mask=self.answer_mask.to(device),
             indices=self.indices.to(device),
         )
+
+    def ce_mask(self, region: str) -> torch.Tensor:
+        """Tokens of `region` (all or answer) that carry cross-entropy, [S, T-1]."""
+        return next_token_mask(self.document_ids, self.answer_mask if region == "answer" else None)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 from ebft_study.config import CheckpointConfig
 from ebft_study.storage import Location, StoragePath, in_parallel, storage_errors, storage_path
 from ebft_study.study.spec.study_spec import ObjectiveSpec
-from ebft_study.training import checkpoint, retention
+from ebft_study.training import checkpoint
 
 _BEGUN = ".begun"
 
@@ -72,7 +72,7 @@ def prune(
     found = [one for one in everything if _attempt(one[1]) >= since]
     for (step, metrics), where in found:  # of a step that two attempts did, the later one
         values[step], places[step] = metrics.get(objective.metric, math.nan), where
-    keep = retention.to_keep(
+    keep = checkpoint.to_keep(
         values,
         newest=config.keep_checkpoints,
         best=config.keep_best,
@@ -83,7 +83,7 @@ def prune(
     earlier = sorted((where for _, where in everything if _attempt(where) < since), key=_attempt)
     kept = {places[step] for step in keep} | {*earlier[-config.keep_checkpoints :]}
     in_parallel(_remove, [where for _, where in everything if where not in kept])
-    best = retention.ranked({step: values[step] for step in keep}, objective.mode)
+    best = checkpoint.ranked({step: values[step] for step in keep}, objective.mode)
     return _below_study(places[best[0]]) if best else None
 
 
