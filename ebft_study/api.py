@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ebft_study.study.resolving.resolved import ResolvedStudy
     from ebft_study.study.spec.study_spec import StudySpec
     from ebft_study.study.view.replay_table import WhatIf
-    from ebft_study.training.run_result import RunResult
+    from ebft_study.training import RunResult
 
 STUDIES = "studies"
 """The folder of studies where none is named."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,11 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from ebft_study.config import RunConfig, build_run, nest
 from ebft_study.pretraining.ladder import train_tokenizer
-from ebft_study.training.loop import RunResult, train
+from ebft_study.training import Report, RunResult
+from ebft_study.training.loop import train
 
+DETERMINISTIC = ("loss", "ce_loss", "cfm_loss", "reward", "advantage_std", "grad_norm", "train_ce_loss")
+"""Metrics that depend on nothing but the configuration."""
 WORDS = [
     *("def", "return", "value", "index", "self", "list", "of", "the", "name", "and", "for", "in", "range"),
     *("if", "else", "none", "true", "print"),
@@ -88,7 +92,21 @@ class MemoryRecorder:
 
 
 def run_tiny(config: RunConfig, **keywords: Any) -> tuple[RunResult, MemoryRecorder]:
-    """Train and keep what was recorded; `on_report` may be given."""
+    """Train and keep what was recorded; any argument of `train` may be given."""
     recorder = MemoryRecorder()
-    keywords.setdefault("on_report", lambda _metrics, _folder: None)
+    keywords.setdefault("on_report", report_nothing)
     return train(config, recorder=recorder, **keywords), recorder
+
+
+def report_nothing(metrics: dict[str, float], temporary: Path | None) -> None:
+    """A report function for runs whose reports nobody reads."""
+
+
+def keep_checkpoints(folder: Path) -> Report:
+    """A report function that copies every checkpoint to `folder/step-N`."""
+
+    def on_report(metrics: dict[str, float], temporary: Path | None) -> None:
+        if temporary:
+            shutil.copytree(temporary, folder / f"step-{int(metrics['step'])}")
+
+    return on_report

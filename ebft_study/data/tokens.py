@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ebft_study.algorithm.losses import next_token_mask
 from ebft_study.data.cache import Facts, Tensors, cached_tensors
 from ebft_study.data.examples import Example, content_hash
 from ebft_study.errors import DataError
@@ -41,6 +42,10 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         """Copy the batch to `device`."""
         return Batch(*(tensor.to(device) for tensor in vars(self).values()))
+
+    def ce_mask(self, region: str) -> torch.Tensor:
+        """Tokens of `region` (all or answer) that carry cross-entropy, [S, T-1]."""
+        return next_token_mask(self.document_ids, self.answer_mask if region == "answer" else None)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Measuring a model on held-out sequences: cross-entropy, feature matching over completion lengths, entropy.
+"""Measure a model on held-out sequences: cross-entropy, feature matching over completion lengths, entropy.
 
 Contexts, and the noise that drives their completions, depend on the data set and `evaluation_seed` alone: models are
 compared on common random numbers.
@@ -19,8 +19,7 @@ from ebft_study.algorithm.sampling import uniforms
 from ebft_study.config import RunConfig
 from ebft_study.data import Batch, TokenDataset
 from ebft_study.features import FeatureBackend
-from ebft_study.methods.sft import ce_mask, ground_truth_log_probs
-from ebft_study.networks.blocks import run_prefix
+from ebft_study.networks.blocks import next_token_log_probs, run_prefix
 from ebft_study.rollouts import RolloutBackend, anchors_of
 
 TOKENS_AT_ONCE = 2**14
@@ -108,9 +107,9 @@ class Evaluator:
     @torch.no_grad()
     def _cross_entropy(self, model: nn.Module, batch: Batch, measured: Measured) -> None:
         states = run_prefix(model, batch.tokens, batch.document_ids).states
-        log_probs = ground_truth_log_probs(model, states, batch)
+        log_probs = next_token_log_probs(model, states, batch.tokens)
         for name, region in ((CE, "all"), (CE_ANSWER, "answer")):
-            mask = ce_mask(batch, region)
+            mask = batch.ce_mask(region)
             if name == CE or bool(mask.any()):
                 _add(measured, (name, None), -torch.where(mask, log_probs, 0.0), mask)
 

@@ -1,6 +1,6 @@
 """The base model's evaluation, measured once per machine and shared by all trials that start from it.
 
-A memo, not a result: losing an entry costs a new measurement; any input that could change the numbers is in its key.
+A cache, not a result: losing an entry costs a new measurement; any input that could change the numbers is in its key.
 """
 
 from __future__ import annotations
@@ -8,9 +8,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,11 +15,13 @@ import torch
 import ebft_study
 from ebft_study.config import RunConfig
 from ebft_study.data import TextDataset, TokenDataset
+from ebft_study.errors import StorageError
 from ebft_study.evaluation import Measured, Moments
 from ebft_study.paths import cache_folder
+from ebft_study.storage import StoragePath, storage_path
 
 CONTEXTS = {"completion_length", "stride", "first_context_length", "temperature", "anchor_region"}
-"""Settings of rollouts that evaluation shares with training."""
+"""Rollout settings that evaluation shares with training."""
 Pair = tuple[Measured, Measured]
 """Validation and held-out measurements."""
 
@@ -31,7 +30,7 @@ def key(config: RunConfig, base: Any, features: Any, text: TextDataset, data: di
     """Hash of everything that the base model's numbers depend on.
 
     Args:
-        base: the loaded base model (`models.LoadedModel`). features: the run's `FeatureBackend`.
+        base: the loaded base model (`LoadedModel`). features: the run's `FeatureBackend`.
     """
     inputs = {
         "version": ebft_study.__version__,
@@ -49,28 +48,23 @@ def key(config: RunConfig, base: Any, features: Any, text: TextDataset, data: di
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:24]
 
 
-def recall(entry: str) -> Pair | None:
+def get(entry: str) -> Pair | None:
     """Measurements stored under a key; None if there are none or they cannot be read."""
     try:
-        stored = json.loads(_path(entry).read_text())
+        stored = json.loads(_path(entry).read_bytes())
         validation, heldout = (
             {(metric, position): Moments(**moments) for metric, position, moments in part} for part in stored
         )
-    except (OSError, ValueError, TypeError):
+    except (StorageError, OSError, ValueError, TypeError):
         return None
     return validation, heldout
 
 
-def remember(entry: str, measured: Pair) -> None:
-    """Store measurements, in place at once or not at all."""
+def put(entry: str, measured: Pair) -> None:
+    """Store measurements, atomically."""
     content = [[[*name, dataclasses.asdict(moments)] for name, moments in part.items()] for part in measured]
-    path = _path(entry)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
-    with os.fdopen(descriptor, "w") as file:
-        json.dump(content, file)
-    os.replace(partial, path)
+    _path(entry).write_bytes(json.dumps(content).encode())
 
 
-def _path(entry: str) -> Path:
-    return cache_folder() / "base_evaluations" / f"{entry}.json"
+def _path(entry: str) -> StoragePath:
+    return storage_path(cache_folder() / "base_evaluations" / f"{entry}.json")

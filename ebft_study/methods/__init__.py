@@ -60,6 +60,10 @@ class MetricAccumulator:
             torch.cuda.synchronize(device)
         self.add(name, time.perf_counter() - started, 0.0)
 
+    def total(self, name: str) -> tuple[float, float]:
+        """Sum and count of the observations so far."""
+        return self.sums.get(name, 0.0), self.counts.get(name, 0.0)
+
     def mean(self, name: str) -> float:
         """Mean of the observations; NaN if there were none."""
         count = self.counts.get(name, 0.0)

@@ -29,8 +29,7 @@ from ebft_study.data import Batch
 from ebft_study.features import FeatureBackend, Features
 from ebft_study.methods import LossDenominators, MetricAccumulator, differentiate
 from ebft_study.methods.off_policy import OffPolicy
-from ebft_study.methods.sft import ce_mask, ground_truth_log_probs
-from ebft_study.networks.blocks import Prefix, completion_log_probs, run_prefix
+from ebft_study.networks.blocks import Prefix, completion_log_probs, next_token_log_probs, run_prefix
 from ebft_study.rollouts import RolloutBackend, Rollouts
 
 
@@ -104,9 +103,9 @@ class Ebft:
         accumulator: MetricAccumulator,
     ) -> float:
         """`gamma * CE`; without gamma it is only measured."""
-        mask = ce_mask(batch, self.loss.ce_region)
+        mask = batch.ce_mask(self.loss.ce_region)
         with torch.set_grad_enabled(self.loss.gamma > 0):
-            log_probs = ground_truth_log_probs(model, leaves.states, batch)
+            log_probs = next_token_log_probs(model, leaves.states, batch.tokens)
             loss = self.loss.gamma * cross_entropy_loss(log_probs, mask, denominator=denominators.ce_tokens)
         accumulator.add("train_ce_loss", -log_probs.detach()[mask].double().sum(), float(mask.sum()))
         return differentiate(loss)

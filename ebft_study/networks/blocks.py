@@ -337,6 +337,11 @@ def token_log_probs(model: nn.Module, states: Tensor, tokens: Tensor, *, tempera
     return values.view(tokens.shape)
 
 
+def next_token_log_probs(model: nn.Module, states: Tensor, tokens: Tensor) -> Tensor:
+    """Log-probabilities of x_1 .. x_{T-1} at temperature 1: states [S, T, H] of tokens [S, T] -> [S, T-1]."""
+    return token_log_probs(model, states[:, :-1], tokens[:, 1:], temperature=1.0)
+
+
 def sample_tokens(model: nn.Module, states: Tensor, noise: Tensor, *, temperature: float) -> tuple[Tensor, Tensor]:
     """Draw tokens from the distributions after `states`: [..., H] and noise [..., m] -> tokens, log-probs [..., m].
 

@@ -1,8 +1,8 @@
-"""Checkpoints: everything that the rest of a run depends on, verified before use.
+"""Checkpoints on disk: written, verified before use, and chosen for removal.
 
 A folder with `state.pt` (tensors and plain numbers, loaded with `weights_only=True`) and `checkpoint.json`, which
-holds the step, what was measured then, and the hash of the other file. A half-written or damaged checkpoint fails the
-hash and is passed over.
+holds the step, the metrics of that step, and the hash of the other file. A half-written or damaged checkpoint fails
+the hash and is skipped.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -22,6 +22,9 @@ from ebft_study.storage import Location, storage_path
 
 STATE, RECORD = "state.pt", "checkpoint.json"
 _FULL_BYTES = 2**20
+
+Values = Mapping[int, float]
+"""Step of a checkpoint -> the objective then, NaN where it was not measured."""
 
 
 def save(folder: Path, state: dict[str, Any], *, step: int, metrics: Mapping[str, float] | None = None) -> None:
@@ -53,19 +56,36 @@ def load(folder: Path) -> dict[str, Any]:
 
 def step_of(folder: Location) -> int | None:
     """The step of a complete checkpoint, None for anything else. Reads all of it."""
-    here = storage_path(folder)
+    path = storage_path(folder)
     try:
-        record = json.loads((here / RECORD).read_bytes())
-        complete = record["sha256"] == (here / STATE).sha256()
+        record = json.loads((path / RECORD).read_bytes())
+        complete = record["sha256"] == (path / STATE).sha256()
         return int(record["step"]) if complete else None
     except (OSError, StorageError, ValueError, KeyError, TypeError):
         return None
 
 
 def recorded(folder: Location) -> tuple[int, dict[str, float]] | None:
-    """Step and metrics as a checkpoint says them, unverified; None where nothing says any."""
+    """Step and metrics as recorded in a checkpoint, unverified; None without a readable record."""
     try:
         record = json.loads((storage_path(folder) / RECORD).read_bytes())
         return int(record["step"]), dict(record.get("metrics", {}))
     except (OSError, StorageError, ValueError, KeyError, TypeError):
         return None
+
+
+def to_keep(
+    values: Values, *, newest: int, best: int = 0, every_steps: int | None = None, mode: Literal["min", "max"] = "min"
+) -> set[int]:
+    """The steps of the `newest` last checkpoints, of the `best` ones, and of all multiples of `every_steps`."""
+    last = sorted(values)[-max(newest, 1) :]
+    regular = [step for step in values if every_steps and step % every_steps == 0]
+    return {*last, *ranked(values, mode)[:best], *regular}
+
+
+def ranked(values: Values, mode: Literal["min", "max"]) -> list[int]:
+    """Steps with a measured objective, the best first; of equals the earlier step, which took less training."""
+    sign = 1.0 if mode == "min" else -1.0
+    return sorted(
+        (step for step in values if math.isfinite(values[step])), key=lambda step: (sign * values[step], step)
+    )

@@ -1,34 +1,56 @@
-"""Collectives over data-parallel workers. With one worker everything here does nothing."""
+"""Data-parallel workers: sums over all of them, and weights sharded among them (FSDP2).
+
+    outside `unsharded`  every worker has its shard of each weight; the optimizer and the average of the weights see
+                         nothing else
+    inside               every worker has all weights, and passes run as if there were one worker: as many as its own
+                         rows need, in any order, through any part of the model
+    at a step's end      `sum_gradients`: the sum of all workers' gradients, each worker receiving its shard
+
+FSDP's own schedule gathers a layer for each of its passes and reduces in each backward pass. A step here has many, and
+their number differs between workers, so those collectives would not meet; there is one round of each in a step instead.
+With one worker, sums do nothing, and no weights are sharded.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ebft_study.evaluation import Measured, Moments
-from ebft_study.methods import MetricAccumulator
 from ebft_study.networks.loading import trained_parameters
-from ebft_study.training.sharding import is_sharded, reduce_scatter_gradients
+
+# --- sums ------------------------------------------------------------------------------------------------------
 
 
 def sum_over_workers(values: Iterable[float], world_size: int, device: torch.device) -> list[float]:
     """Element-wise sums of plain numbers over all workers."""
-    numbers = list(values)
+    return _reduce(list(values), dist.ReduceOp.SUM, world_size, device)
+
+
+def max_over_workers(values: Iterable[float], world_size: int, device: torch.device) -> list[float]:
+    """Element-wise maxima of plain numbers over all workers."""
+    return _reduce(list(values), dist.ReduceOp.MAX, world_size, device)
+
+
+def _reduce(numbers: list[float], operation: Any, world_size: int, device: torch.device) -> list[float]:
     if world_size == 1:
         return numbers
     tensor = torch.tensor(numbers, dtype=torch.float64, device=device)
-    dist.all_reduce(tensor)
+    dist.all_reduce(tensor, op=operation)
     return [float(number) for number in tensor]
 
 
 def sum_gradients(model: nn.Module, world_size: int) -> None:
     """Add up the gradients of all workers in place; losses already divide by global totals."""
     if is_sharded(model):
-        reduce_scatter_gradients(model)
+        _reduce_scatter_gradients(model)
         return
     if world_size == 1:
         return
@@ -42,39 +64,97 @@ def sum_gradients(model: nn.Module, world_size: int) -> None:
         offset += parameter.numel()
 
 
-def sum_accumulator(
-    accumulator: MetricAccumulator,
-    names: Iterable[str],
-    world_size: int,
-    device: torch.device,
-    *,
-    peaks: Iterable[str] = (),
-) -> MetricAccumulator:
-    """The tally of all workers together; `names` and `peaks` fix the order, the same on all of them."""
-    keys = sorted(names)
-    sums = sum_over_workers((accumulator.sums.get(key, 0.0) for key in keys), world_size, device)
-    counts = sum_over_workers((accumulator.counts.get(key, 0.0) for key in keys), world_size, device)
-    found = _largest([accumulator.peaks.get(key, -math.inf) for key in sorted(peaks)], world_size, device)
-    largest = {key: value for key, value in zip(sorted(peaks), found, strict=True) if value > -math.inf}
-    return MetricAccumulator(dict(zip(keys, sums, strict=True)), dict(zip(keys, counts, strict=True)), largest)
+# --- shards ----------------------------------------------------------------------------------------------------
 
 
-def _largest(numbers: list[float], world_size: int, device: torch.device) -> list[float]:
-    if world_size == 1:
-        return numbers
-    tensor = torch.tensor(numbers, dtype=torch.float64, device=device)
-    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-    return [float(number) for number in tensor]
+def shard(model: nn.Module, *, world_size: int, precision: str) -> None:
+    """Shard the weights of a causal LM among all workers, in place; every worker must start with the same ones.
+
+    Args:
+        precision: type of the gathered weights; each worker's shard keeps its own type, and gradients of several
+            passes add up in float32.
+    """
+    device = next(model.parameters()).device
+    low = precision == "bfloat16"
+    options: dict[str, Any] = {
+        "mesh": init_device_mesh(device.type, (world_size,)),
+        "reshard_after_forward": False,
+        "mp_policy": MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16 if low else None,
+            reduce_dtype=torch.float32 if low else None,
+            cast_forward_inputs=False,
+        ),
+    }
+    for layer in model.get_decoder().layers:  # type: ignore[operator]
+        fully_shard(layer, **options)
+    # Embeddings and head, which may be one parameter, belong to the root.
+    fully_shard(model, **options)
+    for unit in _units(model):
+        # Losses divide by global totals already: gradients are summed, not averaged.
+        unit.set_gradient_divide_factor(1.0)
+        unit.set_force_sum_reduction_for_comms(True)
+        unit.set_reshard_after_backward(False, recurse=False)
+        unit.set_requires_gradient_sync(False, recurse=False)
+        # A worker without a single anchor has no gradients, but must take part in summing them.
+        unit.set_reduce_scatter_unused_params(True, recurse=False)
+    model.end_of_step = _end_of_step  # type: ignore[assignment]
+    register_fsdp_forward_method(model, "end_of_step")
+    # The first pass through FSDP's hooks makes its module the root; ours would run a layer first.
+    with torch.no_grad():
+        model.end_of_step(torch.zeros((), device=device))  # type: ignore[operator]
+    _reshard(model)
 
 
-def sum_measured(
-    measured: Measured, keys: Iterable[tuple[str, int | None]], world_size: int, device: torch.device
-) -> Measured:
-    """Evaluation sums of all workers together; quantities that no worker met are left out."""
-    total: Measured = {}
-    for key in keys:
-        mine = measured.get(key, Moments())
-        moments = Moments(*sum_over_workers((mine.x, mine.m, mine.xx, mine.xm, mine.mm), world_size, device))
-        if moments.m:
-            total[key] = moments
-    return total
+def is_sharded(model: nn.Module) -> bool:
+    """Whether `shard` was called on it."""
+    return isinstance(model, FSDPModule)
+
+
+@contextmanager
+def unsharded(model: nn.Module) -> Iterator[None]:
+    """Inside, every worker has all weights. All must enter and leave; what each one runs inside may differ."""
+    for unit in _units(model):
+        unit.unshard()
+    try:
+        yield
+    finally:
+        _reshard(model)
+
+
+def _reduce_scatter_gradients(model: nn.Module) -> None:
+    """Inside `unsharded`: give every worker its shard of the sum of all workers' gradients."""
+    assert isinstance(model, FSDPModule)
+    # The first time moves all gradients to the type they are summed in, the second time sums them.
+    for synchronize in (False, True):
+        model.set_requires_gradient_sync(synchronize)
+        probe = torch.zeros((), device=next(model.parameters()).device, requires_grad=True)
+        model.end_of_step(probe).backward()  # type: ignore[operator]
+    model.set_requires_gradient_sync(False)
+
+
+def _end_of_step(probe: Tensor) -> Tensor:
+    """Stands in for the root's forward pass; the end of its backward pass is where FSDP reduces all gradients."""
+    return probe.clone()
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """A sharded tensor in full, which all workers must ask for at the same time; any other tensor as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """A copy of a full tensor with the type, device and sharding of `like`."""
+    moved = tensor.to(like.device, like.dtype, copy=True)
+    if not isinstance(like, DTensor):
+        return moved
+    # Without the last copy a shard would keep the full tensor in memory.
+    return distribute_tensor(moved, like.device_mesh, like.placements, src_data_rank=None).clone()
+
+
+def _units(model: nn.Module) -> list[FSDPModule]:
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def _reshard(model: nn.Module) -> None:
+    for unit in _units(model):
+        unit.reshard()

@@ -16,9 +16,8 @@ from torch import Tensor
 
 from ebft_study.config import RunConfig, build_run, merge
 from ebft_study.methods import MetricAccumulator
-from ebft_study.methods.build import build_method
 from ebft_study.progress import Progress
-from ebft_study.training.loop import Run
+from ebft_study.training.update import Run
 
 
 def gradient_noise(
@@ -34,14 +33,14 @@ def gradient_noise(
     with Progress("gradients", len(settings) * draws) as progress:
         gradients = [_gradients(config, whitening, n, draws, progress) for whitening, n in settings]
     rows = []
-    for (whitening, n), own in zip(settings, gradients, strict=True):
-        signal, noise = signal_and_noise(own)
+    for (whitening, n), drawn in zip(settings, gradients, strict=True):
+        signal, noise = signal_and_noise(drawn)
         rows.append(
             {
                 "whitening": whitening,
                 "n_samples": n,
                 "signal_to_noise": signal / noise,
-                "cosine": cosine(own, gradients[0]),
+                "cosine": cosine(drawn, gradients[0]),
             }
         )
     return rows
@@ -71,18 +70,12 @@ def _cross(first: Tensor, second: Tensor) -> float:
 def _gradients(config: RunConfig, whitening: str, n: int, draws: int, progress: Progress) -> Tensor:
     changes = {"reward": {"whitening": whitening}, "rollout": {"n_samples": n}}
     varied = build_run(merge(config.model_dump(), changes), source="gradient-noise")
-    run = Run(varied, None, lambda _metrics, _folder: None, rank=0, world_size=1)
-    method = build_method(
-        varied,
-        base=run.parts.base,
-        features=run.parts.features,
-        anchors_at_once=run.parts.memory_plan.split.anchors_at_once,
-    )
+    run = Run(varied)
     rows = []
     for draw in range(draws):
         run.step = draw
         batch, anchors, noise, denominators = run.batch()
-        method.backward(
+        run.parts.method.backward(
             run.model, batch, anchors, noise=noise, denominators=denominators, accumulator=MetricAccumulator()
         )
         rows.append(torch.cat([p.grad.flatten() for p in run.model.parameters() if p.grad is not None]))

@@ -1,4 +1,4 @@
-"""How a run's steps are cut so that they fit into memory, decided before the first one."""
+"""Plan a run's passes so that they fit into memory, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import psutil
 import torch
 
 from ebft_study.config import RunConfig
-from ebft_study.cost import Limits, MicroBatchPlan, ModelShape, StepShape, largest_plan, memory
+from ebft_study.cost import Limits, ModelShape, StepShape, largest_plan, memory
 from ebft_study.errors import ConfigError
 from ebft_study.networks.lora import ALL
 
@@ -20,27 +20,28 @@ GPU_FRACTION = 0.9
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """A split and what it is expected to take."""
+    """How many sequences and anchors a pass takes at a time, and the peak memory that this is expected to need."""
 
-    split: MicroBatchPlan
+    micro_batch_size: int
+    anchors_at_once: int
     peak_bytes: float
     budget_bytes: float
 
     def describe(self) -> str:
         """One line for the run's record."""
         return (
-            f"micro_batch_size={self.split.micro_batch_size}, anchors_at_once={self.split.anchors_at_once}: "
+            f"micro_batch_size={self.micro_batch_size}, anchors_at_once={self.anchors_at_once}: "
             f"about {self.peak_bytes / 2**30:.2f} of {self.budget_bytes / 2**30:.2f} GiB"
         )
 
 
 def plan_micro_batches(config: RunConfig, device: torch.device, *, world_size: int) -> MemoryPlan:
-    """The fewest passes that fit; depends on the configuration, the shapes of the models and the kind of device alone.
+    """The fewest passes that fit; depends on the configuration, the shapes of the models and the type of device alone.
 
     Reads no weights, so what cannot fit is refused before any are loaded.
 
     Raises:
-        ConfigError: not even the smallest split fits, with the bytes it needs and what to change.
+        ConfigError: not even the smallest plan fits, with the bytes it needs and what to change.
         ModelError: there is no such model.
     """
     for budget in budgets(config, device):
@@ -54,17 +55,19 @@ def plan_micro_batches(config: RunConfig, device: torch.device, *, world_size: i
 def fit_memory(config: RunConfig, device: str, *, world_size: int, budget_bytes: float) -> MemoryPlan:
     """The fewest passes that fit into a budget, on `cpu` or `cuda`; no such device is needed.
 
-    Raises: see `choose_split`.
+    Raises:
+        ConfigError: see `cost.largest_plan`.
     """
     shape, network = shapes(config)
     step, limits = StepShape.from_config(config, world_size=world_size), Limits.on(device)
-    given = (config.training.micro_batch_size, config.training.anchors_at_once)
-    split = largest_plan(shape, network, step, budget_bytes=budget_bytes, limits=limits, given=given)
-    return MemoryPlan(split, memory(shape, network, step, split, limits=limits).peak_bytes, budget_bytes)
+    chosen = (config.training.micro_batch_size, config.training.anchors_at_once)
+    plan = largest_plan(shape, network, step, budget_bytes=budget_bytes, limits=limits, given=chosen)
+    peak = memory(shape, network, step, plan, limits=limits).peak_bytes
+    return MemoryPlan(plan.micro_batch_size, plan.anchors_at_once, peak, budget_bytes)
 
 
 def budgets(config: RunConfig, device: torch.device) -> list[float]:
-    """Bytes that a worker may use: the first is aimed at, the last is not to be exceeded."""
+    """Bytes that a worker may use: the first number is the aim, the last one the limit."""
     if config.training.memory_budget_gib is not None:
         return [config.training.memory_budget_gib * 2**30]
     if device.type == "cuda":
@@ -73,15 +76,13 @@ def budgets(config: RunConfig, device: torch.device) -> list[float]:
 
 
 def shapes(config: RunConfig) -> tuple[ModelShape, ModelShape]:
-    """Of the generator, with its adapters, and of the whole feature network."""
-    from ebft_study.networks.loading import (
-        read_config,  # models' libraries take seconds, which a study's driver may never need
-    )
+    """Shapes of the generator, adapters included, and of the feature network, all its layers included."""
+    from ebft_study.networks.loading import read_config  # loads transformers, which a study's driver may never need
 
-    own = ModelShape.from_config(read_config(config.model, revision=config.model_revision))
+    base = ModelShape.from_config(read_config(config.model, revision=config.model_revision))
     name = config.features.feature_network
-    network = own if name == "base" else ModelShape.from_config(read_config(name))
+    network = base if name == "base" else ModelShape.from_config(read_config(name))
     if config.lora.lora_rank == 0:
-        return own, network
+        return base, network
     targets = None if config.lora.lora_targets == (ALL,) else config.lora.lora_targets
-    return own.with_adapters(config.lora.lora_rank, targets), network
+    return base.with_adapters(config.lora.lora_rank, targets), network

@@ -1,4 +1,4 @@
-"""What a study or run does once, before anything starts: find every mistake that needs files, and fill the caches.
+"""Find every mistake that needs files, and fill the caches, once before a study or run starts.
 
 Afterwards every trial finds its data tokenised, its models on disk and the base model's evaluation measured.
 """
@@ -14,9 +14,10 @@ from ebft_study.config import RunConfig
 from ebft_study.evaluation.base import CONTEXTS
 from ebft_study.networks.loading import base_dtype
 from ebft_study.paths import cache_folder
-from ebft_study.training.loop import Run
 from ebft_study.training.setup import Parts
 from ebft_study.training.tracking import check_login
+from ebft_study.training.update import Run
+from ebft_study.training.validation import evaluate_base
 
 NETWORK = {"feature_network", "random_weights", "depths", "pooling", "normalize"}
 """Settings that decide what features are; the others say where they are computed."""
@@ -30,15 +31,15 @@ def prepare(configs: Iterable[RunConfig]) -> dict[str, Any]:
         for the tiny ladder, perplexities of pretraining).
 
     Raises:
-        EbftError: the first thing that a user must mend.
+        EbftError: the first thing that a user must repair.
     """
     configs = list(configs)
     check_login(configs)
     data: dict[str, Any] = {}
     models: dict[str, Any] = {}
     for config in _distinct(configs):
-        run = Run(config, recorder=None, on_report=lambda _metrics, _folder: None, rank=0, world_size=1)
-        run.start(None)
+        run = Run(config)
+        evaluate_base(run)
         data[run.parts.text.name] = _describe_data(run.parts)
         models[config.model] = _describe_model(run.parts)
     return {"data": data, "models": models}
@@ -60,17 +61,14 @@ def _distinct(configs: Iterable[RunConfig]) -> list[RunConfig]:
 
 
 def _describe_data(parts: Parts) -> dict[str, Any]:
-    sequences = {split: len(rows) for split, rows in parts.data.items()}
-    tokens = {split: int((rows.document_ids >= 0).sum()) for split, rows in parts.data.items()}
-    dropped = {split: rows.dropped for split, rows in parts.data.items()}
-    truncated = {split: rows.truncated for split, rows in parts.data.items()}
+    splits = parts.data.items()
     return {
         **parts.text.provenance,
         "fingerprint": parts.text.fingerprint,
-        "sequences": sequences,
-        "tokens": tokens,
-        "dropped": dropped,
-        "truncated": truncated,
+        "sequences": {split: len(rows) for split, rows in splits},
+        "tokens": {split: int((rows.document_ids >= 0).sum()) for split, rows in splits},
+        "dropped": {split: rows.dropped for split, rows in splits},
+        "truncated": {split: rows.truncated for split, rows in splits},
     }
 
 

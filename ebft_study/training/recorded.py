@@ -1,4 +1,7 @@
-"""One attempt of a trial with everything it reports put on record; the same with and without Ray."""
+"""One attempt of a trial, with everything that it reports recorded; the same with and without Ray.
+
+Imported by every process of a trial, most of which need no model: what does is imported where it is used.
+"""
 
 from __future__ import annotations
 
@@ -7,55 +10,51 @@ import dataclasses
 import hashlib
 import pkgutil
 import time
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ebft_study.config import RunConfig
 from ebft_study.results import TrialRecorder
 from ebft_study.results.reader import read_mapping
-from ebft_study.storage import StoragePath, storage_path
-from ebft_study.training.services import Services
+from ebft_study.storage import storage_path
 from ebft_study.training.tracking import WandbRecorder
+
+if TYPE_CHECKING:
+    import torch
+
+    from ebft_study.features import FeatureBackend
+    from ebft_study.networks.loading import LoadedModel
+    from ebft_study.rollouts import RolloutBackend
 
 LOOP = "ebft_study.training.loop:train"
 
 
 @dataclasses.dataclass(frozen=True)
 class Attempt:
-    """Which start of which trial this is.
-
-    `label` names the trial for people, `loop` is where the training loop is; `study_folder` and `start_from` are
-    places, given as paths or URLs.
-    """
+    """One start of a trial."""
 
     study: str
     study_folder: str
+    """Path or URL."""
     trial_id: str
     label: str
+    """Names the trial for people."""
     attempt: int
     start_from: str | None = None
+    """Path or URL of the checkpoint to resume from."""
     loop: str = LOOP
-
-    @contextlib.contextmanager
-    def checkpoint(self) -> Iterator[Path | None]:
-        """The checkpoint folder to continue from, on a disk."""
-        if self.start_from is None:
-            yield None
-        else:
-            with storage_path(self.start_from).on_disk() as folder:
-                yield folder
+    """Where the training loop is, as `module:function`."""
 
 
 def train_recorded(
     config: RunConfig, attempt: Attempt, *, on_report: Any, rank: int = 0, world_size: int = 1
 ) -> dict[str, Any]:
-    """Run the loop; returns its `Outcome` as a dictionary, with `started_at` (epoch seconds) and `train_seconds`."""
-    started_at, begun = time.time(), time.monotonic()
+    """Run the loop; returns its `RunResult` as a dictionary, with `started_at` (epoch seconds) and `train_seconds`."""
+    started_at, started = time.time(), time.monotonic()
     recorder = _recorder(config, attempt) if rank == 0 else None
+    saved = storage_path(attempt.start_from).on_disk() if attempt.start_from else contextlib.nullcontext()
     try:
-        with attempt.checkpoint() as start_from:
-            outcome = pkgutil.resolve_name(attempt.loop)(
+        with saved as start_from:
+            result = pkgutil.resolve_name(attempt.loop)(
                 config,
                 recorder=recorder,
                 on_report=on_report,
@@ -67,21 +66,69 @@ def train_recorded(
     finally:
         if isinstance(recorder, WandbRecorder):
             recorder.close()
-    return {**dataclasses.asdict(outcome), "started_at": started_at, "train_seconds": time.monotonic() - begun}
+    return {**dataclasses.asdict(result), "started_at": started_at, "train_seconds": time.monotonic() - started}
 
 
 def _recorder(config: RunConfig, attempt: Attempt) -> Any:
-    """The tables, with W&B beside them when the configuration asks for it."""
+    """Writer of the tables, wrapped by one for W&B when the configuration asks for it."""
     folder, study, trial_id = storage_path(attempt.study_folder), attempt.study, attempt.trial_id
-    rows = TrialRecorder(folder, study=study, trial_id=trial_id, attempt=attempt.attempt)
+    tables = TrialRecorder(folder, study=study, trial_id=trial_id, attempt=attempt.attempt)
     if config.tracking.wandb == "off":
-        return rows
+        return tables
     folder.local_dir.mkdir(parents=True, exist_ok=True)
-    run_id = f"{study}-{trial_id}-{_begun(folder)}"
-    return WandbRecorder(rows, config, study=study, run_id=run_id, label=attempt.label, folder=folder.local_dir)
-
-
-def _begun(folder: StoragePath) -> str:
-    """Tells a study from others of its name, which began at other moments."""
+    # Studies of one name differ in when they were created.
     record, _ = read_mapping(folder / "study.yaml")
-    return hashlib.sha256(str((record or {}).get("created_at")).encode()).hexdigest()[:8]
+    created = hashlib.sha256(str((record or {}).get("created_at")).encode()).hexdigest()[:8]
+    run_id = f"{study}-{trial_id}-{created}"
+    return WandbRecorder(tables, config, study=study, run_id=run_id, label=attempt.label, folder=folder.local_dir)
+
+
+@dataclasses.dataclass(frozen=True)
+class Services:
+    """Backends as configured, for one worker of a trial, which may be actors that its study shares.
+
+    Ray is imported only for those that need it.
+    """
+
+    owner: str
+    """Trial and attempt."""
+    rank: int = 0
+
+    def rollouts(self, config: RunConfig, device: torch.device) -> RolloutBackend:
+        """The backend that training samples from; evaluation has its own, whose noise is the same for all models."""
+        if not config.uses_engine:
+            from ebft_study.rollouts.strided import StridedRollouts
+
+            return StridedRollouts()
+        from ebft_study.networks.loading import source_of
+        from ebft_study.rollouts import vllm
+
+        shared = config.vllm.engine_scope == "study"
+        options = vllm.options_of(config, source=source_of(config.model), device=device)
+        return vllm.VllmRollouts(
+            options,
+            policy=self.owner,
+            engine_name=vllm.shared_name(options) if shared else f"engine-{self.owner}",
+            shared=shared,
+            sync_every_steps=config.rollout.sync_every_steps,
+            timeout_seconds=config.vllm.engine_timeout_seconds,
+            rank=self.rank,
+        )
+
+    def features(self, config: RunConfig, base: LoadedModel) -> FeatureBackend:
+        """The backend that training and evaluation embed with."""
+        if config.features.backend != "service":
+            from ebft_study.features.local import load_feature_network
+
+            return load_feature_network(config, base)
+        from ebft_study.features import NetworkOptions
+        from ebft_study.features.keys import FeatureSpec
+        from ebft_study.features.service import ServiceFeatures
+
+        device = next(base.model.parameters()).device
+        spec = FeatureSpec(config.features.depths, config.features.pooling, config.features.normalize)
+        return ServiceFeatures(
+            NetworkOptions.from_config(config, device=device),
+            spec,
+            timeout_seconds=config.features.service_timeout_seconds,
+        )

@@ -1,28 +1,30 @@
-"""What a run needs before its first step: data, models, method, evaluator, optimizer."""
+"""Load and check what a run needs before its first step: data, models, method, evaluator."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from ebft_study.config import OptimizerConfig, RunConfig
+from ebft_study.config import RunConfig
 from ebft_study.data import TextDataset, TokenDataset, load_text, tokenize
 from ebft_study.errors import ConfigError, DataError, ModelError
 from ebft_study.evaluation import Evaluator
 from ebft_study.features import FeatureBackend
 from ebft_study.features.local import load_feature_network
 from ebft_study.methods import Method
-from ebft_study.methods.build import build_method
+from ebft_study.methods.ebft import Ebft
 from ebft_study.methods.sft import Sft
-from ebft_study.networks.loading import LoadedModel, load_generator, trained_parameters
+from ebft_study.networks.loading import LoadedModel, frozen_base, load_generator, trained_parameters
 from ebft_study.rollouts import RolloutBackend, anchors_of
 from ebft_study.rollouts.strided import StridedRollouts
+from ebft_study.training.distributed import shard
 from ebft_study.training.memory import MemoryPlan, plan_micro_batches
-from ebft_study.training.services import Services
-from ebft_study.training.sharding import shard
+
+if TYPE_CHECKING:
+    from ebft_study.training.recorded import Services
 
 
 @dataclass
@@ -39,6 +41,8 @@ class Parts:
     method: Method
     warm_start: Method
     evaluator: Evaluator
+    remarks: list[str]
+    """For people: what was chosen on the way."""
 
 
 def choose_device(config: RunConfig) -> torch.device:
@@ -61,10 +65,10 @@ def choose_device(config: RunConfig) -> torch.device:
 
 
 def build_parts(config: RunConfig, *, world_size: int = 1, services: Services | None = None) -> Parts:
-    """Load and check everything; raises `EbftError` for whatever a user can mend.
+    """Load and check everything; raises `EbftError` for whatever a user can repair.
 
     Args:
-        services: the processes beside this one that the run may use; None: everything is done in process.
+        services: backends that the run may share with others; None: everything is done in process.
     """
     device = choose_device(config)
     text = load_text(config.data)
@@ -73,15 +77,25 @@ def build_parts(config: RunConfig, *, world_size: int = 1, services: Services | 
     data = tokenized(config, text, base)
     features = services.features(config, base) if services else load_feature_network(config, base)
     rollouts = services.rollouts(config, device) if services else StridedRollouts()
-    method = build_method(
-        config, base=base, features=features, rollouts=rollouts, anchors_at_once=memory_plan.split.anchors_at_once
-    )
+    sft: Method = Sft(config.loss)
+    method = sft
+    if config.method != "sft":
+        method = Ebft(
+            config,
+            rollouts=rollouts,
+            features=features,
+            base=frozen_base(config, base) if config.loss.kl_coefficient > 0 else None,
+            anchors_at_once=memory_plan.anchors_at_once,
+        )
     evaluator = Evaluator(config, StridedRollouts(), features)
-    return Parts(device, memory_plan, text, data, base, features, rollouts, method, Sft(config.loss), evaluator)
+    # Last: frozen copies of the generator were made before its weights are sharded.
+    remarks = [*_save_memory(config, base.model, world_size=world_size), memory_plan.describe()]
+    base.model.train()
+    return Parts(device, memory_plan, text, data, base, features, rollouts, method, sft, evaluator, remarks)
 
 
-def scale_out(config: RunConfig, model: nn.Module, *, world_size: int) -> list[str]:
-    """Ready the generator, in place, for whatever the configuration does to save memory; returns remarks for people.
+def _save_memory(config: RunConfig, model: nn.Module, *, world_size: int) -> list[str]:
+    """Prepare the generator, in place, for checkpointing of activations and sharding; returns remarks for people.
 
     Raises:
         ModelError: an architecture that cannot compute activations again.
@@ -157,23 +171,3 @@ def _check_anchors(config: RunConfig, split: str, data: TokenDataset) -> None:
             f"{rollout.context_length} + completion {rollout.completion_length} tokens, region "
             f"{rollout.anchor_region}). Use a shorter completion_length or first_context_length, or longer texts"
         )
-
-
-def build_optimizer(model: nn.Module, config: OptimizerConfig, *, learning_rate: float) -> torch.optim.AdamW:
-    """AdamW; weight decay on matrices only."""
-    parameters = trained_parameters(model).values()
-    decayed, plain = [p for p in parameters if p.dim() > 1], [p for p in parameters if p.dim() <= 1]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=config.betas, fused=True)
-
-
-def learning_rate_at(config: OptimizerConfig, peak: float, step: int, steps: int) -> float:
-    """Learning rate of update `step` (0-based) of `steps`: linear warm-up, then constant or cosine."""
-    warmup = math.ceil(config.warmup_fraction * steps)
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    if config.schedule == "constant":
-        return peak
-    done = (step - warmup) / max(steps - warmup, 1)
-    floor = config.final_learning_rate_fraction
-    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done)))

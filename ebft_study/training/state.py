@@ -1,62 +1,89 @@
-"""The tensors of a checkpoint: whatever training has changed, and nothing else.
+"""The state of a run as plain numbers and tensors: what training has changed, and nothing else.
 
-They are whole and go by the names of the trained parameters, whoever held which part of them: a run can continue with
-another number of workers, sharded or not, and a checkpoint of adapters is small.
+Tensors are complete and go by the names of the trained parameters, whichever worker had which part of them: a run can
+resume with another number of workers, sharded or not, and a checkpoint of adapters is small.
 """
 
 from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ebft_study.errors import CheckpointError
+from ebft_study.methods import MetricAccumulator
 from ebft_study.networks.loading import trained_parameters
-from ebft_study.training.averaging import WeightAverage
-from ebft_study.training.sharding import full_tensor, shard_like
+from ebft_study.training import checkpoint
+from ebft_study.training.distributed import full_tensor, shard_like
+from ebft_study.training.update import Run
 
 Tensors = dict[str, dict[str, Tensor]]
 """Kind (weights, average, or a state of the optimizer) -> name of a parameter -> tensor."""
 
 
-def collect(model: nn.Module, optimizer: torch.optim.Optimizer, average: WeightAverage, *, keep: bool) -> Tensors:
-    """All tensors, on the CPU. Every worker must call this; those without `keep` get none."""
-    parameters = trained_parameters(model)
-    held: Tensors = {"weights": {name: p.detach() for name, p in parameters.items()}, "average": average.weights}
+def collect(run: Run) -> dict[str, Any]:
+    """State of a run, on the CPU. Every worker must call this; only the first one gets tensors."""
+    return {
+        "step": run.step,
+        "tokens_seen": run.tokens_seen,
+        "tally": {**dataclasses.asdict(run.accumulator), "steps": run.accumulated_steps},
+        "latest": run.latest,
+        "tensors": _collect_tensors(run),
+    }
+
+
+def _collect_tensors(run: Run) -> Tensors:
+    parameters = trained_parameters(run.model)
+    tensors: Tensors = {
+        "weights": {name: p.detach() for name, p in parameters.items()},
+        "average": run.average.weights,
+    }
     for name, parameter in parameters.items():
-        for kind, tensor in optimizer.state[parameter].items():
-            held.setdefault(kind, {})[name] = tensor
-    kept: Tensors = {kind: {} for kind in held}
-    for kind, tensors in held.items():
-        for name, tensor in tensors.items():
+        for kind, tensor in run.optimizer.state[parameter].items():
+            tensors.setdefault(kind, {})[name] = tensor
+    collected: Tensors = {kind: {} for kind in tensors}
+    for kind, named in tensors.items():
+        for name, tensor in named.items():
             complete = full_tensor(tensor)
-            if keep:
-                kept[kind][name] = complete.cpu()
-    return kept
+            if run.rank == 0:
+                collected[kind][name] = complete.cpu()
+    return collected
 
 
 @torch.no_grad()
-def restore(tensors: Tensors, model: nn.Module, optimizer: torch.optim.Optimizer, average: WeightAverage) -> None:
-    """Copy collected tensors back; every worker takes its part.
+def restore(run: Run, folder: Path) -> None:
+    """Continue a run from a checkpoint folder; every worker takes its part of the tensors.
 
     Raises:
-        CheckpointError: they are not those of the parameters that this run trains.
+        CheckpointError: the folder is no checkpoint of this run's trained parameters.
     """
-    parameters = trained_parameters(model)
+    saved = checkpoint.load(folder)
+    if "tensors" not in saved:
+        raise CheckpointError(f"{folder}: an older version wrote it. Continue with that one, or start from scratch")
+    run.step, run.tokens_seen, run.latest = saved["step"], saved["tokens_seen"], saved["latest"]
+    tally = saved["tally"]
+    run.accumulator = MetricAccumulator(tally["sums"], tally["counts"], tally.get("peaks", {}))
+    run.accumulated_steps = tally["steps"]
+    tensors, parameters = saved["tensors"], trained_parameters(run.model)
     _check(tensors["weights"], parameters)
     for name, parameter in parameters.items():
         parameter.copy_(shard_like(tensors["weights"][name], parameter))
-        optimizer.state[parameter] = {
+        # The optimizer's states are those of the phase that the checkpoint was written in; a new phase starts its own.
+        run.optimizer.state[parameter] = {
             kind: _optimizer_state(values[name], parameter)
             for kind, values in tensors.items()
             if kind not in ("weights", "average") and name in values
         }
-    for name, own in average.weights.items():
+    for name, average in run.average.weights.items():
         # A run may begin to average where its checkpoint did not: it starts from the weights, as every average does.
-        own.copy_(shard_like(tensors["average"].get(name, tensors["weights"][name]), own))
+        average.copy_(shard_like(tensors["average"].get(name, tensors["weights"][name]), average))
 
 
 def _optimizer_state(saved: Tensor, parameter: Tensor) -> Tensor:
-    # The count of updates is a single number, whole on every worker.
+    # The count of updates is a single number, complete on every worker.
     return shard_like(saved, parameter) if saved.dim() else saved.to(parameter.device, copy=True)
 
 

@@ -10,7 +10,7 @@ from ebft_study.config import RunConfig, flatten
 from ebft_study.errors import ConfigError
 
 if TYPE_CHECKING:
-    from ebft_study.training.loop import Recorder
+    from ebft_study.training import Recorder
 
 _ANSWER_SECONDS = 30.0
 

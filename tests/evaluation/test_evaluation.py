@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 
 from ebft_study.evaluation import Moments, rows_of, spread_rows, summary
-from ebft_study.training.loop import Run
-from tests.tiny_run import MemoryRecorder, tiny_config
+from ebft_study.training.update import Run
+from tests.tiny_run import tiny_config
 
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     monkeypatch.setenv("EBFT_STUDY_CACHE", str(tmp_path / "cache"))
-    return Run(tiny_config(tmp_path), MemoryRecorder(), lambda _m, _f: None, rank=0, world_size=1)
+    return Run(tiny_config(tmp_path))
 
 
 def test_cross_entropy_equals_that_of_plain_forward_passes(run: Run) -> None:

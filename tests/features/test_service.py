@@ -21,7 +21,7 @@ from ebft_study.errors import ModelError, ServiceError
 from ebft_study.features import NetworkOptions
 from ebft_study.features.keys import FeatureSpec
 from ebft_study.features.service import ServiceFeatures, start_service
-from ebft_study.training.services import Services
+from ebft_study.training.recorded import Services
 from tests.contracts.features import DEPTHS, FeatureContract, Make, anchors_in, random_completions
 from tests.small_models import small_batch, small_model
 from tests.tiny_run import WORDS, run_tiny, tiny_config, train_tokenizer

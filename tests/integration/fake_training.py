@@ -22,8 +22,7 @@ import torch
 
 from ebft_study.config import RunConfig
 from ebft_study.errors import DataError
-from ebft_study.training import checkpoint
-from ebft_study.training.run_result import RunResult
+from ebft_study.training import RunResult, checkpoint
 
 
 def train(

@@ -14,7 +14,6 @@ from ebft_study.config import build_run, nest
 from ebft_study.features.local import LocalFeatures
 from ebft_study.methods import LossDenominators, MetricAccumulator
 from ebft_study.methods.ebft import Ebft
-from ebft_study.methods.sft import ce_mask
 from ebft_study.rollouts import Rollouts
 from ebft_study.rollouts.strided import StridedRollouts
 from tests.rollout_backends import WithoutGraph
@@ -62,7 +61,7 @@ def accumulate(
         batch.document_ids, completion_length=G, stride=rollout.stride, first_context_length=rollout.context_length
     )
     noise = torch.rand(*anchors.positions.shape, rollout.n_samples, G, generator=torch.Generator().manual_seed(0))
-    denominators = LossDenominators(contexts=float(anchors.valid.sum()), ce_tokens=float(ce_mask(batch, "all").sum()))
+    denominators = LossDenominators(contexts=float(anchors.valid.sum()), ce_tokens=float(batch.ce_mask("all").sum()))
     accumulator, loss = MetricAccumulator(), 0.0
     for rows in torch.arange(3).split(micro_batch_size):
         share = Anchors(*(tensor[rows] for tensor in anchors))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,10 @@ from ebft_study.networks.loading import load_generator, load_model, trained_para
 from ebft_study.networks.lora import BaseModel, add_adapters
 from ebft_study.training import checkpoint
 from ebft_study.training.gradient_noise import gradient_noise
-from ebft_study.training.loop import Run
+from ebft_study.training.update import Run
+from ebft_study.training.validation import measure_heldout, measure_validation, validate
 from tests.small_models import ARCHITECTURES, small_batch, small_model
-from tests.tiny_run import MemoryRecorder, run_tiny, tiny_config
-
-DETERMINISTIC = ("loss", "ce_loss", "cfm_loss", "reward", "advantage_std", "grad_norm", "train_ce_loss")
+from tests.tiny_run import DETERMINISTIC, keep_checkpoints, run_tiny, tiny_config
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +32,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def started(folder: Path, **changes: Any) -> Run:
-    return Run(tiny_config(folder, **changes), MemoryRecorder(), lambda _m, _f: None, rank=0, world_size=1)
+    return Run(tiny_config(folder, **changes))
 
 
 def adapted(
@@ -133,7 +131,7 @@ def test_features_of_the_shared_network_are_those_of_a_separate_one(
         batch, anchors, *_ = run.batch()
         truth = completions_at(batch.tokens, anchors, run.config.rollout.completion_length)
         completions = truth[:, :, None].expand(-1, -1, 2, -1)
-        with run._autocast():
+        with run.autocast():
             expected = separate.embed(batch, anchors, completions)[0]
             found = run.parts.features.embed(batch, anchors, completions)[0]
         assert torch.equal(found.phi, expected.phi)
@@ -185,8 +183,8 @@ def test_the_base_model_scores_as_before_any_training(tmp_path: Path) -> None:
 
 def test_the_base_evaluation_is_that_of_the_model_without_adapters(tmp_path: Path) -> None:
     plain, model = started(tmp_path), started(tmp_path, lora_rank=2)
-    assert model._measure_validation() == plain._measure_validation()
-    assert model._measure_heldout() == plain._measure_heldout()
+    assert measure_validation(model) == measure_validation(plain)
+    assert measure_heldout(model) == measure_heldout(plain)
 
 
 # --- training --------------------------------------------------------------------------------------------------
@@ -217,10 +215,10 @@ def test_a_step_gives_the_gradient_of_scoring_its_rollouts_again(
 def test_training_adapters_lowers_cross_entropy_and_leaves_the_rest_alone(tmp_path: Path) -> None:
     run = started(tmp_path, method="sft", lora_rank=4, learning_rate=2e-2, steps=15, eval_every_steps=15)
     frozen = {name: p.clone() for name, p in run.model.named_parameters() if not p.requires_grad}
-    before = run._validate()["ce_loss"]
+    before = validate(run)["ce_loss"]
     for _ in range(15):
         run.update()
-    assert run._validate()["ce_loss"] < before - 0.2
+    assert validate(run)["ce_loss"] < before - 0.2
     assert all(torch.equal(p, frozen[name]) for name, p in run.model.named_parameters() if name in frozen)
 
 
@@ -240,12 +238,8 @@ def test_the_same_seed_gives_the_same_run(tmp_path: Path) -> None:
     ids=str,
 )
 def test_a_resumed_run_continues_bit_for_bit(tmp_path: Path, method: str, changes: dict[str, Any]) -> None:
-    def keep(metrics: dict[str, float], temporary: Path | None) -> None:
-        if temporary:
-            shutil.copytree(temporary, tmp_path / f"step-{int(metrics['step'])}")
-
     config = tiny_config(tmp_path, method=method, lora_rank=2, learning_rate=1e-2, **changes)
-    _, whole = run_tiny(config, on_report=keep)
+    _, whole = run_tiny(config, on_report=keep_checkpoints(tmp_path))
     outcome, rest = run_tiny(config, start_from=tmp_path / "step-2")
     for name in DETERMINISTIC:
         assert rest.curve(name) == {step: value for step, value in whole.curve(name).items() if step > 2}

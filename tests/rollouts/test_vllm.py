@@ -27,8 +27,8 @@ from ebft_study.rollouts import Rollouts
 from ebft_study.rollouts.vllm import VllmRollouts, options_of, shared_name, start_engine
 from ebft_study.rollouts.vllm.engine import EngineOptions
 from ebft_study.rollouts.vllm.weights import SHARED_MEMORY
-from ebft_study.training.loop import RunResult
-from ebft_study.training.services import Services
+from ebft_study.training import RunResult
+from ebft_study.training.recorded import Services
 from tests.contracts.rollouts import LONGEST, RolloutContract
 from tests.references import naive_model
 from tests.small_models import small_batch, small_model

@@ -19,7 +19,7 @@ from ebft_study.features.local import load_feature_network
 from ebft_study.networks.loading import LoadedModel
 from ebft_study.rollouts import RolloutBackend, Rollouts
 from tests.rollout_backends import WithoutGraph
-from tests.tiny_run import MemoryRecorder, run_tiny, tiny_config
+from tests.tiny_run import MemoryRecorder, keep_checkpoints, run_tiny, tiny_config
 
 
 class Engine(WithoutGraph):
@@ -73,16 +73,9 @@ def test_an_exact_engine_trains_what_strided_rollouts_train(tmp_path: Path) -> N
 
 
 def test_a_resumed_run_follows_from_its_step_on(tmp_path: Path) -> None:
-    folders: list[Path] = []
-
-    def keep(metrics: dict[str, float], written: Path | None) -> None:
-        if written is not None:
-            folders.append(written.rename(tmp_path / f"kept-{metrics['step']:.0f}"))
-            written.mkdir()
-
     config = engine_config(tmp_path)
-    _, whole, _ = run(config, on_report=keep)
-    _, rest, engine = run(config, start_from=folders[1])
+    _, whole, _ = run(config, on_report=keep_checkpoints(tmp_path))
+    _, rest, engine = run(config, start_from=tmp_path / "step-4")
     assert engine.followed == [4, 5]
     for step in (5, 6):
         assert rest.rows[step]["reward"] == whole.rows[step]["reward"]

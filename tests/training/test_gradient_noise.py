@@ -33,8 +33,7 @@ def test_no_signal_gives_nan() -> None:
     assert math.isnan(cosine(torch.tensor([[1.0], [-1.0]]), torch.ones(2, 1)))
 
 
-def test_gradient_noise_compares_settings_of_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("EBFT_STUDY_CACHE", str(tmp_path / "cache"))
+def test_gradient_noise_compares_settings_of_one_run(tmp_path: Path) -> None:
     rows = gradient_noise(tiny_config(tmp_path), whitenings=["none", "variant_i"], n_samples=[3], draws=4)
     assert [(row["whitening"], row["n_samples"]) for row in rows] == [("none", 3), ("variant_i", 3)]
     assert all(math.isfinite(row["signal_to_noise"]) for row in rows)

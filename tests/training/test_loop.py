@@ -1,8 +1,7 @@
-"""One run from its first to its last step: exact resume, splits that do not matter, honest endings."""
+"""One run from its first to its last step: exact resume, micro-batches that change nothing, honest endings."""
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +11,9 @@ import torch.multiprocessing as multiprocessing
 
 from ebft_study.errors import CheckpointError, ConfigError
 from ebft_study.training import checkpoint
-from ebft_study.training.loop import Run, train
-from ebft_study.training.setup import learning_rate_at
-from tests.tiny_run import MemoryRecorder, run_tiny, tiny_config, write_data
-
-DETERMINISTIC = ("loss", "ce_loss", "cfm_loss", "reward", "advantage_std", "grad_norm", "train_ce_loss")
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("EBFT_STUDY_CACHE", str(tmp_path / "cache"))
-
-
-def keep_checkpoints(folder: Path) -> Any:
-    def on_report(metrics: dict[str, float], temporary: Path | None) -> None:
-        if temporary:
-            shutil.copytree(temporary, folder / f"step-{int(metrics['step'])}")
-
-    return on_report
+from ebft_study.training.loop import train
+from ebft_study.training.update import Run, learning_rate_at
+from tests.tiny_run import DETERMINISTIC, MemoryRecorder, keep_checkpoints, run_tiny, tiny_config, write_data
 
 
 @pytest.mark.parametrize("method", ["ebft", "sft"])
@@ -100,7 +84,7 @@ def _worker(rank: int, world_size: int, settings: dict[str, Any], folder: str) -
 
 def test_more_workers_than_sequences_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="batch_size=4"):
-        Run(tiny_config(tmp_path), None, lambda _m, _f: None, rank=0, world_size=5)
+        Run(tiny_config(tmp_path), world_size=5)
 
 
 def test_training_lowers_cross_entropy(tmp_path: Path) -> None:
@@ -116,7 +100,7 @@ def test_learning_rate_zero_leaves_the_model_as_it_is(tmp_path: Path) -> None:
 
 
 def test_the_feature_network_keeps_the_base_weights_through_a_warm_start(tmp_path: Path) -> None:
-    run = Run(tiny_config(tmp_path, warm_start_steps=2), MemoryRecorder(), lambda _m, _f: None, rank=0, world_size=1)
+    run = Run(tiny_config(tmp_path, warm_start_steps=2))
     before = [p.clone() for p in run.parts.features.network.parameters()]
     run.update()
     run.update()
@@ -172,17 +156,6 @@ def test_the_base_model_is_measured_once_and_recalled_exactly(tmp_path: Path) ->
     assert first.evaluated[0] == second.evaluated[0]
     _, other = run_tiny(tiny_config(tmp_path, steps=1, evaluation_seed=1))
     assert other.rows[0]["cfm_loss"] != first.rows[0]["cfm_loss"]
-
-
-def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
-    checkpoint.save(tmp_path, {"step": 4}, step=4)
-    assert checkpoint.step_of(tmp_path) == 4
-    with (tmp_path / checkpoint.STATE).open("r+b") as file:
-        file.seek(40)
-        file.write(b"damage")
-    assert checkpoint.step_of(tmp_path) is None
-    with pytest.raises(CheckpointError, match="complete"):
-        checkpoint.load(tmp_path)
 
 
 def test_learning_rate_warms_up_then_stays_or_decays(tmp_path: Path) -> None:

@@ -10,22 +10,18 @@ import torch
 from transformers import Qwen2Config
 
 from ebft_study.config import build_run, nest
-from ebft_study.cost import MicroBatchPlan, ModelShape
+from ebft_study.cost import ModelShape
 from ebft_study.errors import ConfigError
-from ebft_study.training.loop import Run
+from ebft_study.training.loop import observe, start
 from ebft_study.training.memory import budgets, plan_micro_batches, shapes
-from tests.tiny_run import MemoryRecorder, tiny_config
+from ebft_study.training.update import Run
+from tests.tiny_run import MemoryRecorder, report_nothing, tiny_config
 
 CPU = torch.device("cpu")
 SEVEN_B: dict[str, Any] = {
     "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
     "num_key_value_heads": 4, "vocab_size": 152064, "tie_word_embeddings": False,
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("EBFT_STUDY_CACHE", str(tmp_path / "cache"))
 
 
 def large(folder: Path, **changes: Any) -> Any:
@@ -58,15 +54,15 @@ def test_adapters_are_counted_as_peft_makes_them(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, lora_rank=3, lora_targets=["q_proj", "down_proj"])
     everything = tiny_config(tmp_path, lora_rank=3)
     for run_config in (config, everything):
-        run = Run(run_config, None, lambda _m, _f: None, rank=0, world_size=1)
+        run = Run(run_config)
         trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
         assert shapes(run_config)[0].trainable_parameters == trained
     assert isinstance(shapes(config)[1], ModelShape)
 
 
 def test_sizes_that_a_user_has_chosen_are_kept(tmp_path: Path) -> None:
-    fit = plan_micro_batches(tiny_config(tmp_path, micro_batch_size=3, anchors_at_once=2), CPU, world_size=1)
-    assert fit.split == MicroBatchPlan(3, 2)
+    plan = plan_micro_batches(tiny_config(tmp_path, micro_batch_size=3, anchors_at_once=2), CPU, world_size=1)
+    assert (plan.micro_batch_size, plan.anchors_at_once) == (3, 2)
 
 
 def test_a_cpu_aims_at_its_budget_and_may_use_the_whole_machine(tmp_path: Path) -> None:
@@ -82,15 +78,15 @@ def test_a_smaller_budget_cuts_the_step_and_changes_neither_tokens_nor_gradients
     whole = plan_micro_batches(roomy, CPU, world_size=1)
     tight = tiny_config(tmp_path, gamma=0.1, batch_size=8, memory_budget_gib=0.5 * whole.peak_bytes / gib)
     cut = plan_micro_batches(tight, CPU, world_size=1)
-    assert whole.split.micro_batch_size == 8
-    assert cut.split.micro_batch_size * cut.split.anchors_at_once < 8 * whole.split.anchors_at_once
+    assert whole.micro_batch_size == 8
+    assert cut.micro_batch_size * cut.anchors_at_once < 8 * whole.anchors_at_once
     rows, weights = [], []
     for config in (roomy, tight):
         recorder = MemoryRecorder()
-        run = Run(config, recorder, lambda _m, _f: None, rank=0, world_size=1)
-        run.start(None)
+        run = Run(config)
+        start(run, recorder, report_nothing)
         run.update()
-        run.observe()
+        observe(run, recorder, report_nothing)
         rows.append(recorder.rows[1])
         weights.append(torch.cat([p.detach().flatten() for p in run.model.parameters()]))
         assert run.parts.memory_plan.describe() in recorder.events[0][1]
@@ -101,4 +97,4 @@ def test_a_smaller_budget_cuts_the_step_and_changes_neither_tokens_nor_gradients
 
 def test_flex_attention_without_a_gpu_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"training\.attention='flex': FlexAttention needs a GPU"):
-        Run(tiny_config(tmp_path, attention="flex"), None, lambda _m, _f: None, rank=0, world_size=1)
+        Run(tiny_config(tmp_path, attention="flex"))

@@ -1,4 +1,4 @@
-"""What saves memory on one worker: activations computed again, and numbers of half the size."""
+"""Saving memory on one worker: activations computed again, and numbers of half the size."""
 
 from __future__ import annotations
 
@@ -16,27 +16,24 @@ from ebft_study.methods import MetricAccumulator
 from ebft_study.networks.blocks import completion_log_probs, run_prefix, token_log_probs, verify
 from ebft_study.networks.loading import load_model
 from ebft_study.rollouts.strided import StridedRollouts
-from ebft_study.training.loop import Run
+from ebft_study.training.loop import start
 from ebft_study.training.setup import checkpoint_activations
+from ebft_study.training.update import Run
+from ebft_study.training.validation import sample_rows
 from tests.small_models import ARCHITECTURES, VOCABULARY, small_batch, small_model
-from tests.tiny_run import MemoryRecorder, run_tiny, tiny_config
+from tests.tiny_run import MemoryRecorder, report_nothing, run_tiny, tiny_config
 
 BFLOAT16 = {"precision": "bfloat16"}
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("EBFT_STUDY_CACHE", str(tmp_path / "cache"))
-
-
 def started(folder: Path, **changes: Any) -> Run:
-    return Run(tiny_config(folder, **changes), MemoryRecorder(), lambda _m, _f: None, rank=0, world_size=1)
+    return Run(tiny_config(folder, **changes))
 
 
 def gradients(run: Run) -> dict[str, torch.Tensor]:
     """Gradients of the first step."""
     batch, anchors, noise, denominators = run.batch()
-    with run._autocast():
+    with run.autocast():
         run.method.backward(
             run.model, batch, anchors, noise=noise, denominators=denominators, accumulator=MetricAccumulator()
         )
@@ -115,8 +112,8 @@ def test_nothing_is_checkpointed_where_no_gradient_is_wanted(tmp_path: Path, mon
     run = started(tmp_path, activation_checkpointing=True)
     for layer in run.model.get_decoder().layers:
         monkeypatch.setattr(layer, "_gradient_checkpointing_func", lambda *_: pytest.fail("checkpointed"))
-    run.start(None)
-    run._record_samples()
+    start(run, MemoryRecorder(), report_nothing)
+    assert sample_rows(run)
     assert run.model.training
 
 

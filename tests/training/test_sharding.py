@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,20 @@ import torch.multiprocessing as multiprocessing
 
 from ebft_study.config import RunConfig
 from ebft_study.errors import CheckpointError
-from ebft_study.training import checkpoint
-from ebft_study.training.loop import Run, train
-from tests.tiny_run import WORDS, MemoryRecorder, tiny_config, write_data, write_model
+from ebft_study.training import checkpoint, state
+from ebft_study.training.loop import finish, observe, start, train
+from ebft_study.training.update import Run
+from tests.tiny_run import (
+    DETERMINISTIC,
+    WORDS,
+    MemoryRecorder,
+    keep_checkpoints,
+    report_nothing,
+    tiny_config,
+    write_data,
+    write_model,
+)
 
-DETERMINISTIC = ("loss", "ce_loss", "cfm_loss", "reward", "advantage_std", "grad_norm", "train_ce_loss")
 COMMON = {"gamma": 0.3, "batch_size": 5, "micro_batch_size": 1, "steps": 4, "learning_rate": 1e-4}
 RUNS: dict[str, dict[str, Any]] = {
     "repeated": {},
@@ -43,17 +51,13 @@ def configured(folder: Path, name: str) -> RunConfig:
 def run_and_keep(config: RunConfig, folder: Path, name: str, rank: int, world_size: int, **keywords: Any) -> None:
     """Train; keep checkpoints, rows, samples and how much of the optimizer's state this worker held."""
 
-    def on_report(metrics: dict[str, float], temporary: Path | None) -> None:
-        if temporary and rank == 0:
-            shutil.copytree(temporary, folder / name / f"step-{int(metrics['step'])}")
-
-    recorder = MemoryRecorder() if rank == 0 else None
-    run = Run(config, recorder, on_report, rank, world_size)
-    run.start(keywords.get("start_from"))
+    recorder, on_report = MemoryRecorder() if rank == 0 else None, keep_checkpoints(folder / name)
+    run = Run(config, rank=rank, world_size=world_size)
+    start(run, recorder, on_report, keywords.get("start_from"))
     while run.step < config.total_steps:
         run.update()
-        run.observe()
-    run.finish()
+        observe(run, recorder, on_report)
+    finish(run, recorder)
     (folder / name).mkdir(exist_ok=True)
     moments = [state["exp_avg"] for state in run.optimizer.state.values()]
     held = {"local": sum(own(m).numel() for m in moments), "whole": sum(m.numel() for m in moments)}
@@ -85,7 +89,7 @@ def two_workers(rank: int, world_size: int, folder: str) -> None:
         start = there / "one" / name / "step-2"
         run_and_keep(configured(there, name), there / "two", f"{name}-resumed", rank, world_size, start_from=start)
     diverging = tiny_config(there, sharding="fsdp", method="sft", steps=50, learning_rate=1e30, max_grad_norm=None)
-    outcome = train(diverging, recorder=None, on_report=lambda _m, _f: None, rank=rank, world_size=world_size)
+    outcome = train(diverging, recorder=None, on_report=report_nothing, rank=rank, world_size=world_size)
     (there / f"outcome-{rank}.json").write_text(json.dumps([outcome.status, outcome.step, outcome.reason]))
     dist.destroy_process_group()
 
@@ -193,7 +197,7 @@ def test_one_worker_continues_a_run_of_two(folder: Path, name: str, sharding: st
 
 def test_some_batches_leave_a_worker_without_anchors(folder: Path) -> None:
     config = configured(folder, "no-anchors")
-    run = Run(config, None, lambda _m, _f: None, rank=0, world_size=1)
+    run = Run(config)
     alone = []
     for step in range(config.total_steps):
         run.step = step
@@ -210,12 +214,11 @@ def test_a_non_finite_loss_stops_all_workers_at_the_same_step(folder: Path) -> N
 
 def test_one_worker_says_that_there_is_nothing_to_shard(folder: Path) -> None:
     recorder = MemoryRecorder()
-    run = Run(configured(folder, "sharded"), recorder, lambda _m, _f: None, rank=0, world_size=1)
-    run.start(None)
+    start(Run(configured(folder, "sharded")), recorder, report_nothing)
     assert "sharding=fsdp changes nothing with one worker" in recorder.events[0][1]
 
 
 def test_a_checkpoint_of_other_weights_is_refused(folder: Path) -> None:
-    run = Run(configured(folder, "adapters"), None, lambda _m, _f: None, rank=0, world_size=1)
+    run = Run(configured(folder, "adapters"))
     with pytest.raises(CheckpointError, match="lora settings"):
-        run.start(folder / "one" / "sharded" / "step-2")
+        state.restore(run, folder / "one" / "sharded" / "step-2")

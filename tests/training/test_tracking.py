@@ -31,7 +31,6 @@ def test_tracking_is_off_unless_asked_for(tmp_path: Path) -> None:
 
 def test_an_offline_run_holds_every_row_and_no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", KEY)
-    monkeypatch.setenv("EBFT_STUDY_CACHE", str(tmp_path / "cache"))
     config = tiny_config(tmp_path, wandb="offline", steps=2)
     inner = MemoryRecorder()
     recorder = WandbRecorder(inner, config, study="study", run_id="study-t0001", label="alpha=1", folder=tmp_path)

@@ -23,7 +23,7 @@ from ebft_study.study.resolving.service_plan import check_cache, plan_services
 from ebft_study.study.spec.study_spec import ObjectiveSpec, ResourcesSpec, StudySpec, nested
 from ebft_study.study.spec.trials import Configuration, Trial
 from ebft_study.study.view.display import Lines
-from ebft_study.training.run_result import RunResult
+from ebft_study.training import RunResult
 
 TRIAL = "t0000"
 COLUMNS = ("ce_loss", "cfm_loss", "reward")

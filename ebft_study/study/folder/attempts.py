@@ -13,7 +13,7 @@ from pathlib import Path
 from ebft_study.config import CheckpointConfig
 from ebft_study.storage import Location, StoragePath, in_parallel, storage_errors, storage_path
 from ebft_study.study.spec.study_spec import ObjectiveSpec
-from ebft_study.training import checkpoint, retention
+from ebft_study.training import checkpoint
 
 _BEGUN = ".begun"
 
@@ -70,7 +70,7 @@ def prune(
     every = _checkpoints(study_folder, trial_id)
     current = {found.step: found for found in every if found.attempt >= since}  # of one step, the later attempt's
     values = {step: found.metrics.get(objective.metric, math.nan) for step, found in current.items()}
-    keep = retention.to_keep(
+    keep = checkpoint.to_keep(
         values,
         newest=config.keep_checkpoints,
         best=config.keep_best,
@@ -81,7 +81,7 @@ def prune(
     earlier = sorted((found for found in every if found.attempt < since), key=lambda found: found.attempt)
     kept = {current[step].path for step in keep} | {found.path for found in earlier[-config.keep_checkpoints :]}
     in_parallel(_remove, [found.path for found in every if found.path not in kept])
-    best = retention.ranked({step: values[step] for step in keep}, objective.mode)
+    best = checkpoint.ranked({step: values[step] for step in keep}, objective.mode)
     return current[best[0]].below_study if best else None
 
 

@@ -1,15 +1,29 @@
-"""Which checkpoints stay, by enumeration of all small cases against the definition."""
+"""Checkpoints on disk: damage is detected, and those that stay are enumerated against the definition."""
 
 from __future__ import annotations
 
 import itertools
 import math
+from pathlib import Path
 
 import pytest
 
-from ebft_study.training.retention import ranked, to_keep
+from ebft_study.errors import CheckpointError
+from ebft_study.training import checkpoint
+from ebft_study.training.checkpoint import ranked, to_keep
 
 NAN = math.nan
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, {"step": 4}, step=4)
+    assert checkpoint.step_of(tmp_path) == 4
+    with (tmp_path / checkpoint.STATE).open("r+b") as file:
+        file.seek(40)
+        file.write(b"damage")
+    assert checkpoint.step_of(tmp_path) is None
+    with pytest.raises(CheckpointError, match="complete"):
+        checkpoint.load(tmp_path)
 
 
 @pytest.mark.parametrize("mode", ["min", "max"])

@@ -1,0 +1,229 @@
+"""One optimizer update, and the run that it advances.
+
+rows of the step -> this worker's share -> micro-batches -> gradients, added up over workers -> AdamW
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ebft_study.algorithm.anchors import Anchors
+from ebft_study.algorithm.sampling import uniforms
+from ebft_study.config import OptimizerConfig, RunConfig
+from ebft_study.data import Batch, batch_indices
+from ebft_study.errors import ConfigError, NonFiniteError
+from ebft_study.methods import LossDenominators, Method, MetricAccumulator, off_policy
+from ebft_study.networks.loading import trained_parameters
+from ebft_study.rollouts import anchors_of
+from ebft_study.training.distributed import full_tensor, sum_gradients, sum_over_workers, unsharded
+from ebft_study.training.setup import build_parts
+
+if TYPE_CHECKING:
+    from ebft_study.training.recorded import Services
+
+ROLLOUT_STREAM = 1
+"""Keeps the noise of training rollouts apart from that of evaluations."""
+
+
+class Run:
+    """A run in memory: what it is made of (`parts`), its optimizer, and how far it has come."""
+
+    def __init__(
+        self, config: RunConfig, *, rank: int = 0, world_size: int = 1, services: Services | None = None
+    ) -> None:
+        if config.training.batch_size < world_size:
+            raise ConfigError(
+                f"training.batch_size={config.training.batch_size}: {world_size} workers need at least one sequence "
+                "each. Use a larger batch_size or fewer workers_per_trial"
+            )
+        self.config, self.rank, self.world_size = config, rank, world_size
+        self.parts = build_parts(config, world_size=world_size, services=services)
+        self.device, self.model = self.parts.device, self.parts.base.model
+        self.step, self.tokens_seen = 0, 0
+        self.accumulator, self.accumulated_steps = MetricAccumulator(), 0
+        self.latest = dict[str, float]()
+        self.average = WeightAverage(self.model, config.optimizer.ema_decay)
+        self.optimizer = self._new_optimizer()
+
+    @property
+    def warming_up(self) -> bool:
+        return self.step < self.config.training.warm_start_steps
+
+    @property
+    def method(self) -> Method:
+        return self.parts.warm_start if self.warming_up else self.parts.method
+
+    @property
+    def samples_from_engine(self) -> bool:
+        """Whether this step's rollouts come from an engine; a warm start has none."""
+        return self.config.uses_engine and not self.warming_up
+
+    @property
+    def peak_learning_rate(self) -> float:
+        warm = self.config.training.warm_start_learning_rate
+        return warm if self.warming_up and warm is not None else self.config.optimizer.learning_rate
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Forward passes inside have the configured precision."""
+        if self.config.training.precision == "bfloat16":
+            return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return contextlib.nullcontext()
+
+    def sum_over_workers(self, values: Iterable[float]) -> list[float]:
+        return sum_over_workers(values, self.world_size, self.device)
+
+    def update(self) -> None:
+        """Make one optimizer update."""
+        started = time.perf_counter()
+        if self.step == self.config.training.warm_start_steps > 0:
+            self.optimizer = self._new_optimizer()
+        if self.samples_from_engine:
+            # What `batch` sums over all workers makes them wait for the transfer.
+            with unsharded(self.model):
+                self.parts.rollouts.update_weights(self.model, self.step)
+        batch, anchors, noise, denominators = self.batch()
+        loss, difference = 0.0, self.accumulator.total(off_policy.DIFFERENCE)
+        with unsharded(self.model):
+            for rows in torch.arange(len(batch.indices)).split(self.parts.memory_plan.micro_batch_size):
+                loss += self._backward(batch, anchors, noise, denominators, rows)
+            with self.accumulator.seconds("optimizer_seconds", self.device):
+                sum_gradients(self.model, self.world_size)
+        if self.samples_from_engine:
+            self._check_parity(difference)
+        with self.accumulator.seconds("optimizer_seconds", self.device):
+            self._apply_gradients(loss)
+        self.step += 1
+        self.tokens_seen += int(self.sum_over_workers([float((batch.document_ids >= 0).sum())])[0])
+        for name, (total, count) in self.parts.features.drain_usage().items():
+            self.accumulator.add(name, total, count)
+        self.accumulator.add("step_seconds", time.perf_counter() - started, 0.0)
+        self.accumulated_steps += 1
+
+    def batch(self) -> tuple[Batch, Anchors, Tensor, LossDenominators]:
+        """This worker's rows of the step, with anchors, noise, and what the losses of all workers divide by."""
+        config, data, rollout = self.config, self.parts.data["train"], self.config.rollout
+        indices = batch_indices(size=len(data), batch_size=config.training.batch_size, step=self.step, seed=config.seed)
+        batch = data.rows(indices[self.rank :: self.world_size]).to(self.device)
+        anchors = anchors_of(batch, rollout)
+        noise = uniforms(
+            (config.seed, ROLLOUT_STREAM, self.step),
+            batch.indices.tolist(),
+            n_anchors=anchors.positions.shape[1],
+            n_samples=rollout.n_samples,
+            length=rollout.completion_length,
+        )
+        counts = float(anchors.valid.sum()), float(batch.ce_mask(config.loss.ce_region).sum())
+        contexts, ce_tokens = self.sum_over_workers(counts)
+        return batch, anchors, noise, LossDenominators(contexts, max(ce_tokens, 1.0), self.step)
+
+    def _backward(
+        self, batch: Batch, anchors: Anchors, noise: Tensor, denominators: LossDenominators, rows: Tensor
+    ) -> float:
+        """Gradients of a micro-batch, the given rows; returns its share of the loss."""
+        on_device = rows.to(self.device)
+        with self.autocast():
+            loss = self.method.backward(
+                self.model,
+                batch.select(on_device),
+                Anchors(*(tensor[on_device] for tensor in anchors)),
+                noise=noise[rows],
+                denominators=denominators,
+                accumulator=self.accumulator,
+            )
+        self.accumulator.add("loss", loss, 0.0)
+        return loss
+
+    def _check_parity(self, before: tuple[float, float]) -> None:
+        """Judge what this step has added to the engine's differences, before the weights change."""
+        now = self.accumulator.total(off_policy.DIFFERENCE)
+        total, count = self.sum_over_workers(later - earlier for later, earlier in zip(now, before, strict=True))
+        off_policy.check_parity(self.config, total, count, version=self.step)
+
+    def _apply_gradients(self, loss: float) -> None:
+        config, warm = self.config.optimizer, self.config.training.warm_start_steps
+        parameters = trained_parameters(self.model).values()
+        limit = math.inf if config.max_grad_norm is None else config.max_grad_norm
+        norm = float(full_tensor(torch.nn.utils.clip_grad_norm_(parameters, limit)))
+        (total,) = self.sum_over_workers([loss])
+        for quantity, value in (("loss", total), ("grad_norm", norm)):
+            if not math.isfinite(value):
+                raise NonFiniteError(quantity, value, self.step + 1)
+        within, length = (self.step, warm) if self.warming_up else (self.step - warm, self.config.training.steps)
+        rate = learning_rate_at(config, self.peak_learning_rate, within, length)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.average.update(self.model)
+        if self.rank == 0:
+            self.accumulator.add("grad_norm", norm, 1.0)
+            self.latest["learning_rate"] = rate
+
+    def _new_optimizer(self) -> torch.optim.AdamW:
+        """AdamW; weight decay on matrices only."""
+        config, parameters = self.config.optimizer, trained_parameters(self.model).values()
+        groups = [
+            {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay},
+            {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW(groups, lr=self.peak_learning_rate, betas=config.betas, fused=True)
+
+
+def learning_rate_at(config: OptimizerConfig, peak: float, step: int, steps: int) -> float:
+    """Learning rate of update `step` (0-based) of `steps`: linear warm-up, then constant or cosine."""
+    warmup = math.ceil(config.warmup_fraction * steps)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    if config.schedule == "constant":
+        return peak
+    done = (step - warmup) / max(steps - warmup, 1)
+    floor = config.final_learning_rate_fraction
+    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+class WeightAverage:
+    """Exponential moving average (EMA) of the weights: `average <- decay * average + (1 - decay) * weights`.
+
+    It holds the trained weights alone, in float32: in fewer digits the small steps of an average would be lost. With
+    `decay` None there is no average.
+    """
+
+    def __init__(self, model: nn.Module, decay: float | None) -> None:
+        self.decay = decay
+        self.weights: dict[str, Tensor] = {}
+        if decay is not None:
+            self.weights = {name: p.detach().float().clone() for name, p in trained_parameters(model).items()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Move the average towards the current weights."""
+        if self.decay is not None:
+            for name, weight in trained_parameters(model).items():
+                self.weights[name].lerp_(weight.float(), 1.0 - self.decay)
+
+    @contextlib.contextmanager
+    def applied(self, model: nn.Module) -> Iterator[None]:
+        """The model has the averaged weights inside, and its own again afterwards."""
+        own = self._exchange(model, self.weights)
+        try:
+            yield
+        finally:
+            self._exchange(model, own)
+
+    @torch.no_grad()
+    def _exchange(self, model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Copy weights into the model; returns copies of what it had."""
+        if self.decay is None:
+            return {}
+        parameters = trained_parameters(model)
+        before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        for name, parameter in parameters.items():
+            parameter.copy_(weights[name])
+        return before

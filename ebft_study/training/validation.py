@@ -1,0 +1,225 @@
+"""What a run measures of itself: training metrics, losses on held-out data, and samples of its completions.
+
+Evaluations see the averaged weights, if there is an average. Every worker takes part in each of these functions and
+gets the same numbers, which are those of all workers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ebft_study import evaluation
+from ebft_study.algorithm.advantages import feature_matching_advantages
+from ebft_study.algorithm.anchors import completions_at
+from ebft_study.algorithm.rewards import feature_matching_rewards
+from ebft_study.algorithm.sampling import uniforms
+from ebft_study.errors import NonFiniteError
+from ebft_study.evaluation import Measured, Moments, base
+from ebft_study.methods import MetricAccumulator, off_policy
+from ebft_study.rollouts import anchors_of
+from ebft_study.training.distributed import is_sharded, max_over_workers, unsharded
+from ebft_study.training.update import Run
+
+PHASES = ("sync_seconds", "rollout_seconds", "feature_seconds", "scoring_seconds", "optimizer_seconds", "step_seconds")
+AVERAGED = (
+    *("train_ce_loss", "kl", "reward", "alignment", "diversity", "zero_variance_fraction", "duplicate_rate"),
+    *("policy_entropy", "train_cfm_loss", "fm_whitened", "grad_norm", "policy_lag", "parity_mean_difference"),
+    *("importance_ratio", "importance_weight", "importance_clipped_fraction", "feature_hit_rate_memory"),
+    *("feature_hit_rate_disk", "sample_hit_rate", "ground_truth_hit_rate", "feature_queue_seconds"),
+    *("feature_batch_requests", "feature_cache_bytes"),
+)
+SUMMED = ("feature_tokens_embedded", "feature_tokens_saved")
+LOSSES = ("loss", "policy_loss")
+SQUARES = ("advantage", "advantage_squared", "importance_ratio_squared")
+ACCUMULATED = sorted((*AVERAGED, *SUMMED, *PHASES, *LOSSES, *SQUARES))
+"""All names that training steps add to their accumulator: workers exchange them in this order."""
+SAMPLED_SEQUENCES, SAMPLED_CONTEXTS = 2, 2
+"""Sequences, and contexts of each, whose completions are shown."""
+
+
+# --- training --------------------------------------------------------------------------------------------------
+
+
+def training_metrics(run: Run) -> dict[str, float]:
+    """Metrics of the steps since the last call, over all workers."""
+    steps, workers, total = run.accumulated_steps, run.world_size, _sum_accumulators(run)
+    row = {name: total.mean(name) for name in AVERAGED if total.counts.get(name)}
+    if total.counts.get("advantage"):
+        mean = total.mean("advantage")
+        row["advantage_std"] = math.sqrt(max(total.mean("advantage_squared") - mean * mean, 0.0))
+        row["policy_loss"] = total.sums["policy_loss"] / steps
+    row |= off_policy.metrics(total)
+    row |= {name: total.sums[name] for name in SUMMED if total.sums[name] > 0}
+    row["loss"] = total.sums["loss"] / steps
+    row |= {name: total.sums[name] / steps / workers for name in PHASES if total.sums[name] > 0}
+    tokens = run.tokens_seen - run.latest.get("tokens_seen", 0.0)
+    row |= {
+        "learning_rate": run.latest.get("learning_rate", float("nan")),
+        "tokens_per_second": tokens / max(total.sums["step_seconds"] / workers, 1e-9),
+        "peak_memory_bytes": float(peak_memory_bytes(run.device)),
+        "sequences_seen": float(run.step * run.config.training.batch_size),
+        "tokens_seen": float(run.tokens_seen),
+    }
+    run.latest |= row
+    run.accumulator, run.accumulated_steps = MetricAccumulator(), 0
+    return row
+
+
+def _sum_accumulators(run: Run) -> MetricAccumulator:
+    sums, counts, peaks = run.accumulator.sums, run.accumulator.counts, run.accumulator.peaks
+    largest = max_over_workers([peaks.get(name, -math.inf) for name in off_policy.PEAKS], run.world_size, run.device)
+    return MetricAccumulator(
+        dict(zip(ACCUMULATED, run.sum_over_workers(sums.get(name, 0.0) for name in ACCUMULATED), strict=True)),
+        dict(zip(ACCUMULATED, run.sum_over_workers(counts.get(name, 0.0) for name in ACCUMULATED), strict=True)),
+        {name: value for name, value in zip(off_policy.PEAKS, largest, strict=True) if value > -math.inf},
+    )
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Largest memory so far: of the device on a GPU, of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+# --- evaluation ------------------------------------------------------------------------------------------------
+
+
+def validate(run: Run) -> dict[str, float]:
+    """Losses on the validation split, as a row of metrics.
+
+    Raises:
+        NonFiniteError: a loss is NaN or infinite.
+    """
+    started = time.perf_counter()
+    return _validation_row(run, measure_validation(run), started)
+
+
+def evaluate_base(run: Run) -> tuple[dict[str, float], Measured]:
+    """Validation metrics and held-out measurements of the base model.
+
+    Trials of a study share them, so they are measured once per machine.
+
+    Raises:
+        NonFiniteError: a loss is NaN or infinite.
+    """
+    started, parts = time.perf_counter(), run.parts
+    key = base.key(run.config, parts.base, parts.features, parts.text, parts.data)
+    measured = base.get(key) if run.world_size == 1 else None
+    if measured is None:
+        measured = measure_validation(run), measure_heldout(run)
+        # Sharded weights are gathered in the type of the passes, which may round otherwise than one worker does.
+        if run.rank == 0 and not is_sharded(run.model):
+            base.put(key, measured)
+    return _validation_row(run, measured[0], started), measured[1]
+
+
+def _validation_row(run: Run, measured: Measured, started: float) -> dict[str, float]:
+    row = evaluation.summary(measured, run.config.rollout.completion_length)
+    row["evaluation_seconds"] = time.perf_counter() - started
+    for name in (evaluation.CE, evaluation.CFM):
+        if name in row and not math.isfinite(row[name]):
+            raise NonFiniteError(name, row[name], run.step)
+    run.latest |= row | {"evaluated_step": float(run.step)}
+    return row
+
+
+def measure_validation(run: Run) -> Measured:
+    lengths = [run.config.rollout.completion_length]
+    return _measure(run, "validation", run.config.evaluation.validation_sequences, lengths, with_entropy=False)
+
+
+def measure_heldout(run: Run) -> Measured:
+    lengths = sorted({*run.config.evaluation.profile_lengths, run.config.rollout.completion_length})
+    return _measure(run, "heldout", run.config.evaluation.heldout_sequences, lengths, with_entropy=True)
+
+
+def _measure(run: Run, split: str, sequences: int, lengths: Sequence[int], *, with_entropy: bool) -> Measured:
+    with run.average.applied(run.model), unsharded(run.model), run.autocast():
+        measured = run.parts.evaluator.measure(
+            run.model,
+            run.parts.data[split],
+            sequences=sequences,
+            lengths=lengths,
+            with_entropy=with_entropy,
+            rank=run.rank,
+            world_size=run.world_size,
+        )
+    keys: list[tuple[str, int | None]] = [(evaluation.CE, None), (evaluation.CE_ANSWER, None)]
+    keys += [(evaluation.CFM, length) for length in lengths]
+    keys += [(evaluation.ENTROPY, k + 1) for k in range(max(lengths) if with_entropy else 0)]
+    sums = {key: Moments(*run.sum_over_workers(dataclasses.astuple(measured.get(key, Moments())))) for key in keys}
+    return {key: moments for key, moments in sums.items() if moments.m}
+
+
+# --- samples ---------------------------------------------------------------------------------------------------
+
+
+def sample_rows(run: Run) -> list[dict[str, Any]]:
+    """Rows of the `samples` table: completions of a few contexts with their rewards, as text for people.
+
+    Contexts of the validation split and noise are always the same; the model is the current one. All workers gather
+    the weights, the first one samples.
+    """
+    with unsharded(run.model), run.autocast():
+        if run.rank > 0:
+            return []
+        run.model.eval()
+        rows = _sample_rows(run)
+        run.model.train()
+    return rows
+
+
+@torch.no_grad()
+def _sample_rows(run: Run) -> list[dict[str, Any]]:
+    parts, rollout, reward = run.parts, run.config.rollout, run.config.reward
+    data = parts.data["validation"]
+    batch = data.rows(evaluation.spread_rows(len(data), SAMPLED_SEQUENCES)).to(run.device)
+    anchors = anchors_of(batch, rollout)
+    if anchors.positions.shape[1] == 0:
+        return []
+    noise = uniforms(
+        (run.config.evaluation.evaluation_seed,),
+        batch.indices.tolist(),
+        n_anchors=anchors.positions.shape[1],
+        n_samples=rollout.n_samples,
+        length=rollout.completion_length,
+    )
+    sampled = parts.evaluator.rollouts.sample(run.model, batch, anchors, noise=noise, temperature=rollout.temperature)
+    features = parts.features.embed(batch, anchors, sampled.completions)[0]
+    rewards = feature_matching_rewards(features.phi, features.psi, alpha=reward.alpha, whitening=reward.whitening)
+    advantages = feature_matching_advantages(
+        rewards.alignment, rewards.diversity, alpha=reward.alpha, baseline=reward.baseline
+    )
+    truth = completions_at(batch.tokens, anchors, rollout.completion_length)
+    decode = parts.base.tokenizer.decode
+    rows = []
+    for s in range(len(batch.tokens)):
+        valid = anchors.valid[s].nonzero()[:, 0]
+        for b in valid[:: max(1, len(valid) // SAMPLED_CONTEXTS)][:SAMPLED_CONTEXTS].tolist():
+            position = int(anchors.positions[s, b])
+            for j in range(rollout.n_samples):
+                rows.append(
+                    {
+                        "sequence": s,
+                        "anchor": position,
+                        "sample": j,
+                        "context": decode(batch.tokens[s, :position]),
+                        "completion": decode(sampled.completions[s, b, j]),
+                        "ground_truth": decode(truth[s, b]),
+                        "reward": float(rewards.reward[s, b, j]),
+                        "alignment": float(rewards.alignment[s, b, j]),
+                        "diversity": float(rewards.diversity[s, b, j]),
+                        "advantage": float(advantages[s, b, j]),
+                    }
+                )
+    return rows
