@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -155,6 +156,31 @@ def test_configuration_and_results_import_quickly_without_heavy_libraries() -> N
         "assert not heavy, heavy\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+
+
+MAP = (ROOT.parent / "docs" / "architecture.md").read_text()
+
+
+def test_the_map_shows_the_rooms_on_their_floors() -> None:
+    picture = re.findall(r"```\n(.*?)```", MAP, flags=re.DOTALL)[0]
+    assert [set(line.split()) for line in picture.splitlines()] == FLOORS[::-1]
+    assert {room(name) for name in imports()} - {"study"} == set().union(*FLOORS)
+
+
+def test_what_the_map_names_exists() -> None:
+    """`path/to/file.py:function` or `:Class.method`; a way has at most twelve steps."""
+    named = re.findall(r"`(ebft_study/[\w/]+\.py):([\w.]+)`", MAP)
+    assert len(named) > 20
+    for path, name in named:
+        tree: ast.AST = ast.parse((ROOT.parent / path).read_text())
+        for part in name.split("."):
+            body: list[ast.stmt] = getattr(tree, "body", [])
+            tree = next((node for node in body if getattr(node, "name", None) == part), ast.Pass())
+            assert not isinstance(tree, ast.Pass), f"{path} has no {name}"
+    for path in re.findall(r"`((?:[a-z_]+/)+[\w.]+\.(?:py|j2))`", MAP):
+        assert any((base / path).exists() for base in (ROOT, ROOT.parent)), path
+    for way in re.findall(r"(?:^\d+\. .*\n)+", MAP, flags=re.MULTILINE):
+        assert len(way.splitlines()) <= 12
 
 
 def test_the_short_name_of_every_setting_is_unique() -> None:
