@@ -8,7 +8,7 @@ from __future__ import annotations
 
 
 class EbftError(Exception):
-    """Base of all errors that a user can cause and mend. Never worth a retry: the same input fails the same way."""
+    """Base of all errors that a user can cause and correct. Never worth a retry: the same input fails the same way."""
 
     exit_code = 2
 
@@ -69,3 +69,9 @@ class NonFiniteError(Exception):
 def rule_broken(*, source: str, key: str, given: object, rule: str, remedy: str) -> ConfigError:
     """One line for a broken rule: where it stands, what was given, the rule, and what to do."""
     return ConfigError(f"{source}: {key}={given!r}: {rule}. {remedy}")
+
+
+def one_line(error: BaseException) -> str:
+    """The text of an error on one line, at most 300 letters."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else f"{text[:300]}..."

@@ -19,7 +19,7 @@ from ebft_study.config import DataConfig
 from ebft_study.data.cache import Facts, cached_examples
 from ebft_study.data.examples import SPLITS, Example, TextDataset, build_dataset, digest, split_of
 from ebft_study.data.presets import PRESETS, Mapped, Row, prompt_and_answer, raw_text
-from ebft_study.errors import DataError
+from ebft_study.errors import DataError, one_line
 from ebft_study.paths import cache_folder
 
 BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
@@ -204,7 +204,7 @@ def _damage(path: Path, error: Exception) -> str:
                     return f"line {number} is not valid JSON. Mend or remove it"
                 if not isinstance(row, dict):
                     return f"line {number} is not a JSON object. Write one {{...}} per line"
-    return f"cannot be read ({_one_line(error)}). Mend the file, or make all rows hold the same types"
+    return f"cannot be read ({one_line(error)}). Mend the file, or make all rows hold the same types"
 
 
 def _hub_problem(hub_id: str, config: DataConfig, error: Exception) -> str:
@@ -218,17 +218,10 @@ def _hub_problem(hub_id: str, config: DataConfig, error: Exception) -> str:
     if kind == "RepositoryNotFoundError":
         return f"data set {hub_id!r}: is not on the hub, or is private. Check the name, or run 'hf auth login'"
     if "Connect" in kind or "Timeout" in kind or "Network" in kind:
-        return f"data set {hub_id!r}: the hub cannot be reached ({_one_line(error)}). Go online, or use a local file"
+        return f"data set {hub_id!r}: the hub cannot be reached ({one_line(error)}). Go online, or use a local file"
     if "onfig" in str(error):
-        return f"data set {hub_id!r}: {_one_line(error)}. Set dataset_config"
-    return (
-        f"data set {hub_id!r}: cannot be read ({kind}: {_one_line(error)}). Check its name, configuration and columns"
-    )
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= 300 else text[:300] + "..."
+        return f"data set {hub_id!r}: {one_line(error)}. Set dataset_config"
+    return f"data set {hub_id!r}: cannot be read ({kind}: {one_line(error)}). Check its name, configuration and columns"
 
 
 @contextlib.contextmanager

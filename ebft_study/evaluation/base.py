@@ -8,8 +8,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from ebft_study.config import RunConfig
 from ebft_study.data import TextDataset, TokenDataset
 from ebft_study.evaluation import Measured, Moments
 from ebft_study.paths import cache_folder
+from ebft_study.storage import atomic_write
 
 CONTEXTS = {"completion_length", "stride", "first_context_length", "temperature", "anchor_region"}
 """Settings of rollouts that evaluation shares with training."""
@@ -64,12 +63,8 @@ def recall(entry: str) -> Pair | None:
 def remember(entry: str, measured: Pair) -> None:
     """Store measurements, in place at once or not at all."""
     content = [[[*name, dataclasses.asdict(moments)] for name, moments in part.items()] for part in measured]
-    path = _path(entry)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
-    with os.fdopen(descriptor, "w") as file:
-        json.dump(content, file)
-    os.replace(partial, path)
+    with atomic_write(_path(entry)) as temporary:
+        temporary.write_text(json.dumps(content))
 
 
 def _path(entry: str) -> Path:

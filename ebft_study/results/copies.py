@@ -20,7 +20,7 @@ def write(target: StoragePath, content: bytes) -> None:
 
 def copy_of(target: StoragePath) -> StoragePath:
     """Where the copy of a file is. pandas, DuckDB and pyarrow pass over names that begin with a dot."""
-    return target.sibling(f".{target.name}.copy")
+    return target.parent / f".{target.name}.copy"
 
 
 def name_of_copied(name: str) -> str | None:

@@ -95,8 +95,7 @@ def read_file(path: StoragePath, table: str) -> pyarrow.Table:
     """One results file under the present schema; raises `ResultsError` when it is not one."""
     import pyarrow as pa
 
-    source = path.for_arrow() if path.local else pa.BufferReader(path.read_bytes())
-    return _parsed(source, path, table)
+    return _parsed(path.local or pa.BufferReader(path.read_bytes()), path, table)
 
 
 def read_trial(path: StoragePath, problems: list[str]) -> pyarrow.Table | None:
@@ -151,7 +150,8 @@ def merged_files(path: StoragePath) -> set[str]:
     import pyarrow.parquet as pq
 
     try:
-        metadata = pq.read_metadata(path.for_arrow()).metadata or {}
+        with path.open("rb") as file:
+            metadata = pq.read_metadata(file).metadata or {}
     except (pa.ArrowException, OSError, EbftError):
         return set()
     return set(json.loads(metadata.get(MERGED_FROM, b"[]")))

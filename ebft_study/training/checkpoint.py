@@ -56,7 +56,8 @@ def step_of(folder: Location) -> int | None:
     here = storage_path(folder)
     try:
         record = json.loads((here / RECORD).read_bytes())
-        complete = record["sha256"] == (here / STATE).sha256()
+        with (here / STATE).open("rb") as file:
+            complete = record["sha256"] == hashlib.file_digest(file, "sha256").hexdigest()
         return int(record["step"]) if complete else None
     except (OSError, StorageError, ValueError, KeyError, TypeError):
         return None

@@ -13,28 +13,28 @@ import pytest
 from ebft_study import storage
 from ebft_study.errors import ConfigError, StorageError
 from ebft_study.storage import StoragePath, filesystems, storage_path
-from tests.contracts.places import PlaceContract
+from tests.contracts.storage_paths import StoragePathContract
 
 
-class TestFolder(PlaceContract):
+class TestFolder(StoragePathContract):
     @pytest.fixture
     def here(self, tmp_path: Path) -> StoragePath:
         return storage_path(tmp_path / "here")
 
 
-class TestFileUrl(PlaceContract):
+class TestFileUrl(StoragePathContract):
     @pytest.fixture
     def here(self, tmp_path: Path) -> StoragePath:
         return storage_path(f"file://{tmp_path}/here")
 
 
-class TestS3(PlaceContract):
+class TestS3(StoragePathContract):
     @pytest.fixture
     def here(self, s3_query: str, request: pytest.FixtureRequest) -> StoragePath:
         return storage_path(f"s3://studies/{abs(hash(request.node.name))}?{s3_query}")
 
 
-class TestFsspec(PlaceContract):
+class TestFsspec(StoragePathContract):
     @pytest.fixture
     def here(self, request: pytest.FixtureRequest) -> StoragePath:
         return storage_path(f"memory://{abs(hash(request.node.name))}")
