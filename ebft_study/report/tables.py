@@ -18,7 +18,7 @@ import pandas as pd
 from ebft_study import text
 from ebft_study.analysis.statistics import Interval, mean_interval, paired_difference
 from ebft_study.report import together
-from ebft_study.results import Results, schema
+from ebft_study.results import Results, cell_value, schema
 
 HELDOUT = "heldout"
 NOT_AN_AXIS = ("name", "seed")
@@ -136,8 +136,8 @@ def summarize(results: Results) -> Study:
     for name, group in trials.groupby(_configuration_names(trials, varying), sort=False):
         seeds = _seeds(group)
         finished = _seeds(group[group["status"] == "finished"])
-        settings = {key: _plain(group.iloc[0][key]) for key in names}
-        baseline = _plain(group.iloc[0]["named_baseline"])
+        settings = {key: cell_value(group.iloc[0][key]) for key in names}
+        baseline = cell_value(group.iloc[0]["named_baseline"])
         configurations.append(
             Configuration(
                 name=str(name),
@@ -164,7 +164,7 @@ def varying_settings(trials: pd.DataFrame) -> tuple[str, ...]:
     """Settings that differ between trials on the axes (named baselines and seeds aside), in schema order."""
     on_axes = trials[trials["named_baseline"].isna()]
     names = [c.name for c in schema.hyperparameters() if c.name not in NOT_AN_AXIS]
-    return tuple(name for name in names if len({repr(_plain(v)) for v in on_axes[name]}) > 1)
+    return tuple(name for name in names if len({repr(cell_value(v)) for v in on_axes[name]}) > 1)
 
 
 def _configuration_names(trials: pd.DataFrame, varying: Sequence[str]) -> pd.Series:
@@ -173,7 +173,9 @@ def _configuration_names(trials: pd.DataFrame, varying: Sequence[str]) -> pd.Ser
     Names hold rounded numbers, so two configurations of a search can share one: their exact settings tell them apart.
     """
     names = trials["configuration"].fillna(trials["label"]).fillna(trials["trial_id"])
-    exact = [repr([_plain(value) for value in row]) for row in trials[list(varying)].to_numpy(dtype=object).tolist()]
+    exact = [
+        repr([cell_value(value) for value in row]) for row in trials[list(varying)].to_numpy(dtype=object).tolist()
+    ]
     distinct = names.to_frame("name").assign(exact=exact).drop_duplicates()["name"].value_counts()
     shared = names.map(distinct) > 1
     return names.where(~shared, names + " " + pd.Series(exact, index=trials.index, dtype="str"))
@@ -256,14 +258,6 @@ def _validation_ce_rise(results: Results) -> dict[str, float]:
 
 def _mean(values: Sequence[float]) -> float:
     return float(np.mean(values)) if values else math.nan
-
-
-def _plain(value: Any) -> Any:
-    """A cell of a data frame as a Python value: arrays become tuples, missing values None."""
-    if isinstance(value, np.ndarray):
-        return tuple(value.tolist())
-    value = value.item() if isinstance(value, np.generic) else value
-    return None if text.is_missing(value) else value
 
 
 def order(value: Any) -> tuple[int, float, str]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from ebft_study.config import RunConfig
 from ebft_study.results import TrialRecorder
-from ebft_study.results.reader import read_mapping
+from ebft_study.results.copies import read_mapping
 from ebft_study.storage import StoragePath, storage_path
 from ebft_study.training.services import Services
 from ebft_study.training.tracking import WandbRecorder

@@ -10,12 +10,12 @@ import pytest
 
 from ebft_study import config, results
 from ebft_study.config import RunConfig
-from ebft_study.results import StudyRecorder, waiting
+from ebft_study.results import StudyRecorder, study_recorder
 
 
 @pytest.fixture(autouse=True)
 def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(waiting, "_ROWS", 4)
+    monkeypatch.setattr(study_recorder, "_ROWS_PER_FILE", 4)
 
 
 def row(number: int, **columns: Any) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def test_a_crash_between_its_own_file_and_the_shared_one_leaves_the_newer_row(
     recorder = StudyRecorder(tmp_path, study="s")
     recorder.trials(row(number) for number in range(3))
     with monkeypatch.context() as crash:
-        crash.setattr(waiting.Waiting, "remove", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        crash.setattr(study_recorder.PendingRows, "remove", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             recorder.trial({"trial_id": "t1", "status": "running", "attempt": 1})
     table = results.read_table(tmp_path, "trials").set_index("trial_id")
