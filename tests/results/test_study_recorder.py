@@ -1,4 +1,4 @@
-"""Trials that have not started share files: nothing is lost, nothing is there twice, whenever a driver is killed."""
+"""Pending trials share files: no row is lost, none is duplicated, whenever a driver is killed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def plain(folder: Path) -> pd.DataFrame:
     return pd.read_parquet(folder / "results" / "trials")
 
 
-def test_trials_that_wait_share_files_and_leave_them_one_by_one(tmp_path: Path) -> None:
+def test_pending_trials_share_files_and_leave_them_one_by_one(tmp_path: Path) -> None:
     recorder = StudyRecorder(tmp_path, study="s")
     recorder.trials(row(number) for number in range(10))
     assert files(tmp_path) == ["waiting"] * 3
@@ -45,7 +45,7 @@ def test_trials_that_wait_share_files_and_leave_them_one_by_one(tmp_path: Path) 
     assert files(tmp_path) == sorted(f"t{number}.parquet" for number in range(10))
 
 
-def test_the_next_driver_takes_over_what_the_last_one_left(tmp_path: Path) -> None:
+def test_the_next_driver_continues_the_shared_files_of_the_last_one(tmp_path: Path) -> None:
     StudyRecorder(tmp_path, study="s").trials(row(number, label=f"label {number}") for number in range(6))
     recorder = StudyRecorder(tmp_path, study="s")
     recorder.trial({"trial_id": "t0", "status": "running", "attempt": 1})
