@@ -23,7 +23,7 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def s3_server(*, bucket: str = BUCKET) -> Iterator[str]:
-    """The query that makes `s3://` URLs mean the server, which has one bucket and forgets everything at the end."""
+    """Yield the query that makes `s3://` URLs name the server, which has one bucket and is empty again at the end."""
     os.environ.update(CREDENTIALS)
     port = free_port()
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
@@ -32,9 +32,8 @@ def s3_server(*, bucket: str = BUCKET) -> Iterator[str]:
         _wait_for(port, server)
         from pyarrow.fs import S3FileSystem
 
-        S3FileSystem(endpoint_override=f"127.0.0.1:{port}", scheme="http", allow_bucket_creation=True).create_dir(
-            bucket
-        )
+        store = S3FileSystem(endpoint_override=f"127.0.0.1:{port}", scheme="http", allow_bucket_creation=True)
+        store.create_dir(bucket)
         yield f"endpoint_override=127.0.0.1:{port}&scheme=http"
     finally:
         server.kill()

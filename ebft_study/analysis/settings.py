@@ -10,11 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from ebft_study import config, text
-from ebft_study.results import schema
+from ebft_study.results import cell_value, schema
 
 NOT_AN_AXIS = ("name", "seed")
 
@@ -64,7 +63,7 @@ def varying_settings(trials: pd.DataFrame) -> tuple[str, ...]:
     """Settings that differ between trials on the axes (named baselines and seeds aside), in schema order."""
     on_axes = trials[trials["named_baseline"].isna()]
     names = [c.name for c in schema.hyperparameters() if c.name not in NOT_AN_AXIS]
-    return tuple(name for name in names if len({repr(plain(value)) for value in on_axes[name]}) > 1)
+    return tuple(name for name in names if len({repr(cell_value(value)) for value in on_axes[name]}) > 1)
 
 
 def grouped_settings(spec: Mapping[str, Any], varying: Sequence[str]) -> dict[str, str]:
@@ -91,7 +90,9 @@ def configuration_names(trials: pd.DataFrame, varying: Sequence[str]) -> pd.Seri
     Names hold rounded numbers, so two configurations of a search can share one: their exact settings tell them apart.
     """
     names = trials["configuration"].fillna(trials["label"]).fillna(trials["trial_id"])
-    exact = [repr([plain(value) for value in row]) for row in trials[list(varying)].to_numpy(dtype=object).tolist()]
+    exact = [
+        repr([cell_value(value) for value in row]) for row in trials[list(varying)].to_numpy(dtype=object).tolist()
+    ]
     distinct = names.to_frame("name").assign(exact=exact).drop_duplicates()["name"].value_counts()
     shared = names.map(distinct) > 1
     return names.where(~shared, names + " " + pd.Series(exact, index=trials.index, dtype="str"))
@@ -100,14 +101,6 @@ def configuration_names(trials: pd.DataFrame, varying: Sequence[str]) -> pd.Seri
 def assignments(settings: Mapping[str, Any], names: Sequence[str]) -> str:
     """`α=1, γ=0.1`: the values of some settings, with the paper's symbols."""
     return ", ".join(f"{text.symbol(name)}={text.setting(settings[name])}" for name in names)
-
-
-def plain(value: Any) -> Any:
-    """A cell of a data frame as a Python value: arrays become tuples, missing values None."""
-    if isinstance(value, np.ndarray):
-        return tuple(value.tolist())
-    value = value.item() if isinstance(value, np.generic) else value
-    return None if text.is_missing(value) else value
 
 
 def is_number(value: Any) -> bool:

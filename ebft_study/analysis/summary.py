@@ -22,13 +22,12 @@ from ebft_study.analysis.settings import (
     choices_of,
     configuration_names,
     grouped_settings,
-    plain,
     sort_key,
     varying_settings,
     with_choices,
 )
 from ebft_study.analysis.statistics import Interval, mean_interval, paired_difference
-from ebft_study.results import Results, schema
+from ebft_study.results import Results, cell_value, schema
 
 HELDOUT = "heldout"
 # Settings that change what cfm_loss measures, so that its values are not comparable across them.
@@ -153,8 +152,8 @@ def summarize(results: Results) -> StudySummary:
     names = [*(column.name for column in schema.hyperparameters()), *choices_of(results.spec)]
     configurations = []
     for name, group in trials.groupby("group", sort=False):
-        settings = {key: plain(group.iloc[0][key]) for key in names}
-        baseline = plain(group.iloc[0]["named_baseline"])
+        settings = {key: cell_value(group.iloc[0][key]) for key in names}
+        baseline = cell_value(group.iloc[0]["named_baseline"])
         finished = group[group["status"] == "finished"].dropna(subset=["seed"]).set_index("trial_id")["seed"]
         configurations.append(
             Configuration(

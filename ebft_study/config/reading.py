@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 from ebft_study.config.keys import as_number, nearest, nest, resolve_key, set_path
 from ebft_study.config.rules import check_rules
 from ebft_study.config.sections import RunConfig, Section
-from ebft_study.errors import ConfigError
+from ebft_study.errors import ConfigError, one_line
 
 SectionT = TypeVar("SectionT", bound=Section)
 
@@ -28,8 +28,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        problem = " ".join(str(error).split())
-        raise ConfigError(f"{path}: is not valid YAML ({problem}). Repair the line it names") from None
+        raise ConfigError(f"{path}: is not valid YAML ({one_line(error)}). Repair the line it names") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: holds {type(content).__name__}, not a mapping. Write 'key: value' lines")
     return content

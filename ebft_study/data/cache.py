@@ -10,8 +10,6 @@ import contextlib
 import functools
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,6 +23,7 @@ import torch
 from ebft_study.data.examples import Example, content_hash, digest
 from ebft_study.errors import DataError
 from ebft_study.paths import cache_folder
+from ebft_study.storage import atomic_write
 
 Facts = dict[str, Any]  # JSON values that describe the data: counts, the commit that was read
 Tensors = dict[str, torch.Tensor]
@@ -88,7 +87,7 @@ def _read_examples(path: Path) -> tuple[list[Example], Facts]:
     return examples, json.loads(metadata[b"facts"])
 
 
-def _write_examples(examples: list[Example], facts: Facts, path: str) -> None:
+def _write_examples(examples: list[Example], facts: Facts, path: Path) -> None:
     columns = {name: [getattr(example, name) for example in examples] for name in _SCHEMA.names}
     metadata = {"content": content_hash(examples), "facts": json.dumps(facts)}
     pq.write_table(pa.table(columns, schema=_SCHEMA.with_metadata(metadata)), path, compression="zstd")
@@ -103,22 +102,15 @@ def _read_tensors(path: Path) -> tuple[Tensors, Facts]:
     return tensors, json.loads(metadata["facts"])
 
 
-def _write_tensors(tensors: Tensors, facts: Facts, path: str) -> None:
+def _write_tensors(tensors: Tensors, facts: Facts, path: Path) -> None:
     metadata = {"content": _tensors_hash(tensors), "facts": json.dumps(facts)}
     safetensors.torch.save_file(tensors, path, metadata=metadata)
 
 
-def _write(path: Path, write: Callable[[str], None]) -> None:
-    """Write beside `path`, then rename: readers see a whole file or none."""
+def _write(path: Path, write: Callable[[Path], None]) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-        try:
+        with atomic_write(path) as temporary:
             write(temporary)
-            os.replace(temporary, path)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
     except OSError as error:
         raise DataError(
             f"{path.parent}: cannot be written ({error.strerror}). Set EBFT_STUDY_CACHE to a folder that can"

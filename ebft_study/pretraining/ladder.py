@@ -9,8 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,6 +27,7 @@ from ebft_study.data import TextDataset, load_text
 from ebft_study.paths import cache_folder
 from ebft_study.pretraining.ngram import TrigramModel
 from ebft_study.progress import Progress
+from ebft_study.storage import atomic_write
 
 END_OF_TEXT = "<|endoftext|>"
 END_OF_TEXT_ID = 0  # special tokens come first in a vocabulary
@@ -80,11 +79,8 @@ def ensure_tiny_model(name: str) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not (folder / "pretraining.json").exists():
-            partial = folder.with_name(f"{folder.name}.partial")
-            shutil.rmtree(partial, ignore_errors=True)
-            pretrain(recipe, corpus, partial)
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(partial, folder)
+            with atomic_write(folder) as temporary:
+                pretrain(recipe, corpus, temporary)
     return folder
 
 

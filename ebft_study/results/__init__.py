@@ -1,4 +1,4 @@
-"""Results of studies: what the tables hold (schema), writing them (writer), reading them (reader).
+"""Results of studies: what the tables hold (schema), writing them (writer, study_recorder), reading them (reader).
 
     results = ebft_study.results.load("quickstart")     # a name in ./studies, a folder, or a URL
     results.trials, results.metrics, results.evaluations, results.samples, results.events    # pandas data frames
@@ -7,9 +7,10 @@ Importing this package imports neither pandas nor pyarrow: they are loaded when 
 """
 
 from ebft_study.results.compaction import compact
-from ebft_study.results.reader import Results, find_study, load, read_table
+from ebft_study.results.reader import Results, cell_value, find_study, load, read_table
 from ebft_study.results.schema import METRICS, TABLES, Metric, metric
-from ebft_study.results.writer import StudyRecorder, TrialRecorder
+from ebft_study.results.study_recorder import StudyRecorder
+from ebft_study.results.writer import TrialRecorder
 
 __all__ = [
     "METRICS",
@@ -18,6 +19,7 @@ __all__ = [
     "Results",
     "StudyRecorder",
     "TrialRecorder",
+    "cell_value",
     "compact",
     "find_study",
     "load",

@@ -6,7 +6,6 @@ import contextlib
 import json
 import re
 import secrets
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import filelock
@@ -19,11 +18,11 @@ if TYPE_CHECKING:
     import pyarrow
 
 _WRITTEN_BY_TRIAL = re.compile(r"(?P<trial_id>.+)-a\d+-\d{6}-[0-9a-f]{8}\.parquet")
-_OVER = ("finished", "stopped", "failed")
+_ENDED = ("finished", "stopped", "failed")
 
 
 def compact(study_folder: Location) -> None:
-    """Merge the files of trials that are over; every row stays, and stays readable at every moment.
+    """Merge the files of trials that have ended; every row stays, and stays readable at every moment.
 
     The merged file, which lists the files it replaces, is in place before the first of them is removed: a crash
     in between leaves files that the reader ignores and the next compaction removes. `trials` stays as it is, one
@@ -34,43 +33,33 @@ def compact(study_folder: Location) -> None:
     if not results.exists():
         raise ResultsError(f"{study_folder}: holds no results. Give the folder of a study")
     trials = reader.read_table(study_folder, "trials")
-    over = set(trials.loc[trials["status"].isin(_OVER), "trial_id"])
-    with _alone(results):
+    ended = set(trials.loc[trials["status"].isin(_ENDED), "trial_id"])
+    with filelock.FileLock(results.local / ".compact.lock") if results.local else contextlib.nullcontext():
         for table in schema.TABLES:
             if table != "trials":
-                _compact_table(results / table, table, over)
+                _compact_table(results / table, table, ended)
 
 
-@contextlib.contextmanager
-def _alone(results: StoragePath) -> Iterator[None]:
-    if results.local is None:
-        yield
-    else:
-        with filelock.FileLock(results.local / ".compact.lock"):
-            yield
-
-
-def _compact_table(folder: StoragePath, table: str, over: set[str]) -> None:
+def _compact_table(folder: StoragePath, table: str, ended: set[str]) -> None:
     import pyarrow as pa
 
     files = [folder / name for name in folder.names() if name.endswith(".parquet") and not name.startswith(".")]
-    compacted = [path for path in files if path.name.startswith("compacted-")]
+    compacted = [path for path in files if path.name.startswith(reader.COMPACTED_PREFIX)]
     replaced = {name for path in compacted for name in reader.merged_files(path)}
     in_parallel(lambda path: path.delete(), [path for path in files if path.name in replaced])
-    compacted = [path for path in compacted if path.name not in replaced]
-    small = [path for path in files if path.name not in replaced and _trial_of(path) in over]
+    small = [path for path in files if path.name not in replaced and _trial_of(path) in ended]
     if not small:
         return
+    sources = [*(path for path in compacted if path.name not in replaced), *small]
+    contents = in_parallel(lambda path: _content(path, table), sources)
     # Damaged files stay where they are: reading reports them, and nothing here may lose a row.
-    old = [*compacted, *small]
-    contents = in_parallel(lambda path: _content(path, table), old)
-    readable = {path: content for path, content in zip(old, contents, strict=True) if content is not None}
+    readable = {path: content for path, content in zip(sources, contents, strict=True) if content is not None}
     if not readable:
         return
     merged = pa.concat_tables(readable.values(), promote_options="permissive")
     names = json.dumps([path.name for path in readable])
     metadata = {**schema.arrow_schema(table).metadata, reader.MERGED_FROM: names.encode()}
-    target = folder / f"compacted-{secrets.token_hex(8)}.parquet"
+    target = folder / f"{reader.COMPACTED_PREFIX}{secrets.token_hex(8)}.parquet"
     writer.put_in_place(merged.replace_schema_metadata(metadata), target)
     in_parallel(lambda path: path.delete(), readable)
 

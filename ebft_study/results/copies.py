@@ -1,12 +1,16 @@
-"""Files that a study cannot do without are kept twice: the file, and a hidden copy that knows its own hash.
+"""Duplicated files: a study's essential files are each written with a hidden copy that carries its own hash.
 
-The copy is written first. Whatever happens to one of the two, the other is whole, and at most one change behind.
+The copy is written first. Whatever damages one of the two, the other is whole, and at most one change behind.
 """
 
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
+import yaml
+
+from ebft_study.errors import one_line
 from ebft_study.storage import StoragePath
 
 _HASH_BYTES = 32
@@ -18,26 +22,59 @@ def write(target: StoragePath, content: bytes) -> None:
     target.write_bytes(content)
 
 
+def delete(target: StoragePath) -> None:
+    """Remove a file and its copy."""
+    copy_of(target).delete()
+    target.delete()
+
+
 def copy_of(target: StoragePath) -> StoragePath:
-    """Where the copy of a file is. pandas, DuckDB and pyarrow pass over names that begin with a dot."""
-    return target.sibling(f".{target.name}.copy")
+    """The path of a file's copy. pandas, DuckDB and pyarrow ignore names that begin with a dot."""
+    return target.parent / f".{target.name}.copy"
 
 
 def name_of_copied(name: str) -> str | None:
-    """The file that `name` is the copy of, None where it is no copy."""
+    """The name of the file that `name` is the copy of; None where it is no copy."""
     return name[1:-5] if name.startswith(".") and name.endswith(".copy") else None
 
 
 def either_exists(target: StoragePath) -> bool:
-    """Whether there is the file or its copy."""
+    """Whether the file or its copy exists."""
     return target.exists() or copy_of(target).exists()
 
 
 def read_copy(target: StoragePath) -> bytes | None:
-    """What the copy holds; None where there is none, or where it is damaged too."""
+    """The content of the copy; None where it is missing or damaged."""
     try:
-        content = copy_of(target).read_bytes()
+        stored = copy_of(target).read_bytes()
     except FileNotFoundError:
         return None
-    digest, content = content[:_HASH_BYTES], content[_HASH_BYTES:]
+    digest, content = stored[:_HASH_BYTES], stored[_HASH_BYTES:]
     return content if hashlib.sha256(content).digest() == digest else None
+
+
+def read_mapping(path: StoragePath) -> tuple[dict[str, Any] | None, str]:
+    """The YAML mapping of a duplicated file, and the problem of the file itself; None where neither can be read.
+
+    Raises:
+        FileNotFoundError: both the file and its copy are missing.
+    """
+    copy = read_copy(path)
+    try:
+        return _mapping(path.read_bytes()), ""
+    except FileNotFoundError:
+        if copy is None:
+            raise
+        problem = "is gone"
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError) as error:
+        problem = f"cannot be read ({one_line(error)})"
+    if copy is None:
+        return None, f"{path}: {problem}"
+    return _mapping(copy), f"{path}: {problem}; its copy is used"
+
+
+def _mapping(content: bytes) -> dict[str, Any]:
+    parsed = yaml.safe_load(content.decode("utf-8"))
+    if not isinstance(parsed, dict):
+        raise TypeError(f"holds {type(parsed).__name__}, not a mapping")
+    return parsed

@@ -13,9 +13,7 @@ from operator import truediv
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
-from ebft_study.errors import EbftError, ResultsError
+from ebft_study.errors import EbftError, ResultsError, one_line
 from ebft_study.results import copies, schema
 from ebft_study.storage import Location, StoragePath, in_parallel, storage_path
 
@@ -24,9 +22,10 @@ if TYPE_CHECKING:
     import pyarrow
 
 STUDIES_FOLDER = Path("studies")
+COMPACTED_PREFIX = "compacted-"
 MERGED_FROM = b"merged_from"
+"""Key of a compacted file's metadata: the names of the files whose rows it holds, as JSON."""
 
-# What identifies a row; of rows that agree in these, the one of the highest attempt, then the newest, is kept.
 _KEYS = {
     "trials": ["trial_id"],
     "metrics": ["trial_id", "step"],
@@ -34,6 +33,7 @@ _KEYS = {
     "samples": ["trial_id", "step", "sequence", "anchor", "sample"],
     "events": ["event_id"],
 }
+"""The columns that identify a row; of rows that agree in these, the highest attempt, then the newest, is kept."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ class Results:
 
     def best_checkpoint(self, trial_id: str) -> StoragePath | None:
         """The folder of a trial's best checkpoint by the study's objective; None before it has one."""
-        found = self.trials.loc[self.trials["trial_id"] == trial_id, "best_checkpoint"].dropna()
-        return functools.reduce(truediv, str(found.iloc[0]).split("/"), self.folder) if len(found) else None
+        paths = self.trials.loc[self.trials["trial_id"] == trial_id, "best_checkpoint"].dropna()
+        return functools.reduce(truediv, str(paths.iloc[0]).split("/"), self.folder) if len(paths) else None
 
 
 def load(study: Location) -> Results:
@@ -66,41 +66,64 @@ def load(study: Location) -> Results:
 
 def find_study(study: Location) -> StoragePath:
     """The folder of a study given by folder, URL or name."""
-    given = storage_path(study)
-    named = [] if given.local is None else [storage_path(STUDIES_FOLDER / given.local)]
-    for folder in (given, *named):
+    path = storage_path(study)
+    candidates = [path] if path.local is None else [path, storage_path(STUDIES_FOLDER / path.local)]
+    for folder in candidates:
         if copies.either_exists(folder / "study.yaml") or (folder / "results").exists():
             return folder
-    if given.local is None:
+    if path.local is None:
         raise ResultsError(f"{study}: holds no study. Check the URL: it ends with the study's name")
-    known = sorted(path.parent.name for path in STUDIES_FOLDER.glob("*/study.yaml"))
-    there = f"Studies here: {', '.join(known)}" if known else f"No studies in {STUDIES_FOLDER.resolve()}"
-    raise ResultsError(f"{study}: is neither a study's folder nor the name of one in ./{STUDIES_FOLDER}. {there}")
+    names = sorted(path.parent.name for path in STUDIES_FOLDER.glob("*/study.yaml"))
+    hint = f"Studies here: {', '.join(names)}" if names else f"No studies in {STUDIES_FOLDER.resolve()}"
+    raise ResultsError(f"{study}: is neither a study's folder nor the name of one in ./{STUDIES_FOLDER}. {hint}")
+
+
+def read_spec(folder: StoragePath, problems: list[str]) -> dict[str, Any]:
+    """The content of study.yaml; empty where it cannot be read, and `problems` then says why."""
+    path = folder / "study.yaml"
+    try:
+        content, problem = copies.read_mapping(path)
+    except FileNotFoundError:
+        content, problem = None, f"{path}: no such file; what was asked and run is unknown"
+    if problem:
+        problems.append(problem)
+    return content or {}
 
 
 def read_table(study_folder: Location, table: str, problems: list[str] | None = None) -> pd.DataFrame:
     """One table of a study, duplicates resolved; names of unreadable files are added to `problems`."""
     import pyarrow as pa
 
-    noted: list[str] = []
-    parts = _read_files(storage_path(study_folder) / "results" / table, table, noted)
-    if problems is not None:
-        problems.extend(noted)
+    folder = storage_path(study_folder) / "results" / table
+    parts = _read_files(folder, table, [] if problems is None else problems)
     empty = schema.arrow_schema(table).empty_table()
-    together = pa.concat_tables([empty, *parts], promote_options="permissive")
-    return _resolve_duplicates(together.to_pandas(), table)
+    rows = pa.concat_tables([empty, *parts], promote_options="permissive")
+    return _resolve_duplicates(rows.to_pandas(), table)
+
+
+def cell_value(value: Any) -> Any:
+    """A cell of a table as a plain Python value: arrays become tuples, missing values None."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, list):
+        return tuple(value)
+    return None if value != value else value
+
+
+# --- files -----------------------------------------------------------------------------------------------------
 
 
 def read_file(path: StoragePath, table: str) -> pyarrow.Table:
     """One results file under the present schema; raises `ResultsError` when it is not one."""
     import pyarrow as pa
 
-    source = path.for_arrow() if path.local else pa.BufferReader(path.read_bytes())
-    return _parsed(source, path, table)
+    return _parse(path.local or pa.BufferReader(path.read_bytes()), path, table)
 
 
 def read_trial(path: StoragePath, problems: list[str]) -> pyarrow.Table | None:
-    """A file of `trials`; a damaged one is named, and its copy stands in for it. None where neither can be read."""
+    """A file of `trials`, or its copy where the file is damaged; None where neither can be read.
+
+    A file that is damaged is named in `problems`.
+    """
     import pyarrow as pa
 
     problem = ""
@@ -110,39 +133,19 @@ def read_trial(path: StoragePath, problems: list[str]) -> pyarrow.Table | None:
         pass  # its copy is written first
     except ResultsError as error:
         problem = str(error)
-    saved = copies.read_copy(path)
+    copy = copies.read_copy(path)
     if problem:
-        problems.append(f"{path}: is damaged, its copy is used" if saved else problem)
-    return None if saved is None else _parsed(pa.BufferReader(saved), path, "trials")
+        problems.append(f"{path}: is damaged, its copy is used" if copy else problem)
+    return None if copy is None else _parse(pa.BufferReader(copy), path, "trials")
 
 
 def trial_rows(path: StoragePath) -> list[dict[str, Any]] | None:
-    """The rows of a file of `trials`, of the columns that are known now; None where it cannot be read."""
-    found = read_trial(path, [])
-    if found is None:
+    """The rows of a file of `trials`, without columns that the schema does not have; None where it cannot be read."""
+    content = read_trial(path, [])
+    if content is None:
         return None
-    known = {column.name for column in schema.columns("trials")}
-    return [{key: value for key, value in row.items() if key in known} for row in found.to_pylist()]
-
-
-def _parsed(source: Any, path: StoragePath, table: str) -> pyarrow.Table:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        # For files this small, threads only cost.
-        content = pq.ParquetFile(source, page_checksum_verification=True).read(use_threads=False)
-    except FileNotFoundError:
-        raise
-    except (pa.ArrowException, OSError) as error:
-        raise ResultsError(f"{path}: cannot be read as Parquet ({_one_line(error)}). Remove or restore it") from None
-    metadata = content.schema.metadata or {}
-    if b"schema_version" not in metadata or metadata.get(b"table", table.encode()) != table.encode():
-        raise ResultsError(f"{path}: is not a file of the table {table!r}. Move it out of the results folder")
-    try:
-        return _to_present_schema(content, table)
-    except pa.ArrowException as error:
-        raise ResultsError(f"{path}: does not fit the table {table!r} ({_one_line(error)}). Remove it") from None
+    names = {column.name for column in schema.columns("trials")}
+    return [{key: value for key, value in row.items() if key in names} for row in content.to_pylist()]
 
 
 def merged_files(path: StoragePath) -> set[str]:
@@ -151,33 +154,34 @@ def merged_files(path: StoragePath) -> set[str]:
     import pyarrow.parquet as pq
 
     try:
-        metadata = pq.read_metadata(path.for_arrow()).metadata or {}
+        with path.open("rb") as file:
+            metadata = pq.read_metadata(file).metadata or {}
     except (pa.ArrowException, OSError, EbftError):
         return set()
     return set(json.loads(metadata.get(MERGED_FROM, b"[]")))
 
 
 def _read_files(folder: StoragePath, table: str, problems: list[str]) -> list[pyarrow.Table]:
-    """All readable files; starts over when a compaction takes files away meanwhile."""
+    """All readable files; starts over when a compaction removes files meanwhile."""
     for _ in range(20):
-        noted: list[str] = []
+        new_problems: list[str] = []
+        try_file = functools.partial(_try_file, table=table, problems=new_problems)
         try:
-            try_one = functools.partial(_try_file, table=table, problems=noted)
-            parts = in_parallel(try_one, visible(folder, table))
+            parts = in_parallel(try_file, _visible_files(folder, table))
         except FileNotFoundError:
             continue
-        problems.extend(sorted(noted))
+        problems.extend(sorted(new_problems))
         return [part for part in parts if part is not None]
     raise ResultsError(f"{folder}: files keep disappearing while they are read. Try again when the study is idle")
 
 
-def visible(folder: StoragePath, table: str) -> list[StoragePath]:
-    """Files of a table that are in place, and not already contained in a compacted one."""
+def _visible_files(folder: StoragePath, table: str) -> list[StoragePath]:
+    """Files of a table that are in place, and not contained in a compacted one."""
     names = folder.names()
     if table == "trials":
         names = sorted({copies.name_of_copied(name) or name for name in names})
     names = [name for name in names if not name.startswith((".", "_"))]
-    compacted = [folder / name for name in names if name.startswith("compacted-")]
+    compacted = [folder / name for name in names if name.startswith(COMPACTED_PREFIX)]
     merged = {name for path in compacted for name in merged_files(path)}
     return [folder / name for name in names if name not in merged]
 
@@ -192,73 +196,49 @@ def _try_file(path: StoragePath, table: str, problems: list[str]) -> pyarrow.Tab
         return None
 
 
+def _parse(source: Any, path: StoragePath, table: str) -> pyarrow.Table:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        # For files this small, threads only cost.
+        content = pq.ParquetFile(source, page_checksum_verification=True).read(use_threads=False)
+    except FileNotFoundError:
+        raise
+    except (pa.ArrowException, OSError) as error:
+        raise ResultsError(f"{path}: cannot be read as Parquet ({one_line(error)}). Remove or restore it") from None
+    metadata = content.schema.metadata or {}
+    if b"schema_version" not in metadata or metadata.get(b"table", table.encode()) != table.encode():
+        raise ResultsError(f"{path}: is not a file of the table {table!r}. Move it out of the results folder")
+    try:
+        return _to_present_schema(content, table)
+    except pa.ArrowException as error:
+        raise ResultsError(f"{path}: does not fit the table {table!r} ({one_line(error)}). Remove it") from None
+
+
 def _to_present_schema(content: pyarrow.Table, table: str) -> pyarrow.Table:
-    """Known columns cast to today's type, absent ones null, others kept: they are someone's data."""
+    """Columns of the schema cast to today's type, absent ones null, others kept: they are someone's data."""
     import pyarrow as pa
 
     present = schema.arrow_schema(table)
     if content.schema.equals(present):
         return content
-    known = [
+    columns = [
         content[f.name].cast(f.type) if f.name in content.column_names else pa.nulls(content.num_rows, f.type)
         for f in present
     ]
     extra = [name for name in content.column_names if name not in present.names]
     nullable = [f.with_nullable(True) for f in present] + [content.schema.field(name) for name in extra]
-    return pa.Table.from_arrays(known + [content[name] for name in extra], schema=pa.schema(nullable))
+    return pa.Table.from_arrays(columns + [content[name] for name in extra], schema=pa.schema(nullable))
 
 
 def _resolve_duplicates(frame: pd.DataFrame, table: str) -> pd.DataFrame:
     """One row per key. Rows of `metrics` at one step complete each other: a later non-null value wins."""
     keys = _KEYS[table]
-    newest = next(name for name in ("written_at", "updated_at", "time") if name in frame.columns)
-    ordered = frame.sort_values(["attempt", newest], kind="stable", na_position="first")
+    moment = next(name for name in ("written_at", "updated_at", "time") if name in frame.columns)
+    ordered = frame.sort_values(["attempt", moment], kind="stable", na_position="first")
     if table == "metrics" and ordered.duplicated(keys).any():
         ordered = ordered.groupby(keys, sort=False, as_index=False).last()[list(frame.columns)]
-    kept = ordered.drop_duplicates(keys, keep="last")
+    newest = ordered.drop_duplicates(keys, keep="last")
     order = ["time"] if table == "events" else keys
-    return kept.sort_values(order, kind="stable").reset_index(drop=True)
-
-
-def read_spec(folder: StoragePath, problems: list[str]) -> dict[str, Any]:
-    """What a study's record says; empty where it says nothing, and then `problems` says why."""
-    path = folder / "study.yaml"
-    try:
-        content, problem = read_mapping(path)
-    except FileNotFoundError:
-        problems.append(f"{path}: no such file; what was asked and run is unknown")
-        return {}
-    if problem:
-        problems.append(problem)
-    return content or {}
-
-
-def read_mapping(path: StoragePath) -> tuple[dict[str, Any] | None, str]:
-    """A YAML mapping that is kept twice, and what is wrong with the first one; None where neither can be read.
-
-    Raises:
-        FileNotFoundError: there is neither.
-    """
-    saved = copies.read_copy(path)
-    try:
-        return _mapping(path.read_bytes()), ""
-    except FileNotFoundError:
-        if saved is None:
-            raise
-        problem = "is gone"
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError) as error:
-        problem = f"cannot be read ({_one_line(error)})"
-    if saved is None:
-        return None, f"{path}: {problem}"
-    return _mapping(saved), f"{path}: {problem}; its copy is used"
-
-
-def _mapping(content: bytes) -> dict[str, Any]:
-    read = yaml.safe_load(content.decode("utf-8"))
-    if not isinstance(read, dict):
-        raise TypeError(f"holds {type(read).__name__}, not a mapping")
-    return read
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    return newest.sort_values(order, kind="stable").reset_index(drop=True)

@@ -8,7 +8,7 @@ Five tables, each a folder of Parquet files below `<study folder>/results/`:
     samples      a row per sampled completion that was kept, with its texts and rewards
     events       a row per start, stop, retry, error
 
-Types are spelt as strings so that importing this module imports neither pyarrow nor pandas.
+Types are written as strings so that importing this module imports neither pyarrow nor pandas.
 A change that older files do not satisfy raises SCHEMA_VERSION; the reader fills absent columns with nulls.
 """
 
@@ -126,9 +126,9 @@ EVALUATION_METRICS: dict[str, Metric] = _by_name(
 )
 
 
-def metric(name: str) -> Metric:
+def metric(name: str, registry: dict[str, Metric] | None = None) -> Metric:
     """The registered metric `name`; refuses others with the nearest name."""
-    known = EVALUATION_METRICS | METRICS
+    known = EVALUATION_METRICS | METRICS if registry is None else registry
     if name not in known:
         raise unknown("metric", name, known, "Register new metrics in ebft_study/results/schema.py")
     return known[name]

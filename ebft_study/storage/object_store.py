@@ -1,61 +1,44 @@
-"""Places in a `pyarrow.fs` file system, which puts an object whole or not at all by itself."""
+"""Paths in a `pyarrow.fs` file system, which puts an object whole or not at all by itself."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
+import shutil
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from ebft_study import paths
 from ebft_study.storage import filesystems
-from ebft_study.storage.base import StoragePath, storage_errors
+from ebft_study.storage.filesystems import storage_errors
 
-_READ_BYTES = 2**23
+_PART_BYTES = 2**23
+_WITHOUT_FOLDERS = ("s3", "gcs", "abfs")
 
 
-class ObjectStorePath(StoragePath):
-    """A path in a `pyarrow.fs` file system. `url` names it for people and for other processes, without its query."""
+class ObjectStorePath:
+    """A path in an object store, with the methods that `LocalPath` describes."""
 
-    def __init__(self, url: str, query: str, path: str) -> None:
-        self._url, self._query, self._path = url, query, path
+    local = None
 
-    @property
-    def _store(self) -> Any:
-        return filesystems.open_store(self._url, self._query)[0]
+    def __init__(self, url: str, query: str, store: Any, path: str) -> None:
+        """Name the object `path` of the file system `store`; `url` and `query` name it for other processes."""
+        self._url, self._query, self._store, self._path = url, query, store, path
 
-    @property
-    def name(self) -> str:
-        return PurePosixPath(self._path).name
+    @classmethod
+    def from_url(cls, url: str, query: str) -> ObjectStorePath:
+        return cls(url, query, *filesystems.open_store(url, query))
 
-    @property
-    def local(self) -> None:
-        return None
-
-    @property
-    def local_dir(self) -> Path:
-        known = hashlib.sha256(str(self).encode()).hexdigest()[:12]
-        return paths.cache_folder() / "stores" / f"{self.name}-{known}"
-
-    @property
-    def for_ray(self) -> dict[str, Any]:
-        return {"storage_path": self._path, "storage_filesystem": self._store}
-
-    def __truediv__(self, name: str) -> ObjectStorePath:
-        return ObjectStorePath(f"{self._url}/{name}", self._query, f"{self._path}/{name}")
-
-    @property
-    def parent(self) -> ObjectStorePath:
-        return ObjectStorePath(self._url.rpartition("/")[0], self._query, self._path.rpartition("/")[0])
-
-    def for_arrow(self) -> Any:
-        with storage_errors(self, "read"):
-            return self._store.open_input_file(self._path)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ObjectStorePath.from_url, (self._url, self._query)
 
     def __str__(self) -> str:
         return self._url + (f"?{self._query}" if self._query else "")
+
+    __repr__ = __str__
 
     def __eq__(self, other: object) -> bool:
         return str(other) == str(self) if isinstance(other, ObjectStorePath) else NotImplemented
@@ -63,11 +46,34 @@ class ObjectStorePath(StoragePath):
     def __hash__(self) -> int:
         return hash(str(self))
 
-    __repr__ = __str__
+    def __truediv__(self, name: str) -> ObjectStorePath:
+        return ObjectStorePath(f"{self._url}/{name}", self._query, self._store, f"{self._path}/{name}")
+
+    @property
+    def parent(self) -> ObjectStorePath:
+        url, path = self._url.rpartition("/")[0], self._path.rpartition("/")[0]
+        return ObjectStorePath(url, self._query, self._store, path)
+
+    @property
+    def name(self) -> str:
+        return self._path.rpartition("/")[2]
+
+    @property
+    def local_dir(self) -> Path:
+        digest = hashlib.sha256(str(self).encode()).hexdigest()[:12]
+        return paths.cache_folder() / "stores" / f"{self.name}-{digest}"
+
+    @property
+    def for_ray(self) -> dict[str, Any]:
+        return {"storage_path": self._path, "storage_filesystem": self._store}
 
     def exists(self) -> bool:
+        return self._type() != "NotFound"
+
+    def open(self, mode: str) -> io.BufferedReader:
+        """A file to read in parts; `mode` is 'rb'."""
         with storage_errors(self, "read"):
-            return bool(self._store.get_file_info(self._path).type.name != "NotFound")
+            return io.BufferedReader(self._store.open_input_file(self._path), _PART_BYTES)
 
     def read_bytes(self) -> bytes:
         with storage_errors(self, "read"):
@@ -80,45 +86,36 @@ class ObjectStorePath(StoragePath):
                     return content
 
     def write_bytes(self, data: bytes) -> None:
-        with storage_errors(self, "written"):
-            self._ready_for_files()
-            with self._store.open_output_stream(self._path) as stream:
-                stream.write(data)
+        self._write(io.BytesIO(data))
 
     def names(self) -> list[str]:
         from pyarrow.fs import FileSelector
 
         with storage_errors(self, "listed"):
-            found = self._store.get_file_info(FileSelector(self._path, allow_not_found=True))
-        return sorted(info.base_name for info in found)
+            infos = self._store.get_file_info(FileSelector(self._path, allow_not_found=True))
+        return sorted(info.base_name for info in infos)
 
     def delete(self) -> None:
         with storage_errors(self, "removed"):
-            kind = self._store.get_file_info(self._path).type.name
-            if kind == "Directory":
-                self._store.delete_dir(self._path)
-            elif kind == "File":
-                self._store.delete_file(self._path)
+            match self._type():
+                case "Directory":
+                    self._store.delete_dir(self._path)
+                case "File":
+                    self._store.delete_file(self._path)
 
     def upload(self, folder: Path, *, last: str) -> None:
         (self / last).delete()
-        for file in sorted(folder.iterdir(), key=lambda file: (file.name == last, file.name)):
-            (self / file.name)._send(file)
-
-    def _send(self, file: Path) -> None:
-        with storage_errors(self, "written"), file.open("rb") as source:
-            self._ready_for_files()
-            with self._store.open_output_stream(self._path) as target:
-                while part := source.read(_READ_BYTES):
-                    target.write(part)
+        for path in sorted(folder.iterdir(), key=lambda path: (path.name == last, path.name)):
+            with path.open("rb") as file:
+                (self / path.name)._write(file)
 
     @contextlib.contextmanager
     def on_disk(self) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix="ebft-study-") as folder:
             for name in self.names():
-                with (Path(folder) / name).open("wb") as file:
-                    for part in (self / name)._parts():
-                        file.write(part)
+                path = self / name
+                with storage_errors(path, "read"), path.open("rb") as source, Path(folder, name).open("wb") as target:
+                    shutil.copyfileobj(source, target, _PART_BYTES)
             yield Path(folder)
 
     def changed_at(self) -> float | None:
@@ -126,18 +123,13 @@ class ObjectStorePath(StoragePath):
             moment = self._store.get_file_info(self._path).mtime
         return moment.timestamp() if moment else None
 
-    def sha256(self) -> str:
-        digest = hashlib.sha256()
-        for part in self._parts():
-            digest.update(part)
-        return digest.hexdigest()
+    def _type(self) -> str:
+        with storage_errors(self, "read"):
+            return str(self._store.get_file_info(self._path).type.name)
 
-    def _parts(self) -> Iterator[bytes]:
-        with storage_errors(self, "read"), self._store.open_input_stream(self._path) as stream:
-            while part := stream.read(_READ_BYTES):
-                yield part
-
-    def _ready_for_files(self) -> None:
-        """Folders are made where a store has any."""
-        if self._store.type_name not in filesystems.WITHOUT_FOLDERS:
-            self._store.create_dir(self._path.rpartition("/")[0], recursive=True)
+    def _write(self, source: Any) -> None:
+        with storage_errors(self):
+            if self._store.type_name not in _WITHOUT_FOLDERS:
+                self._store.create_dir(self._path.rpartition("/")[0], recursive=True)
+            with self._store.open_output_stream(self._path, compression=None) as target:
+                shutil.copyfileobj(source, target, _PART_BYTES)

@@ -59,7 +59,8 @@ def step_of(folder: Location) -> int | None:
     path = storage_path(folder)
     try:
         record = json.loads((path / RECORD).read_bytes())
-        complete = record["sha256"] == (path / STATE).sha256()
+        with (path / STATE).open("rb") as file:
+            complete = record["sha256"] == hashlib.file_digest(file, "sha256").hexdigest()
         return int(record["step"]) if complete else None
     except (OSError, StorageError, ValueError, KeyError, TypeError):
         return None

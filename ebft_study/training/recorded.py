@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ebft_study.config import RunConfig
 from ebft_study.results import TrialRecorder
-from ebft_study.results.reader import read_mapping
+from ebft_study.results.copies import read_mapping
 from ebft_study.storage import storage_path
 from ebft_study.training.tracking import WandbRecorder
 

@@ -1,4 +1,4 @@
-"""Two small studies at once: one in an S3 store whose driver is killed, one on a disk that runs full."""
+"""Two concurrent small studies: one in an S3 store whose driver is killed, one on a disk that runs full."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 from ebft_study import results
 from ebft_study.errors import ResultsError
 from ebft_study.storage import storage_path
-from tests import commands
+from tests import commands, disks
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(560)]
 
@@ -33,7 +33,7 @@ TRIALS = ["t0000", "t0001", "t0002"]
 
 @dataclass
 class Study:
-    """A study, where it is kept, and what its commands said."""
+    """A study, its storage, and what its commands said."""
 
     cwd: Path
     storage: str
@@ -60,18 +60,6 @@ class Study:
         return results.read_table(self.address, "trials").set_index("trial_id")
 
 
-@contextlib.contextmanager
-def small_disk(folder: Path) -> Iterator[bool]:
-    """A real disk of 4 MiB, where one may be mounted."""
-    folder.mkdir()
-    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(folder)], capture_output=True)
-    try:
-        yield mount.returncode == 0
-    finally:
-        if mount.returncode == 0:
-            subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
 def stop(process: subprocess.Popen[str]) -> None:
     """Nothing stays behind when a test fails."""
     process.kill()
@@ -91,7 +79,7 @@ def both(tmp_path_factory: pytest.TempPathFactory, s3_query: str) -> Iterator[tu
     folder = tmp_path_factory.mktemp("far")
     (folder / "study.yaml").write_text(CONTENT)
     store = Study(folder, f"s3://studies/here?{s3_query}")
-    with small_disk(folder / "disk") as mounted, contextlib.ExitStack() as left:
+    with disks.small_disk(folder / "disk", "4m") as mounted, contextlib.ExitStack() as left:
         disk = Study(folder, str(folder / "disk"))
         drivers = {
             study.storage: study.start("study", "study.yaml", "--storage", study.storage) for study in (store, disk)
@@ -138,9 +126,9 @@ def disk(both: tuple[Study, Study | None]) -> Study:
 
 @pytest.fixture(params=["store", "disk"])
 def study(request: pytest.FixtureRequest) -> Study:
-    found = request.getfixturevalue(request.param)
-    assert isinstance(found, Study)
-    return found
+    study = request.getfixturevalue(request.param)
+    assert isinstance(study, Study)
+    return study
 
 
 def test_every_trial_finishes_and_no_reported_row_is_lost(study: Study) -> None:
@@ -150,7 +138,7 @@ def test_every_trial_finishes_and_no_reported_row_is_lost(study: Study) -> None:
     assert study.said["resume"].endswith("exit code 0")
 
 
-def test_trials_go_on_from_their_checkpoints(study: Study) -> None:
+def test_trials_resume_from_their_checkpoints(study: Study) -> None:
     under_way = {trial_id for trial_id, step in study.before if step >= 2}  # step 1 and its checkpoint lie behind it
     events = results.read_table(study.address, "events")
     assert under_way
@@ -160,9 +148,9 @@ def test_trials_go_on_from_their_checkpoints(study: Study) -> None:
 def test_the_best_checkpoint_of_a_trial_is_there(study: Study) -> None:
     from ebft_study.training import checkpoint
 
-    found = results.load(study.address)
+    loaded = results.load(study.address)
     for trial_id in TRIALS:
-        best = found.best_checkpoint(trial_id)
+        best = loaded.best_checkpoint(trial_id)
         assert best is not None
         assert checkpoint.step_of(best) == STEPS  # the objective falls all the time
 

@@ -110,4 +110,4 @@ def test_pretraining_learns_and_leaves_a_model_that_loads(
     assert "trigram baseline" in capsys.readouterr().out
     assert load_model("tiny-test").fingerprint == loaded.fingerprint
     assert capsys.readouterr().out == "", "the second load finds the model in the cache"
-    assert not list((tmp_path / "models").glob("*.partial"))
+    assert not list((tmp_path / "models").glob(".*.tmp"))

@@ -1,4 +1,4 @@
-"""Files that are kept twice: damage to either of the two loses nothing."""
+"""Duplicated files: damage to either of the two loses nothing."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def file_of(study: Path) -> Path:
 def test_a_damaged_row_is_read_from_its_copy_and_named(study: Path, content: bytes) -> None:
     before = read_table(study, "trials")
     file_of(study).write_bytes(content)
-    found = load(study)
-    pd.testing.assert_frame_equal(found.trials, before)
-    (problem,) = found.problems
+    loaded = load(study)
+    pd.testing.assert_frame_equal(loaded.trials, before)
+    (problem,) = loaded.problems
     assert problem == f"{file_of(study)}: is damaged, its copy is used"
 
 
@@ -64,7 +64,7 @@ def _flipped(content: bytes, at: int, generator: random.Random) -> bytes:
     return content[:at] + bytes([content[at] ^ (1 << generator.randrange(8))]) + content[at + 1 :]
 
 
-def test_the_next_change_of_a_damaged_row_mends_it(study: Path) -> None:
+def test_the_next_change_of_a_damaged_row_repairs_it(study: Path) -> None:
     file_of(study).write_bytes(b"half")
     StudyRecorder(study, study="s").trial({"trial_id": "t0", "status": "failed"})
     row = read_table(study, "trials").iloc[0]
@@ -77,9 +77,9 @@ def test_a_damaged_copy_is_not_used(study: Path) -> None:
     assert copies.read_copy(storage_path(file_of(study))) is None
     assert len(read_table(study, "trials")) == 2
     file_of(study).write_bytes(b"half")
-    found = load(study)
-    assert found.trials["trial_id"].tolist() == ["t1"]
-    assert "cannot be read as Parquet" in found.problems[0]
+    loaded = load(study)
+    assert loaded.trials["trial_id"].tolist() == ["t1"]
+    assert "cannot be read as Parquet" in loaded.problems[0]
 
 
 def test_copies_are_invisible_to_others(study: Path) -> None:
@@ -134,7 +134,7 @@ def test_tables_in_a_store_are_written_compacted_and_read_like_those_on_a_disk(t
         disk, store = (load(folder) for folder in folders)
         assert disk.problems == store.problems == []
         for table in ("trials", "metrics", "events"):
-            ours, theirs = (getattr(found, table).drop(columns=moments, errors="ignore") for found in (disk, store))
+            ours, theirs = (getattr(loaded, table).drop(columns=moments, errors="ignore") for loaded in (disk, store))
             pd.testing.assert_frame_equal(ours, theirs)
     names = (folders[1] / "results" / "metrics").names()
     assert [name.split("-")[0] for name in names] == ["compacted", "t1", "t1", "t1"]

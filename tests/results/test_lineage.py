@@ -1,4 +1,4 @@
-"""Whose weights a trial went on with, read from the events of a study."""
+"""Lineage: whose weights a trial exploited, read from the events of a study."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ebft_study.results.lineage import EXPLOIT, lineage, settings_in_force
 from tests.synthetic_study import PAPER_LIKE, write_study
 
 SMALL = {key: PAPER_LIKE[key] for key in ((1.0, 0.0), (1.0, 0.1), None)}
-TAKEN = {
+EXPLOITED = {
     "step": 20, "donor": "t000", "donor_step": 25, "donor_attempt": 0, "score": 2.5, "donor_score": 2.25,
     "checkpoint": "train/t001-2/checkpoint_00000025", "before": {"gamma": 0.1}, "after": {"gamma": 0.05},
 }  # fmt: skip
@@ -23,26 +23,28 @@ TAKEN = {
 def study(tmp_path: Path) -> Path:
     folder = write_study(tmp_path / "s", effects=SMALL, seeds=(0,))
     recorder = results.StudyRecorder(folder, study="s")
-    recorder.event(EXPLOIT, "goes on", trial_id="t001", attempt=2, **TAKEN)
-    recorder.event(EXPLOIT, "goes on", trial_id="t001", attempt=4, **{**TAKEN, "step": 40, "after": {"gamma": 0.2}})
+    recorder.event(EXPLOIT, "continues", trial_id="t001", attempt=2, **EXPLOITED)
+    recorder.event(
+        EXPLOIT, "continues", trial_id="t001", attempt=4, **{**EXPLOITED, "step": 40, "after": {"gamma": 0.2}}
+    )
     return folder
 
 
-def test_every_takeover_is_a_row_in_order(study: Path) -> None:
+def test_every_exploit_is_a_row_in_order(study: Path) -> None:
     for source in (study, results.load(study)):
         rows = lineage(source).drop(columns="time").to_dict("records")
-        assert rows[0] == {"trial_id": "t001", "attempt": 2, **TAKEN}
+        assert rows[0] == {"trial_id": "t001", "attempt": 2, **EXPLOITED}
         assert [row["attempt"] for row in rows] == [2, 4]
 
 
-def test_the_settings_of_every_line_of_every_trial(study: Path) -> None:
+def test_the_settings_of_every_lineage_of_every_trial(study: Path) -> None:
     rows = settings_in_force(results.load(study)).to_dict("records")
     assert [(row["trial_id"], row["from_attempt"], row["gamma"]) for row in rows] == [
         ("t000", 0, 0.0), ("t001", 0, 0.1), ("t001", 2, 0.05), ("t001", 4, 0.2),
     ]  # fmt: skip
 
 
-def test_a_study_without_takeovers_has_an_empty_lineage(tmp_path: Path) -> None:
+def test_a_study_without_exploits_has_an_empty_lineage(tmp_path: Path) -> None:
     folder = write_study(tmp_path / "s", effects=SMALL, seeds=(0,))
     assert lineage(folder).empty
     assert list(lineage(folder).columns)[:3] == ["time", "trial_id", "attempt"]

@@ -44,7 +44,7 @@ def test_reports_of_one_step_complete_each_other(tmp_path: Path) -> None:
     assert read_table(tmp_path, "metrics").loc[0, ["loss", "ce_loss"]].tolist() == [1.0, 3.0]
 
 
-def test_profile_rows_differ_by_position_and_are_all_kept(tmp_path: Path) -> None:
+def test_profile_rows_differ_by_position_and_all_stay(tmp_path: Path) -> None:
     rows = [
         {"benchmark": "heldout", "metric": "cfm_loss", "position": position, "value": float(position or 0), "count": 1}
         for position in (1, 2, 4, None)
@@ -156,7 +156,7 @@ def test_compaction_merges_finished_trials_only_and_changes_no_row(tmp_path: Pat
     assert len(pd.read_parquet(tmp_path / "results" / "metrics")) == 8, "plain pandas sees every row once"
 
 
-def test_compacting_again_gathers_what_was_compacted_before(tmp_path: Path) -> None:
+def test_compacting_again_merges_what_was_compacted_before(tmp_path: Path) -> None:
     build_two_trials(tmp_path)
     compact(tmp_path)
     finish(tmp_path, "busy")
@@ -198,7 +198,7 @@ def test_compaction_leaves_damaged_files_where_they_are(tmp_path: Path) -> None:
     assert len(read_table(tmp_path, "metrics")) == 7
 
 
-def test_files_that_vanish_while_reading_are_looked_for_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_that_vanish_while_reading_are_listed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from ebft_study.results import reader
 
     build_two_trials(tmp_path)

@@ -72,7 +72,7 @@ def test_non_finite_metrics_are_recorded_not_lost(tmp_path: Path, recorder: Tria
     assert row["reward"] is None
 
 
-def test_misspelt_names_are_refused_with_the_nearest(tmp_path: Path, recorder: TrialRecorder) -> None:
+def test_unknown_names_are_refused_with_the_nearest(tmp_path: Path, recorder: TrialRecorder) -> None:
     with pytest.raises(ResultsError, match=r"'rewards'.*Did you mean 'reward'"):
         recorder.metrics(0, {"rewards": 1.0})
     with pytest.raises(ResultsError, match="Did you mean 'entropy'"):

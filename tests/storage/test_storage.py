@@ -1,4 +1,4 @@
-"""Places: one contract for disks and stores, and errors that say what to do."""
+"""Storage paths: one contract for disks and stores, and errors that say what to do."""
 
 from __future__ import annotations
 
@@ -13,28 +13,29 @@ import pytest
 from ebft_study import storage
 from ebft_study.errors import ConfigError, StorageError
 from ebft_study.storage import StoragePath, filesystems, storage_path
-from tests.contracts.places import PlaceContract
+from tests import disks
+from tests.contracts.storage_paths import StoragePathContract
 
 
-class TestFolder(PlaceContract):
+class TestFolder(StoragePathContract):
     @pytest.fixture
     def here(self, tmp_path: Path) -> StoragePath:
         return storage_path(tmp_path / "here")
 
 
-class TestFileUrl(PlaceContract):
+class TestFileUrl(StoragePathContract):
     @pytest.fixture
     def here(self, tmp_path: Path) -> StoragePath:
         return storage_path(f"file://{tmp_path}/here")
 
 
-class TestS3(PlaceContract):
+class TestS3(StoragePathContract):
     @pytest.fixture
     def here(self, s3_query: str, request: pytest.FixtureRequest) -> StoragePath:
         return storage_path(f"s3://studies/{abs(hash(request.node.name))}?{s3_query}")
 
 
-class TestFsspec(PlaceContract):
+class TestFsspec(StoragePathContract):
     @pytest.fixture
     def here(self, request: pytest.FixtureRequest) -> StoragePath:
         return storage_path(f"memory://{abs(hash(request.node.name))}")
@@ -60,7 +61,7 @@ def test_credentials_in_a_url_are_refused_and_not_repeated(url: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_misspelt_key_of_a_url_is_refused() -> None:
+def test_an_unknown_key_of_a_url_is_refused() -> None:
     with pytest.raises(ConfigError, match="unknown key 'endpoint'"):
         storage_path("s3://bucket/x?endpoint=localhost")
 
@@ -77,28 +78,24 @@ def test_a_bucket_that_does_not_exist_is_said_in_one_line(s3_query: str) -> None
 
 def test_a_store_that_does_not_answer_is_an_error_within_seconds() -> None:
     before = time.monotonic()
+    path = storage_path("s3://studies/x?endpoint_override=127.0.0.1:9&scheme=http&region=us-east-1")
     with pytest.raises(StorageError, match="does not answer"):
-        (
-            storage_path("s3://studies/x?endpoint_override=127.0.0.1:9&scheme=http&region=us-east-1") / "file"
-        ).write_bytes(b"x")
+        (path / "file").write_bytes(b"x")
     assert time.monotonic() - before < 20
 
 
 def test_no_permission_is_said_in_one_line() -> None:
-    told = OSError("When initiating multiple part upload: AWS Error ACCESS_DENIED during PutObject operation: no")
-    assert filesystems.reason_of(told)[0] == "no permission"
+    error = OSError("When initiating multiple part upload: AWS Error ACCESS_DENIED during PutObject operation: no")
+    assert filesystems.reason_of(error)[0] == "no permission"
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A real disk of 64 KiB."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(folder)], capture_output=True)
-    if mount.returncode:
-        pytest.skip("needs the right to mount a small disk")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    with disks.small_disk(tmp_path / "small", "64k") as mounted:
+        if not mounted:
+            pytest.skip("needs the right to mount a small disk")
+        yield tmp_path / "small"
 
 
 def test_a_full_disk_keeps_what_it_had(small_disk: Path) -> None:
@@ -120,16 +117,16 @@ def test_a_folder_that_cannot_be_put_in_place_leaves_the_old_one(small_disk: Pat
     source = tmp_path / "source"
     source.mkdir()
     (source / "state").write_bytes(b"1")
-    kept = storage_path(small_disk) / "kept"
-    kept.upload(source, last="state")
+    target = storage_path(small_disk) / "target"
+    target.upload(source, last="state")
     (source / "state").write_bytes(bytes(100_000))
     with pytest.raises(StorageError, match="No space left"):
-        kept.upload(source, last="state")
-    assert (kept / "state").read_bytes() == b"1"
-    assert os.listdir(small_disk) == ["kept"]
+        target.upload(source, last="state")
+    assert (target / "state").read_bytes() == b"1"
+    assert os.listdir(small_disk) == ["target"]
 
 
-def test_an_absolute_place_does_not_depend_on_the_current_folder(
+def test_an_absolute_path_does_not_depend_on_the_current_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

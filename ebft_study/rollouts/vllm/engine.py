@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ebft_study.errors import ConfigError, ServiceError
+from ebft_study.errors import ConfigError, ServiceError, one_line
 
 if TYPE_CHECKING:
     from ebft_study.rollouts.vllm.weights import Layout
@@ -225,7 +225,7 @@ def _build(options: EngineOptions) -> Any:
 
 def _explain(options: EngineOptions, error: Exception) -> str:
     # What follows the first sentence is advice about vLLM's own options.
-    reason = " ".join(str(error).split()).split(". ")[0][:300]
+    reason = one_line(error).split(". ")[0]
     if "memory" not in reason.lower():
         remedy = "Use a model that vLLM runs here, or backend=strided"
     elif options.device == "cpu":

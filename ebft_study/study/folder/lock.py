@@ -1,10 +1,10 @@
-"""One driver at a time per study.
+"""The lock of a study: one driver at a time.
 
-On a disk: a file lock, which the system takes back from a process that ends, however it ends. In a store: an object
-that names its owner and is written again every few seconds. An owner that has not been heard of for `STALE_SECONDS`,
-or that was a process of this machine which is gone, is succeeded. Stores have no atomic "create unless it exists"
-that pyarrow could ask for, so each owner reads back what it wrote, and again before every heartbeat: of two that
-begin at once, one may run on for at most a heartbeat until it notices and stops.
+On a disk, it is a file lock, which the system releases when its process ends, however it ends. In a store, it is an
+object that names its owner and is rewritten every few seconds (a heartbeat). Another driver takes the lock over when
+the last heartbeat is `STALE_SECONDS` old, or when the owner was a process of this machine that has ended. pyarrow has
+no "create unless it exists", so each owner reads back what it wrote, and again before every heartbeat: of two drivers
+that start simultaneously, one may run for at most a heartbeat until it notices and stops.
 """
 
 from __future__ import annotations
@@ -34,15 +34,16 @@ BEAT_SECONDS, STALE_SECONDS, SETTLE_SECONDS = 10.0, 60.0, 1.0
 
 @dataclass
 class LockHandle:
-    """A held lock. `on_lost` is called, from another thread, with the reason when someone else has taken it."""
+    """A held lock. `lost` is the reason why it is held no more, '' while it is."""
 
     lost: str = ""
     _on_lost: Callable[[str], None] | None = field(default=None, repr=False)
 
-    def on_lost(self, call: Callable[[str], None]) -> None:
-        self._on_lost = call
+    def on_lost(self, listener: Callable[[str], None]) -> None:
+        """Have `listener` called, from another thread, with the reason when the lock is lost."""
+        self._on_lost = listener
         if self.lost:
-            call(self.lost)
+            listener(self.lost)
 
     def lose(self, reason: str) -> None:
         self.lost = reason
@@ -50,19 +51,16 @@ class LockHandle:
             self._on_lost(reason)
 
 
-@contextlib.contextmanager
-def hold(folder: StoragePath, *, record: str) -> Iterator[LockHandle]:
-    """Hold the study for this driver; a folder in which no `record` came to be is removed again."""
-    holding = _hold_file(folder, folder.local, record) if folder.local else _hold_object(folder)
-    with holding as held:
-        yield held
+def hold(folder: StoragePath, *, record: str) -> contextlib.AbstractContextManager[LockHandle]:
+    """Hold the study's lock inside the context; a new folder that has no `record` at its end is removed again."""
+    return _hold_file(folder, folder.local, record) if folder.local else _hold_object(folder)
 
 
 def is_held(folder: StoragePath) -> bool:
-    """Whether a driver holds the study, as far as one can tell without writing anything."""
+    """Whether a driver holds the study's lock, as far as can be told without writing anything."""
     if folder.local is None:
         owner = _owner(folder / NAME)
-        return owner is not None and not _is_over(owner) and _seconds_since(owner) < STALE_SECONDS
+        return owner is not None and not _has_ended(owner) and _seconds_since(owner) < STALE_SECONDS
     path = folder.local / NAME
     if not path.exists():
         return False
@@ -75,7 +73,7 @@ def is_held(folder: StoragePath) -> bool:
         return False
 
 
-def _refused(folder: StoragePath, more: str = "") -> ResultsError:
+def _refusal(folder: StoragePath, more: str = "") -> ResultsError:
     return ResultsError(
         f"{folder}: another process is running this study{more}. Watch it with 'ebft-study status', or wait for its end"
     )
@@ -93,12 +91,12 @@ def _hold_file(folder: StoragePath, path: Path, record: str) -> Iterator[LockHan
         try:
             lock.acquire()
         except filelock.Timeout:
-            raise _refused(folder) from None
+            raise _refusal(folder) from None
     try:
         yield LockHandle()
     finally:
         if new and not (path / record).exists():
-            with contextlib.suppress(OSError):  # someone else put something there
+            with contextlib.suppress(OSError):  # another process put something there
                 (path / NAME).unlink(missing_ok=True)
                 path.rmdir()
                 path.parent.rmdir()
@@ -112,40 +110,40 @@ def _hold_file(folder: StoragePath, path: Path, record: str) -> Iterator[LockHan
 def _hold_object(folder: StoragePath) -> Iterator[LockHandle]:
     path, token = folder / NAME, secrets.token_hex(8)
     owner = _owner(path)
-    if owner is not None and not _is_over(owner):
-        silent = _seconds_silent(folder)
+    if owner is not None and not _has_ended(owner):
+        silent = _seconds_silent(path)
         if silent < STALE_SECONDS:
-            raise _refused(folder, f" (process {owner['pid']} on {owner['host']}, last heard of {silent:.0f} s ago)")
+            raise _refusal(folder, f" (process {owner['pid']} on {owner['host']}, last heartbeat {silent:.0f} s ago)")
     _write(path, token)
     time.sleep(SETTLE_SECONDS)
-    if (_owner(path) or {}).get("token") != token:
-        raise _refused(folder, ", which began at the same moment")
-    held, over = LockHandle(), threading.Event()
-    thread = threading.Thread(target=_beat, args=(path, token, held, over), daemon=True, name="heartbeat")
+    if not _is_owned_by(path, token):
+        raise _refusal(folder, ", which began at the same moment")
+    handle, released = LockHandle(), threading.Event()
+    thread = threading.Thread(target=_beat, args=(path, token, handle, released), daemon=True, name="heartbeat")
     thread.start()
     try:
-        yield held
+        yield handle
     finally:
-        over.set()
+        released.set()
         thread.join()
         with contextlib.suppress(StorageError):
-            if (_owner(path) or {}).get("token") == token:
+            if _is_owned_by(path, token):
                 path.delete()
 
 
-def _beat(path: StoragePath, token: str, held: LockHandle, over: threading.Event) -> None:
-    heard = time.monotonic()
-    while not over.wait(BEAT_SECONDS):
+def _beat(path: StoragePath, token: str, handle: LockHandle, released: threading.Event) -> None:
+    last_beat = time.monotonic()
+    while not released.wait(BEAT_SECONDS):
         try:
             owner = _owner(path)
             if owner is not None and owner.get("token") != token:
-                held.lose(f"process {owner.get('pid')} on {owner.get('host')} has taken this study over")
+                handle.lose(f"process {owner.get('pid')} on {owner.get('host')} has taken this study over")
                 return
             _write(path, token)
-            heard = time.monotonic()
+            last_beat = time.monotonic()
         except StorageError as error:
-            if time.monotonic() - heard > STALE_SECONDS:
-                held.lose(f"the store has not answered for {STALE_SECONDS:.0f} s: {error}")
+            if time.monotonic() - last_beat > STALE_SECONDS:
+                handle.lose(f"the store has not answered for {STALE_SECONDS:.0f} s: {error}")
                 return
 
 
@@ -159,6 +157,10 @@ def _owner(path: StoragePath) -> dict[str, Any] | None:
     return owner if isinstance(owner, dict) else {"pid": "?", "host": "?"}
 
 
+def _is_owned_by(path: StoragePath, token: str) -> bool:
+    return (_owner(path) or {}).get("token") == token
+
+
 def _write(path: StoragePath, token: str) -> None:
     now = datetime.datetime.now(datetime.UTC).isoformat()
     owner = {"token": token, "pid": os.getpid(), "host": socket.gethostname(), "machine": _machine(), "time": now}
@@ -166,7 +168,7 @@ def _write(path: StoragePath, token: str) -> None:
 
 
 def _machine() -> str:
-    """This boot of this machine, and this container on it: where process numbers mean the same processes."""
+    """This boot of this machine, and this container on it: within it, process numbers mean the same processes."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -174,24 +176,24 @@ def _machine() -> str:
         return f"{socket.gethostname()} {psutil.boot_time():.0f}"
 
 
-def _is_over(owner: dict[str, Any]) -> bool:
-    """Whether the owner was a process of this machine that is gone."""
+def _has_ended(owner: dict[str, Any]) -> bool:
+    """Whether the owner was a process of this machine that has ended."""
     return owner.get("machine") == _machine() and not psutil.pid_exists(int(owner["pid"]))
 
 
-def _seconds_silent(folder: StoragePath) -> float:
-    """Since the last heartbeat, by the store's own clock where it has one: no two machines agree about the time."""
-    probe = folder / f".clock-{secrets.token_hex(4)}"
+def _seconds_silent(path: StoragePath) -> float:
+    """Seconds since the last heartbeat, by the store's own clock where it has one: clocks of machines differ."""
+    probe = path.parent / f".clock-{secrets.token_hex(4)}"
     probe.write_bytes(b"")
     try:
-        now, then = probe.changed_at(), (folder / NAME).changed_at()
+        now, then = probe.changed_at(), path.changed_at()
     finally:
         probe.delete()
-    return now - then if now is not None and then is not None else _seconds_since(_owner(folder / NAME) or {})
+    return _seconds_since(_owner(path) or {}) if now is None or then is None else now - then
 
 
 def _seconds_since(owner: dict[str, Any]) -> float:
-    """By this machine's clock."""
+    """Seconds since the last heartbeat, by this machine's clock."""
     try:
         then = datetime.datetime.fromisoformat(str(owner.get("time")))
     except ValueError:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import importlib.metadata
+import json
 import platform
 import subprocess
 from collections.abc import Mapping
@@ -19,7 +20,7 @@ import yaml
 
 from ebft_study.errors import ConfigError, ResultsError
 from ebft_study.results import copies
-from ebft_study.results.reader import read_mapping
+from ebft_study.results.copies import read_mapping
 from ebft_study.storage import Location, storage_path
 from ebft_study.study.spec import normalize
 from ebft_study.study.spec.study_spec import StudySpec
@@ -53,7 +54,7 @@ def write(folder: Location, spec: StudySpec, source: StudySource, *, provenance:
         "file": {"name": Path(source.name).name, "sha256": source.sha256},
         "versions": versions(),
         "git_revision": git_revision(),
-        "provenance": _plain(provenance),
+        "provenance": json.loads(json.dumps(provenance, default=str)),  # plain values only
     }
     text = yaml.safe_dump(new, sort_keys=False, allow_unicode=True, width=110)
     copies.write(storage_path(folder) / NAME, text.encode())
@@ -134,12 +135,3 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     if isinstance(value, dict) and value:
         return {k: v for key, inner in value.items() for k, v in _flat(inner, f"{prefix}{key}.").items()}
     return {prefix.removesuffix("."): value}
-
-
-def _plain(value: Any) -> Any:
-    """Plain YAML values, whatever a provenance holds."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [_plain(inner) for inner in value]
-    return value if value is None or isinstance(value, bool | int | float | str) else str(value)

@@ -19,6 +19,7 @@ from ebft_study import config, results
 from ebft_study.config import RunConfig
 from ebft_study.cost import StepShape, step_cost
 from ebft_study.errors import EbftError
+from ebft_study.results import cell_value
 from ebft_study.results.reader import read_spec
 from ebft_study.storage import Location, StoragePath, storage_path
 from ebft_study.study.spec.trials import Trial
@@ -187,14 +188,6 @@ def concurrency(table: pd.DataFrame) -> int:
 
 def _run_of(row: dict[Any, Any]) -> RunConfig:
     """The settings of a trial, from its row; raises `ConfigError` where this version does not know them."""
-    settings = {name: _plain(row[name]) for name in config.short_names() if name in row}
+    settings = {name: cell_value(row[name]) for name in config.short_names() if name in row}
     given = {name: value for name, value in settings.items() if value is not None}
     return config.build_run(config.nest(given, source="trials"), source="trials")
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return list(value)
-    if hasattr(value, "tolist"):
-        value = value.tolist()
-    return None if value is None or value != value else value

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ebft_study import config
+from ebft_study.results import cell_value
 from ebft_study.storage import StoragePath, storage_errors, storage_path
 from ebft_study.study.folder.trial_states import TrialResult
 from ebft_study.study.search import optuna_search
@@ -152,13 +153,7 @@ def _assignment(spec: StudySpec, row: dict[Any, Any]) -> Assignment:
         if not enumeration.exists(axis, found):
             continue
         if axis.choices is None:
-            found[key] = _plain(row[config.short_name(key)])
+            found[key] = cell_value(row[config.short_name(key)])
         else:
             found[key] = next(name for name in axis.choices if f"{key}={name}" in named)
     return found
-
-
-def _plain(value: Any) -> Any:
-    """A cell of a table as the study file has it."""
-    value = value.tolist() if hasattr(value, "tolist") else value
-    return None if value != value else value

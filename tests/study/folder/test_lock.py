@@ -1,4 +1,4 @@
-"""The lock of a study in a store: owners, heartbeats, and what becomes of those that fall silent."""
+"""The lock of a study in a store: owners, heartbeats, and taking a stale lock over."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ def folder(s3_query: str, request: pytest.FixtureRequest) -> StoragePath:
 
 
 def owner(**changes: object) -> bytes:
-    known = {"token": "other", "pid": 1, "host": "far", "machine": "another", "time": "2020-01-01T00:00:00+00:00"}
-    return json.dumps({**known, **changes}).encode()
+    content = {"token": "other", "pid": 1, "host": "far", "machine": "another", "time": "2020-01-01T00:00:00+00:00"}
+    return json.dumps({**content, **changes}).encode()
 
 
-def test_a_second_driver_is_refused_and_told_who_the_first_is(folder: StoragePath) -> None:
+def test_a_second_driver_is_refused_with_the_name_of_the_first(folder: StoragePath) -> None:
     (folder / lock.NAME).write_bytes(owner())
     with pytest.raises(ResultsError, match=r"another process is running this study .process 1 on far"):
         lock.hold(folder, record=RECORD).__enter__()
 
 
-def test_the_lock_is_given_back(folder: StoragePath) -> None:
+def test_the_lock_is_released(folder: StoragePath) -> None:
     with lock.hold(folder, record=RECORD):
         assert lock.is_held(folder)
         with pytest.raises(ResultsError), lock.hold(folder, record=RECORD):
@@ -47,15 +47,15 @@ def test_the_lock_is_given_back(folder: StoragePath) -> None:
     assert folder.names() == []
 
 
-def test_an_owner_that_fell_silent_is_succeeded(folder: StoragePath, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stale_lock_is_taken_over(folder: StoragePath, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / lock.NAME).write_bytes(owner())
     time.sleep(2.1)  # the store counts whole seconds
     monkeypatch.setattr(lock, "STALE_SECONDS", 1.0)
-    with lock.hold(folder, record=RECORD) as held:
-        assert not held.lost
+    with lock.hold(folder, record=RECORD) as handle:
+        assert not handle.lost
 
 
-def test_a_process_of_this_machine_that_is_gone_is_succeeded_at_once(folder: StoragePath) -> None:
+def test_the_lock_of_a_process_of_this_machine_that_has_ended_is_taken_over_immediately(folder: StoragePath) -> None:
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     (folder / lock.NAME).write_bytes(owner(pid=gone.pid, machine=lock._machine()))
@@ -73,20 +73,20 @@ def test_heartbeats_are_measured_by_the_clock_of_the_store_alone(
         lock.hold(folder, record=RECORD).__enter__()
 
 
-def test_an_owner_that_was_succeeded_learns_it_and_leaves_the_lock_alone(folder: StoragePath) -> None:
-    with lock.hold(folder, record=RECORD) as held:
+def test_an_owner_that_lost_the_lock_is_notified_and_does_not_touch_it(folder: StoragePath) -> None:
+    with lock.hold(folder, record=RECORD) as handle:
         (folder / lock.NAME).write_bytes(owner())
         deadline = time.monotonic() + 10
-        while not held.lost:
+        while not handle.lost:
             assert time.monotonic() < deadline
             time.sleep(0.02)
-        told: list[str] = []
-        held.on_lost(told.append)
-        assert told == ["process 1 on far has taken this study over"]
+        reasons: list[str] = []
+        handle.on_lost(reasons.append)
+        assert reasons == ["process 1 on far has taken this study over"]
     assert json.loads((folder / lock.NAME).read_bytes())["token"] == "other"
 
 
-def test_of_two_that_begin_at_once_the_one_that_wrote_last_wins(
+def test_of_two_that_begin_simultaneously_the_one_that_wrote_last_wins(
     folder: StoragePath, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = time.sleep
@@ -101,7 +101,7 @@ def test_of_two_that_begin_at_once_the_one_that_wrote_last_wins(
     assert json.loads((folder / lock.NAME).read_bytes())["token"] == "other"
 
 
-def test_a_lock_that_says_nothing_is_somebodys(folder: StoragePath) -> None:
+def test_a_lock_that_cannot_be_read_is_held(folder: StoragePath) -> None:
     (folder / lock.NAME).write_bytes(b"garbage")
     with pytest.raises(ResultsError, match="another process"):
         lock.hold(folder, record=RECORD).__enter__()

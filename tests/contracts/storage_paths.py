@@ -1,4 +1,4 @@
-"""What every place must do, whatever holds its bytes."""
+"""The contract of storage paths, whatever holds their bytes."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ import pytest
 from ebft_study.storage import StoragePath, in_parallel, storage_path
 
 
-class PlaceContract:
-    """Subclasses give `here`: an empty place."""
+class StoragePathContract:
+    """Subclasses provide `here`: the path of an empty folder."""
 
     def test_what_is_written_is_read(self, here: StoragePath) -> None:
         for content in (b"", b"some bytes", bytes(range(256)) * 40_000):
             (here / "file").write_bytes(content)
             assert (here / "file").read_bytes() == content
-            assert (here / "file").sha256() == hashlib.sha256(content).hexdigest()
+            with (here / "file").open("rb") as file:
+                assert hashlib.file_digest(file, "sha256").hexdigest() == hashlib.sha256(content).hexdigest()
 
     def test_folders_on_the_way_need_not_exist(self, here: StoragePath) -> None:
         (here / "a" / "b" / "file").write_bytes(b"x")
@@ -76,17 +77,17 @@ class PlaceContract:
         source.mkdir()
         for name, size in (("large.bin", 12_000_000), ("a.json", 10), ("zz", 0)):
             (source / name).write_bytes(b"7" * size)
-        (here / "kept").upload(source, last="a.json")
-        assert (here / "kept").names() == ["a.json", "large.bin", "zz"]
-        with (here / "kept").on_disk() as folder:
+        (here / "copy").upload(source, last="a.json")
+        assert (here / "copy").names() == ["a.json", "large.bin", "zz"]
+        with (here / "copy").on_disk() as folder:
             assert {path.name: path.stat().st_size for path in folder.iterdir()} == {
                 "large.bin": 12_000_000,
                 "a.json": 10,
                 "zz": 0,
             }
-        assert here.names() == ["kept"]
+        assert here.names() == ["copy"]
 
-    def test_a_place_is_known_by_its_name_alone(self, here: StoragePath) -> None:
+    def test_a_path_is_identified_by_its_name_alone(self, here: StoragePath) -> None:
         (here / "file").write_bytes(b"x")
         again = storage_path(str(here / "file"))
         assert again == here / "file"
@@ -97,6 +98,6 @@ class PlaceContract:
     def test_many_files_are_read_in_order(self, here: StoragePath) -> None:
         for number in range(5):
             (here / f"{number}").write_bytes(str(number).encode())
-        assert in_parallel(lambda one: one.read_bytes(), [here / name for name in here.names()]) == [
+        assert in_parallel(lambda path: path.read_bytes(), [here / name for name in here.names()]) == [
             str(number).encode() for number in range(5)
         ]

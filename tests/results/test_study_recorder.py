@@ -1,4 +1,4 @@
-"""Trials that have not started share files: nothing is lost, nothing is there twice, whenever a driver is killed."""
+"""Pending trials share files: no row is lost, none is duplicated, whenever a driver is killed."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import pytest
 
 from ebft_study import config, results
 from ebft_study.config import RunConfig
-from ebft_study.results import StudyRecorder, waiting
+from ebft_study.results import StudyRecorder, study_recorder
 
 
 @pytest.fixture(autouse=True)
 def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(waiting, "_ROWS", 4)
+    monkeypatch.setattr(study_recorder, "_ROWS_PER_FILE", 4)
 
 
 def row(number: int, **columns: Any) -> dict[str, Any]:
@@ -32,7 +32,7 @@ def plain(folder: Path) -> pd.DataFrame:
     return pd.read_parquet(folder / "results" / "trials")
 
 
-def test_trials_that_wait_share_files_and_leave_them_one_by_one(tmp_path: Path) -> None:
+def test_pending_trials_share_files_and_leave_them_one_by_one(tmp_path: Path) -> None:
     recorder = StudyRecorder(tmp_path, study="s")
     recorder.trials(row(number) for number in range(10))
     assert files(tmp_path) == ["waiting"] * 3
@@ -45,7 +45,7 @@ def test_trials_that_wait_share_files_and_leave_them_one_by_one(tmp_path: Path) 
     assert files(tmp_path) == sorted(f"t{number}.parquet" for number in range(10))
 
 
-def test_the_next_driver_takes_over_what_the_last_one_left(tmp_path: Path) -> None:
+def test_the_next_driver_continues_the_shared_files_of_the_last_one(tmp_path: Path) -> None:
     StudyRecorder(tmp_path, study="s").trials(row(number, label=f"label {number}") for number in range(6))
     recorder = StudyRecorder(tmp_path, study="s")
     recorder.trial({"trial_id": "t0", "status": "running", "attempt": 1})
@@ -63,7 +63,7 @@ def test_a_crash_between_its_own_file_and_the_shared_one_leaves_the_newer_row(
     recorder = StudyRecorder(tmp_path, study="s")
     recorder.trials(row(number) for number in range(3))
     with monkeypatch.context() as crash:
-        crash.setattr(waiting.Waiting, "remove", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        crash.setattr(study_recorder.PendingRows, "remove", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             recorder.trial({"trial_id": "t1", "status": "running", "attempt": 1})
     table = results.read_table(tmp_path, "trials").set_index("trial_id")
