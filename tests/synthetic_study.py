@@ -36,7 +36,6 @@ PAPER_LIKE = {
 Effect = tuple[float, float]
 
 
-@mock.patch("os.fsync", new=mock.Mock())  # thousands of small files that need not survive a power cut
 def write_study(
     folder: Path,
     *,
@@ -54,13 +53,28 @@ def write_study(
     `settings(key)` gives a configuration's settings as short names; by default the key is (alpha, gamma). The change
     of CFM at length L is `effect * (1 + growth * log2(L / 8))`. `statuses[key, seed]` ends a trial differently.
     """
+    with mock.patch("os.fsync"):  # thousands of small files that need not survive a power cut
+        return _write(folder, effects, settings, seeds, noise, steps, log_every, statuses or {}, growth)
+
+
+def _write(
+    folder: Path,
+    effects: Mapping[Any, Effect],
+    settings: Callable[[Any], dict[str, Any]] | None,
+    seeds: Sequence[int],
+    noise: float,
+    steps: int,
+    log_every: int,
+    statuses: Mapping[tuple[Any, int], str],
+    growth: float,
+) -> Path:
     settings = settings or (lambda key: {"alpha": key[0], "gamma": key[1]})
     study = StudyRecorder(folder, study=folder.name)
     write_spec(folder)
     for number, (key, seed) in enumerate(itertools.product(effects, seeds)):
         chosen = {"method": "sft"} if key is None else settings(key)
         run = config.build_run(config.nest({**chosen, "seed": seed, "steps": steps}, source="test"), source="test")
-        status = (statuses or {}).get((key, seed), "finished")
+        status = statuses.get((key, seed), "finished")
         name = "sft" if key is None else " ".join(f"{k}={v}" for k, v in chosen.items())
         trial_id = f"t{number:03d}"
         random = np.random.default_rng([seed, number])
