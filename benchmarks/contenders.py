@@ -21,7 +21,6 @@ from benchmarks.naive import attending, naive_features, naive_log_probs, naive_r
 from benchmarks.settings import DEPTHS, Settings
 from benchmarks.workload import Inputs, autocast, compute_dtype, micro_batch_plan, random_inputs, random_model
 from ebft_study.algorithm.advantages import feature_matching_advantages
-from ebft_study.algorithm.features import layer_indices
 from ebft_study.algorithm.losses import cross_entropy_loss, next_token_mask, policy_gradient_loss
 from ebft_study.cost import MicroBatchPlan
 from ebft_study.features.local import LocalFeatures
@@ -173,9 +172,8 @@ class Naive(_Contender):
         return naive_rollouts(model, part.batch, part.anchors, part.noise, temperature)
 
     def _embed(self, part: Inputs, completions: Tensor) -> tuple[Tensor, Tensor]:
-        network = self.networks.whole
-        layers = layer_indices(self.config.features.depths, network.config.num_hidden_layers)
-        return naive_features(network, part.batch, part.anchors, completions, layers)
+        depths = self.config.features.depths
+        return naive_features(self.networks.whole, part.batch, part.anchors, completions, depths)
 
     def _loss(self, part: Inputs, completions: Tensor) -> Tensor:
         """These sequences' share of the loss."""

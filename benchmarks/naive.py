@@ -5,16 +5,15 @@ for each of the n samples, behind a dense mask; sampling does so at each of the 
 likewise; features are whitened by a batched SVD. Two things flatter it: the mask is built by tensor operations rather
 than loops, and attention is PyTorch's fused one rather than matrices of probabilities (`attending` gives these).
 
-It is the one slow implementation of rollouts, features and log-probabilities: the benchmark measures it, and the
-package's tests compare with it. So drawing, pooling and normalization are written out here instead of imported; the
-mask is checked against a loop over tokens (`tests/benchmarks`). Definitions of single formulas are `tests/references`.
+This is the one slow implementation of a whole step, and it is timed. The tests' references (`tests/references`) are
+too slow for that: they run one context at a time, without masks or batches, so that agreement with them is evidence.
 
 Letters as in `algorithm`; M = T + B * L tokens of a sequence with L tokens per block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +25,8 @@ from transformers import PreTrainedModel
 
 from benchmarks.settings import Attention
 from ebft_study.algorithm.anchors import Anchors, completion_positions, document_positions, gather_rows
+from ebft_study.algorithm.features import feature_map, layer_indices
+from ebft_study.algorithm.sampling import draw
 from ebft_study.algorithm.whitening import RELATIVE_TOLERANCE
 from ebft_study.data import Batch
 
@@ -125,45 +126,22 @@ def naive_rollouts(model: nn.Module, batch: Batch, anchors: Anchors, noise: Tens
     for t in range(G):
         logits = copies.run(model, completions).logits
         last = copies.of_blocks(logits, t)[:, :, -1] if t else copies.first_logits(logits)
-        cumulative = (last.float() / temperature).softmax(dim=-1).cumsum(dim=-1)
-        # The token whose slice of the cumulative distribution the noise falls into.
-        below = cumulative <= uniforms[..., t : t + 1] * cumulative[..., -1:]
-        token = below.sum(dim=-1, keepdim=True).clamp(max=cumulative.shape[-1] - 1)
+        token = draw((last.float() / temperature).softmax(dim=-1), uniforms[..., t : t + 1])
         completions = torch.cat([completions, token], dim=-1)
     return copies.gather(completions)
 
 
 @torch.no_grad()
 def naive_features(
-    network: nn.Module,
-    batch: Batch,
-    anchors: Anchors,
-    completions: Tensor,
-    layers: Sequence[int],
-    *,
-    pooling: str = "last_token",
-    normalize: str = "per_layer",
+    network: nn.Module, batch: Batch, anchors: Anchors, completions: Tensor, depths: tuple[float, ...]
 ) -> tuple[Tensor, Tensor]:
-    """phi [S, B, n, d] and psi [S, B, d], from all hidden states of the whole network."""
+    """phi [S, B, n, d] and psi [S, B, d] with `last_token` pooling, from all layers of the whole network."""
     copies, G = _Copies.of(batch, anchors, completions.shape[2]), completions.shape[3]
     states = copies.run(network, copies.spread(completions), hidden=True).hidden_states
-    ground_truth = completion_positions(copies.anchors, G, batch.tokens.shape[1])
-
-    def pool(hidden: Tensor) -> Tensor:
-        """[S * n, B, G, H] -> [S * n, B, X]."""
-        if pooling == "last_token":
-            return hidden[:, :, -1]
-        return hidden.mean(dim=2) if pooling == "mean" else hidden.flatten(2)
-
-    def embed(states_by_layer: Sequence[Tensor]) -> Tensor:
-        parts = [pool(hidden.float()) for hidden in states_by_layer]
-        if normalize == "per_layer":
-            parts = [F.normalize(part, dim=-1) for part in parts]
-        joined = torch.cat(parts, dim=-1)
-        return F.normalize(joined, dim=-1) if normalize == "joint" else joined
-
-    phi = embed([copies.of_blocks(states[layer], G) for layer in layers])
-    psi = embed([gather_rows(states[layer], ground_truth) for layer in layers])
+    layers = [states[i] for i in layer_indices(depths, len(states) - 1)]
+    at = completion_positions(copies.anchors, G, batch.tokens.shape[1])
+    sampled, real = [copies.of_blocks(h, G) for h in layers], [gather_rows(h, at) for h in layers]
+    phi, psi = (feature_map(parts, pooling="last_token", normalize="per_layer") for parts in (sampled, real))
     return copies.gather(phi), copies.gather(psi)[:, :, 0]
 
 

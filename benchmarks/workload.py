@@ -97,7 +97,7 @@ def cost_of(settings: Settings, *, counting: Literal["needed", "executed"]) -> S
     """The cost of our step by the cost model."""
     shape, step = ModelShape.from_config(model_config(settings.model)), StepShape.from_config(settings.run())
     limits, plan = Limits.on(settings.device_type), micro_batch_plan(settings)
-    return step_cost(shape, shape, step, split=plan, limits=limits, counting=counting)
+    return step_cost(shape, shape, step, plan=plan, limits=limits, counting=counting)
 
 
 # --- inputs ----------------------------------------------------------------------------------------------------

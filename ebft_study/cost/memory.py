@@ -1,15 +1,20 @@
-"""Peak memory of a step."""
+"""Peak memory of a step, and the largest micro-batch plan that fits into a given memory."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ebft_study.cost.shapes import FLOAT32_BYTES, Limits, MicroBatchPlan, ModelShape, StepShape
+from ebft_study.cost.shapes import FLOAT32_BYTES, GPU_LIMITS, Limits, MicroBatchPlan, ModelShape, StepShape
+from ebft_study.errors import ConfigError
+
+EFFICIENT_BLOCK_TOKENS = 1024
+"""Fewer tokens per pass than this no longer fill a matrix product."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """What one worker holds. The first four last; the phases follow one another, on top of the sequences."""
+    """Bytes in one worker. The first four last; the phases follow one another, on top of the sequences."""
 
     weights_bytes: float
     """With the copies that autocast makes, and the average of the weights where there is one."""
@@ -28,10 +33,10 @@ class Memory:
 
     @property
     def phases_bytes(self) -> dict[str, float]:
-        """Peak of every phase, all that it stands on included."""
+        """Peak of every phase, with all that is in memory meanwhile."""
         lasting = self.weights_bytes + self.gradients_bytes + self.optimizer_bytes + self.frozen_bytes
         phases = {"rollouts": self.rollouts_bytes, "features": self.features_bytes, "scoring": self.scoring_bytes}
-        peaks = {name: lasting + self.prefix_bytes + held for name, held in phases.items()}
+        peaks = {name: lasting + self.prefix_bytes + own for name, own in phases.items()}
         return {**peaks, "optimizer": lasting + self.update_bytes}
 
     @property
@@ -40,15 +45,15 @@ class Memory:
 
 
 def memory(
-    model: ModelShape, features: ModelShape, step: StepShape, split: MicroBatchPlan, *, limits: Limits | None = None
+    model: ModelShape, features: ModelShape, step: StepShape, plan: MicroBatchPlan, *, limits: Limits = GPU_LIMITS
 ) -> Memory:
     """Peak memory of one worker; `features` is the whole feature network.
 
     Tensors only, good to about a tenth: what kernels allocate inside, and fragmentation, come on top. With adapters
-    it is an upper bound, as frozen matrices let go of some of their inputs. For sharded workers it is too low: what
-    they hold of each other's weights and gradients inside a step is not counted.
+    it is an upper bound, as frozen matrices let go of some of their inputs. For sharded workers it is too low: the
+    weights and gradients that they gather inside a step are not counted.
     """
-    held = _Held(model, features.cut(step.depths), step, split, limits or Limits())
+    phases = _Phases(model, features.cut(step.depths), step, plan, limits)
     shards = step.world_size if step.sharded else 1
     gradients = step.weight_bytes * model.n_trainable / shards
     copies = 2 if step.weight_average else 1
@@ -60,17 +65,17 @@ def memory(
     cast = step.compute_bytes * (model.layer_matrices + model.head_parameters) if casts else 0
     frozen = 0
     if step.method == "ebft" and not step.shared_features:
-        frozen = 0 if step.remote_features else held.network.body_parameters
+        frozen = 0 if step.remote_features else phases.network.body_parameters
         frozen += model.n_parameters if step.has_kl else 0
     return Memory(
         weights_bytes=(own + copies * trained + cast) / shards,
         gradients_bytes=gradients,
         optimizer_bytes=2 * gradients,
         frozen_bytes=step.compute_bytes * frozen,
-        prefix_bytes=held.prefix(),
-        rollouts_bytes=held.rollouts() if step.n_blocks else 0,
-        features_bytes=held.features() if step.n_blocks else 0,
-        scoring_bytes=held.scoring(),
+        prefix_bytes=phases.prefix(),
+        rollouts_bytes=phases.rollouts() if step.n_blocks else 0,
+        features_bytes=phases.features() if step.n_blocks else 0,
+        scoring_bytes=phases.scoring(),
         # One flat tensor of all gradients, and the gradients cut out of it again.
         update_bytes=2 * gradients if step.world_size > 1 and not step.sharded else 0,
     )
@@ -90,24 +95,24 @@ def saved_bytes_per_token(model: ModelShape, step: StepShape, *, blocks: bool) -
 
 
 @dataclass(frozen=True)
-class _Held:
-    """Bytes held by the phases of one micro-batch."""
+class _Phases:
+    """Bytes in use during the phases of one micro-batch."""
 
     model: ModelShape
     network: ModelShape
     step: StepShape
-    split: MicroBatchPlan
+    plan: MicroBatchPlan
     limits: Limits
 
     @property
     def prefix_tokens(self) -> int:
-        return self.split.micro_batch_size * self.step.sequence_length
+        return self.plan.micro_batch_size * self.step.sequence_length
 
     @property
     def blocks(self) -> int:
         """Of one part of a micro-batch."""
         n_samples = self.step.n_samples if self.step.n_blocks else 0
-        return self.split.micro_batch_size * self.split.anchors_at_once * n_samples
+        return self.plan.micro_batch_size * self.plan.anchors_at_once * n_samples
 
     @property
     def block_tokens(self) -> int:
@@ -207,3 +212,77 @@ class _Held:
             copied_layers = 1 if step.activation_checkpointing else model.n_layers
             held += 2 * copied_layers * self.prefix_tokens * model.kv_size * step.compute_bytes
         return held + max(head + self.logits(n_tokens, copies=2), self.differentiating(n_tokens, blocks=True))
+
+
+# --- the largest plan that fits --------------------------------------------------------------------------------
+
+
+def largest_plan(
+    model: ModelShape,
+    features: ModelShape,
+    step: StepShape,
+    *,
+    budget_bytes: float,
+    limits: Limits = GPU_LIMITS,
+    given: tuple[int | None, int | None] = (None, None),
+) -> MicroBatchPlan:
+    """The fewest passes whose peak memory fits into `budget_bytes` on one worker; depends on its arguments alone.
+
+    All sequences and all anchors if that fits; otherwise fewer anchors at once, while a pass still has
+    `EFFICIENT_BLOCK_TOKENS`; otherwise fewer sequences, with as many anchors as fit; at last fewer anchors still.
+
+    Args:
+        given: micro_batch_size and anchors_at_once where the user has chosen them.
+
+    Raises:
+        ConfigError: not even one sequence and one anchor at a time fit, or what the user has chosen does not.
+    """
+    for plan in _plans(step, given):
+        needed = memory(model, features, step, plan, limits=limits)
+        if needed.peak_bytes <= budget_bytes:
+            return plan
+    raise _does_not_fit(needed, step, plan, budget_bytes)
+
+
+def _plans(step: StepShape, given: tuple[int | None, int | None]) -> Iterator[MicroBatchPlan]:
+    """From the one preferred to the smallest."""
+    whole = MicroBatchPlan.whole(step)
+    tokens_per_anchor = step.n_samples * (1 if step.differentiable_rollouts else step.completion_length - 1)
+    sizes = list(_choices(whole.micro_batch_size, given[0]))
+    for S in sizes:
+        for A in _choices(whole.anchors_at_once, given[1]):
+            widest = min(whole.anchors_at_once, given[1] or whole.anchors_at_once)
+            efficient = S * A * tokens_per_anchor >= EFFICIENT_BLOCK_TOKENS
+            if efficient or sizes[-1] == S or widest == A:
+                yield MicroBatchPlan(S, A)
+
+
+def _choices(count: int, given: int | None) -> Iterator[int]:
+    if given is not None:
+        yield min(given, count)
+        return
+    while count > 1:
+        yield count
+        count = -(-count // 2)
+    yield 1
+
+
+def _does_not_fit(least: Memory, step: StepShape, plan: MicroBatchPlan, budget_bytes: float) -> ConfigError:
+    remedies = ["a shorter sequence_length"]
+    if plan.micro_batch_size > 1:
+        remedies.insert(0, "a smaller micro_batch_size")
+    if plan.anchors_at_once > 1:
+        remedies.insert(0, "a smaller anchors_at_once")
+    if step.method == "ebft":
+        remedies += ["fewer n_samples", "a shorter completion_length"]
+    if not step.activation_checkpointing:
+        remedies.append("activation_checkpointing=true")
+    if step.precision == "float32":
+        remedies.append("precision=bfloat16")
+    needed, lasting, budget = (b / 2**30 for b in (least.peak_bytes, least.phases_bytes["optimizer"], budget_bytes))
+    return ConfigError(
+        f"memory={budget:.3g} GiB: one optimizer step needs {needed:.3g} GiB with "
+        f"micro_batch_size={plan.micro_batch_size} and anchors_at_once={plan.anchors_at_once}; {lasting:.3g} GiB of "
+        f"them are weights, gradients, optimizer states and the feature network. Use {', '.join(remedies)}, lora_rank, "
+        "or a smaller model"
+    )

@@ -255,7 +255,7 @@ class MicroBatchPlan:
 
 @dataclass(frozen=True)
 class Limits:
-    """What the implementation holds at a time, whatever the split; the defaults are those of a GPU."""
+    """Sizes that the implementation works in, whatever the micro-batch plan; the defaults are those of a GPU."""
 
     logits_at_once: int = 2**28
     scores_at_once: int = 2**28
@@ -269,7 +269,10 @@ class Limits:
     @staticmethod
     def on(device: str) -> Limits:
         """Those of the implementation on `cpu` or `cuda`."""
-        return Limits() if device == "cuda" else Limits(2**24, 2**20, 2**10, fused_attention=False)
+        return GPU_LIMITS if device == "cuda" else Limits(2**24, 2**20, 2**10, fused_attention=False)
 
     def logit_rows(self, model: ModelShape) -> int:
         return max(1, self.logits_at_once // model.vocabulary_size)
+
+
+GPU_LIMITS = Limits()
