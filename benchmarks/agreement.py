@@ -18,7 +18,7 @@ from ebft_study.rollouts import Rollouts
 from ebft_study.rollouts.strided import StridedRollouts
 
 TOLERANCE = 1e-5
-"""Of log-probabilities, features, and positions in a cumulative distribution."""
+"""Largest difference of log-probabilities, features, and positions in a cumulative distribution."""
 GRADIENT_TOLERANCE = 1e-4
 """Relative to the largest entry of a parameter's gradient."""
 

@@ -41,7 +41,7 @@ STAGES = {
 }
 """Parts of the work that are compared, and their names in a sentence."""
 TOLERANCE = 1e-4
-"""Of the engine's log-probabilities, in float32."""
+"""Largest difference of the engine's log-probabilities, in float32."""
 STARTED = ("tiny-1m", "50m")
 """Models whose engines are timed from their start."""
 PROMPT = 15

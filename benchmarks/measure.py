@@ -72,7 +72,7 @@ def matmul_ceiling(device: str, dtype: torch.dtype) -> float:
 
 
 def peak_bytes(work: Callable[[], object], device: str) -> int:
-    """How far memory rises during `work` above what was in use before.
+    """Bytes by which memory rises during `work` above what was in use before.
 
     On a CPU this is the process's own peak, so let nothing larger run in the process before (`in_fresh_process`).
     """

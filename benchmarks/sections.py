@@ -167,7 +167,7 @@ def _phase_rows(name: str, ours: Ours, ceiling: float) -> Iterator[Row]:
 
 
 def memory(settings: Settings) -> list[Row]:
-    """What a step on one sequence of the last length needs on top of what lasts from step to step."""
+    """Memory of a step on one sequence of the last length, on top of what lasts from step to step."""
     anchors_at_once = settings.anchors_at_once or max(FEW_TOKENS // settings.n_samples, 1)
     alone = replace(
         settings.at(settings.sequence_lengths[-1]), batch_size=1, micro_batch_size=1, anchors_at_once=anchors_at_once

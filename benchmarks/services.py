@@ -31,7 +31,7 @@ from ebft_study.pretraining.ladder import train_tokenizer
 
 EPOCHS = 2
 TOLERANCE = 1e-6
-"""Of features."""
+"""Largest difference of features."""
 TIMEOUT_SECONDS = 600.0
 SPEC = FeatureSpec(DEPTHS, "last_token", "per_layer")
 
@@ -78,7 +78,7 @@ class Contender:
     """The cost of one way of doing the work, epoch by epoch, and its features in the order epoch, trial, step."""
 
     cpu_seconds: list[float] = field(default_factory=list)
-    """Of the processes that have the networks."""
+    """CPU seconds of the processes that have the networks."""
     client_seconds: list[float] = field(default_factory=list)
     """CPU seconds of the trials' own end, where the networks are elsewhere."""
     wall_seconds: list[float] = field(default_factory=list)
@@ -86,7 +86,7 @@ class Contender:
     """See `FeatureBackend.drain_usage`, summed over trials."""
     network_bytes: int = 0
     resident_bytes: int = 0
-    """Of the service's process, at the end."""
+    """Memory of the service's process, at the end."""
     features: list[Features] = field(default_factory=list)
 
 

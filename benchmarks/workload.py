@@ -45,7 +45,7 @@ def prepare(settings: Settings) -> None:
 
 
 def setting_rows(settings: Settings, *names: str, **more: float | str) -> list[Row]:
-    """What is measured, and on what: the version of PyTorch, threads, the settings called `names`, and `more`."""
+    """Rows that describe a measurement: the version of PyTorch, threads, the settings called `names`, and `more`."""
     facts = {name: getattr(settings, name) for name in names}
     facts |= {"torch": str(torch.__version__), "threads": torch.get_num_threads(), **more}
     return [Row(f"setting/{name}", value) for name, value in facts.items()]

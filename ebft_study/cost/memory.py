@@ -82,7 +82,7 @@ def memory(
 
 
 def saved_bytes_per_token(model: ModelShape, step: StepShape, *, blocks: bool) -> int:
-    """What autograd keeps of one token in one layer of the Hugging Face implementation, without checkpointing.
+    """Bytes that autograd saves per token and layer of the Hugging Face implementation, without checkpointing.
 
     Residuals and norms are float32 whatever the precision: x and its normalised form, twice. Under autocast q, k, v,
     gate and up each keep a copy of their input. Attention of `blocks` keeps its output apart from the projection's.
@@ -110,7 +110,7 @@ class _Phases:
 
     @property
     def blocks(self) -> int:
-        """Of one part of a micro-batch."""
+        """Completions in one part of a micro-batch."""
         n_samples = self.step.n_samples if self.step.n_blocks else 0
         return self.plan.micro_batch_size * self.plan.anchors_at_once * n_samples
 
@@ -120,15 +120,15 @@ class _Phases:
 
     @property
     def states(self) -> int:
-        """Of one token at all requested depths."""
+        """Bytes of a token's hidden states at all requested depths."""
         return FLOAT32_BYTES * self.network.hidden_size * len(self.step.depths)
 
     def keys_values(self, model: ModelShape) -> int:
-        """Of one token in all layers."""
+        """Bytes of a token's keys and values in all layers."""
         return 2 * model.n_layers * model.kv_size * self.step.compute_bytes
 
     def saved(self, *, blocks: bool) -> int:
-        """Of one token in all layers and around them, until its backward pass."""
+        """Bytes per token in all layers and around them, until its backward pass."""
         model, step = self.model, self.step
         outside = FLOAT32_BYTES * (3 * model.hidden_size + 2 * model.head_dim)
         if step.activation_checkpointing:
@@ -137,14 +137,14 @@ class _Phases:
         return outside + model.n_layers * saved_bytes_per_token(model, step, blocks=blocks)
 
     def running(self, model: ModelShape, n_tokens: int, *, mlp_copies: int = 3, score_copies: int = 0) -> int:
-        """Of one layer while it runs: its MLP or, of blocks, the scores of a chunk."""
+        """Bytes of one layer while it runs: its MLP or, for blocks, the scores of a chunk."""
         mlp = 4 * FLOAT32_BYTES * model.hidden_size + mlp_copies * self.step.compute_bytes * model.intermediate_size
         all_scores = n_tokens * model.n_heads * self.step.sequence_length
         scores = min(self.limits.scores_at_once, all_scores // self.limits.chunks)
         return max(n_tokens * mlp, score_copies * FLOAT32_BYTES * scores)
 
     def differentiating(self, n_tokens: int, *, blocks: bool) -> int:
-        """Of one layer while the backward pass goes through it; what was saved goes as its gradient comes."""
+        """Bytes of one layer during its backward pass; saved activations are freed as their gradients are made."""
         again = saved_bytes_per_token(self.model, self.step, blocks=blocks) if self.step.activation_checkpointing else 0
         score_copies = 3 if blocks and (self.step.differentiable_rollouts or not self.limits.fused_attention) else 0
         return n_tokens * again + self.running(self.model, n_tokens, mlp_copies=1, score_copies=score_copies)
@@ -163,27 +163,27 @@ class _Phases:
         return self.prefix_tokens * per_token
 
     def graph(self) -> int:
-        """What sampling keeps for its backward pass, and autograd of all passes of a block where there is one."""
+        """Bytes that sampling saves for its backward pass."""
         model, step, length = self.model, self.step, self.step.completion_length - 1
         if not step.differentiable_rollouts:
             return 0
-        held = self.block_tokens * self.saved(blocks=True)
+        kept = self.block_tokens * self.saved(blocks=True)
         # Every decode pass keeps the keys and values of its block so far, unless it is going to run again.
         earlier = length if step.activation_checkpointing else (length - 1) * length // 2
-        held += self.blocks * earlier * self.keys_values(model)
+        kept += self.blocks * earlier * self.keys_values(model)
         if self.blocks <= self.limits.logit_rows(model):
             rows = self.block_tokens + self.blocks // step.n_samples if step.n_samples else 0
-            held += FLOAT32_BYTES * rows * model.vocabulary_size
-        return held
+            kept += FLOAT32_BYTES * rows * model.vocabulary_size
+        return kept
 
     def rollouts(self) -> int:
-        """What sampling keeps, or keys and values of the blocks so far; a decode pass, or drawing from its logits."""
+        """The graph of sampling, or keys and values of the blocks so far; a decode pass, or drawing from its logits."""
         kept = self.graph() if self.step.differentiable_rollouts else self.block_tokens * self.keys_values(self.model)
         decoding = self.running(self.model, self.blocks, score_copies=2)
         return kept + max(decoding, self.logits(self.blocks, copies=3))
 
     def features(self) -> int:
-        """A pass of completions, with their states at the requested depths; of a service, its reply and a copy."""
+        """A pass of completions, with their states at the requested depths; with a service, its reply and a copy."""
         if self.step.remote_features:
             return self.graph() + 2 * self.blocks * self.states
         G, network = self.step.completion_length, self.network
@@ -207,11 +207,11 @@ class _Phases:
             waiting = step.weight_bytes * model.n_trainable + graph * (length - 1) // length if length > 1 else 0
             backward = self.differentiating(self.blocks, blocks=True)
             return max(graph, waiting) + max(head + self.logits(self.blocks, copies=2), backward)
-        held = n_tokens * self.saved(blocks=True)
+        kept = n_tokens * self.saved(blocks=True)
         if self.limits.fused_attention and n_tokens:
             copied_layers = 1 if step.activation_checkpointing else model.n_layers
-            held += 2 * copied_layers * self.prefix_tokens * model.kv_size * step.compute_bytes
-        return held + max(head + self.logits(n_tokens, copies=2), self.differentiating(n_tokens, blocks=True))
+            kept += 2 * copied_layers * self.prefix_tokens * model.kv_size * step.compute_bytes
+        return kept + max(head + self.logits(n_tokens, copies=2), self.differentiating(n_tokens, blocks=True))
 
 
 # --- the largest plan that fits --------------------------------------------------------------------------------
@@ -245,7 +245,7 @@ def largest_plan(
 
 
 def _plans(step: StepShape, given: tuple[int | None, int | None]) -> Iterator[MicroBatchPlan]:
-    """From the one preferred to the smallest."""
+    """Candidates, from the preferred one to the smallest."""
     whole = MicroBatchPlan.whole(step)
     tokens_per_anchor = step.n_samples * (1 if step.differentiable_rollouts else step.completion_length - 1)
     sizes = list(_choices(whole.micro_batch_size, given[0]))
@@ -268,21 +268,20 @@ def _choices(count: int, given: int | None) -> Iterator[int]:
 
 
 def _does_not_fit(least: Memory, step: StepShape, plan: MicroBatchPlan, budget_bytes: float) -> ConfigError:
-    remedies = ["a shorter sequence_length"]
-    if plan.micro_batch_size > 1:
-        remedies.insert(0, "a smaller micro_batch_size")
-    if plan.anchors_at_once > 1:
-        remedies.insert(0, "a smaller anchors_at_once")
-    if step.method == "ebft":
-        remedies += ["fewer n_samples", "a shorter completion_length"]
-    if not step.activation_checkpointing:
-        remedies.append("activation_checkpointing=true")
-    if step.precision == "float32":
-        remedies.append("precision=bfloat16")
+    remedies = {
+        "a smaller anchors_at_once": plan.anchors_at_once > 1,
+        "a smaller micro_batch_size": plan.micro_batch_size > 1,
+        "a shorter sequence_length": True,
+        "fewer n_samples": step.method == "ebft",
+        "a shorter completion_length": step.method == "ebft",
+        "activation_checkpointing=true": not step.activation_checkpointing,
+        "precision=bfloat16": step.precision == "float32",
+    }
+    useful = ", ".join(remedy for remedy, helps in remedies.items() if helps)
     needed, lasting, budget = (b / 2**30 for b in (least.peak_bytes, least.phases_bytes["optimizer"], budget_bytes))
     return ConfigError(
         f"memory={budget:.3g} GiB: one optimizer step needs {needed:.3g} GiB with "
         f"micro_batch_size={plan.micro_batch_size} and anchors_at_once={plan.anchors_at_once}; {lasting:.3g} GiB of "
-        f"them are weights, gradients, optimizer states and the feature network. Use {', '.join(remedies)}, lora_rank, "
+        f"them are weights, gradients, optimizer states and the feature network. Use {useful}, lora_rank, "
         "or a smaller model"
     )
