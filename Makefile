@@ -31,7 +31,7 @@ study: $(STAMP) ## the main job: a real EBFT study on this machine, with its rep
 check: $(STAMP) ## linter, formatter and type checker
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy ebft_study
+	$(BIN)/mypy ebft_study benchmarks
 
 test: check ## linter, type checker and every test
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder

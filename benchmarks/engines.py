@@ -7,7 +7,7 @@
 The engine's samples carry no gradient, so a trainer scores them again; drawing short strided ones is scoring them
 (`cost.keeps_graph`). Their graph has as many small passes as a completion has tokens, which backward goes through
 again; that of scoring has one large one. The engine gets new weights before every round, as after every update of a
-run, so that nothing cached of the same contexts is left; the time that this takes is reported by itself.
+run, so that its prefix cache holds none of the contexts; the seconds that this takes have a row of their own.
 """
 
 from __future__ import annotations
@@ -24,68 +24,49 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from benchmarks import running
-from benchmarks.cluster import local_ray, require
-from benchmarks.measure import in_turn
+from benchmarks.measure import in_turn, local_ray
 from benchmarks.naive import naive_log_probs
-from benchmarks.rows import Row, judged, measured
+from benchmarks.rows import Row, Titled, compared, judged, measured
 from benchmarks.settings import Settings
-from benchmarks.shapes import random_inputs, random_model
+from benchmarks.workload import prepare, random_inputs, random_model, setting_rows
 from ebft_study.cost import keeps_graph
 from ebft_study.networks.blocks import completion_log_probs, run_prefix
 from ebft_study.rollouts import RolloutBackend, Rollouts
 from ebft_study.rollouts.strided import StridedRollouts
 
-KINDS = {
+STAGES = {
     "sampling": "sampling alone",
     "sampling_and_scoring": "sampling plus scoring",
     "with_gradient": "both and their gradient",
 }
-"""What is compared, and what it is called in a sentence."""
+"""Parts of the work that are compared, and their names in a sentence."""
 TOLERANCE = 1e-4
-"""Of the engine's log-probabilities, in float32."""
+"""Largest difference of the engine's log-probabilities, in float32."""
 STARTED = ("tiny-1m", "50m")
 """Models whose engines are timed from their start."""
 PROMPT = 15
 """Tokens before the first one that a new engine samples."""
-_VERSIONS = itertools.count()  # an engine takes weights of a version that it has for those that it has
+_VERSIONS = itertools.count()  # an engine that has a version of the weights already does not take it again
 
 
-def sections(settings: Settings, lengths: Sequence[int]) -> Iterator[tuple[str, list[Row]]]:
-    """All rows: agreement and times at each of the lengths, then how long an engine takes to start.
+def tables(settings: Settings, lengths: Sequence[int]) -> Iterator[Titled]:
+    """Agreement and times for completions of each of the lengths, then how long an engine takes to start.
 
     Raises:
-        ConfigError: vLLM is not installed, or settings that no run could have.
+        ConfigError: settings that no run could have.
         ServiceError: an engine is gone or silent.
     """
-    require("rollouts", "ray", "vllm")
-    points = {G: replace(settings, completion_length=G, stride=G) for G in lengths}
-    for point in points.values():
-        running.check(point)
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
-    yield "setting", _setting_rows(settings)
-    longest = settings.sequence_length + max(points)
+    points = [replace(settings, completion_length=G, stride=G) for G in lengths]
+    for point in points:
+        prepare(point)
+    names = ("model", "sequence_length", "n_samples", "batch_size", "repeats")
+    yield "setting", setting_rows(settings, *names, vllm=_vllm_version())
     with local_ray():
-        with running_engine(settings, longest_tokens=longest) as (model, engine):
-            for G, point in points.items():
-                yield f"G={G}", compare(Contest(point, model, engine))
+        with running_engine(settings, longest_tokens=settings.sequence_length + max(lengths)) as (model, engine):
+            for point in points:
+                yield f"G={point.completion_length}", compare(Comparison(point, model, engine))
         for name in STARTED:
             yield "engine", start_rows(name, repeats=settings.repeats)
-
-
-def _setting_rows(settings: Settings) -> list[Row]:
-    facts: dict[str, float | str] = {
-        "torch": str(torch.__version__),
-        "vllm": _vllm_version(),
-        "model": settings.model,
-        "sequence_length": settings.sequence_length,
-        "n_samples": settings.n_samples,
-        "batch_size": settings.batch_size,
-        "threads": settings.threads or torch.get_num_threads(),
-        "repeats": settings.repeats,
-    }
-    return [Row(f"setting/{name}", value) for name, value in facts.items()]
 
 
 def _vllm_version() -> str:
@@ -97,9 +78,9 @@ def _vllm_version() -> str:
 
 @contextlib.contextmanager
 def running_engine(settings: Settings, *, longest_tokens: int) -> Iterator[tuple[PreTrainedModel, RolloutBackend]]:
-    """A random model, and an engine for it that starts when it is first followed and ends afterwards.
+    """A random model, and an engine for it, which starts with its first weights and ends afterwards.
 
-    Of the model's files the engine reads the configuration; weights come from this process.
+    The engine reads the configuration from the model's files; weights come from this process.
     """
     from ebft_study.rollouts.vllm import VllmRollouts, options_of
 
@@ -118,16 +99,16 @@ def running_engine(settings: Settings, *, longest_tokens: int) -> Iterator[tuple
 # --- the comparison --------------------------------------------------------------------------------------------
 
 
-class Contest:
+class Comparison:
     """Both ways on one model and one batch. Every call begins from nothing but weights and tokens."""
 
     def __init__(self, settings: Settings, model: PreTrainedModel, engine: RolloutBackend) -> None:
         self.settings, self.model, self.engine = settings, model, engine
         self.inputs, self.temperature = random_inputs(settings), settings.run().rollout.temperature
-        self.drawn: Rollouts | None = None
-        """By the engine, last."""
+        self.completions: Tensor | None = None
+        """The engine's last ones."""
         self.sync_seconds: list[float] = []
-        """Part of each call of `from_engine` that went into new weights."""
+        """Part of each call of `from_engine` that new weights took."""
         self._scored: Tensor | None = None
 
     @torch.no_grad()
@@ -141,16 +122,17 @@ class Contest:
 
     def from_engine(self) -> Rollouts:
         self.engine.update_weights(self.model, next(_VERSIONS))
-        self.drawn = self._sample(self.engine)
-        self.sync_seconds.append(self.drawn.sync_seconds)
-        return self.drawn
+        rollouts = self._sample(self.engine)
+        self.completions = rollouts.completions
+        self.sync_seconds.append(rollouts.sync_seconds)
+        return rollouts
 
     def scoring(self) -> Tensor:
-        """Log-probabilities, with gradients, of what the engine has drawn."""
-        assert self.drawn is not None
-        (batch, anchors), drawn = (self.inputs.batch, self.inputs.anchors), self.drawn.completions
+        """Log-probabilities, with gradients, of the engine's completions."""
+        assert self.completions is not None
+        batch, anchors = self.inputs.batch, self.inputs.anchors
         prefix = run_prefix(self.model, batch.tokens, batch.document_ids)
-        self._scored = completion_log_probs(self.model, prefix, anchors, drawn, temperature=self.temperature)
+        self._scored = completion_log_probs(self.model, prefix, anchors, self.completions, temperature=self.temperature)
         return self._scored
 
     def backward(self) -> None:
@@ -167,84 +149,80 @@ class Contest:
         )
 
 
-def compare(contest: Contest) -> list[Row]:
+def compare(comparison: Comparison) -> list[Row]:
     """Agreement first, then seconds, one way after another in every round."""
-    settings = contest.settings
-    agreement = agreement_row(contest)
+    agreement = agreement_row(comparison)
     works = {
-        "strided": contest.strided,
-        "engine": contest.from_engine,
-        "strided_with_gradients": contest.strided_with_gradients,
-        "strided_backward": contest.backward,
-        "scoring": contest.scoring,
-        "scoring_backward": contest.backward,
+        "strided": comparison.strided,
+        "engine": comparison.from_engine,
+        "strided_with_gradients": comparison.strided_with_gradients,
+        "strided_backward": comparison.backward,
+        "scoring": comparison.scoring,
+        "scoring_backward": comparison.backward,
     }
-    times = in_turn(works, repeats=settings.repeats, device=settings.device)
-    return [agreement, *time_rows(contest, times)]
+    times = in_turn(works, repeats=comparison.settings.repeats, device=comparison.settings.device)
+    return [agreement, *time_rows(comparison, times)]
 
 
-def time_rows(contest: Contest, times: Mapping[str, Sequence[float]]) -> list[Row]:
+def time_rows(comparison: Comparison, times: Mapping[str, Sequence[float]]) -> list[Row]:
     """Rows of one length, from the seconds of every round."""
-    settings, name = contest.settings, f"rollouts/G={contest.settings.completion_length}"
-    synced = contest.sync_seconds[-settings.repeats :]
+    G, n_rounds = comparison.settings.completion_length, comparison.settings.repeats
+    name, synced = f"rollouts/G={G}", comparison.sync_seconds[-n_rounds:]
     sampled = [whole - sync for whole, sync in zip(times["engine"], synced, strict=True)]
-    scored, kept = _sum(sampled, times["scoring"]), times["strided_with_gradients"]
-    alone, both, differentiated = KINDS
-    again = _sum(times["strided"], times["scoring"])
-    whole_kept = _sum(kept, times["strided_backward"])
-    whole_again = _sum(again, times["scoring_backward"])
-    keep = keeps_graph(settings.completion_length)
+    engine = {
+        "sampling": sampled,
+        "sampling_and_scoring": _sum(sampled, times["scoring"]),
+        "with_gradient": _sum(sampled, times["scoring"], times["scoring_backward"]),
+    }
+    graph_kept = _sum(times["strided_with_gradients"], times["strided_backward"])
+    scored_again = _sum(times["strided"], times["scoring"], times["scoring_backward"])
+    strided = {
+        "sampling": times["strided"],
+        "sampling_and_scoring": times["strided_with_gradients"]
+        if keeps_graph(G)
+        else _sum(times["strided"], times["scoring"]),
+        "with_gradient": graph_kept if keeps_graph(G) else scored_again,
+    }
+    rows = [Row(f"{name}/contexts", int(comparison.inputs.anchors.valid.sum()))]
+    for stage in STAGES:
+        rows += compared(f"{name}/{stage}", {"vllm": engine[stage], "strided": strided[stage]})
     return [
-        Row(f"{name}/contexts", int(contest.inputs.anchors.valid.sum())),
-        *_pair(f"{name}/{alone}", times["strided"], sampled),
-        *_pair(f"{name}/{both}", kept if keep else again, scored),
-        *_pair(
-            f"{name}/{differentiated}", whole_kept if keep else whole_again, _sum(scored, times["scoring_backward"])
-        ),
-        # What the choice between both ways rests on.
-        measured(f"{name}/{differentiated}/strided_graph_kept", whole_kept, "s"),
-        measured(f"{name}/{differentiated}/strided_scored_again", whole_again, "s"),
+        *rows,
+        # `keeps_graph` rests on these two.
+        measured(f"{name}/with_gradient/strided_graph_kept", graph_kept, "s"),
+        measured(f"{name}/with_gradient/strided_scored_again", scored_again, "s"),
         measured(f"{name}/scoring", times["scoring"], "s"),
         measured(f"{name}/transfer", synced, "s"),
     ]
 
 
 def _sum(*parts: Sequence[float]) -> list[float]:
-    """Of every round's seconds."""
-    return [sum(own) for own in zip(*parts, strict=True)]
-
-
-def _pair(name: str, strided: Sequence[float], vllm: Sequence[float]) -> list[Row]:
-    """Seconds of both, and how many times faster vLLM is in a round."""
-    return [
-        measured(f"{name}/strided", strided, "s"),
-        measured(f"{name}/vllm", vllm, "s"),
-        measured(f"{name}/speedup", [own / other for own, other in zip(strided, vllm, strict=True)], "x"),
-    ]
+    """Seconds of several parts, round by round."""
+    return [sum(of_round) for of_round in zip(*parts, strict=True)]
 
 
 @torch.no_grad()
-def agreement_row(contest: Contest) -> Row:
+def agreement_row(comparison: Comparison) -> Row:
     """The engine's log-probabilities against plain forward passes of the sequences with their completions."""
-    rollouts, inputs = contest.from_engine(), contest.inputs
+    rollouts, inputs = comparison.from_engine(), comparison.inputs
     expected, _ = naive_log_probs(
-        contest.model, inputs.batch, inputs.anchors, rollouts.completions, contest.temperature
+        comparison.model, inputs.batch, inputs.anchors, rollouts.completions, comparison.temperature
     )
     difference = (rollouts.log_probs - expected)[inputs.anchors.valid].abs().max()
-    return judged(f"agreement/G={contest.settings.completion_length}/log_probs", float(difference), TOLERANCE)
+    return judged(f"agreement/G={comparison.settings.completion_length}/log_probs", float(difference), TOLERANCE)
 
 
 def crossover(rows: Sequence[Row]) -> str:
     """One sentence: from which length on vLLM is faster, by the median speedups. Empty without any."""
-    speedups: dict[str, dict[int, float]] = {kind: {} for kind in KINDS}
+    speedups: dict[str, dict[int, float]] = {stage: {} for stage in STAGES}
     for row in rows:
         parts = row.name.split("/")
-        if parts[-1] == "speedup" and not isinstance(row.value, str):
-            speedups[parts[2]][int(parts[1].removeprefix("G="))] = row.value
+        if parts[-1] == "speedup":
+            speedups[parts[2]][int(parts[1].removeprefix("G="))] = float(row.value)
     if not all(speedups.values()):
         return ""
-    said = [f"{_where_faster(speedups[kind])} for {words}" for kind, words in KINDS.items()]
-    return f"vLLM is faster than strided rollouts {', '.join(said[:-1])}, and {said[-1]}."
+    parts = [f"{_where_faster(speedups[stage])} for {words}" for stage, words in STAGES.items()]
+    return f"vLLM is faster than strided rollouts {', '.join(parts[:-1])}, and {parts[-1]}."
 
 
 def _where_faster(speedups: Mapping[int, float]) -> str:
@@ -259,7 +237,7 @@ def _where_faster(speedups: Mapping[int, float]) -> str:
     return f"only at G={', '.join(map(str, faster))}"
 
 
-# --- how long an engine takes to start -------------------------------------------------------------------------
+# --- start of an engine ----------------------------------------------------------------------------------------
 
 
 def start_rows(name: str, *, repeats: int) -> list[Row]:
@@ -269,15 +247,14 @@ def start_rows(name: str, *, repeats: int) -> list[Row]:
     """
     settings = Settings(model=name, sequence_lengths=(PROMPT + 1,), completion_length=1, stride=PROMPT)
     with running_engine(settings, longest_tokens=PROMPT + 1) as (model, engine):
-        contest = Contest(settings, model, engine)
+        comparison = Comparison(settings, model, engine)
         before = time.perf_counter()
-        contest.from_engine()
-        started = time.perf_counter() - before
+        comparison.from_engine()
+        start_seconds = time.perf_counter() - before
         for _ in range(repeats):
-            contest.from_engine()
-    n_parameters = sum(parameter.numel() for parameter in model.parameters())
+            comparison.from_engine()
     return [
-        Row(f"engine/{name}/parameters", n_parameters),
-        Row(f"engine/{name}/start_to_first_token", started, "s"),
-        measured(f"engine/{name}/transfer", contest.sync_seconds[-repeats:], "s"),
+        Row(f"engine/{name}/parameters", sum(parameter.numel() for parameter in model.parameters())),
+        Row(f"engine/{name}/start_to_first_token", start_seconds, "s"),
+        measured(f"engine/{name}/transfer", comparison.sync_seconds[-repeats:], "s"),
     ]

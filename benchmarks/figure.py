@@ -1,4 +1,4 @@
-"""A step by phase beside the naive one, and how its time grows, drawn from rows."""
+"""A figure of rows: our step by phase next to the naive one, and how its time grows."""
 
 from __future__ import annotations
 
@@ -38,85 +38,65 @@ RC: dict[str, Any] = {
 }
 TITLES = {"T": "Sequence length T", "n": "Samples n", "G": "Completion length G", "model": "Model"}
 
-Series = dict[str, tuple[Row, float]]
-"""Value of what varies -> measured row and predicted seconds."""
-
 
 def draw(rows: Sequence[Row], path: Path) -> None:
     """Write a PNG of whatever of the two the rows hold; nothing if they hold neither."""
-    steps, grown = _steps(rows), _growth(rows)
-    if not steps and not grown:
+    steps: dict[str, dict[str, float]] = defaultdict(dict)
+    series: dict[str, list[tuple[float, str, Row]]] = defaultdict(list)
+    by_name = {row.name: row for row in rows}
+    for name, row in by_name.items():
+        if match := re.fullmatch(r"step/(T=\d+)/(?:(ours|naive)|(\w+)/seconds)", name):
+            steps[match[1]][match[2] or match[3]] = float(row.value)
+        elif match := re.fullmatch(r"growth/(\w+)=([^/]+)/seconds", name):
+            predicted = float(by_name[name.replace("/seconds", "/predicted")].value)
+            series[match[1]].append((predicted, match[2], row))
+    if not steps and not series:
         return
-    heights = [0.9 + 0.7 * len(steps)] * bool(steps) + [2.9] * bool(grown)
+    heights = [0.9 + 0.7 * len(steps)] * bool(steps) + [2.9] * bool(series)
     with plt.rc_context(RC):
         figure = plt.figure(figsize=(11, sum(heights)), layout="constrained")
         bands = list(figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0])
         if steps:
             _draw_steps(bands[0].subplots(), steps)
-        if grown:
-            panels = bands[-1].subplots(1, len(grown), sharey=True, squeeze=False)[0]
-            for panel, (name, series) in zip(panels, grown.items(), strict=True):
-                _draw_growth(panel, name, series)
-            _label_growth(panels[0])
+        if series:
+            panels = bands[-1].subplots(1, len(series), sharey=True, squeeze=False)[0]
+            for panel, (name, points) in zip(panels, series.items(), strict=True):
+                _draw_growth(panel, TITLES[name], points)
+            panels[0].set_yscale("log", base=2)
+            panels[0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            panels[0].set_ylabel("seconds per step")
+            panels[0].legend(frameon=False, loc="upper left")
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=150)
         plt.close(figure)
 
 
-def _steps(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
-    """Sequence length -> seconds of every phase, of the whole step, and of the naive one."""
-    found: dict[str, dict[str, float]] = defaultdict(dict)
-    for row in rows:
-        match = re.fullmatch(r"step/(T=\d+)/(?:(ours|naive)|(\w+)/seconds)", row.name)
-        if match:
-            found[match[1]][match[2] or match[3]] = float(row.value)
-    return dict(found)
-
-
-def _growth(rows: Sequence[Row]) -> dict[str, Series]:
-    """What varies -> its series."""
-    predicted = {row.name: float(row.value) for row in rows if row.name.endswith("/predicted")}
-    found: dict[str, Series] = defaultdict(dict)
-    for row in rows:
-        match = re.fullmatch(r"growth/(\w+)=([^/]+)/seconds", row.name)
-        if match:
-            found[match[1]][match[2]] = (row, predicted[row.name.replace("/seconds", "/predicted")])
-    return dict(found)
-
-
 def _draw_steps(axes: Axes, steps: dict[str, dict[str, float]]) -> None:
-    labels = []
-    for place, (length, taken) in enumerate(steps.items()):
+    """`steps`: sequence length -> seconds of every phase, of the whole step, and of the naive one."""
+    labels: dict[float, str] = {}
+    for index, (length, seconds) in enumerate(steps.items()):
+        ours, naive = 2 * index, 2 * index + 0.85
         left = 0.0
         for phase, color in PHASE_COLORS.items():
-            axes.barh(2 * place, taken[phase], left=left, color=color, label="" if place else phase)
-            left += taken[phase]
-        axes.barh(2 * place + 0.85, taken["naive"], color=NAIVE)
-        labels += [(2 * place, f"ours, {length}"), (2 * place + 0.85, f"naive, {length}")]
-    axes.set_yticks([at for at, _ in labels], [label for _, label in labels])
+            axes.barh(ours, seconds[phase], left=left, color=color, label="" if index else phase)
+            left += seconds[phase]
+        axes.barh(naive, seconds["naive"], color=NAIVE)
+        labels |= {ours: f"ours, {length}", naive: f"naive, {length}"}
+    axes.set_yticks(list(labels), list(labels.values()))
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     axes.set(title="One step", xlabel="seconds")
     axes.legend(frameon=False, ncols=len(PHASE_COLORS), loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0)
 
 
-def _draw_growth(axes: Axes, name: str, series: Series) -> None:
-    # Models by what is expected of them, numbers by their value.
-    ordered = sorted(series.items(), key=lambda item: item[1][1])
-    rows, predicted = zip(*(found for _, found in ordered), strict=True)
-    labels = [label for label, _ in ordered]
-    taken = [float(row.value) for row in rows]
-    spread = [[v - (row.low or v) for v, row in zip(taken, rows, strict=True)]]
-    spread += [[(row.high or v) - v for v, row in zip(taken, rows, strict=True)]]
-    places = range(len(labels))
-    axes.errorbar(places, taken, yerr=spread, color=OURS, marker="o", linewidth=1.8, label="measured")
-    axes.plot(places, predicted, color=QUIET, linestyle=(0, (4, 1.5)), label="expected from FLOPs")
-    axes.set_xticks(places, labels)
-    axes.set(title=TITLES[name], yscale="log")
-
-
-def _label_growth(axes: Axes) -> None:
-    axes.set_yscale("log", base=2)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.set_ylabel("seconds per step")
-    axes.legend(frameon=False, loc="upper left")
+def _draw_growth(axes: Axes, title: str, points: list[tuple[float, str, Row]]) -> None:
+    """`points`: predicted seconds, label and measured row; in the order of the prediction."""
+    predicted, labels, rows = zip(*sorted(points, key=lambda point: point[0]), strict=True)
+    seconds = [float(row.value) for row in rows]
+    low = [value - (row.low or value) for value, row in zip(seconds, rows, strict=True)]
+    high = [(row.high or value) - value for value, row in zip(seconds, rows, strict=True)]
+    at = range(len(labels))
+    axes.errorbar(at, seconds, yerr=[low, high], color=OURS, marker="o", linewidth=1.8, label="measured")
+    axes.plot(at, predicted, color=QUIET, linestyle=(0, (4, 1.5)), label="expected from FLOPs")
+    axes.set_xticks(at, labels)
+    axes.set(title=title, yscale="log")

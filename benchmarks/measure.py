@@ -1,15 +1,19 @@
-"""Seconds, bytes and the speed of a machine."""
+"""Seconds, bytes, a machine's speed, and the surroundings of a measurement: a fresh process, Ray, an empty cache."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import resource
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import ParamSpec, TypeVar
+from unittest import mock
 
 import torch
 
@@ -19,6 +23,10 @@ R = TypeVar("R")
 CEILING_SIZE = {"cpu": 2048, "cuda": 8192}
 """Rows and columns of matrices large enough for a machine's full speed."""
 CEILING_TRIES = 8
+REPLY_BYTES = 400e6
+"""Ray's object store: replies to all trials at a time, and room to spare."""
+
+# --- time ------------------------------------------------------------------------------------------------------
 
 
 def seconds(work: Callable[[], object], device: str) -> float:
@@ -32,7 +40,7 @@ def seconds(work: Callable[[], object], device: str) -> float:
 
 def synchronize(device: str) -> None:
     """Wait for a GPU."""
-    if torch.device(device).type == "cuda":
+    if device.startswith("cuda"):
         torch.cuda.synchronize(device)
 
 
@@ -64,11 +72,11 @@ def matmul_ceiling(device: str, dtype: torch.dtype) -> float:
 
 
 def peak_bytes(work: Callable[[], object], device: str) -> int:
-    """How far memory rises above what was held before `work`.
+    """Bytes by which memory rises during `work` above what was in use before.
 
     On a CPU this is the process's own peak, so let nothing larger run in the process before (`in_fresh_process`).
     """
-    if torch.device(device).type == "cuda":
+    if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         work()
@@ -79,23 +87,42 @@ def peak_bytes(work: Callable[[], object], device: str) -> int:
 
 
 def resident_bytes() -> tuple[int, int]:
-    """Bytes of RAM that this process holds now, and the most it ever held.
+    """Bytes of RAM that this process uses now, and its peak.
 
     Linux tells both. `ru_maxrss` would not do there: a new process starts with the peak of the one that started it.
     """
     try:
         lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-        return _kilobytes(lines["VmRSS"]), _kilobytes(lines["VmHWM"])
+        now, peak = (int(lines[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))
     except (OSError, KeyError):
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        return peak, peak
+        now = peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return now, peak
 
 
-def _kilobytes(entry: str) -> int:
-    return int(entry.split()[0]) * 1024
+# --- surroundings ----------------------------------------------------------------------------------------------
 
 
 def in_fresh_process(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
     """The result of `function`, which is found by its name in a process of its own."""
     with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
         return pool.submit(function, *args, **kwargs).result()
+
+
+@contextlib.contextmanager
+def local_ray() -> Iterator[None]:
+    """Run Ray on this machine; actors end with it."""
+    from ebft_study.study.cluster import own
+
+    own.set_environment()
+    with own.running(namespace="bench", places=1, dashboard=False, travelling_bytes=REPLY_BYTES):
+        yield
+
+
+@contextlib.contextmanager
+def empty_cache() -> Iterator[Path]:
+    """Use a temporary folder as the package's cache, here and in processes started meanwhile."""
+    with (
+        tempfile.TemporaryDirectory(prefix="ebft-bench-") as folder,
+        mock.patch.dict(os.environ, EBFT_STUDY_CACHE=folder),
+    ):
+        yield Path(folder)

@@ -162,10 +162,15 @@ def bench(context: typer.Context) -> None:
 
     [dim]ebft-study bench --section step --json bench.json[/dim]
     """
-    # One definition of its options, which must also do where typer is not installed.
-    from benchmarks.__main__ import main as run_bench
-
-    raise typer.Exit(run_bench(context.args))
+    try:
+        from benchmarks.cli import app as bench_app
+    except ModuleNotFoundError as error:
+        if error.name != "benchmarks":
+            raise
+        raise ConfigError(
+            "bench: benchmarks are part of the source checkout. Run pip install -e '.[dev]' there"
+        ) from None
+    bench_app(context.args, prog_name="ebft-study bench")
 
 
 @app.command("gradient-noise")

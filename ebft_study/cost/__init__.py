@@ -1,7 +1,12 @@
-"""What one optimizer step costs, from shapes alone: tokens, FLOPs, weight traffic and peak memory.
+"""Cost of one optimizer step, from shapes alone: tokens, FLOPs and peak memory.
+
+    model, step = ModelShape.from_config(hugging_face_config), StepShape.from_config(run_config)
+    step_cost(model, features, step)         FLOPs by phase
+    memory(model, features, step, plan)      peak bytes of a worker by phase, under a micro-batch plan
+    largest_plan(..., budget_bytes=...)      the plan with the fewest passes that fits
 
 Letters: T tokens per sequence, C first context, s stride, B anchors at `a_b = C + b s`, n samples of G tokens each,
-N = B n blocks, S sequences and A anchors at once, H hidden size, V vocabulary. Per sequence an EBFT step runs
+N = B n blocks, S sequences and A anchors at a time, H hidden size, V vocabulary. Per sequence an EBFT step runs
 
     scoring    x[0:T] with gradient; backward through it and through the blocks, which are run again, G - 1 tokens
                each, only where sampling did not keep its graph
@@ -15,10 +20,9 @@ attention counted as `needed` (every token meets its true number of keys) or as 
 causal attention as a full square, blocks against the longest context of their chunk in the `chunked` attention).
 """
 
-from ebft_study.cost.memory import Memory, memory, saved_bytes_per_token
+from ebft_study.cost.flops import PhaseCost, StepCost, step_cost
+from ebft_study.cost.memory import Memory, largest_plan, memory, saved_bytes_per_token
 from ebft_study.cost.shapes import Limits, MicroBatchPlan, ModelShape, StepShape, keeps_graph
-from ebft_study.cost.splitting import largest_plan
-from ebft_study.cost.work import PhaseCost, StepCost, step_cost
 
 __all__ = [
     "Limits",

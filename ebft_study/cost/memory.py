@@ -1,15 +1,20 @@
-"""Peak memory of a step."""
+"""Peak memory of a step, and the largest micro-batch plan that fits into a given memory."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ebft_study.cost.shapes import FLOAT32_BYTES, Limits, MicroBatchPlan, ModelShape, StepShape
+from ebft_study.cost.shapes import FLOAT32_BYTES, GPU_LIMITS, Limits, MicroBatchPlan, ModelShape, StepShape
+from ebft_study.errors import ConfigError
+
+EFFICIENT_BLOCK_TOKENS = 1024
+"""Fewer tokens per pass than this no longer fill a matrix product."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """What one worker holds. The first four last; the phases follow one another, on top of the sequences."""
+    """Bytes in one worker. The first four last; the phases follow one another, on top of the sequences."""
 
     weights_bytes: float
     """With the copies that autocast makes, and the average of the weights where there is one."""
@@ -28,10 +33,10 @@ class Memory:
 
     @property
     def phases_bytes(self) -> dict[str, float]:
-        """Peak of every phase, all that it stands on included."""
+        """Peak of every phase, with all that is in memory meanwhile."""
         lasting = self.weights_bytes + self.gradients_bytes + self.optimizer_bytes + self.frozen_bytes
         phases = {"rollouts": self.rollouts_bytes, "features": self.features_bytes, "scoring": self.scoring_bytes}
-        peaks = {name: lasting + self.prefix_bytes + held for name, held in phases.items()}
+        peaks = {name: lasting + self.prefix_bytes + own for name, own in phases.items()}
         return {**peaks, "optimizer": lasting + self.update_bytes}
 
     @property
@@ -40,15 +45,15 @@ class Memory:
 
 
 def memory(
-    model: ModelShape, features: ModelShape, step: StepShape, split: MicroBatchPlan, *, limits: Limits | None = None
+    model: ModelShape, features: ModelShape, step: StepShape, plan: MicroBatchPlan, *, limits: Limits = GPU_LIMITS
 ) -> Memory:
     """Peak memory of one worker; `features` is the whole feature network.
 
     Tensors only, good to about a tenth: what kernels allocate inside, and fragmentation, come on top. With adapters
-    it is an upper bound, as frozen matrices let go of some of their inputs. For sharded workers it is too low: what
-    they hold of each other's weights and gradients inside a step is not counted.
+    it is an upper bound, as frozen matrices let go of some of their inputs. For sharded workers it is too low: the
+    weights and gradients that they gather inside a step are not counted.
     """
-    held = _Held(model, features.cut(step.depths), step, split, limits or Limits())
+    phases = _Phases(model, features.cut(step.depths), step, plan, limits)
     shards = step.world_size if step.sharded else 1
     gradients = step.weight_bytes * model.n_trainable / shards
     copies = 2 if step.weight_average else 1
@@ -60,24 +65,24 @@ def memory(
     cast = step.compute_bytes * (model.layer_matrices + model.head_parameters) if casts else 0
     frozen = 0
     if step.method == "ebft" and not step.shared_features:
-        frozen = 0 if step.remote_features else held.network.body_parameters
+        frozen = 0 if step.remote_features else phases.network.body_parameters
         frozen += model.n_parameters if step.has_kl else 0
     return Memory(
         weights_bytes=(own + copies * trained + cast) / shards,
         gradients_bytes=gradients,
         optimizer_bytes=2 * gradients,
         frozen_bytes=step.compute_bytes * frozen,
-        prefix_bytes=held.prefix(),
-        rollouts_bytes=held.rollouts() if step.n_blocks else 0,
-        features_bytes=held.features() if step.n_blocks else 0,
-        scoring_bytes=held.scoring(),
+        prefix_bytes=phases.prefix(),
+        rollouts_bytes=phases.rollouts() if step.n_blocks else 0,
+        features_bytes=phases.features() if step.n_blocks else 0,
+        scoring_bytes=phases.scoring(),
         # One flat tensor of all gradients, and the gradients cut out of it again.
         update_bytes=2 * gradients if step.world_size > 1 and not step.sharded else 0,
     )
 
 
 def saved_bytes_per_token(model: ModelShape, step: StepShape, *, blocks: bool) -> int:
-    """What autograd keeps of one token in one layer of the Hugging Face implementation, without checkpointing.
+    """Bytes that autograd saves per token and layer of the Hugging Face implementation, without checkpointing.
 
     Residuals and norms are float32 whatever the precision: x and its normalised form, twice. Under autocast q, k, v,
     gate and up each keep a copy of their input. Attention of `blocks` keeps its output apart from the projection's.
@@ -90,24 +95,24 @@ def saved_bytes_per_token(model: ModelShape, step: StepShape, *, blocks: bool) -
 
 
 @dataclass(frozen=True)
-class _Held:
-    """Bytes held by the phases of one micro-batch."""
+class _Phases:
+    """Bytes in use during the phases of one micro-batch."""
 
     model: ModelShape
     network: ModelShape
     step: StepShape
-    split: MicroBatchPlan
+    plan: MicroBatchPlan
     limits: Limits
 
     @property
     def prefix_tokens(self) -> int:
-        return self.split.micro_batch_size * self.step.sequence_length
+        return self.plan.micro_batch_size * self.step.sequence_length
 
     @property
     def blocks(self) -> int:
-        """Of one part of a micro-batch."""
+        """Completions in one part of a micro-batch."""
         n_samples = self.step.n_samples if self.step.n_blocks else 0
-        return self.split.micro_batch_size * self.split.anchors_at_once * n_samples
+        return self.plan.micro_batch_size * self.plan.anchors_at_once * n_samples
 
     @property
     def block_tokens(self) -> int:
@@ -115,15 +120,15 @@ class _Held:
 
     @property
     def states(self) -> int:
-        """Of one token at all requested depths."""
+        """Bytes of a token's hidden states at all requested depths."""
         return FLOAT32_BYTES * self.network.hidden_size * len(self.step.depths)
 
     def keys_values(self, model: ModelShape) -> int:
-        """Of one token in all layers."""
+        """Bytes of a token's keys and values in all layers."""
         return 2 * model.n_layers * model.kv_size * self.step.compute_bytes
 
     def saved(self, *, blocks: bool) -> int:
-        """Of one token in all layers and around them, until its backward pass."""
+        """Bytes per token in all layers and around them, until its backward pass."""
         model, step = self.model, self.step
         outside = FLOAT32_BYTES * (3 * model.hidden_size + 2 * model.head_dim)
         if step.activation_checkpointing:
@@ -132,14 +137,14 @@ class _Held:
         return outside + model.n_layers * saved_bytes_per_token(model, step, blocks=blocks)
 
     def running(self, model: ModelShape, n_tokens: int, *, mlp_copies: int = 3, score_copies: int = 0) -> int:
-        """Of one layer while it runs: its MLP or, of blocks, the scores of a chunk."""
+        """Bytes of one layer while it runs: its MLP or, for blocks, the scores of a chunk."""
         mlp = 4 * FLOAT32_BYTES * model.hidden_size + mlp_copies * self.step.compute_bytes * model.intermediate_size
         all_scores = n_tokens * model.n_heads * self.step.sequence_length
         scores = min(self.limits.scores_at_once, all_scores // self.limits.chunks)
         return max(n_tokens * mlp, score_copies * FLOAT32_BYTES * scores)
 
     def differentiating(self, n_tokens: int, *, blocks: bool) -> int:
-        """Of one layer while the backward pass goes through it; what was saved goes as its gradient comes."""
+        """Bytes of one layer during its backward pass; saved activations are freed as their gradients are made."""
         again = saved_bytes_per_token(self.model, self.step, blocks=blocks) if self.step.activation_checkpointing else 0
         score_copies = 3 if blocks and (self.step.differentiable_rollouts or not self.limits.fused_attention) else 0
         return n_tokens * again + self.running(self.model, n_tokens, mlp_copies=1, score_copies=score_copies)
@@ -158,27 +163,27 @@ class _Held:
         return self.prefix_tokens * per_token
 
     def graph(self) -> int:
-        """What sampling keeps for its backward pass, and autograd of all passes of a block where there is one."""
+        """Bytes that sampling saves for its backward pass."""
         model, step, length = self.model, self.step, self.step.completion_length - 1
         if not step.differentiable_rollouts:
             return 0
-        held = self.block_tokens * self.saved(blocks=True)
+        kept = self.block_tokens * self.saved(blocks=True)
         # Every decode pass keeps the keys and values of its block so far, unless it is going to run again.
         earlier = length if step.activation_checkpointing else (length - 1) * length // 2
-        held += self.blocks * earlier * self.keys_values(model)
+        kept += self.blocks * earlier * self.keys_values(model)
         if self.blocks <= self.limits.logit_rows(model):
             rows = self.block_tokens + self.blocks // step.n_samples if step.n_samples else 0
-            held += FLOAT32_BYTES * rows * model.vocabulary_size
-        return held
+            kept += FLOAT32_BYTES * rows * model.vocabulary_size
+        return kept
 
     def rollouts(self) -> int:
-        """What sampling keeps, or keys and values of the blocks so far; a decode pass, or drawing from its logits."""
+        """The graph of sampling, or keys and values of the blocks so far; a decode pass, or drawing from its logits."""
         kept = self.graph() if self.step.differentiable_rollouts else self.block_tokens * self.keys_values(self.model)
         decoding = self.running(self.model, self.blocks, score_copies=2)
         return kept + max(decoding, self.logits(self.blocks, copies=3))
 
     def features(self) -> int:
-        """A pass of completions, with their states at the requested depths; of a service, its reply and a copy."""
+        """A pass of completions, with their states at the requested depths; with a service, its reply and a copy."""
         if self.step.remote_features:
             return self.graph() + 2 * self.blocks * self.states
         G, network = self.step.completion_length, self.network
@@ -202,8 +207,81 @@ class _Held:
             waiting = step.weight_bytes * model.n_trainable + graph * (length - 1) // length if length > 1 else 0
             backward = self.differentiating(self.blocks, blocks=True)
             return max(graph, waiting) + max(head + self.logits(self.blocks, copies=2), backward)
-        held = n_tokens * self.saved(blocks=True)
+        kept = n_tokens * self.saved(blocks=True)
         if self.limits.fused_attention and n_tokens:
             copied_layers = 1 if step.activation_checkpointing else model.n_layers
-            held += 2 * copied_layers * self.prefix_tokens * model.kv_size * step.compute_bytes
-        return held + max(head + self.logits(n_tokens, copies=2), self.differentiating(n_tokens, blocks=True))
+            kept += 2 * copied_layers * self.prefix_tokens * model.kv_size * step.compute_bytes
+        return kept + max(head + self.logits(n_tokens, copies=2), self.differentiating(n_tokens, blocks=True))
+
+
+# --- the largest plan that fits --------------------------------------------------------------------------------
+
+
+def largest_plan(
+    model: ModelShape,
+    features: ModelShape,
+    step: StepShape,
+    *,
+    budget_bytes: float,
+    limits: Limits = GPU_LIMITS,
+    given: tuple[int | None, int | None] = (None, None),
+) -> MicroBatchPlan:
+    """The fewest passes whose peak memory fits into `budget_bytes` on one worker; depends on its arguments alone.
+
+    All sequences and all anchors if that fits; otherwise fewer anchors at once, while a pass still has
+    `EFFICIENT_BLOCK_TOKENS`; otherwise fewer sequences, with as many anchors as fit; at last fewer anchors still.
+
+    Args:
+        given: micro_batch_size and anchors_at_once where the user has chosen them.
+
+    Raises:
+        ConfigError: not even one sequence and one anchor at a time fit, or what the user has chosen does not.
+    """
+    for plan in _plans(step, given):
+        needed = memory(model, features, step, plan, limits=limits)
+        if needed.peak_bytes <= budget_bytes:
+            return plan
+    raise _does_not_fit(needed, step, plan, budget_bytes)
+
+
+def _plans(step: StepShape, given: tuple[int | None, int | None]) -> Iterator[MicroBatchPlan]:
+    """Candidates, from the preferred one to the smallest."""
+    whole = MicroBatchPlan.whole(step)
+    tokens_per_anchor = step.n_samples * (1 if step.differentiable_rollouts else step.completion_length - 1)
+    sizes = list(_choices(whole.micro_batch_size, given[0]))
+    for S in sizes:
+        for A in _choices(whole.anchors_at_once, given[1]):
+            widest = min(whole.anchors_at_once, given[1] or whole.anchors_at_once)
+            efficient = S * A * tokens_per_anchor >= EFFICIENT_BLOCK_TOKENS
+            if efficient or sizes[-1] == S or widest == A:
+                yield MicroBatchPlan(S, A)
+
+
+def _choices(count: int, given: int | None) -> Iterator[int]:
+    if given is not None:
+        yield min(given, count)
+        return
+    while count > 1:
+        yield count
+        count = -(-count // 2)
+    yield 1
+
+
+def _does_not_fit(least: Memory, step: StepShape, plan: MicroBatchPlan, budget_bytes: float) -> ConfigError:
+    remedies = {
+        "a smaller anchors_at_once": plan.anchors_at_once > 1,
+        "a smaller micro_batch_size": plan.micro_batch_size > 1,
+        "a shorter sequence_length": True,
+        "fewer n_samples": step.method == "ebft",
+        "a shorter completion_length": step.method == "ebft",
+        "activation_checkpointing=true": not step.activation_checkpointing,
+        "precision=bfloat16": step.precision == "float32",
+    }
+    useful = ", ".join(remedy for remedy, helps in remedies.items() if helps)
+    needed, lasting, budget = (b / 2**30 for b in (least.peak_bytes, least.phases_bytes["optimizer"], budget_bytes))
+    return ConfigError(
+        f"memory={budget:.3g} GiB: one optimizer step needs {needed:.3g} GiB with "
+        f"micro_batch_size={plan.micro_batch_size} and anchors_at_once={plan.anchors_at_once}; {lasting:.3g} GiB of "
+        f"them are weights, gradients, optimizer states and the feature network. Use {useful}, lora_rank, "
+        "or a smaller model"
+    )

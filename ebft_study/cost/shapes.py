@@ -41,7 +41,7 @@ class ModelShape:
 
     @staticmethod
     def from_config(config: Any, *, trainable_parameters: int | None = None) -> ModelShape:
-        """From anything with the attributes of a Hugging Face configuration (Qwen2, Qwen3, Llama, Mistral)."""
+        """The shape of a Hugging Face configuration (Qwen2, Qwen3, Llama, Mistral), or anything with its attributes."""
         H, kind = config.hidden_size, getattr(config, "model_type", "")
         head_dim = getattr(config, "head_dim", None) or H // config.num_attention_heads
         small = 2 * H + (2 * head_dim if kind == "qwen3" else 0)
@@ -94,7 +94,7 @@ class ModelShape:
         return self.body_parameters + (0 if self.tied_embeddings else self.head_parameters)
 
     def with_adapters(self, rank: int, targets: tuple[str, ...] | None = None) -> ModelShape:
-        """Only adapters are trained: two matrices of `rank` beside each linear layer named in `targets` (None: all)."""
+        """Only adapters are trained: two matrices of `rank` for each linear layer named in `targets` (None: all)."""
         H, Q, K, inner = self.hidden_size, self.query_size, self.kv_size, self.intermediate_size
         sizes = {
             "q_proj": H + Q,
@@ -113,7 +113,7 @@ class ModelShape:
         return self.n_parameters if self.trainable_parameters is None else self.trainable_parameters
 
     def cut(self, depths: tuple[float, ...]) -> ModelShape:
-        """What features at relative `depths` need: layers up to `clamp(floor(p L), 1, L)` of the deepest p."""
+        """The part that features at relative `depths` need: layers up to `clamp(floor(p L), 1, L)` of the deepest p."""
         deepest = math.floor(max(depths) * self.n_layers + 1e-9)
         return replace(self, n_layers=min(max(deepest, 1), self.n_layers), trainable_parameters=None)
 
@@ -141,7 +141,7 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class StepShape:
-    """What one optimizer step is asked to do, over all workers."""
+    """Sizes and options of one optimizer step, over all workers."""
 
     method: Literal["ebft", "sft"]
     sequence_length: int
@@ -152,13 +152,13 @@ class StepShape:
     batch_size: int
     depths: tuple[float, ...]
     pooling: str = "last_token"
-    """Of features; with `last_token` the deepest layer computes its MLP for one token of a completion only."""
+    """Pooling of features; with `last_token` the deepest layer computes its MLP for one token of a completion only."""
     gamma: float = 0.0
     kl_coefficient: float = 0.0
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Of activations, and of frozen networks."""
+    """Type of activations, and of frozen networks."""
     weight_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of trained weights, their gradients and optimizer states."""
+    """Type of trained weights, their gradients and optimizer states."""
     weight_average: bool = False
     activation_checkpointing: bool = False
     differentiable_rollouts: bool = True
@@ -174,7 +174,7 @@ class StepShape:
 
     @staticmethod
     def from_config(config: RunConfig, **changes: Any) -> StepShape:
-        """From a run; `changes` sets fields by name, above all those that a configuration does not tell."""
+        """The step of a run; `changes` sets fields by name, above all those that a configuration does not contain."""
         rollout, training = config.rollout, config.training
         shape = StepShape(
             method=config.method,
@@ -227,12 +227,12 @@ class StepShape:
 
     @property
     def compute_bytes(self) -> int:
-        """Of one number in activations and frozen networks."""
+        """Bytes of one number in activations and frozen networks."""
         return FLOAT32_BYTES if self.precision == "float32" else 2
 
     @property
     def weight_bytes(self) -> int:
-        """Of one trained weight, gradient or moment."""
+        """Bytes of one trained weight, gradient or moment."""
         return FLOAT32_BYTES if self.weight_dtype == "float32" else 2
 
     @property
@@ -242,7 +242,7 @@ class StepShape:
 
 @dataclass(frozen=True)
 class MicroBatchPlan:
-    """How a worker's share of the batch is cut: into micro-batches, and each of these into parts, by anchors."""
+    """The cut of a worker's share of the batch into micro-batches, and of each of these into parts, by anchors."""
 
     micro_batch_size: int
     anchors_at_once: int
@@ -255,7 +255,7 @@ class MicroBatchPlan:
 
 @dataclass(frozen=True)
 class Limits:
-    """What the implementation holds at a time, whatever the split; the defaults are those of a GPU."""
+    """Sizes that the implementation works in, whatever the micro-batch plan; the defaults are those of a GPU."""
 
     logits_at_once: int = 2**28
     scores_at_once: int = 2**28
@@ -269,7 +269,10 @@ class Limits:
     @staticmethod
     def on(device: str) -> Limits:
         """Those of the implementation on `cpu` or `cuda`."""
-        return Limits() if device == "cuda" else Limits(2**24, 2**20, 2**10, fused_attention=False)
+        return GPU_LIMITS if device == "cuda" else Limits(2**24, 2**20, 2**10, fused_attention=False)
 
     def logit_rows(self, model: ModelShape) -> int:
         return max(1, self.logits_at_once // model.vocabulary_size)
+
+
+GPU_LIMITS = Limits()

@@ -13,20 +13,18 @@ from typing import Any
 import pytest
 import torch
 
-import benchmarks
-from benchmarks import SECTIONS, Settings, agreement, figure, measure, naive, output, running, sections, shapes
-from benchmarks.__main__ import main, parser, settings_of
-from benchmarks.rows import Row, judged, measured
-from benchmarks.settings import MODELS, ladder
-from benchmarks.shapes import Inputs
-from benchmarks.sides import Naive, Networks, Ours
+from benchmarks import agreement, figure, measure, naive, sections, workload
+from benchmarks.contenders import Naive, Networks, Ours
+from benchmarks.rows import Row, judged, line, measured
+from benchmarks.settings import MODELS, PAPER, Section, Settings, ladder
+from benchmarks.workload import Inputs
 from ebft_study import cli
 from ebft_study.algorithm.anchors import Anchors, find_anchors
 from ebft_study.algorithm.rewards import feature_matching_rewards
 from ebft_study.algorithm.whitening import whitened_products
 from ebft_study.cost import ModelShape
-from ebft_study.errors import ConfigError
 from ebft_study.features import local
+from tests.benchmarks import assert_refused, run_command
 from tests.small_models import ARCHITECTURES, small_batch, small_model
 
 TINY = Settings(
@@ -41,7 +39,7 @@ TINY = Settings(
     feature_size=12,
 )
 
-# --- both sides ------------------------------------------------------------------------------------------------
+# --- contenders ------------------------------------------------------------------------------------------------
 
 LAYOUTS = {
     "one document": [[0] * 16],
@@ -52,8 +50,8 @@ LAYOUTS = {
 }
 
 
-def sides(layouts: list[list[int]], architecture: str = "qwen2-tied", **changes: Any) -> tuple[Ours, Naive]:
-    """Both sides on a small model and random tokens of the given documents."""
+def contenders(layouts: list[list[int]], architecture: str = "qwen2-tied", **changes: Any) -> tuple[Ours, Naive]:
+    """Both contenders on a small model and random tokens of the given documents."""
     settings = replace(TINY, sequence_lengths=(len(layouts[0]),), batch_size=len(layouts), **changes)
     batch = small_batch(layouts)
     anchors = find_anchors(
@@ -76,26 +74,26 @@ def compared(ours: Ours, other: Naive) -> dict[str, Row]:
 @pytest.mark.parametrize(
     "changes", [{"n_samples": 4}, {"completion_length": 1}, {"anchors_at_once": 1}, {"naive_attention": "eager"}]
 )
-def test_both_sides_draw_embed_score_and_differentiate_alike(layout: str, changes: dict[str, Any]) -> None:
-    rows = compared(*sides(LAYOUTS[layout], **changes))
+def test_both_contenders_draw_embed_score_and_differentiate_alike(layout: str, changes: dict[str, Any]) -> None:
+    rows = compared(*contenders(LAYOUTS[layout], **changes))
     assert rows["identical_completions"].value == 1
     assert [name for name, row in rows.items() if row.failed] == []
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_both_sides_agree_for_other_architectures(architecture: str) -> None:
-    rows = compared(*sides(LAYOUTS["packed"], architecture))
+def test_both_contenders_agree_for_other_architectures(architecture: str) -> None:
+    rows = compared(*contenders(LAYOUTS["packed"], architecture))
     assert rows["identical_completions"].value == 1
     assert [name for name, row in rows.items() if row.failed] == []
 
 
 def test_a_step_leaves_weights_as_they_were_and_no_gradients() -> None:
-    ours, other = sides(LAYOUTS["ragged"])
+    ours, other = contenders(LAYOUTS["ragged"])
     before = [p.clone() for p in ours.networks.parameters]
-    for side in (ours, other):
-        side.step()
-        assert all(p.grad is None for p in side.networks.parameters)
-        assert all(map(torch.equal, before, side.networks.parameters)), "the next step is the same as this one"
+    for contender in (ours, other):
+        contender.step()
+        assert all(p.grad is None for p in contender.networks.parameters)
+        assert all(map(torch.equal, before, contender.networks.parameters)), "the next step is the same as this one"
 
 
 def change(other: Naive, section: str, **values: Any) -> None:
@@ -119,18 +117,18 @@ def change_weights(other: Naive) -> None:
     ],
 )
 def test_a_difference_is_found(name: str, spoil: Any) -> None:
-    ours, other = sides(LAYOUTS["packed"], n_samples=4)
+    ours, other = contenders(LAYOUTS["packed"], n_samples=4)
     spoil(other)
     assert compared(ours, other)[name].failed
 
 
 def test_no_number_is_no_agreement() -> None:
     assert judged("x", float("nan"), 1.0).failed
-    assert agreement._worst([0.0, float("nan"), 1.0]) != agreement._worst([0.0, 1.0])
+    assert agreement.largest([0.0, float("nan"), 1.0]) != agreement.largest([0.0, 1.0])
 
 
 def test_nothing_is_carried_over_from_one_step_to_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
-    ours, _ = sides(LAYOUTS["packed"])
+    ours, _ = contenders(LAYOUTS["packed"])
     calls = []
     original = local.run_prefix
     monkeypatch.setattr(local, "run_prefix", lambda *arguments: calls.append(1) or original(*arguments))
@@ -140,10 +138,10 @@ def test_nothing_is_carried_over_from_one_step_to_the_next(monkeypatch: pytest.M
     ours.features(completions)
     ours.features(completions)
     assert len(calls) == 4
-    assert len(ours.tallies) == 2
+    assert len(ours.accumulators) == 2
 
 
-# --- the naive side's own parts --------------------------------------------------------------------------------
+# --- parts of the naive contender --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("length", [0, 1, 3])
@@ -160,12 +158,12 @@ def test_the_dense_mask_is_that_of_a_loop(layout: str, length: int) -> None:
 def looped_mask(documents: torch.Tensor, anchors: Anchors, s: int, length: int) -> torch.Tensor:
     """Token by token: who is where, and may therefore see whom."""
     T = len(documents)
-    places = [(None, i, int(documents[i])) for i in range(T)]
+    tokens = [(None, i, int(documents[i])) for i in range(T)]
     for b, position in enumerate(anchors.positions[s].tolist()):
-        places += [(b, t, int(documents[position])) for t in range(length)]
-    mask = torch.zeros(len(places), len(places), dtype=torch.bool)
-    for i, (block, at, document) in enumerate(places):
-        for j, (other_block, other_at, other_document) in enumerate(places):
+        tokens += [(b, t, int(documents[position])) for t in range(length)]
+    mask = torch.zeros(len(tokens), len(tokens), dtype=torch.bool)
+    for i, (block, at, document) in enumerate(tokens):
+        for j, (other_block, other_at, other_document) in enumerate(tokens):
             if other_block is None:
                 end = at + 1 if block is None else int(anchors.positions[s, block])
                 mask[i, j] = other_at < end and document == other_document
@@ -203,23 +201,26 @@ def test_naive_rewards_are_those_of_the_paper() -> None:
     ("name", "parameters"), [("7m", 7.1e6), ("50m", 51.7e6), ("1.5b", 1.54e9), ("7b", 7.62e9), ("tiny-4m", 4.2e6)]
 )
 def test_models_have_the_size_of_their_names(name: str, parameters: float) -> None:
-    assert ModelShape.from_config(shapes.model_config(name)).n_parameters == pytest.approx(parameters, rel=0.05)
+    assert ModelShape.from_config(workload.model_config(name)).n_parameters == pytest.approx(parameters, rel=0.05)
 
 
-def test_options_are_settings() -> None:
-    assert settings_of(parser().parse_args([])) == Settings()
+def test_options_are_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[Settings] = []
+    monkeypatch.setattr(sections, "run", lambda settings, _: chosen.append(settings) or [])
     arguments = "--device cuda --model 1.5b --sequence-length 1024 --batch-size 16 --precision bfloat16 --threads 3"
-    chosen = settings_of(parser().parse_args(arguments.split()))
-    assert chosen == replace(benchmarks.settings.PAPER, threads=3)
+    for words in ("", arguments, "--sequence-length 64 128 --threads 1"):
+        assert run_command(words).exit_code == 0
+    several = replace(Settings(), sequence_lengths=(64, 128), threads=1)
+    assert chosen == [Settings(), replace(PAPER, threads=3), several]
     assert set(MODELS).isdisjoint(ladder())
 
 
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
-        ("--sections step", "unrecognized arguments"),
-        ("--section steps", "invalid choice: 'steps'"),
-        ("--repeats 0", "0 is not positive"),
+        ("--sections step", "No such option: --sections"),
+        ("--section steps", "'steps' is not one of 'agreement', 'rollouts'"),
+        ("--repeats 0", "Invalid value for '--repeats'"),
         ("--n-samples 1", "rollout.n_samples=1"),
         ("--sequence-length 512 12", "a sequence of 12 tokens"),
         ("--device cuda", "no usable GPU"),
@@ -227,31 +228,52 @@ def test_options_are_settings() -> None:
 )
 def test_mistakes_are_named(arguments: str, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ConfigError) as caught:
-        main(arguments.split())
-    assert part in str(caught.value)
+    assert_refused(arguments, part)
+
+
+def bench(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Any:
+    """The exit code of `ebft-study bench`."""
+    monkeypatch.setattr(sys, "argv", ["ebft-study", "bench", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return ended.value.code
 
 
 def test_the_command_line_passes_options_on(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for arguments, code in ((["--help"], 0), (["--repeats", "0"], 2)):
-        monkeypatch.setattr(sys, "argv", ["ebft-study", "bench", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        assert ended.value.code == code
+    assert bench(monkeypatch, "--help") == 0
+    assert bench(monkeypatch, "--repeats", "0") == 2
     out, err = capsys.readouterr()
     assert "--sequence-length" in out
     assert "example: ebft-study bench" in out
-    assert err == "error: bench: argument --repeats: 0 is not positive. See --help\n"
+    assert "Invalid value for '--repeats'" in err
+    assert bench(monkeypatch, "--n-samples", "1") == 2
+    assert capsys.readouterr().err.startswith("error: bench: rollout.n_samples=1")
+
+
+def test_outside_the_checkout_the_remedy_is_named(tmp_path: Path) -> None:
+    code = (
+        "import sys\n"
+        f"sys.path.append({str(Path(cli.__file__).parents[1])!r})\n"
+        "from importlib.machinery import PathFinder\n"
+        "find = PathFinder.find_spec\n"
+        "PathFinder.find_spec = lambda name, *rest: None if name == 'benchmarks' else find(name, *rest)\n"
+        "sys.argv[1:] = ['bench', '--help']\n"
+        "from ebft_study import cli; cli.main()\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2
+    expected = "error: bench: benchmarks are part of the source checkout. Run pip install -e '.[dev]' there\n"
+    assert ended.stderr == expected
 
 
 def test_importing_the_benchmark_imports_only_what_it_needs() -> None:
     program = (
-        "import sys, benchmarks.__main__\n"
-        "assert not {'torch', 'typer', 'rich'} & set(sys.modules)\n"
-        "import benchmarks.running, benchmarks.output\n"
-        "heavy = {'ray', 'vllm', 'pandas', 'datasets', 'matplotlib', 'typer', 'rich', 'peft'} & set(sys.modules)\n"
+        "import sys, benchmarks.cli\n"
+        "assert not {'torch', 'matplotlib'} & set(sys.modules)\n"
+        "import benchmarks.sections\n"
+        "heavy = {'ray', 'vllm', 'pandas', 'datasets', 'matplotlib', 'peft'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
@@ -264,23 +286,22 @@ def test_importing_the_benchmark_imports_only_what_it_needs() -> None:
 def cheap(monkeypatch: pytest.MonkeyPatch) -> None:
     """A small matrix product, and memory without new processes."""
     monkeypatch.setattr(measure, "CEILING_SIZE", {"cpu": 64})
-    monkeypatch.setattr(sections, "_ask_fresh_process", sections.step_peak)
+    monkeypatch.setattr(sections, "_step_peak_in_fresh_process", sections.step_peak)
 
 
 @pytest.mark.usefixtures("cheap")
-def test_every_section_gives_the_promised_rows(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("benchmarks.__main__.settings_of", lambda _: TINY)
+def test_every_section_gives_the_promised_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.cli._settings", lambda *_, **__: TINY)
     files = tmp_path / "new" / "bench.json", tmp_path / "new" / "bench.png"
-    assert main(["--json", str(files[0]), "--plot", str(files[1])]) == 0
+    result = run_command(f"--json {files[0]} --plot {files[1]}")
+    assert result.exit_code == 0
     rows = json.loads(files[0].read_text())
     for row in rows:
         assert {"name", "value", "unit", "target", "holds"} <= set(row) <= {*row, "low", "high"}
         assert row.get("low", 0) <= row["value"] <= row["high"] if "low" in row else True
     names = [row["name"] for row in rows]
     assert len(names) == len(set(names))
-    assert {name.split("/")[0] for name in names} == {"setting", *SECTIONS}
+    assert {name.split("/")[0] for name in names} == {"setting", *Section}
     step = {f"step/T={T}/{name}" for T in (32, 48) for name in ("ours", "naive", "speedup", "utilisation")}
     phases = {f"step/T=32/{phase}/seconds" for phase in ("rollouts", "features", "scoring", "optimizer")}
     grown = {
@@ -290,8 +311,7 @@ def test_every_section_gives_the_promised_rows(
     }
     assert step | phases | grown | {"memory/T=48/ratio", "rollouts/speedup", "growth/n=2->4"} <= set(names)
     assert files[1].stat().st_size > 10_000
-    printed = capsys.readouterr().out
-    assert all(section in printed for section in SECTIONS)
+    assert all(section in result.stdout for section in Section)
 
 
 def test_targets_belong_to_the_settings_they_are_stated_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -315,15 +335,9 @@ def test_what_is_seen_of_a_row() -> None:
     }
     assert fast.holds
     assert replace(slow, at_most=True).holds
-    assert output._line(slow) == ("x", "2 s", "1 to 9", ">= 3", "missed")
-    assert output._line(judged("y", 2.0, 1.0))[-1] == "FAILED"
-    assert output._line(Row("z", 1.5e9, "FLOP"))[:2] == ("z", "1.5 GFLOP")
-
-
-def test_rows_are_shown_without_rich(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setitem(sys.modules, "rich.console", None)
-    output.show("step", [Row("step/a", 3.0, "s"), Row("step/T=1/b/seconds", 2.0, "s", cell=True)])
-    assert capsys.readouterr().out == "step  median  spread  target\nstep/a  3 s\nstep  seconds\nT=1/b  2 s\n"
+    assert line(slow) == ("x", "2 s", "1 to 9", ">= 3", "missed")
+    assert line(judged("y", 2.0, 1.0))[-1] == "FAILED"
+    assert line(Row("z", 1.5e9, "FLOP"))[:2] == ("z", "1.5 GFLOP")
 
 
 def test_disagreement_and_sections_that_break_fail_the_benchmark_but_slowness_does_not(
@@ -332,13 +346,13 @@ def test_disagreement_and_sections_that_break_fail_the_benchmark_but_slowness_do
     def broken(_: Settings) -> list[Row]:
         raise torch.OutOfMemoryError("no room\nfor this")
 
-    monkeypatch.setitem(running.RUN, "memory", broken)
-    monkeypatch.setitem(running.RUN, "agreement", lambda _: [judged("agreement/features", 1.0, 1e-5)])
-    monkeypatch.setitem(running.RUN, "rollouts", lambda _: [Row("rollouts/speedup", 1.0, "x", target=10.0)])
-    assert main(["--section", "agreement"]) == 1
-    assert main(["--section", "rollouts"]) == 0
-    assert main(["--section", "rollouts", "memory"]) == 1
-    rows = benchmarks.run(Settings(), ["memory", "rollouts"])
+    monkeypatch.setitem(sections.RUN, Section.memory, broken)
+    monkeypatch.setitem(sections.RUN, Section.agreement, lambda _: [judged("agreement/features", 1.0, 1e-5)])
+    monkeypatch.setitem(sections.RUN, Section.rollouts, lambda _: [Row("rollouts/speedup", 1.0, "x", target=10.0)])
+    assert run_command("--section agreement").exit_code == 1
+    assert run_command("--section rollouts").exit_code == 0
+    assert run_command("--section rollouts memory").exit_code == 1
+    rows = [row for _, table in sections.run(Settings(), ["memory", "rollouts"]) for row in table]
     assert [row.name for row in rows if row.name.split("/")[0] != "setting"] == ["rollouts/speedup", "memory/failed"]
     assert rows[-1].value == "no room for this"
 

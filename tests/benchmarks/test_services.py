@@ -15,15 +15,15 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import cluster, engines, programs, services
-from benchmarks.__main__ import main, parser
+from benchmarks import cli, engines, measure, services
 from benchmarks.rows import Row
 from benchmarks.settings import Settings
-from benchmarks.shapes import random_inputs, random_model
-from ebft_study.errors import ConfigError, ServiceError
+from benchmarks.workload import random_inputs, random_model
+from ebft_study.errors import ServiceError
 from ebft_study.features.local import LocalFeatures
 from ebft_study.paths import cache_folder
 from ebft_study.rollouts import Rollouts
+from tests.benchmarks import assert_refused, run_command
 from tests.rollout_backends import WithoutGraph
 
 TINY = Settings(model="tiny-1m", sequence_lengths=(24,), n_samples=2, completion_length=4, stride=4, repeats=2)
@@ -39,8 +39,8 @@ def by_name(rows: Sequence[Row]) -> dict[str, Row]:
 # --- which length vLLM is faster from --------------------------------------------------------------------------
 
 
-def speedups(kind: str, values: dict[int, float]) -> list[Row]:
-    return [Row(f"rollouts/G={G}/{kind}/speedup", value, "x") for G, value in values.items()]
+def speedups(stage: str, values: dict[int, float]) -> list[Row]:
+    return [Row(f"rollouts/G={G}/{stage}/speedup", value, "x") for G, value in values.items()]
 
 
 @pytest.mark.parametrize(
@@ -86,25 +86,25 @@ class Pretended(WithoutGraph):
         return replace(drawn, log_probs=drawn.log_probs + self.error, policy_version=1, sync_seconds=0.25)
 
 
-def contest(engine: Pretended) -> engines.Contest:
-    return engines.Contest(TINY, random_model(TINY), engine)
+def comparison(engine: Pretended) -> engines.Comparison:
+    return engines.Comparison(TINY, random_model(TINY), engine)
 
 
 @pytest.mark.parametrize(("error", "failed"), [(0.0, False), (2e-4, True), (float("nan"), True)])
 def test_an_engine_with_other_log_probabilities_fails_the_benchmark(error: float, failed: bool) -> None:
-    assert engines.agreement_row(contest(Pretended(error))).failed is failed
+    assert engines.agreement_row(comparison(Pretended(error))).failed is failed
 
 
 def test_the_engine_gets_new_weights_before_every_batch() -> None:
     engine = Pretended()
     for _ in range(2):
-        engines.compare(contest(engine))
-    # A round to warm up, two timed ones, and one for the agreement, of both contests.
+        engines.compare(comparison(engine))
+    # A round to warm up, two timed ones, and one for the agreement, of both comparisons.
     assert len(engine.versions) == len(set(engine.versions)) == 8
 
 
 def test_time_for_weights_is_not_time_for_sampling_and_scoring_comes_on_top() -> None:
-    compared = contest(Pretended())
+    compared = comparison(Pretended())
     compared.sync_seconds = [9.0, 0.5, 1.0]
     times = {
         "strided": [1.0, 2.0],
@@ -129,7 +129,7 @@ def test_time_for_weights_is_not_time_for_sampling_and_scoring_comes_on_top() ->
 
 
 def test_both_ways_draw_without_and_differentiate_with_gradients() -> None:
-    compared = contest(Pretended())
+    compared = comparison(Pretended())
     assert not compared.strided().log_probs.requires_grad
     with_gradients = compared.strided_with_gradients()
     drawn, scored = compared.from_engine(), compared.scoring()
@@ -140,7 +140,7 @@ def test_both_ways_draw_without_and_differentiate_with_gradients() -> None:
 
 
 def test_both_ways_have_the_same_gradient_which_is_then_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
-    compared = contest(Pretended())
+    compared = comparison(Pretended())
     compared.from_engine()
     found: list[list[torch.Tensor]] = []
     weights = list(compared.model.parameters())
@@ -161,10 +161,7 @@ def test_both_ways_have_the_same_gradient_which_is_then_dropped(monkeypatch: pyt
 
 def test_without_vllm_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "vllm", None)
-    with pytest.raises(
-        ConfigError, match=r"vllm is not installed\. Run make setup, or pip install 'ebft-study\[vllm\]'"
-    ):
-        main(["rollouts"])
+    assert_refused("rollouts", "vllm is not installed. Run make setup, or pip install 'ebft-study[vllm]'")
 
 
 @pytest.mark.integration
@@ -172,13 +169,13 @@ def test_without_vllm_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> No
 def test_an_engine_is_compared_and_timed_from_its_start(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("vllm", reason="vLLM is not installed")
     monkeypatch.setattr(engines, "STARTED", ())
-    rows = by_name([row for _, own in engines.sections(replace(TINY, threads=1), [2, 4]) for row in own])
+    rows = by_name([row for _, own in engines.tables(replace(TINY, threads=1), [2, 4]) for row in own])
     for G in (2, 4):
         agreement = rows[f"agreement/G={G}/log_probs"]
         assert not agreement.failed
         assert 0 < float(agreement.value) < 1e-4
-        for kind in engines.KINDS:
-            assert {f"rollouts/G={G}/{kind}/{column}" for column in ("strided", "vllm", "speedup")} <= set(rows)
+        for stage in engines.STAGES:
+            assert {f"rollouts/G={G}/{stage}/{column}" for column in ("strided", "vllm", "speedup")} <= set(rows)
         assert float(rows[f"rollouts/G={G}/transfer"].value) > 0
     assert engines.crossover(list(rows.values())).startswith("vLLM is faster than strided rollouts ")
 
@@ -204,12 +201,12 @@ def test_starting_is_timed_apart_from_later_transfers(monkeypatch: pytest.Monkey
 
 
 @pytest.fixture(scope="module")
-def both() -> tuple[services.Side, services.Side, list[str]]:
-    """The two sides of a small grid, and what the service left in the cache folder."""
-    with services.network_folder(GRID.settings) as folder, cluster.empty_cache() as cache:
-        local = services.local_side(GRID, folder)
-        with cluster.local_ray():
-            service = services.service_side(GRID, folder)
+def both() -> tuple[services.Contender, services.Contender, list[str]]:
+    """Both contenders on a small grid, and what the service left in the cache folder."""
+    with services.network_folder(GRID.settings) as folder, measure.empty_cache() as cache:
+        local = services.run_local(GRID, folder)
+        with measure.local_ray():
+            service = services.run_service(GRID, folder)
         left = [path.name for path in cache.iterdir()]
     return local, service, left
 
@@ -217,7 +214,7 @@ def both() -> tuple[services.Side, services.Side, list[str]]:
 @pytest.mark.integration
 @pytest.mark.timeout(120)
 class TestFeatures:
-    def test_both_sides_compute_the_same(self, both: Any) -> None:
+    def test_both_contenders_compute_the_same(self, both: Any) -> None:
         local, service, _ = both
         row = services.agreement_row(local.features, service.features)
         assert len(local.features) == 2 * 3 * 2
@@ -276,7 +273,7 @@ class TestFeatures:
 
 def test_the_cache_folder_of_before_is_back_afterwards(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("EBFT_STUDY_CACHE", str(tmp_path))
-    with cluster.empty_cache() as folder:
+    with measure.empty_cache() as folder:
         assert cache_folder() == folder != tmp_path
     assert cache_folder() == tmp_path
     assert not folder.exists()
@@ -307,47 +304,41 @@ def test_the_second_epoch_has_the_batches_of_the_first_as_new_objects() -> None:
 # --- the command line ------------------------------------------------------------------------------------------
 
 
-def test_help_mentions_both_programs_and_each_has_its_own(capsys: pytest.CaptureFixture[str]) -> None:
-    said = " ".join((parser().epilog or "").split())
-    assert "ebft-study bench rollouts" in said
-    assert "ebft-study bench features" in said
+def test_help_mentions_both_commands_and_each_has_its_own() -> None:
+    overview = run_command("--help").stdout
+    assert "Strided rollouts in process against" in overview
+    assert "The feature networks of a grid" in overview
     for name, option in (("rollouts", "--lengths"), ("features", "--shared-completions")):
-        with pytest.raises(SystemExit) as ended:
-            main([name, "--help"])
-        assert ended.value.code == 0
-        assert option in capsys.readouterr().out
+        result = run_command(f"{name} --help")
+        assert result.exit_code == 0
+        assert option in result.stdout
 
 
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
-        ("rollouts --lengths 0", "0 is not positive"),
-        ("rollouts --trials 3", "unrecognized arguments"),
+        ("rollouts --lengths 0", "Invalid value for '--lengths'"),
+        ("rollouts --trials 3", "No such option: --trials"),
         ("rollouts --lengths 8 400", "a sequence of 512 tokens"),
-        ("features --shared-completions 1.5", "1.5 is not between 0 and 1"),
+        ("features --shared-completions 1.5", "Invalid value for '--shared-completions'"),
         ("features --sequence-length 12", "a sequence of 12 tokens"),
         ("features --n-samples 1", "rollout.n_samples=1"),
     ],
 )
 def test_mistakes_are_named(arguments: str, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster.importlib.util, "find_spec", lambda name: name)  # type: ignore[attr-defined]
-    with pytest.raises(ConfigError) as caught:
-        main(arguments.split())
-    assert part in str(caught.value)
+    monkeypatch.setattr(cli, "_require", lambda *_: None)
+    assert_refused(arguments, part)
 
 
-def program(sections: Any) -> programs.Program:
-    return programs.Program("", lambda _: None, sections, lambda rows: f"{len(rows)} rows")
-
-
-def test_rows_are_written_and_the_conclusion_comes_last(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setitem(programs.PROGRAMS, "features", program(lambda _: iter([("one", [Row("a", 1.0)])])))
+def test_rows_are_written_and_the_conclusion_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "_require", lambda *_: None)
+    monkeypatch.setattr(engines, "tables", lambda *_: iter([("one", [Row("a", 1.0)])]))
+    monkeypatch.setattr(engines, "crossover", lambda rows: f"{len(rows)} rows")
     file = tmp_path / "new" / "rows.json"
-    assert main(["features", "--json", str(file)]) == 0
+    result = run_command(f"rollouts --json {file}")
+    assert result.exit_code == 0
     assert [row["name"] for row in json.loads(file.read_text())] == ["a"]
-    assert capsys.readouterr().out.splitlines()[-1] == "1 rows"
+    assert result.stdout.splitlines()[-1] == "1 rows"
 
 
 def test_a_lost_service_and_a_disagreement_fail_the_benchmark(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -356,21 +347,21 @@ def test_a_lost_service_and_a_disagreement_fail_the_benchmark(monkeypatch: pytes
         raise ServiceError("the feature service\nis gone")
 
     file = tmp_path / "rows.json"
-    monkeypatch.setitem(programs.PROGRAMS, "features", program(lost))
-    assert main(["features", "--json", str(file)]) == 1
+    monkeypatch.setattr(services, "tables", lost)
+    assert run_command(f"features --json {file}").exit_code == 1
     assert [row["value"] for row in json.loads(file.read_text())] == [1.0, "the feature service is gone"]
-    monkeypatch.setitem(programs.PROGRAMS, "features", program(lambda _: iter([("x", [Row("x", 1.0, failed=True)])])))
-    assert main(["features"]) == 1
+    monkeypatch.setattr(services, "tables", lambda _: iter([("x", [Row("x", 1.0, failed=True)])]))
+    assert run_command("features").exit_code == 1
 
 
 def test_the_other_benchmark_needs_neither_ray_nor_vllm() -> None:
     code = (
         "import sys; sys.modules['ray'] = sys.modules['vllm'] = None\n"
-        "from benchmarks.__main__ import main, parser; parser()\n"
+        "from benchmarks.cli import app\n"
         "assert 'torch' not in sys.modules\n"
-        "import benchmarks.running\n"
+        "import benchmarks.sections\n"
         "from ebft_study.errors import ConfigError\n"
-        "try: main(['features'])\n"
+        "try: app(['features'])\n"
         "except ConfigError as error: assert 'ray is not installed. Run make setup' in str(error), error\n"
         "else: raise AssertionError\n"
     )

@@ -121,7 +121,7 @@ class Case:
             self.config(), activation_checkpointing=self.checkpointing, differentiable_rollouts=not self.rescoring
         )
 
-    def split(self) -> MicroBatchPlan:
+    def plan(self) -> MicroBatchPlan:
         whole = MicroBatchPlan.whole(self.step())
         return replace(whole, anchors_at_once=self.anchors_at_once or whole.anchors_at_once)
 
@@ -293,14 +293,13 @@ def test_flops_are_those_that_pytorch_counts(name: str) -> None:
     shapes = ModelShape.from_config(model.config), ModelShape.from_config(network.config)
     counted, duplicate_rate = count_step(case, model, network)
     cost = step_cost(
-        *shapes, case.step(), split=case.split(), limits=CPU, counting="executed", duplicate_rate=duplicate_rate
+        *shapes, case.step(), plan=case.plan(), limits=CPU, counting="executed", duplicate_rate=duplicate_rate
     )
     for phase, flops in counted.items():
         # Rewards are not modelled: Gram matrices of n vectors per context. Sequences with fewer distinct completions
         # than others are padded, so duplicates spare a little less than their share.
         tolerance = 0.05 if duplicate_rate else 0.01
         assert getattr(cost, phase).flops == pytest.approx(flops, rel=tolerance), phase
-    assert cost.optimizer.flops == 0
     assert cost.total.flops == pytest.approx(sum(counted.values()), rel=tolerance)
 
 
@@ -358,20 +357,11 @@ def test_needed_is_never_more_than_executed() -> None:
         assert 0.7 * executed.total.flops < needed.total.flops <= executed.total.flops
 
 
-def test_weights_are_read_once_per_pass() -> None:
+def test_a_plan_changes_no_needed_flops() -> None:
     shape = ModelShape.from_config(Qwen2Config(**SIZES))
     step = replace(Case(T=128, n=2, G=4).step(), batch_size=8)
-    whole = step_cost(shape, shape, step)
-    assert whole.rollouts.weight_bytes == 4 * (3 * shape.layer_matrices + 4 * shape.head_parameters)
-    assert whole.features.weight_bytes == 4 * 2 * shape.cut(step.depths).layer_matrices
-    assert whole.optimizer.weight_bytes == 7 * 4 * shape.n_parameters
-    cut = step_cost(shape, shape, step, split=MicroBatchPlan(4, 100))
-    assert cut.rollouts.weight_bytes == 2 * whole.rollouts.weight_bytes
-    assert cut.features.weight_bytes == 2 * whole.features.weight_bytes
-    assert cut.total.flops == whole.total.flops
-    shared = step_cost(shape, shape, replace(step, world_size=2))
-    assert shared.rollouts.weight_bytes == cut.rollouts.weight_bytes
-    assert shared.optimizer.weight_bytes == 2 * whole.optimizer.weight_bytes
+    cut = step_cost(shape, shape, step, plan=MicroBatchPlan(4, 100))
+    assert cut.total.flops == step_cost(shape, shape, step).total.flops
 
 
 def test_adapters_spare_the_gradients_of_frozen_matrices() -> None:
@@ -381,7 +371,6 @@ def test_adapters_spare_the_gradients_of_frozen_matrices() -> None:
     full, light = (step_cost(model, shape, step) for model in (shape, adapted))
     assert light.scoring_backward.flops < 0.7 * full.scoring_backward.flops
     assert light.scoring_forward.flops > full.scoring_forward.flops
-    assert light.optimizer.weight_bytes == 7 * 4 * 1000
 
 
 def test_sampling_that_keeps_no_graph_is_paid_for_once_more() -> None:
@@ -522,7 +511,7 @@ def test_peak_memory_is_what_the_tensors_of_a_real_step_take(name: str) -> None:
     case = MEMORY_CASES[name]
     measured = measure_peaks(case)
     shape = ModelShape.from_config(case.models()[0].config)
-    expected = memory(shape, shape, case.step(), case.split(), limits=CPU)
+    expected = memory(shape, shape, case.step(), case.plan(), limits=CPU)
     for phase, peak in measured.items():
         if peak:
             modelled = expected.phases_bytes[phase] - expected.optimizer_bytes
@@ -532,18 +521,18 @@ def test_peak_memory_is_what_the_tensors_of_a_real_step_take(name: str) -> None:
 
 def test_what_every_worker_holds() -> None:
     shape, step = ModelShape.from_config(Qwen2Config(**SIZES)), replace(Case().step(), batch_size=8)
-    split, n = MicroBatchPlan(2, 4), shape.n_parameters
-    alone = memory(shape, shape, step, split)
+    plan, n = MicroBatchPlan(2, 4), shape.n_parameters
+    alone = memory(shape, shape, step, plan)
     assert (alone.weights_bytes, alone.gradients_bytes, alone.optimizer_bytes) == (4 * n, 4 * n, 8 * n)
     assert alone.frozen_bytes == 4 * shape.cut(step.depths).body_parameters
     assert alone.update_bytes == 0
-    repeated = memory(shape, shape, replace(step, world_size=4), split)
+    repeated = memory(shape, shape, replace(step, world_size=4), plan)
     assert repeated.update_bytes == 8 * n
-    sharded = memory(shape, shape, replace(step, world_size=4, sharded=True), split)
+    sharded = memory(shape, shape, replace(step, world_size=4, sharded=True), plan)
     assert (sharded.weights_bytes, sharded.gradients_bytes, sharded.optimizer_bytes) == (n, n, 2 * n)
-    averaged = memory(shape, shape, replace(step, weight_average=True), split)
+    averaged = memory(shape, shape, replace(step, weight_average=True), plan)
     assert averaged.weights_bytes == 8 * n
-    adapted = memory(replace(shape, trainable_parameters=10), shape, replace(step, shared_features=True), split)
+    adapted = memory(replace(shape, trainable_parameters=10), shape, replace(step, shared_features=True), plan)
     assert (adapted.gradients_bytes, adapted.optimizer_bytes, adapted.frozen_bytes) == (40, 80, 0)
     sft = memory(shape, shape, replace(step, method="sft"), MicroBatchPlan(2, 1))
     assert sft.frozen_bytes == sft.rollouts_bytes == sft.features_bytes == 0

@@ -1,4 +1,4 @@
-"""Models, inputs and costs of the settings that are measured.
+"""The measured work: models, inputs, and what a step costs by the cost model.
 
 Weights and tokens are random: what a step costs does not depend on their values.
 """
@@ -14,30 +14,46 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
+from benchmarks.rows import Row
 from benchmarks.settings import MODELS, Settings, ladder
 from ebft_study.algorithm.anchors import Anchors, find_anchors
 from ebft_study.algorithm.losses import next_token_mask
 from ebft_study.cost import Limits, MicroBatchPlan, ModelShape, StepCost, StepShape, largest_plan, step_cost
 from ebft_study.data import Batch
+from ebft_study.errors import ConfigError
 from ebft_study.methods import LossDenominators
 from ebft_study.networks.blocks import ATTENTION
 
 CPU_TOKENS = 512
 """Tokens of a decoding pass that fill a CPU's matrix products and still fit into its cache."""
-FEW_TOKENS = 128
-"""Tokens of a decoding pass where memory matters more: a tenth slower on two threads, no slower on one."""
 MEMORY_SHARE = 0.75
-"""Of a GPU, for our step; the rest is for the naive feature network and for fragmentation."""
+"""Share of a GPU for our step; the rest is for the naive feature network and for fragmentation."""
 
 
-def device_type(settings: Settings) -> str:
-    """`cpu` or `cuda`."""
-    return torch.device(settings.device).type
+def prepare(settings: Settings) -> None:
+    """Check that the settings can be measured on this machine, and set the number of threads.
+
+    Raises:
+        ConfigError: naming the setting that cannot.
+    """
+    for length in settings.sequence_lengths:
+        settings.at(length).run()
+    if settings.device_type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"bench: device={settings.device!r}: this machine has no usable GPU. Use --device cpu")
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+
+
+def setting_rows(settings: Settings, *names: str, **more: float | str) -> list[Row]:
+    """Rows that describe a measurement: the version of PyTorch, threads, the settings called `names`, and `more`."""
+    facts = {name: getattr(settings, name) for name in names}
+    facts |= {"torch": str(torch.__version__), "threads": torch.get_num_threads(), **more}
+    return [Row(f"setting/{name}", value) for name, value in facts.items()]
 
 
 def autocast(settings: Settings) -> AbstractContextManager[Any]:
     """Activations in the settings' precision; weights stay float32, as in training."""
-    return torch.autocast(device_type(settings), torch.bfloat16, enabled=settings.precision == "bfloat16")
+    return torch.autocast(settings.device_type, torch.bfloat16, enabled=settings.precision == "bfloat16")
 
 
 def compute_dtype(settings: Settings) -> torch.dtype:
@@ -46,7 +62,7 @@ def compute_dtype(settings: Settings) -> torch.dtype:
 
 
 def model_config(name: str) -> Qwen2Config:
-    """The shape called `name`."""
+    """The configuration of the model called `name`."""
     return Qwen2Config(**(MODELS.get(name) or ladder()[name]))
 
 
@@ -59,29 +75,29 @@ def random_model(settings: Settings) -> PreTrainedModel:
     return model.train()
 
 
-# --- what a step costs -----------------------------------------------------------------------------------------
+# --- cost ------------------------------------------------------------------------------------------------------
 
 
-def split_of(settings: Settings) -> MicroBatchPlan:
-    """How our step is cut: as asked for; else to fill a CPU's matrix products, or a GPU's memory."""
+def micro_batch_plan(settings: Settings) -> MicroBatchPlan:
+    """The micro-batch plan of our step: the settings' own; else one that fills a CPU's products, or a GPU's memory."""
     step, shape = StepShape.from_config(settings.run()), ModelShape.from_config(model_config(settings.model))
-    split = MicroBatchPlan.whole(step)
-    if device_type(settings) == "cuda":
+    plan = MicroBatchPlan.whole(step)
+    if settings.device_type == "cuda":
         memory = torch.cuda.get_device_properties(settings.device).total_memory
-        split = largest_plan(shape, shape, step, budget_bytes=MEMORY_SHARE * memory)
+        plan = largest_plan(shape, shape, step, budget_bytes=MEMORY_SHARE * memory)
     else:
         fitting = max(CPU_TOKENS // (settings.batch_size * settings.n_samples), 1)
-        split = replace(split, anchors_at_once=min(fitting, split.anchors_at_once))
+        plan = replace(plan, anchors_at_once=min(fitting, plan.anchors_at_once))
     return MicroBatchPlan(
-        settings.micro_batch_size or split.micro_batch_size, settings.anchors_at_once or split.anchors_at_once
+        settings.micro_batch_size or plan.micro_batch_size, settings.anchors_at_once or plan.anchors_at_once
     )
 
 
 def cost_of(settings: Settings, *, counting: Literal["needed", "executed"]) -> StepCost:
-    """The cost model's account of our step."""
+    """The cost of our step by the cost model."""
     shape, step = ModelShape.from_config(model_config(settings.model)), StepShape.from_config(settings.run())
-    limits = Limits.on(device_type(settings))
-    return step_cost(shape, shape, step, split=split_of(settings), limits=limits, counting=counting)
+    limits, plan = Limits.on(settings.device_type), micro_batch_plan(settings)
+    return step_cost(shape, shape, step, plan=plan, limits=limits, counting=counting)
 
 
 # --- inputs ----------------------------------------------------------------------------------------------------
@@ -89,7 +105,7 @@ def cost_of(settings: Settings, *, counting: Literal["needed", "executed"]) -> S
 
 @dataclass(frozen=True)
 class Inputs:
-    """Sequences, where they are cut, and the noise [S, B, n, G] that draws their completions."""
+    """Sequences, their anchors, and the noise [S, B, n, G] that draws their completions."""
 
     batch: Batch
     anchors: Anchors
@@ -99,7 +115,7 @@ class Inputs:
         return len(self.batch.tokens)
 
     def parts(self, size: int) -> Iterator[Inputs]:
-        """At most `size` sequences at a time, every time as a new batch: nothing can be known of it from before."""
+        """At most `size` sequences at a time, every time as a new batch, which no cache knows."""
         for rows in torch.arange(len(self), device=self.batch.tokens.device).split(size):
             yield Inputs(self.batch.select(rows), Anchors(*(t[rows] for t in self.anchors)), self.noise[rows])
 

@@ -1,4 +1,4 @@
-"""How a step is cut into parts that fit: the largest ones, of the shape that is preferred."""
+"""The largest micro-batch plan that fits, of the shape that is preferred."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from transformers import Qwen2Config
 
 from ebft_study.cost import MicroBatchPlan, ModelShape, StepShape, largest_plan, memory
-from ebft_study.cost.splitting import EFFICIENT_BLOCK_TOKENS
+from ebft_study.cost.memory import EFFICIENT_BLOCK_TOKENS
 from ebft_study.errors import ConfigError
 
 SMALL = ModelShape.from_config(
@@ -44,8 +44,8 @@ LONG = StepShape(
 )
 
 
-def peak(split: MicroBatchPlan, step: StepShape = LONG) -> float:
-    return memory(LARGE, LARGE, step, split).peak_bytes
+def peak(plan: MicroBatchPlan, step: StepShape = LONG) -> float:
+    return memory(LARGE, LARGE, step, plan).peak_bytes
 
 
 def test_everything_at_once_where_there_is_room() -> None:
@@ -61,19 +61,19 @@ def test_a_split_fits_and_nothing_preferred_to_it_does(step: StepShape) -> None:
     seen = []
     budget = peak(MicroBatchPlan.whole(step), step)
     while budget >= peak(MicroBatchPlan(1, 1), step):
-        split = largest_plan(LARGE, LARGE, step, budget_bytes=budget)
-        assert peak(split, step) <= budget
-        assert split == largest_plan(LARGE, LARGE, step, budget_bytes=budget)
-        seen.append(split)
+        plan = largest_plan(LARGE, LARGE, step, budget_bytes=budget)
+        assert peak(plan, step) <= budget
+        assert plan == largest_plan(LARGE, LARGE, step, budget_bytes=budget)
+        seen.append(plan)
         budget *= 0.98
-    assert seen == sorted(seen, key=lambda split: (-split.micro_batch_size, -split.anchors_at_once))
+    assert seen == sorted(seen, key=lambda plan: (-plan.micro_batch_size, -plan.anchors_at_once))
     tokens_per_anchor = step.n_samples * (1 if step.differentiable_rollouts else step.completion_length - 1)
-    for split in seen:
-        efficient = split.micro_batch_size * split.anchors_at_once * tokens_per_anchor >= EFFICIENT_BLOCK_TOKENS
-        assert efficient or split.micro_batch_size == 1 or split.anchors_at_once == 127
+    for plan in seen:
+        efficient = plan.micro_batch_size * plan.anchors_at_once * tokens_per_anchor >= EFFICIENT_BLOCK_TOKENS
+        assert efficient or plan.micro_batch_size == 1 or plan.anchors_at_once == 127
     assert seen[0] == MicroBatchPlan.whole(step)
     assert seen[-1].micro_batch_size == 1
-    assert any(split.micro_batch_size == 16 and split.anchors_at_once < 127 for split in seen)
+    assert any(plan.micro_batch_size == 16 and plan.anchors_at_once < 127 for plan in seen)
 
 
 def test_short_completions_are_not_cut_below_what_fills_a_pass() -> None:
@@ -93,8 +93,8 @@ def test_a_chosen_size_is_kept_and_the_other_one_fitted_to_it() -> None:
 
 def test_sft_is_cut_by_sequences_only() -> None:
     step = replace(LONG, method="sft")
-    split = largest_plan(LARGE, LARGE, step, budget_bytes=memory(LARGE, LARGE, step, MicroBatchPlan(4, 1)).peak_bytes)
-    assert split == MicroBatchPlan(4, 1)
+    plan = largest_plan(LARGE, LARGE, step, budget_bytes=memory(LARGE, LARGE, step, MicroBatchPlan(4, 1)).peak_bytes)
+    assert plan == MicroBatchPlan(4, 1)
 
 
 def test_what_does_not_fit_at_all_is_refused_with_what_it_needs() -> None:
