@@ -95,8 +95,8 @@ class Contexts(NamedTuple):
     start: Tensor
     """[S, N] int64: first token of the block's document."""
     end: Tensor
-    """[S, N] int64: the anchor; equal to `start` where the anchor is not valid. `end - start` is the block's place
-    in its document."""
+    """[S, N] int64: the anchor; equal to `start` where the anchor is not valid. `end - start` is the block's
+    position in its document."""
 
 
 def contexts_of(document_ids: Tensor, anchors: Anchors) -> Contexts:
@@ -126,5 +126,5 @@ def distinct_completions(completions: Tensor, valid: Tensor) -> tuple[Tensor, Te
     flat = chosen.flatten(1)
     M = max(int(flat.sum(dim=1).max()), 1)
     order = torch.sort((~flat).to(torch.int8), dim=1, stable=True).indices[:, :M]
-    place = (flat.cumsum(dim=1) - 1).view(S, B, n)
-    return order, torch.where(valid[..., None], place.gather(2, first), 0)
+    slot = (flat.cumsum(dim=1) - 1).view(S, B, n)
+    return order, torch.where(valid[..., None], slot.gather(2, first), 0)

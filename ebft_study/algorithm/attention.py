@@ -43,7 +43,7 @@ NOTHING = -1e30
 """Score of what must not be seen. A row with nothing to see then weighs nothing; infinities would give NaN."""
 
 CHUNKS = 6
-"""Into how many chunks a sequence is cut at least: more compute less in vain, fewer cost less overhead."""
+"""Into how many chunks a sequence is cut at least: more waste less computation, fewer cost less overhead."""
 SMALL_MASK = 2**18
 """Entries of a mask worth keeping."""
 
@@ -85,14 +85,14 @@ class Chunk:
 
 
 def plan_chunks(contexts: Contexts, *, rows: int, scores_at_once: int) -> list[Chunk]:
-    """Cut all blocks into chunks of similar contexts, so that little is computed in vain and scores stay small.
+    """Cut all blocks into chunks of similar contexts, so that little computation is wasted and scores stay small.
 
     With anchors in order, a chunk's longest context exceeds its shortest by a part of the sequence only. The
     chunks depend on the contexts alone: a plan is made once per pass and serves all layers.
 
     Args:
         rows: queries per block, key/value heads and grouped query heads included (Hk * R * L).
-        scores_at_once: number of scores held at a time, unless one block alone needs more.
+        scores_at_once: number of scores in memory at a time, unless one block alone needs more.
     """
     start, end = contexts.start.cpu(), contexts.end.cpu()
     S, N = end.shape
@@ -148,7 +148,7 @@ def block_attention(
         prefix_key, prefix_value: [S, Hk, T, D], shared by all blocks of a sequence.
         block_key, block_value: [S, Hk, N, K, D] with K >= L.
         chunks: from `plan_chunks`; blocks that no chunk holds have an empty context and attend to themselves only.
-        scaling: factor on the inner products, normally D ** -0.5.
+        scaling: factor on the inner products, usually D ** -0.5.
 
     Returns:
         [S, Hq, N, L, D] in the dtype of `block_value`; softmax in float32 or wider. Differentiable once.
@@ -211,7 +211,7 @@ class _ChunkedAttention(torch.autograd.Function):
 
 
 def _group(states: Tensor, key: Tensor) -> Tensor:
-    """[S, Hq, N, L, D] -> [S, Hk, N, R * L, D]: all queries that meet the same keys, side by side."""
+    """[S, Hq, N, L, D] -> [S, Hk, N, R * L, D]: all queries that meet the same keys, adjacent."""
     S, Hq, N, L, D = states.shape
     Hk = key.shape[1]
     return states.reshape(S, Hk, Hq // Hk, N, L, D).transpose(2, 3).reshape(S, Hk, N, Hq // Hk * L, D)

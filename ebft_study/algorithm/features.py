@@ -33,7 +33,7 @@ def feature_map(hidden: Sequence[Tensor], *, pooling: Pooling, normalize: Normal
     """phi from the hidden states of a completion's tokens, one tensor per layer.
 
     Pooling reduces the completion's G tokens: `last_token` keeps the state at the last one, `mean` averages,
-    `concat` lays all G side by side. Then `per_layer` divides each layer's vector by its own L2 norm and concatenates
+    `concat` concatenates all G. Then `per_layer` divides each layer's vector by its own L2 norm and concatenates
     (the paper; `|phi|^2` = number of layers), while `joint` concatenates and divides once (`|phi|^2` = 1), so that
     layers with large activations dominate. A zero vector stays zero.
 

@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens, without ever holding all logits (the head of a language model is wide)."""
+"""Log-probabilities of given tokens, without all logits in memory (the head of a language model is wide)."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def sample_tokens(
     logits_at_once: int,
     bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Tokens drawn from `softmax((W h + bias) / tau)` with given noise, and what `token_log_probs` says of them.
+    """Tokens drawn from `softmax((W h + bias) / tau)` with given noise, and their log-probabilities.
 
     Args:
         noise: [M, m] in [0, 1), see `sampling.draw`.
@@ -96,11 +96,11 @@ class _TokenLogProbs(torch.autograd.Function):
                 normalisers.append(lse)
                 if len(states) <= rows and any(ctx.needs_input_grad):
                     kept = logits.sub_(lse).exp_() if probabilities is None else probabilities
-        found = torch.cat(chosen)
-        ctx.save_for_backward(states, weight, bias, found, torch.cat(normalisers), kept)
+        drawn = torch.cat(chosen)
+        ctx.save_for_backward(states, weight, bias, drawn, torch.cat(normalisers), kept)
         ctx.temperature, ctx.rows, ctx.dtype = temperature, rows, dtype
-        ctx.mark_non_differentiable(found)
-        return torch.cat(scored), found
+        ctx.mark_non_differentiable(drawn)
+        return torch.cat(scored), drawn
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]

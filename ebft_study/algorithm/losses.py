@@ -1,6 +1,6 @@
-"""Losses as sums over what this process holds, divided by denominators that the caller counts globally.
+"""Losses as sums over the batch of this process, divided by denominators that the caller counts globally.
 
-A mean over the local batch would bias the gradient as soon as workers hold different numbers of contexts;
+A mean over the local batch would bias the gradient as soon as workers have different numbers of contexts;
 with global denominators the gradients of all workers simply add up.
 """
 

@@ -1,4 +1,4 @@
-"""What is measured of rollouts and features (method section 7), per context unless said otherwise."""
+"""Metrics of rollouts and features (method section 7), per context unless said otherwise."""
 
 from __future__ import annotations
 

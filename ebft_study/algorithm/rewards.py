@@ -13,7 +13,7 @@ Whitening = Literal["none", "variant_i", "variant_ii", "variant_iii", "reference
 
 
 NUMBERS_AT_ONCE = {"cpu": 2**20, "cuda": 2**26}
-"""Features widened to float64 at a time: what a CPU's cache holds, or enough to fill a GPU."""
+"""Features widened to float64 at a time: as many as fit into a CPU's cache, or as fill a GPU."""
 
 
 class Rewards(NamedTuple):

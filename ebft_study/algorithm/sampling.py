@@ -17,7 +17,7 @@ def uniforms(key: Sequence[int], sequence_ids: Sequence[int], *, n_anchors: int,
     """Noise in [0, 1) for a batch, [S, B, n, G] float32, one independent stream per sequence.
 
     The stream of a sequence depends on `key` (seed, step, ...) and its id alone. Anchor b, sample j, token t reads a
-    fixed place in it, so neither the batch's composition nor its padding changes any draw.
+    fixed position in it, so neither the batch's composition nor its padding changes any draw.
     """
     streams = [
         np.random.Generator(np.random.Philox(np.random.SeedSequence([*key, int(identity)]))).random(

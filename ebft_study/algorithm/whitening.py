@@ -57,7 +57,7 @@ def whitened_products(gram: Tensor, cross: Tensor) -> WhitenedProducts:
 
 
 def reference_code_products(gram: Tensor, cross: Tensor) -> WhitenedProducts:
-    """The reading of the authors' published code, kept to compare with: `Phi~ = Phi W`, `W = K^(-1/2)`, no factor n.
+    """Products as in the authors' published code, for comparison: `Phi~ = Phi W`, `W = K^(-1/2)`, no factor n.
 
     The ground truth is not projected: as row j of a matrix of n copies it is multiplied by the scalar
     `w_j = sum_i W_ji`. A cosine cancels the scalar but for its sign, so `target` holds

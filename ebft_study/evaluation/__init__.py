@@ -23,7 +23,7 @@ from ebft_study.networks.blocks import next_token_log_probs, run_prefix
 from ebft_study.rollouts import RolloutBackend, anchors_of
 
 TOKENS_AT_ONCE = 2**14
-"""Completion tokens whose hidden states are held at a time."""
+"""Completion tokens whose hidden states are in memory at a time."""
 CE, CE_ANSWER, CFM, ENTROPY = "ce_loss", "ce_answer_loss", "cfm_loss", "entropy"
 
 

@@ -1,4 +1,4 @@
-"""What one optimizer step computes. Every method gives the loss of a micro-batch through one signature."""
+"""Methods compute what one optimizer step needs: gradients of a micro-batch, all through one signature."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ebft_study.data import Batch
 
 @dataclass(frozen=True)
 class LossDenominators:
-    """What all parts of a step share: what the losses divide by, counted over all micro-batches of all workers."""
+    """Denominators of a step's losses, counted over all micro-batches of all workers."""
 
     contexts: float
     """Valid anchors."""

@@ -1,7 +1,7 @@
 """Forward passes of a Hugging Face causal LM over a shared prefix and many completion blocks.
 
-The model's own code runs unchanged; only its attention function is replaced, through the registry that transformers
-offers for that purpose. What a pass means travels to the attention function as a keyword.
+The model's own code runs unchanged; only its attention function is replaced, through the registry of
+transformers. A description of the pass reaches the attention function as a keyword.
 
     run_prefix   x[0:T]                     -> keys and values of the prefix, once for all samples of all anchors
     run_blocks   L tokens of every block    -> each attends to its own context (from the prefix) and to its own block
@@ -42,7 +42,7 @@ KeysValues = dict[int, tuple[Tensor, Tensor]]
 
 
 def logits_at_once(device: torch.device) -> int:
-    """Logits held at a time."""
+    """Logits in memory at a time."""
     return 2**28 if device.type == "cuda" else 2**24
 
 
@@ -52,7 +52,7 @@ def _scores_at_once(device: torch.device) -> int:
 
 
 class Pass(Protocol):
-    """What the attention function must know of a pass."""
+    """Description of a pass, for the attention function."""
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """Outputs [S, Hq, M, D] of one layer for the pass's M tokens."""
@@ -71,7 +71,7 @@ class Prefix:
     keys_values: KeysValues
 
     def leaves(self) -> Prefix:
-        """The same prefix, cut off from how it was computed, collecting the gradients of whatever uses it."""
+        """The same prefix, detached from its graph; it collects the gradients of whatever uses it."""
         cut = {layer: (_leaf(key), _leaf(value)) for layer, (key, value) in self.keys_values.items()}
         return Prefix(self.document_ids, _leaf(self.states), cut)
 
@@ -130,7 +130,7 @@ class Blocks:
         return (first[..., None] + start + torch.arange(length, device=first.device)).flatten(1)
 
     def plan(self, kind: str, size: int, make: Any) -> Any:
-        """What depends on the contexts alone, made once for all layers."""
+        """Cached mask or chunks, which depend on the contexts alone: made once for all layers."""
         key = (kind, size)
         if key not in self._plans:
             self._plans[key] = make()
@@ -211,7 +211,7 @@ class _BlockCache:
 
 
 class Decoder:
-    """Advances all blocks together, one token at a time, against one prefix."""
+    """Advances all blocks, one token at a time, against one prefix."""
 
     def __init__(self, model: nn.Module, prefix: Prefix, blocks: Blocks, capacity: int) -> None:
         """`capacity`: how many tokens will be run at most."""
@@ -288,7 +288,7 @@ def captured_layers(model: nn.Module, indices: list[int]) -> Iterator[dict[int, 
 
 @contextmanager
 def mlp_only_at(layer: nn.Module, rows: Tensor) -> Iterator[None]:
-    """Inside, `layer` computes its MLP for the tokens `rows` [K] of a pass; its output is void elsewhere.
+    """Inside, `layer` computes its MLP for the tokens `rows` [K] of a pass; its output is undefined elsewhere.
 
     For the last layer of a pass of which few tokens are read: most of a layer's work is in its MLP. A layer without
     one under that name computes everything.

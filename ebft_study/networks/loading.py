@@ -77,7 +77,7 @@ def load_model(
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Name -> parameter, of those that training changes; a tied one once."""
+    """Parameters that training changes, by name; a tied one once."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
@@ -120,12 +120,12 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def _architecture(model: nn.Module) -> dict[str, Any]:
-    """What the configuration says of the computation: neither types, nor places, nor versions."""
+    """The part of the configuration that determines the computation: neither types, nor paths, nor versions."""
     config = getattr(model, "config", None)
     if config is None:
         return {}
-    left_out = {"transformers_version", "dtype", "torch_dtype", "use_cache"}
-    return {key: value for key, value in config.to_dict().items() if key not in left_out and not key.startswith("_")}
+    ignored = {"transformers_version", "dtype", "torch_dtype", "use_cache"}
+    return {key: value for key, value in config.to_dict().items() if key not in ignored and not key.startswith("_")}
 
 
 def load_generator(config: RunConfig, *, device: torch.device | str = "cpu") -> LoadedModel:

@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA, through peft): the model's own weights never change, so it holds the base model, too."""
+"""Low-rank adapters (LoRA, through peft): the model's own weights never change, so it contains the base model."""
 
 from __future__ import annotations
 

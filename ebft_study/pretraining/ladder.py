@@ -1,7 +1,8 @@
 """The ladder of tiny models: Qwen2 architecture, pretrained here on the standard library's source, cached per machine.
 
-A laptop has no model hub, so its base models are made on the spot: real text, a real tokenizer, real pretraining, in
-minutes. A model's folder is named by the hash of its recipe and corpus; a change in either makes a new model.
+A laptop may have no model hub, so its base models are pretrained locally: real text, a real tokenizer, real
+pretraining, in minutes. A model's folder is named by the hash of its recipe and corpus; a change in either makes a new
+model.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ LADDER = {
 
 
 def ensure_tiny_model(name: str) -> Path:
-    """Folder of the ladder model `name` in Hugging Face format, pretrained now if this machine lacks it.
+    """Folder of the ladder model `name` in Hugging Face format, pretrained first if this machine lacks it.
 
     Safe for several processes: one trains, the others wait. An interrupted pretraining leaves nothing behind.
     """
@@ -191,7 +192,7 @@ def _optimizers(model: Qwen2ForCausalLM, recipe: Recipe) -> list[torch.optim.Opt
 
 
 def architecture(recipe: Recipe) -> Qwen2Config:
-    """Of a tiny model, whether it has been trained yet or not."""
+    """Hugging Face configuration of a tiny model, which need not be trained yet."""
     return Qwen2Config(
         vocab_size=recipe.vocabulary_size,
         hidden_size=recipe.hidden_size,

@@ -55,6 +55,6 @@ class TrigramModel:
         return float(-np.log(self.weights @ self._estimates(tokens)).mean())
 
 
-def _look_up(keys: np.ndarray, known: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    index = np.searchsorted(known, keys).clip(max=len(known) - 1)
-    return np.where(known[index] == keys, counts[index], 0)
+def _look_up(keys: np.ndarray, counted: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    index = np.searchsorted(counted, keys).clip(max=len(counted) - 1)
+    return np.where(counted[index] == keys, counts[index], 0)

@@ -1,4 +1,4 @@
-"""How much signal one gradient holds: the same update under different rewards and numbers of samples.
+"""Measure how much signal one gradient has: the same update under different rewards and numbers of samples.
 
 The gradient of one step is a noisy estimate of its expectation over batches and rollouts. From M independent steps at
 unchanged weights follow, without bias, the squared length of that expectation (signal), the variance around it

@@ -1,4 +1,4 @@
-"""Weights & Biases: the same numbers under the same names, one run a trial, grouped by study. Off unless asked for."""
+"""Weights & Biases: the same numbers under the same names, one run per trial, grouped by study. Off by default."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _ANSWER_SECONDS = 30.0
 
 
 class WandbRecorder:
-    """Passes everything on to another recorder and logs metrics and evaluations to a W&B run as well.
+    """Forwards everything to another recorder, and logs metrics and evaluations to a W&B run as well.
 
-    A run's id is that of its trial, so a resumed trial goes on in its run. Credentials are W&B's own business
+    A run's id is that of its trial, so a resumed trial continues in its run. Credentials are handled by W&B alone
     (its environment variables or login file): none passes through here.
     """
 
@@ -70,7 +70,7 @@ def _start(inner: Recorder, *, mode: Literal["online", "offline"], **settings: A
     try:
         return wandb.init(mode=mode, settings=quiet, **settings)
     except wandb.errors.CommError as error:
-        # The half-begun run belongs to W&B's process beside this one; only a new one may use its id again.
+        # The half-started run belongs to W&B's background process; only a new one may use its id again.
         wandb.teardown()
         inner.event("tracking", f"W&B did not answer ({' '.join(str(error).split())}); this attempt is logged offline")
         return wandb.init(mode="offline", settings=quiet, **settings)

@@ -1,4 +1,4 @@
-"""What runs inside a Ray Train worker: the training loop, with its reports sent to Ray."""
+"""Run the training loop in a Ray Train worker, with its reports sent to Ray."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _report(study_folder: StoragePath, metrics: dict[str, float], checkpoint_folder: Path | None) -> None:
-    """Pass a report on to Ray Train, which copies the checkpoint into the attempt's folder before it returns."""
+    """Forward a report to Ray Train, which copies the checkpoint into the attempt's folder before it returns."""
     checkpoint = ray.train.Checkpoint.from_directory(str(checkpoint_folder)) if checkpoint_folder else None
     name = f"checkpoint_{int(metrics['step']):08d}"
     with storage_errors(study_folder):
