@@ -1,4 +1,4 @@
-"""Asking Ray actors: by name, with a time limit, and with errors that say what happened."""
+"""Calls of Ray actors: found by name, with a time limit, and with errors that name the cause."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _POLL_SECONDS = 0.2
 
 
 def find(name: str, *, seconds: float) -> Any:
-    """The actor of that name in this study; waits for another process to start it.
+    """Return the actor of that name in this study; waits for another process to start it.
 
     Raises:
         ServiceError: there is none after `seconds`.
@@ -29,10 +29,10 @@ def find(name: str, *, seconds: float) -> Any:
 
 
 def wait_for(handle: Any, *, who: str, seconds: float) -> None:
-    """Until an actor with a method `process_id` answers: one that was killed is started again in the meantime.
+    """Wait until an actor with a method `process_id` answers, while Ray restarts a killed one.
 
     Raises:
-        ServiceError: it does not within `seconds`, or is gone for good.
+        ServiceError: it does not answer within `seconds`, or is gone for good.
     """
     deadline = time.monotonic() + seconds
     while True:
@@ -48,14 +48,14 @@ def wait_for(handle: Any, *, who: str, seconds: float) -> None:
 
 
 def answer(reference: Any, *, who: str, seconds: float, setting: str = "") -> Any:
-    """What an actor's call returns.
+    """Return the result of an actor's call.
 
     Args:
-        who: the actor, for people. setting: what allows it more than `seconds`, if anything does.
+        who: the actor, for messages. setting: the setting that allows more than `seconds`, if there is one.
 
     Raises:
         ServiceError: the actor is gone, or silent for `seconds`.
-        EbftError: what the actor wants a person to mend.
+        EbftError: the error that the actor reports to the user.
     """
     try:
         return ray.get(reference, timeout=seconds)

@@ -22,13 +22,13 @@ class Rollouts:
     log_probs: Tensor
     """[S, B, n, G] float32, of the tempered policy that sampled them; with gradients, if the backend can."""
     policy_version: int | None = None
-    """Updates that the sampling weights had seen; None where the model itself was sampled from."""
+    """Number of updates of the sampling weights; None where the model itself was sampled from."""
     sync_seconds: float = 0.0
-    """Spent, since the batch before, on handing new weights to an engine."""
+    """Time spent since the previous batch on sending new weights to an engine."""
 
 
 def anchors_of(batch: Batch, rollout: RolloutConfig, *, completion_length: int | None = None) -> Anchors:
-    """Anchors of a batch as configured; `completion_length` overrides the configured G."""
+    """Find the anchors of a batch; `completion_length` overrides the configured G."""
     return find_anchors(
         batch.document_ids,
         completion_length=completion_length or rollout.completion_length,
@@ -42,11 +42,11 @@ class RolloutBackend(Protocol):
     """Samples from `model` at `temperature`, no top-k, no top-p, no stop at the end of a document."""
 
     def update_weights(self, model: nn.Module, version: int) -> None:
-        """`model` has seen `version` updates: a backend with a copy of its weights takes them over, if it is due."""
+        """Copy the weights of `model`, after `version` updates, where the backend has a copy and a transfer is due."""
         ...
 
     def close(self) -> None:
-        """End whatever the backend has started."""
+        """Stop whatever the backend has started."""
         ...
 
     def sample(
@@ -59,12 +59,12 @@ class RolloutBackend(Protocol):
         temperature: float,
         prefix: Prefix | None = None,
     ) -> Rollouts:
-        """`noise` [S, B, n, G] in [0, 1) fixes n, G and every draw (`algorithm.sampling.uniforms`).
+        """Sample n completions per anchor; `noise` [S, B, n, G] (`algorithm.sampling.uniforms`) fixes every draw.
 
-        `prefix`: the batch's sequences as `model` has just run them, for a backend that has a use for it. The sampled
+        `prefix`: the batch's sequences as `model` has just run them, for a backend that can use them. The sampled
         log-probabilities may carry gradients, where these are enabled; if they do, they need not be scored again.
 
         Raises:
-            ServiceError: an engine that is gone, or that does not answer in time.
+            ServiceError: the engine is gone, or does not answer in time.
         """
         ...

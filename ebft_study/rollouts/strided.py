@@ -1,7 +1,7 @@
 """Strided block-parallel sampling in process, with a shared prefix (appendix F).
 
 A decoded token never changes earlier keys and values, and the prefix is the same for all samples. So the sequence is
-run once, its keys and values are kept, and each of the G - 1 further passes advances all n * B blocks by one token.
+run once, its keys and values are reused, and each of the G - 1 further passes advances all n * B blocks by one token.
 """
 
 from __future__ import annotations
@@ -18,15 +18,14 @@ from ebft_study.rollouts import Rollouts
 class StridedRollouts:
     """The default backend: exact, in process, nothing recomputed.
 
-    Where gradients are enabled, the sampled log-probabilities carry them: what sampling has computed need not be
-    computed again to be differentiated.
+    Where gradients are enabled, the sampled log-probabilities carry them, so no second forward pass is needed.
     """
 
     def update_weights(self, model: nn.Module, version: int) -> None:
-        """Nothing to take over: `sample` reads the model's own weights."""
+        """Do nothing: `sample` reads the model's own weights."""
 
     def close(self) -> None:
-        """Nothing was started."""
+        """Do nothing: nothing was started."""
 
     def sample(
         self,
@@ -38,7 +37,7 @@ class StridedRollouts:
         temperature: float,
         prefix: Prefix | None = None,
     ) -> Rollouts:
-        """See `RolloutBackend.sample`. A batch without any anchor gives empty tensors."""
+        """See `RolloutBackend.sample`. A batch without anchors gives empty tensors."""
         S, B, n, G = noise.shape
         if B == 0:
             empty = torch.empty(S, 0, n, G, device=batch.tokens.device)
@@ -47,13 +46,13 @@ class StridedRollouts:
         prefix = prefix or run_prefix(model, batch.tokens, batch.document_ids)
         # The token before an anchor predicts the first completion token, one distribution for all n samples.
         tokens, log_probs = sample_tokens(model, states_before(prefix, anchors), noise[..., 0], temperature=temperature)
-        drawn, scored = [tokens], [log_probs]
+        sampled, scores = [tokens], [log_probs]
         decoder = Decoder(model, prefix, Blocks.of(batch.document_ids, anchors, n), G - 1)
         for t in range(1, G):
-            states = decoder.advance(drawn[-1].flatten(1))
+            states = decoder.advance(sampled[-1].flatten(1))
             tokens, log_probs = sample_tokens(
                 model, states, noise[..., t].flatten(1)[..., None], temperature=temperature
             )
-            drawn.append(tokens.view(S, B, n))
-            scored.append(log_probs.view(S, B, n))
-        return Rollouts(torch.stack(drawn, dim=-1), torch.stack(scored, dim=-1))
+            sampled.append(tokens.view(S, B, n))
+            scores.append(log_probs.view(S, B, n))
+        return Rollouts(torch.stack(sampled, dim=-1), torch.stack(scores, dim=-1))

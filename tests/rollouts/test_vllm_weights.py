@@ -57,8 +57,8 @@ def test_weights_travel_in_the_type_of_the_engine(tmp_path: Path) -> None:
 
 
 def test_tensors_never_overlap() -> None:
-    places = [(offset, offset + size) for *_, offset, size in Layout.from_weights(mixed_weights()).places()]
-    assert all(first[1] <= second[0] for first, second in itertools.pairwise(places))
+    extents = [(offset, offset + size) for *_, offset, size in Layout.from_weights(mixed_weights()).tensors()]
+    assert all(first[1] <= second[0] for first, second in itertools.pairwise(extents))
 
 
 def test_no_room_in_shared_memory_is_an_error_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

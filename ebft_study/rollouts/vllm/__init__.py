@@ -1,13 +1,13 @@
-"""Rollouts from vLLM, whose weights follow the trainer through shared memory.
+"""Rollouts from vLLM, whose weights are updated through shared memory.
 
-    trainer, first worker     follow(): weights -> segment         sample(): request ---->  engine: version asked for?
-    trainer, other workers    (wait for the next collective)       sample(): request ---->    no: read the segment,
-                                                                   <---- tokens, log-probs       empty prefix cache
-                                                                                              generate
+    trainer, first worker     update_weights(): weights -> segment   sample(): request ---->  engine: requested version?
+    trainer, other workers    (wait for the next collective)         sample(): request ---->    no: read the segment,
+                                                                     <---- tokens, log-probs       empty prefix cache
+                                                                                                generate
 
-The engine is a Ray actor on the trainer's machine. That of a trial belongs to the trial's first worker and ends with
-it; that of a study belongs to the driver. A request names policy and version, so the engine never samples by weights
-that nobody asked for, and its calls run one after another, so trials that share it take turns.
+The engine is a Ray actor on the trainer's machine. A trial's engine belongs to its first worker and ends with it; a
+study's engine belongs to the driver. A request names policy and version, so the engine never samples from stale
+weights. Its calls run one after another, so trials that share it take turns.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _WHO = "the rollout engine"
 
 
 class VllmRollouts:
-    """Samples by the newest weights that `follow` has handed to the engine."""
+    """Samples from the newest weights that `update_weights` has sent to the engine."""
 
     def __init__(
         self,
@@ -60,10 +60,10 @@ class VllmRollouts:
         timeout_seconds: float = 600.0,
         rank: int = 0,
     ) -> None:
-        """Nothing is started before the first `follow`.
+        """Nothing is started before the first `update_weights`.
 
         Args:
-            policy: identifies whose weights they are, among all that use the engine.
+            policy: identifies the weights among those of all users of the engine.
             engine_name: the actor's name in the study's namespace.
             shared: the driver has started the engine; otherwise the first worker does, and stops it.
             sync_every_steps: versions between two transfers.
@@ -76,7 +76,7 @@ class VllmRollouts:
         self._weights: SharedWeights | None = None
 
     def update_weights(self, model: nn.Module, version: int) -> None:
-        """See `RolloutBackend.follow`. All workers of a trial call it; a collective must follow before they sample."""
+        """See `RolloutBackend.update_weights`. All workers call it; a collective must follow before they sample."""
         if self.version is not None and version % self.every and version > self.version:
             return
         if self.rank == 0:
@@ -101,7 +101,7 @@ class VllmRollouts:
     ) -> Rollouts:
         """See `RolloutBackend.sample`. `noise` seeds the engine's own draws; `model` is not read."""
         if self.version is None:
-            raise ServiceError("the engine has no weights yet: call follow() first")
+            raise ServiceError("the engine has no weights yet: call update_weights() first")
         device, valid = batch.tokens.device, anchors.valid.cpu()
         completions = torch.zeros(noise.shape, dtype=torch.int64)
         log_probs = torch.zeros(noise.shape)
@@ -112,17 +112,17 @@ class VllmRollouts:
             self._sync_seconds += reply.load_seconds
             completions[valid] = torch.tensor(reply.tokens)
             log_probs[valid] = torch.tensor(reply.log_probs)
-        spent, self._sync_seconds = self._sync_seconds, 0.0
-        return Rollouts(completions.to(device), log_probs.to(device), self.version, spent)
+        sync_seconds, self._sync_seconds = self._sync_seconds, 0.0
+        return Rollouts(completions.to(device), log_probs.to(device), self.version, sync_seconds)
 
     def close(self) -> None:
-        """Stop the trial's own engine, or make a shared one forget the policy. One that is gone already is no error."""
+        """Stop the trial's own engine, or free the policy's weights in a shared one. A dead engine is no error."""
         engine, self._engine = self._engine, None
         if engine is None or self.rank > 0:
             return
-        with contextlib.suppress(Exception):  # whatever happened before is what people must learn of
+        with contextlib.suppress(Exception):  # an earlier error is the one to report
             if self.shared:
-                engine.forget_weights.remote(self.policy)
+                engine.evict_weights.remote(self.policy)
             else:
                 ray.get(engine.stop.remote(), timeout=_STOP_SECONDS)
         if not self.shared:
@@ -132,14 +132,14 @@ class VllmRollouts:
         assert self.version is not None
         tokens, valid = batch.tokens.cpu(), anchors.valid.cpu()
         contexts = [bound.cpu() for bound in contexts_of(batch.document_ids, anchors)]
-        places = valid.nonzero().tolist()
-        prompts = [tokens[s, contexts[0][s, b] : contexts[1][s, b]].tolist() for s, b in places]
-        drawn = noise.cpu().numpy()
+        anchor_indices = valid.nonzero().tolist()
+        prompts = [tokens[s, contexts[0][s, b] : contexts[1][s, b]].tolist() for s, b in anchor_indices]
+        uniforms = noise.cpu().numpy()
         return SampleRequest(
             self.policy,
             self.version,
             prompts,
-            [_seed(drawn[s, b]) for s, b in places],
+            [_seed(uniforms[s, b]) for s, b in anchor_indices],
             n_samples=noise.shape[2],
             completion_length=noise.shape[3],
             temperature=temperature,
@@ -165,8 +165,8 @@ class VllmRollouts:
         actors.answer(self._engine.start.remote(self.options), who=_WHO, seconds=_START_SECONDS)
 
     def _share(self, weights: dict[str, Tensor]) -> SharedWeights:
-        """A segment that the engine has mapped, and that has lost its name again."""
-        # The engine rounds them to its own type anyway.
+        """Create a segment, have the engine map it, and remove its name."""
+        # The engine would round the weights to its own type anyway.
         segment = SharedWeights(weights, dtype=getattr(torch, self.options.dtype))
         try:
             mapped = self._engine.map_weights.remote(self.policy, segment.path, segment.layout)
@@ -177,21 +177,20 @@ class VllmRollouts:
 
 
 def _seed(noise: np.ndarray) -> int:
-    """A seed from a context's noise: seeds of two contexts are as good as never within n of each other."""
+    """Derive a 56-bit seed from a context's noise: two contexts hardly ever have seeds within n of each other."""
     return int.from_bytes(hashlib.blake2b(np.ascontiguousarray(noise).tobytes(), digest_size=7).digest(), "little")
 
 
 def options_of(config: RunConfig, *, source: str, device: torch.device) -> EngineOptions:
-    """The engine that a run needs; `source` is the folder or hub id of its model."""
+    """Return the options of a run's engine; `source` is the folder or hub id of its model."""
     vllm = config.vllm
-    longest = vllm.longest_request_tokens or config.longest_request
     colocated = vllm.placement == "colocated"
     return EngineOptions(
         model=source,
         revision=config.model_revision,
         dtype=config.training.precision,
         device=device.type,
-        longest_tokens=longest,
+        longest_tokens=vllm.longest_request_tokens or config.longest_request,
         tensor_parallel_size=vllm.tensor_parallel_size,
         gpu_memory_utilization=vllm.gpu_memory_utilization,
         kv_cache_bytes=int(vllm.kv_cache_gib * 2**30),
@@ -200,10 +199,10 @@ def options_of(config: RunConfig, *, source: str, device: torch.device) -> Engin
 
 
 def start_engine(options: EngineOptions, name: str, *, restarts: bool = False) -> Any:
-    """A new engine on this machine; it lives as long as the handle and the process that calls this.
+    """Start an engine on this machine; it lives as long as the handle and the calling process.
 
     Args:
-        restarts: a killed one is replaced by one that whoever asks next has to start and to give weights.
+        restarts: Ray replaces a killed engine; the next user has to start it and to send weights.
     """
     on_gpu = options.device == "cuda"
     own_gpus = options.tensor_parallel_size if on_gpu and options.colocated_with is None else 0
@@ -224,5 +223,5 @@ def start_engine(options: EngineOptions, name: str, *, restarts: bool = False) -
 
 
 def shared_name(options: EngineOptions) -> str:
-    """What the engine of a study is called, one for each set of options that its trials have."""
+    """Name the engine of a study: one for each set of options of its trials."""
     return f"engine-{hashlib.blake2b(repr(options).encode(), digest_size=6).hexdigest()}"

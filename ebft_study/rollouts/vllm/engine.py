@@ -1,7 +1,7 @@
-"""The process that holds vLLM: one Ray actor, which samples for one trial or, in turns, for all trials of a study.
+"""The process of vLLM: a Ray actor that samples for one trial, or for all trials of a study in turn.
 
-vLLM has its own process because it initialises torch.distributed, seeds the global generators, and takes over the
-thread settings of whatever process it is in.
+vLLM has its own process because it initialises torch.distributed, seeds the global generators, and changes the
+thread settings of its process.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ENVIRONMENT = {
 }
 CPU_ENVIRONMENT = {
     "TORCH_COMPILE_DISABLE": "1",  # compiling takes longer than many a trial
-    "OMP_NUM_THREADS": "1",  # threads that wait spinning starve the trainer
+    "OMP_NUM_THREADS": "1",  # spinning threads starve the trainer
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # all engines of a machine would bind to the same cores
 }
 _READER = "ebft_study.rollouts.vllm.reader.WeightReader"
@@ -35,7 +35,7 @@ _BATCHED_TOKENS = 8192
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """What an engine is started with; plain values."""
+    """Settings of an engine, as plain values."""
 
     model: str
     """Folder or hub id with the model's configuration; its weights come from the trainer."""
@@ -53,7 +53,7 @@ class EngineOptions:
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """n completions of exactly G tokens for each prompt, by a policy's weights of one version."""
+    """Asks for n completions of exactly G tokens for each prompt, from one version of a policy."""
 
     policy: str
     version: int
@@ -73,11 +73,11 @@ class SampleReply:
     log_probs: np.ndarray
     version: int
     load_seconds: float
-    """Spent on new weights before sampling; 0 where the engine had them."""
+    """Time spent on loading weights before sampling; 0 where the engine had them."""
 
 
 class Engine:
-    """Lives in an actor of its own; its calls run one after another."""
+    """The actor's class; its calls run one after another."""
 
     def __init__(self) -> None:
         self._llm: Any = None
@@ -97,12 +97,12 @@ class Engine:
             os.environ["CUDA_VISIBLE_DEVICES"] = options.colocated_with
         self._colocated = options.colocated_with is not None
         self._llm = _build(options)
-        self._try_out(options)
-        self._rest()
+        self._check_kernels(options)
+        self._sleep()
         return time.perf_counter() - before
 
     def stop(self) -> None:
-        """End vLLM's own processes and free its shared memory; the engine samples no more."""
+        """Stop vLLM's own processes and free its shared memory; the engine cannot sample afterwards."""
         if self._llm is not None:
             self._llm.llm_engine.engine_core.shutdown()
             self._llm = None
@@ -114,18 +114,18 @@ class Engine:
         """Map the segment that a policy's trainer writes."""
         self._llm.collective_rpc("map_weights", args=(policy, path, layout))
 
-    def forget_weights(self, policy: str) -> None:
-        """A policy is not sampled from any more."""
+    def evict_weights(self, policy: str) -> None:
+        """Unmap the segment of a policy that is no longer sampled from."""
         if self._llm is not None:
-            self._llm.collective_rpc("forget_weights", args=(policy,))
+            self._llm.collective_rpc("evict_weights", args=(policy,))
 
     def sample(self, request: SampleRequest) -> SampleReply:
-        """Sample by the asked version, reading its weights first if the engine has others."""
+        """Sample from the requested version; loads its weights first if the engine has others."""
         if self._llm is None:
             raise ServiceError("the rollout engine was replaced by a new one, which has no weights yet")
         load_seconds = self._load(request.policy, request.version)
         outputs = self._generate(request)
-        self._rest()
+        self._sleep()
         tokens = np.array([[list(c.token_ids) for c in o.outputs] for o in outputs], dtype=np.int64)
         log_probs = np.array([[list(c.logprobs.logprobs) for c in o.outputs] for o in outputs], dtype=np.float32)
         expected = (len(request.prompts), request.n_samples, request.completion_length)
@@ -133,16 +133,16 @@ class Engine:
             raise ServiceError(f"vLLM returned {tokens.shape} tokens and {log_probs.shape} log-probs, not {expected}")
         return SampleReply(tokens, log_probs, request.version, load_seconds)
 
-    def _try_out(self, options: EngineOptions) -> None:
-        """A token by the weights that are there: some models load, but have no kernels."""
+    def _check_kernels(self, options: EngineOptions) -> None:
+        """Sample one token from dummy weights: some models load, but have no kernels."""
         try:
             self._generate(SampleRequest("", 0, [[0]], [0], n_samples=1, completion_length=1, temperature=1.0))
         except (ValueError, RuntimeError) as error:
             self._llm = None
             raise ConfigError(_explain(options, error)) from error
 
-    def _rest(self) -> None:
-        """Beside a trainer: give it the memory. Weights come back from its segment."""
+    def _sleep(self) -> None:
+        """Free the memory for a trainer on the same GPU; weights come back from its segment."""
         if self._colocated:
             self._llm.sleep(level=2)
             self._loaded = None
@@ -157,7 +157,7 @@ class Engine:
         self._llm.collective_rpc("read_weights", args=(policy,))
         if self._colocated:
             self._llm.wake_up(tags=["kv_cache"])
-        # Keys and values of other weights must not be found again.
+        # Keys and values of other weights must not be reused.
         if not self._llm.reset_prefix_cache():
             raise ServiceError("vLLM did not empty its prefix cache, so samples would mix old and new weights")
         self._loaded = (policy, version)
@@ -224,7 +224,7 @@ def _build(options: EngineOptions) -> Any:
 
 
 def _explain(options: EngineOptions, error: Exception) -> str:
-    # What follows the first sentence is advice about vLLM's own options.
+    # Later sentences are advice about vLLM's own options.
     reason = one_line(error).split(". ")[0]
     if "memory" not in reason.lower():
         remedy = "Use a model that vLLM runs here, or backend=strided"

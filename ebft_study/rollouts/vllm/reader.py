@@ -1,4 +1,4 @@
-"""Runs inside vLLM's worker processes: reads a policy's weights from shared memory.
+"""Reads a policy's weights from shared memory, inside vLLM's worker processes.
 
 vLLM mixes `WeightReader` into its worker class (`worker_extension_cls`) and imports this module before it loads a
 model.
@@ -15,7 +15,7 @@ import vllm.model_executor.layers.utils as layers
 from ebft_study.rollouts.vllm.weights import Layout, views
 
 # On a CPU, vLLM's products (oneDNN's and, in bfloat16, its own) keep packed copies of the weights, which loading new
-# ones does not reach; a tied head would go on with the old ones, silently. Plain products read the weights themselves.
+# ones does not reach; a tied head would silently use the old ones. Plain products read the weights themselves.
 operators._supports_onednn = False
 layers.check_cpu_sgl_kernel = lambda *_: False
 
@@ -26,17 +26,17 @@ class WeightReader:
     model_runner: Any
 
     def map_weights(self, policy: str, path: str, layout: Layout) -> None:
-        """Map a policy's segment, which may lose its name afterwards."""
+        """Map a policy's segment, whose name may be removed afterwards."""
         self._segments()[policy] = views(path, layout)
 
-    def forget_weights(self, policy: str) -> None:
+    def evict_weights(self, policy: str) -> None:
         self._segments().pop(policy, None)
 
     @torch.no_grad()
     def read_weights(self, policy: str) -> None:
-        """Make the policy's present weights those of the model; of a sharded model, this worker's part of them."""
+        """Load the policy's present weights into the model; into a sharded model, this worker's part of them."""
         self.model_runner.model.load_weights(iter(self._segments()[policy].items()))
 
     def _segments(self) -> dict[str, dict[str, torch.Tensor]]:
-        found: dict[str, dict[str, torch.Tensor]] = self.__dict__.setdefault("policy_segments", {})
-        return found
+        segments: dict[str, dict[str, torch.Tensor]] = self.__dict__.setdefault("policy_segments", {})
+        return segments

@@ -1,7 +1,7 @@
 """A policy's weights in shared memory: written by its trainer after updates, read by its engine.
 
-The file in /dev/shm is private to the user and loses its name as soon as the engine has mapped it. Whatever dies in
-whatever way afterwards, nothing is left behind.
+The file in /dev/shm is private to the user, and is unlinked as soon as the engine has mapped it. So nothing is left
+behind, whichever process is killed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _ALIGNMENT = 64
 
 @dataclass(frozen=True)
 class Layout:
-    """Where each tensor stands in the segment; plain values, for a process that has only the file."""
+    """Names, shapes and types of a segment's tensors, as plain values."""
 
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
@@ -34,36 +34,36 @@ class Layout:
 
     @staticmethod
     def from_weights(weights: dict[str, Tensor], dtype: torch.dtype | None = None) -> Layout:
-        """`dtype`: of all tensors in the segment, whatever they are in the model."""
+        """`dtype`: the type of all tensors in the segment; default: their types in the model."""
         dtypes = [dtype or tensor.dtype for tensor in weights.values()]
         return Layout(
             tuple(weights),
             tuple(tuple(tensor.shape) for tensor in weights.values()),
-            tuple(str(own).removeprefix("torch.") for own in dtypes),
+            tuple(str(dtype).removeprefix("torch.") for dtype in dtypes),
         )
 
-    def places(self) -> Iterator[tuple[str, tuple[int, ...], torch.dtype, int, int]]:
-        """Name, shape, type, first byte and bytes of every tensor."""
+    def tensors(self) -> Iterator[tuple[str, tuple[int, ...], torch.dtype, int, int]]:
+        """Yield name, shape, type, first byte and number of bytes of every tensor."""
         offset = 0
-        for name, shape, spelled in zip(self.names, self.shapes, self.dtypes, strict=True):
-            dtype: torch.dtype = getattr(torch, spelled)
+        for name, shape, dtype_name in zip(self.names, self.shapes, self.dtypes, strict=True):
+            dtype: torch.dtype = getattr(torch, dtype_name)
             size = math.prod(shape) * dtype.itemsize
             yield name, shape, dtype, offset, size
             offset += -(-size // _ALIGNMENT) * _ALIGNMENT
 
     @property
     def n_bytes(self) -> int:
-        return max((offset + size for *_, offset, size in self.places()), default=0)
+        return max((offset + size for *_, offset, size in self.tensors()), default=0)
 
 
 def views(path: str, layout: Layout) -> dict[str, Tensor]:
-    """The tensors of a segment, mapped: what one process writes the others read."""
-    # Unlike torch.from_file, this never makes a file that is not there any more.
+    """Map the tensors of a segment: writes of one process are seen by the others."""
+    # Unlike torch.from_file, this never creates a missing file.
     with open(path, "r+b") as file:
         flat = torch.frombuffer(mmap.mmap(file.fileno(), layout.n_bytes), dtype=torch.uint8)
     return {
         name: flat[offset : offset + size].view(dtype).view(shape)
-        for name, shape, dtype, offset, size in layout.places()
+        for name, shape, dtype, offset, size in layout.tensors()
     }
 
 
@@ -73,7 +73,7 @@ class SharedWeights:
     def __init__(
         self, weights: dict[str, Tensor], *, dtype: torch.dtype | None = None, folder: Path = SHARED_MEMORY
     ) -> None:
-        """Make room for tensors of these names, shapes and types, or of type `dtype`; `write` fills it.
+        """Allocate tensors of these names, shapes and types, or of type `dtype`; `write` fills them.
 
         Raises:
             ConfigError: not enough shared memory.
@@ -81,7 +81,7 @@ class SharedWeights:
         self.layout = Layout.from_weights(weights, dtype)
         descriptor, self.path = tempfile.mkstemp(prefix="ebft-weights-", dir=folder)
         try:
-            # Without its room reserved, a full tmpfs would end the process at some later write.
+            # Without reserved room, a full tmpfs would kill the process at some later write.
             os.posix_fallocate(descriptor, 0, self.layout.n_bytes)
             self._views = views(self.path, self.layout)
         except OSError as error:
@@ -95,20 +95,20 @@ class SharedWeights:
 
     @torch.no_grad()
     def write(self, weights: dict[str, Tensor]) -> None:
-        """Overwrite all tensors; nobody may be reading."""
+        """Overwrite all tensors; no process may be reading them."""
         for name, view in self._views.items():
             view.copy_(weights[name])
 
     def unlink(self) -> None:
-        """Take the file's name away; processes that have mapped it keep it until they end."""
+        """Remove the file's name; processes that have mapped it can use it until they end."""
         Path(self.path).unlink(missing_ok=True)
 
 
 @torch.no_grad()
 def policy_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The model's weights under the names of its checkpoint, tied ones once and adapters merged.
+    """Return the model's weights under the names of its checkpoint, tied ones once and adapters merged.
 
-    All weights must be there: inside `gathered`, if they are sharded. Nothing is copied but what adapters change.
+    Sharded weights must be unsharded first. Only the weights that adapters change are copied.
     """
     adapters = _adapters(model)
     weights = {}
@@ -119,16 +119,11 @@ def policy_weights(model: nn.Module) -> dict[str, Tensor]:
         base = owner.removesuffix(".base_layer")
         merged = leaf == "weight" and base in adapters
         value = parameter.detach()
-        weights[f"{base}.{leaf}"] = value + _delta(adapters[base]).to(value) if merged else value
+        weights[f"{base}.{leaf}"] = value + adapters[base].get_delta_weight("default").to(value) if merged else value
     return weights
 
 
-def _delta(adapter: Any) -> Tensor:
-    delta: Tensor = adapter.get_delta_weight("default")
-    return delta
-
-
-def _adapters(model: nn.Module) -> dict[str, nn.Module]:
+def _adapters(model: nn.Module) -> dict[str, Any]:
     if not any(".lora_" in name for name, _ in model.named_parameters()):
         return {}
     from peft.tuners.tuners_utils import BaseTunerLayer

@@ -49,7 +49,7 @@ class StudyServices:
     def released(self, owner: str) -> None:
         """An attempt has ended, in whatever way: engines need not keep its weights."""
         for engine in self._engines.values():
-            engine.forget_weights.remote(owner)
+            engine.evict_weights.remote(owner)
 
     def problems(self) -> list[str]:
         """Problems with caches since the last call; results are not affected."""
