@@ -30,8 +30,7 @@ from ebft_study.study.forecast import expected
 from ebft_study.study.population import exploit, explore
 from ebft_study.study.resolving import feature_plan
 from ebft_study.study.search import journal
-from ebft_study.study.search.admission import Admission
-from ebft_study.study.search.listed import ListedSearch, PopulationSearch, Search
+from ebft_study.study.search.listed import Admission, ListedSearch, PopulationSearch, Search
 from ebft_study.study.search.optuna_search import OptunaSearch
 from ebft_study.study.spec import trials
 from ebft_study.study.spec.study_spec import ResourcesSpec, StudySpec
@@ -109,14 +108,14 @@ def _search(folder: StoragePath, spec: StudySpec, past: History, monitor: Monito
         def refused(label: str, problem: str) -> None:
             monitor.note("refused", f"{label}: {problem}")
 
-        working = journal.fetch(folder)
+        working = journal.download(folder)
         repaired = journal.repair(spec, working, results.read_table(folder, "trials"))
         if repaired:
             monitor.note("damaged", repaired)
-        return journal.SyncedSearch(OptunaSearch(spec, working, past.trial_results, refused), working, folder)
+        return OptunaSearch(spec, working, past.trial_results, refused, lambda: journal.upload(folder))
     waiting = [t for t in trials.listed(spec) if t.trial_id not in past.trial_results]
     monitor.all_planned(waiting)
-    return PopulationSearch(waiting, places=places) if spec.scheduler.kind == "pbt" else ListedSearch(waiting)
+    return PopulationSearch(waiting, slots=places) if spec.scheduler.kind == "pbt" else ListedSearch(waiting)
 
 
 def _admitted(search: Search, spec: StudySpec, runs: Sequence[RunConfig], capacity: ClusterCapacity) -> Search:

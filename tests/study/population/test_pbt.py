@@ -349,7 +349,7 @@ def test_a_takeover_is_drawn_again_by_nobody(folder: Path) -> None:
 
 def test_a_new_population_begins_when_there_are_places() -> None:
     study = spec(seeds=[0, 1], baselines={})
-    source = PopulationSearch(trials.trials_of(study, trials.enumerated(study)), places=2)
+    source = PopulationSearch(trials.trials_of(study, trials.enumerated(study)), slots=2)
     out = [source.next() for _ in range(5)]
     assert [trial and trial.seed for trial in out] == [0, 0, 0, 0, None]
     for trial in out[:3]:
