@@ -11,7 +11,9 @@ starts, uploaded before any trial that it chose starts.
 from __future__ import annotations
 
 import json
+import random
 import tempfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,11 +23,12 @@ from ebft_study.storage import StoragePath, storage_errors, storage_path
 from ebft_study.study.spec import enumeration, trials
 from ebft_study.study.spec.axis import Axis
 from ebft_study.study.spec.enumeration import Assignment
-from ebft_study.study.spec.study_spec import ObjectiveSpec, StudySpec
+from ebft_study.study.spec.study_spec import ObjectiveSpec, SearchSpec, StudySpec
 
 if TYPE_CHECKING:
     import optuna
     import pandas as pd
+    from optuna.samplers import BaseSampler
     from optuna.trial import FrozenTrial
 
 JOURNAL = "optuna.journal"
@@ -71,14 +74,49 @@ def open_study(spec: StudySpec, path: Path) -> optuna.Study:
     if path.exists():
         with path.open("r+b") as file:
             file.truncate(file.read().rfind(b"\n") + 1)
-    return optuna.create_study(
+    study = optuna.create_study(
         study_name=spec.study, storage=_storage(path), directions=directions(spec.objective), load_if_exists=True
     )
+    study.sampler = _sampler(spec.search, len(study.get_trials(deepcopy=False)))
+    return study
 
 
 def directions(objective: ObjectiveSpec) -> list[str]:
     """`minimize` or `maximize` for each objective."""
     return [f"{each.mode}imize" for each in objective.all]
+
+
+def _sampler(search: SearchSpec, asked: int) -> BaseSampler:
+    """The sampler of a search that has asked for `asked` configurations."""
+    from optuna import samplers
+    from optuna.exceptions import ExperimentalWarning
+
+    # With the seed of its first session, a resumed search would draw the same configurations again.
+    seed = random.Random(f"{search.search_seed}-{asked}").getrandbits(32) if asked else search.search_seed
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)  # QMC and the crossovers, since Optuna 3
+        match search.sampler:
+            case "random":
+                return samplers.RandomSampler(seed=seed)
+            case "nsga2":
+                # Optuna's default crossover swaps whole values: every sixth child is one that was trained before.
+                crossover = samplers.nsgaii.BLXAlphaCrossover()
+                return samplers.NSGAIISampler(seed=seed, population_size=search.population_size, crossover=crossover)
+            case "gp":
+                return samplers.GPSampler(seed=seed, warn_independent_sampling=False)
+            case "qmc":
+                # The journal holds the position in the sequence, which belongs to the seed that it began with. What the
+                # sequence does not cover, such as the first configuration, is drawn at random.
+                return samplers.QMCSampler(
+                    seed=search.search_seed,
+                    independent_sampler=samplers.RandomSampler(seed=seed),
+                    scramble=True,
+                    warn_independent_sampling=False,
+                    warn_asynchronous_seeding=False,
+                )
+            case "tpe":
+                # The constant liar keeps concurrent trials apart.
+                return samplers.TPESampler(seed=seed, constant_liar=True)
 
 
 def _storage(path: Path) -> Any:
@@ -133,6 +171,7 @@ def ask_for(spec: StudySpec, study: optuna.Study, assignment: Assignment) -> opt
     """Have Optuna choose exactly this configuration."""
     study.enqueue_trial({key: _stored(value) for key, value in assignment.items()})
     asked = study.ask()
+    _ = asked.relative_params  # samplers that count what they draw count this configuration, too
     suggest(spec, asked)
     return asked
 

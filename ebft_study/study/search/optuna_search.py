@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import random
-import warnings
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,11 +19,10 @@ from ebft_study.study.folder.trial_states import TrialResult
 from ebft_study.study.search import journal
 from ebft_study.study.spec import enumeration, trials
 from ebft_study.study.spec.enumeration import Assignment
-from ebft_study.study.spec.study_spec import SearchSpec, StudySpec
+from ebft_study.study.spec.study_spec import StudySpec
 from ebft_study.study.spec.trials import Trial
 
 if TYPE_CHECKING:
-    from optuna.samplers import BaseSampler
     from optuna.trial import FrozenTrial
 
 _MOST_EXCLUDED = 10  # suggestions in a row
@@ -58,12 +56,10 @@ class OptunaSearch:
         self._spec, self._on_refused, self._on_change = spec, on_refused, on_change
         self._trial_results = dict(trial_results)
         self._study = journal.open_study(spec, path)
-        asked = self._study.get_trials(deepcopy=False)
-        self._study.sampler = _sampler(spec.search, len(asked))
         baselines = trials.trials_of(spec, trials.baselines(spec))
         self._waiting = deque(trial for trial in baselines if trial.trial_id not in trial_results)
         self._excluded: set[int] = set()
-        for frozen in asked:
+        for frozen in self._study.get_trials(deepcopy=False):
             self._restore(frozen)
         on_change()
 
@@ -176,36 +172,3 @@ def _means(trial_results: Sequence[TrialResult]) -> list[float]:
     if not all(math.isfinite(value) for values in objectives for value in values):
         return []
     return [math.fsum(values) / len(values) for values in objectives]
-
-
-def _sampler(search: SearchSpec, asked: int) -> BaseSampler:
-    """The sampler of a search that has asked for `asked` configurations."""
-    from optuna import samplers
-    from optuna.exceptions import ExperimentalWarning
-
-    # With the seed of its first session, a resumed search would draw the same configurations again.
-    seed = random.Random(f"{search.search_seed}-{asked}").getrandbits(32) if asked else search.search_seed
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)  # QMC and the crossovers, since Optuna 3
-        match search.sampler:
-            case "random":
-                return samplers.RandomSampler(seed=seed)
-            case "nsga2":
-                # Optuna's default crossover swaps whole values: every sixth child is one that was trained before.
-                crossover = samplers.nsgaii.BLXAlphaCrossover()
-                return samplers.NSGAIISampler(seed=seed, population_size=search.population_size, crossover=crossover)
-            case "gp":
-                return samplers.GPSampler(seed=seed, warn_independent_sampling=False)
-            case "qmc":
-                # The journal holds the position in the sequence, which belongs to the seed that it began with. Choices
-                # have no order to spread over, so they are drawn at random, as is all before the first result.
-                return samplers.QMCSampler(
-                    seed=search.search_seed,
-                    independent_sampler=samplers.RandomSampler(seed=seed),
-                    scramble=True,
-                    warn_independent_sampling=False,
-                    warn_asynchronous_seeding=False,
-                )
-            case "tpe":
-                # The constant liar keeps concurrent trials apart.
-                return samplers.TPESampler(seed=seed, constant_liar=True)
