@@ -67,8 +67,10 @@ def study(
 
         if resume or extend:
             raise ConfigError("command line: --what-if: runs nothing. Drop it, or --resume and --extend")
-        asked = replay_table.what_if(file, profile=profile, overrides=overrides or [], name=name, storage=storage)
-        replay_table.show(*asked, Console())
+        replays = replay_table.replay_study(
+            file, profile=profile, overrides=overrides or [], name=name, storage=storage
+        )
+        replay_table.show(replays, Console())
         return
     from ebft_study.study.driver import runner
     from ebft_study.study.resolving import study_file

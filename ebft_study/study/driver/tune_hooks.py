@@ -132,7 +132,7 @@ class StudyStopper(Stopper):  # type: ignore[misc]
         if self.watch is None or "outcome" in result or result["config"]["is_baseline"]:
             return False
         settings = result["config"]
-        return self.watch.look(settings["trial_id"], result, total_steps=settings["total_steps"])
+        return self.watch.should_stop(settings["trial_id"], result, total_steps=settings["total_steps"])
 
     def stop_all(self) -> bool:
         if self._deadline is not None and time.monotonic() >= self._deadline:
