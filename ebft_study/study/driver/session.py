@@ -61,7 +61,7 @@ def run_session(
     from ebft_study.study.driver.tune_hooks import StudyStopper
 
     if folder.local:
-        exploit.tidy(folder.local)
+        exploit.remove_unfinished(folder.local)
     recorder = results.StudyRecorder(folder, study=spec.study)
     monitor = Monitor(recorder, past.states, spec.objective.metric, spec.objective.further_metrics)
     concurrency = requests.concurrent_trials(spec, runs, capacity)
@@ -185,7 +185,7 @@ def _tune(
         monitor.note("features", plan.reason)
     feature_plan.check_cache(runs, plan, spec.resources)
     shared = services.StudyServices(spec.resources, plan, runs)
-    lines, take_turns = exploit.lines(folder), spec.scheduler.kind == "pbt"
+    lines, take_turns = exploit.lineages(folder), spec.scheduler.kind == "pbt"
     # Ray's start puts a handler of its own for SIGTERM in place of ours, which ends the process there and then.
     with _ray(spec, capacity, concurrency, plan.travelling_bytes) as place, _signals(stopper.request_stop):
         monitor.say(own.dashboard_line())
@@ -275,7 +275,7 @@ def _scheduler(
     if spec.scheduler.kind == "pbt":
         assert folder.local  # `runner` refuses it elsewhere
         warm = runs[-1].training.warm_start_steps
-        return Populations(spec, folder.local, monitor, warm_start_steps=warm, places=places, released=released)
+        return Populations(spec, folder.local, monitor, warm_start_steps=warm, slots=places, released=released)
     if spec.scheduler.kind == "none":
         return FIFOScheduler()
     longest = max(run.total_steps for run in runs)

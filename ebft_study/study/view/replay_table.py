@@ -122,10 +122,9 @@ def _describe(spec: StudySpec) -> str:
         return f"{name} ({', '.join(f'{key} {trials.format_value(value)}' for key, value in settings.items())})"
 
     kind = spec.scheduler.kind
-    scheduler = [] if kind == "none" else [with_settings(kind, spec.scheduler)]
-    return text.listed(
-        scheduler + [with_settings(name.replace("_", " "), rule) for name, rule in spec.stopping if rule]
-    )
+    named = [] if kind == "none" else [with_settings(kind, spec.scheduler)]
+    named += [with_settings(name.replace("_", " "), rule) for name, rule in spec.stopping if rule]
+    return text.listed(named)
 
 
 # --- tables ----------------------------------------------------------------------------------------------------

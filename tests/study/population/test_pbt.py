@@ -97,14 +97,14 @@ class TuneTrial:
 class Cluster:
     """A study's folder, its trials in Tune's hands, and the scheduler."""
 
-    def __init__(self, folder: Path, study: StudySpec, *, places: int = 8) -> None:
+    def __init__(self, folder: Path, study: StudySpec, *, slots: int = 8) -> None:
         self.folder, self.spec, self.recorder = folder, study, StudyRecorder(folder, study="s")
         self.released: list[tuple[str, int]] = []
         self.scheduler = Populations(
             study, folder, self, warm_start_steps=study.run.get("training", {}).get("warm_start_steps", 0),
-            places=places, released=lambda trial_id, attempt: self.released.append((trial_id, attempt)),
+            slots=slots, released=lambda trial_id, attempt: self.released.append((trial_id, attempt)),
         )  # fmt: skip
-        lines = exploit.lines(folder)
+        lines = exploit.lineages(folder)
         listed = trials.trials_of(study, trials.enumerated(study))
         self.trials = {t.trial_id: TuneTrial(folder, t, lines.get(t.trial_id)) for t in listed}
         for trial in self.trials.values():
@@ -209,7 +209,7 @@ def test_a_value_that_is_not_finite_is_passed_over(folder: Path) -> None:
 
 
 def test_seeds_are_populations_of_their_own(folder: Path) -> None:
-    cluster = Cluster(folder, spec(seeds=[0, 1], baselines={}), places=8)
+    cluster = Cluster(folder, spec(seeds=[0, 1], baselines={}), slots=8)
     for name in (f"t000{i}" for i in range(4)):
         cluster.report(name, INTERVAL, 1.0)  # all of seed 0, better than all of seed 1
     for i in range(4, 8):
@@ -218,7 +218,7 @@ def test_seeds_are_populations_of_their_own(folder: Path) -> None:
 
 
 def test_trials_take_turns_where_there_are_more_of_them_than_places(folder: Path) -> None:
-    cluster = Cluster(folder, spec(baselines={}), places=2)
+    cluster = Cluster(folder, spec(baselines={}), slots=2)
     names = [f"t000{i}" for i in range(4)]
     for name in names[1:]:
         cluster.trials[name].status = "PENDING"
@@ -240,7 +240,7 @@ def test_trials_take_turns_where_there_are_more_of_them_than_places(folder: Path
 
 
 def test_with_room_for_all_nobody_waits(folder: Path) -> None:
-    cluster = Cluster(folder, spec(baselines={}), places=4)
+    cluster = Cluster(folder, spec(baselines={}), slots=4)
     cluster.trials["t0003"].status = "PENDING"  # on its way to its place
     assert cluster.report("t0000", INTERVAL, 1.0) == GOES_ON
 
@@ -308,7 +308,7 @@ def test_of_the_lines_that_a_trial_has_left_only_the_last_checkpoints_stay(folde
 def test_what_a_killed_driver_left_half_done_is_removed(folder: Path) -> None:
     (folder / "train" / ".takeover-t0001").mkdir(parents=True)
     (folder / "train" / "t0001-1").mkdir()
-    exploit.tidy(folder)
+    exploit.remove_unfinished(folder)
     assert [path.name for path in (folder / "train").iterdir()] == ["t0001-1"]
 
 
@@ -326,7 +326,7 @@ def test_a_resumed_population_is_where_it_was(folder: Path) -> None:
     assert worst.config["settings"] == first.trials["t0004"].config["settings"]
     assert worst.config["line"]["donor"] == "t0001"
     for name in ("t0001", "t0002", "t0003", "t0004"):
-        states = [c.scheduler._population(c.trials[name])._trial_state[c.trials[name]] for c in (first, second)]
+        states = [c.scheduler._of_seed[0]._trial_state[c.trials[name]] for c in (first, second)]
         assert states[0].last_score == states[1].last_score
         assert states[0].last_perturbation_time == states[1].last_perturbation_time == INTERVAL
     # Everybody was measured before, so the first report is judged.
