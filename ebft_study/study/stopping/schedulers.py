@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 
@@ -21,18 +21,6 @@ Curve = Sequence[tuple[float, float]]
 """A trial's (step, objective) in order of steps."""
 
 _GOLDEN = (math.sqrt(5) - 1) / 2
-
-
-class Comparison(Protocol):
-    """Compares a trial with those seen before. Each trial's points arrive in order of steps, each point once."""
-
-    def reason_to_stop(self, trial_id: str, step: float, value: float) -> str:
-        """Record a point; why the trial should stop there, or '' if it continues."""
-        ...
-
-    def record(self, trial_id: str, step: float, value: float) -> None:
-        """Record a point on which an earlier session has decided."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -75,6 +63,7 @@ class Halving:
         self._added: set[str] = set()
 
     def reason_to_stop(self, trial_id: str, step: float, value: float) -> str:
+        """Record a point; why the trial should stop there, or '' if it continues. Points of a trial come in order."""
         bracket = bracket_of(trial_id, self._shares)
         asha = self._brackets[bracket]
         if asha is None:
@@ -88,6 +77,7 @@ class Halving:
         return f"{self._metric} {value:.4g} at step {step:g} is not among the best 1/{self._factor} of trials {group}"
 
     def record(self, trial_id: str, step: float, value: float) -> None:
+        """Record a point on which an earlier session has decided."""
         self.reason_to_stop(trial_id, step, value)
 
 
@@ -133,7 +123,7 @@ class StudyScheduler(FIFOScheduler):  # type: ignore[misc]
         """`longest`: steps of the longest trial. `history`: curves of trials that earlier sessions ran."""
         super().__init__()
         self._metric = spec.objective.metric
-        self._comparison: Comparison = Median(spec) if spec.scheduler.kind == "median" else Halving(spec, longest)
+        self._comparison = Median(spec) if spec.scheduler.kind == "median" else Halving(spec, longest)
         self._last_steps: dict[str, float] = {}
         self.reasons: dict[str, str] = {}
         """Why trials were stopped."""

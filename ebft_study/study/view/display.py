@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
 
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -33,18 +32,6 @@ class Plan:
     """Expected duration of a trial, if earlier studies tell."""
 
 
-class Display(Protocol):
-    """Where progress is shown."""
-
-    def changed(self, state: TrialState, what: str) -> None:
-        """Show that `what` happened to a trial, in a few words."""
-
-    def say(self, line: str) -> None:
-        """Show a line about the study as a whole."""
-
-    def close(self) -> None: ...
-
-
 class Lines:
     """Plain lines, for logs and pipes."""
 
@@ -52,23 +39,26 @@ class Lines:
         self._console, self._columns = console, columns
 
     def changed(self, state: TrialState, what: str) -> None:
+        """Show that `what` happened to a trial, in a few words."""
         numbers = " ".join(f"{name}={state.metrics[name]:.4g}" for name in self._columns if name in state.metrics)
         self.say(" ".join(f"{state.trial_id} {state.label}: {what} {numbers}".split()))
 
     def say(self, line: str) -> None:
+        """Show a line about the study as a whole."""
         print_plain(self._console, f"{time.strftime('%H:%M:%S')} {line}")
 
     def close(self) -> None:
         """Lines need no closing."""
 
 
-class LiveTable:
+class LiveTable(Lines):
     """One table that updates in place; lines scroll by above it."""
 
     def __init__(
         self, console: Console, columns: tuple[str, ...], states: dict[str, TrialState], title: str, plan: Plan
     ) -> None:
-        self._console, self._columns, self._states, self._title, self._plan = console, columns, states, title, plan
+        super().__init__(console, columns)
+        self._states, self._title, self._plan = states, title, plan
         self._live = Live(console=console, get_renderable=self._render, refresh_per_second=2, transient=False)
         self._live.start()
 
@@ -88,7 +78,7 @@ class LiveTable:
 
 def display(
     console: Console, columns: tuple[str, ...], states: dict[str, TrialState], *, title: str, plan: Plan
-) -> Display:
+) -> Lines:
     """A live table on a terminal, plain lines elsewhere."""
     if console.is_terminal:
         return LiveTable(console, columns, states, title, plan)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import optuna
 import pytest
 import yaml
 from optuna._hypervolume import compute_hypervolume
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from ebft_study.errors import ConfigError
@@ -26,6 +23,7 @@ from ebft_study.study.search.optuna_search import OptunaSearch
 from ebft_study.study.spec import normalize
 from ebft_study.study.spec.study_spec import ObjectiveSpec, StudySpec
 from ebft_study.study.spec.trials import Trial
+from tests.study.search.searches import plain_optuna, run_all
 
 BOTH = [{"metric": "ce_loss", "mode": "min"}, {"metric": "cfm_loss", "mode": "min"}]
 REFERENCE = np.array([2.0, 2.0])
@@ -43,18 +41,6 @@ def spec(**changes: Any) -> StudySpec:
                    **changes.get("search", {})},
     }  # fmt: skip
     return normalize.from_record(content, source="study.yaml")
-
-
-def plain_optuna(journal: Path) -> optuna.Study:
-    return optuna.load_study(study_name="s", storage=JournalStorage(JournalFileBackend(str(journal))))
-
-
-def run_all(source: OptunaSearch, result: Callable[[Trial], TrialResult]) -> list[Trial]:
-    done = []
-    while (trial := source.next()) is not None:
-        source.ended(trial.trial_id, result(trial))
-        done.append(trial)
-    return done
 
 
 def rated(trial: Trial) -> TrialResult:
@@ -141,16 +127,12 @@ def test_the_means_over_seeds_are_told_or_that_there_are_none(
 
 @pytest.mark.parametrize("sampler", ["nsga2", "tpe", "gp", "qmc", "random"])
 def test_every_sampler_copes_with_several_objectives_early_stops_and_failures(tmp_path: Path, sampler: str) -> None:
-    kinds = ("finished", "finished", "finished", "early", "failed")
+    kinds: Any = ("finished", "finished", "finished", "early", "failed")
     study = spec(search={"sampler": sampler, "num_configurations": 15})
 
     def ended(trial: Trial) -> TrialResult:
-        kind: Any = kinds[int(trial.trial_id[1:]) % 5]
-        return (
-            TrialResult(kind, rated(trial).value, 5, rated(trial).further)
-            if kind != "failed"
-            else TrialResult("failed")
-        )
+        kind = kinds[int(trial.trial_id[1:]) % 5]
+        return TrialResult(kind) if kind == "failed" else dataclasses.replace(rated(trial), kind=kind, step=5)
 
     assert len(run_all(OptunaSearch(study, tmp_path / JOURNAL, {}), ended)) == 15
     states = [frozen.state for frozen in plain_optuna(tmp_path / JOURNAL).trials]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,12 @@ from ebft_study.storage import storage_path
 from ebft_study.study.folder import trial_states
 from ebft_study.study.folder.trial_states import TrialResult
 from ebft_study.study.search.journal import JOURNAL, is_over
-from ebft_study.study.search.listed import ListedSearch, Search
+from ebft_study.study.search.listed import ListedSearch
 from ebft_study.study.search.optuna_search import OptunaSearch
 from ebft_study.study.spec import normalize, trials
 from ebft_study.study.spec.study_spec import StudySpec
 from ebft_study.study.spec.trials import Trial
+from tests.study.search.searches import plain_optuna, run_all
 
 
 def spec(**changes: Any) -> StudySpec:
@@ -38,18 +38,7 @@ def spec(**changes: Any) -> StudySpec:
 
 
 def asked(journal: Path) -> list[FrozenTrial]:
-    study = optuna.load_study(study_name="s", storage=JournalStorage(JournalFileBackend(str(journal))))
-    return study.get_trials()
-
-
-def run_all(source: Search, result: Callable[[Trial], TrialResult]) -> list[Trial]:
-    """Run every trial, one after the other."""
-    done = []
-    while (trial := source.next()) is not None:
-        source.ended(trial.trial_id, result(trial))
-        done.append(trial)
-    assert source.exhausted
-    return done
+    return plain_optuna(journal).get_trials()
 
 
 def rate(trial: Trial) -> TrialResult:

@@ -57,7 +57,7 @@ def stops(found: Any) -> list[tuple[str, int, float]]:
     return [(stop.trial.trial_id, stop.step, stop.at_seconds) for stop in found.stops]
 
 
-def test_one_place_one_stop_by_hand() -> None:
+def test_one_slot_one_stop_by_hand() -> None:
     """The second trial is worse at step 10, after 45 s of the first, 3 s to start and 10 s of its own."""
     ran = [trial(0, [3, 2, 1, 1, 1], start=3, end=2), trial(1, [3, 2.5, 1, 1, 0.5], start=3, end=2)]
     found = replay(ran, spec(scheduler=ASHA), concurrency=1)
@@ -69,8 +69,8 @@ def test_one_place_one_stop_by_hand() -> None:
     assert (stops(nothing), nothing.seconds, nothing.chosen, nothing.regret) == ([], 90.0, "c1", 0.0)
 
 
-def test_a_stop_frees_its_place_for_the_next_trial() -> None:
-    """Two places: t0 and t1 until t1 stops at 20 s; t2 then runs from 20 s to 30 s, where it stops, and t3 to 70 s."""
+def test_a_stop_frees_its_slot_for_the_next_trial() -> None:
+    """Two slots: t0 and t1 until t1 stops at 20 s; t2 then runs from 20 s to 30 s, where it stops, and t3 to 70 s."""
     ran = [trial(0, [3, 1, 1, 1, 1]), trial(1, [3, 2, 2, 2, 2], pace=2.0), trial(2, [3, 2.5, 0, 0, 0])]
     ran += [trial(3, [3, 0.5, 0.5, 0.5, 0.5])]
     found = replay(ran, spec(scheduler=ASHA), concurrency=2)
@@ -81,7 +81,7 @@ def test_a_stop_frees_its_place_for_the_next_trial() -> None:
 
 
 def test_who_comes_first_decides() -> None:
-    """A fast trial sets the standard for a slow one, and with one place the order of the list does."""
+    """A fast trial sets the standard for a slow one, and with one slot the order of the list does."""
     fast, slow = trial(0, [3, 2, 1], pace=1.0), trial(1, [3, 1, 1], pace=5.0)
     assert stops(replay([fast, slow], spec(scheduler=ASHA), concurrency=2)) == []
     assert stops(replay([slow, fast], spec(scheduler=ASHA), concurrency=2)) == []
@@ -98,7 +98,7 @@ def test_a_rule_is_asked_before_the_scheduler_and_what_it_stops_is_a_standard() 
     assert (found.winner, found.chosen) == ("c2", "c2")
 
 
-def test_baselines_take_their_place_and_are_left_alone() -> None:
+def test_baselines_take_their_slot_and_are_left_alone() -> None:
     baseline = trial(0, [3, 9, 9], is_baseline=True, configuration="sft", evaluations=(), elapsed=())
     found = replay([baseline, trial(1, [3, 2, 2])], spec(scheduler=ASHA), concurrency=1)
     assert (stops(found), found.seconds, found.chosen) == ([], 40.0, "c1")
@@ -139,7 +139,7 @@ def random_trials(seed: int) -> list[RecordedTrial]:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("seed", range(4))
-def test_one_place_is_the_live_scheduler_fed_trial_by_trial(kind: str, seed: int) -> None:
+def test_one_slot_is_the_live_scheduler_fed_trial_by_trial(kind: str, seed: int) -> None:
     asked, ran = spec(scheduler=KINDS[kind]), random_trials(seed)
     live, expected = StudyScheduler(asked, longest=32, history={}), []
     for one in ran:
@@ -155,7 +155,7 @@ def test_one_place_is_the_live_scheduler_fed_trial_by_trial(kind: str, seed: int
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("concurrency", [2, 5])
-def test_several_places_are_a_clock_that_ticks(kind: str, concurrency: int) -> None:
+def test_several_slots_are_a_clock_that_ticks(kind: str, concurrency: int) -> None:
     """The same by a clock of 1 s, on times that are whole numbers of them."""
     asked = spec(scheduler=KINDS[kind], stopping={"stagnation": {"evaluations": 6}})
     ran = [
