@@ -84,7 +84,7 @@ def ends(scheduler: StudyScheduler, curves: Curves, seed: int) -> dict[str, int]
 
 
 def ends_with_a_resume(section: Mapping[str, Any], curves: Curves, seed: int, after: int) -> dict[str, int]:
-    """The same, when the driver dies after a number of reports and trials continue from a checkpoint two reports back."""
+    """The same, when the driver dies after a number of reports and trials continue two reports back."""
     scheduler, last = scheduler_of(section), dict[str, int]()
     seen: dict[str, list[tuple[float, float]]] = {}
     source, count = reports(curves, seed), 0
