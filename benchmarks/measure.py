@@ -114,7 +114,7 @@ def local_ray() -> Iterator[None]:
     from ebft_study.study.cluster import own
 
     own.set_environment()
-    with own.running(namespace="bench", places=1, dashboard=False, travelling_bytes=REPLY_BYTES):
+    with own.running(namespace="bench", slots=1, dashboard=False, travelling_bytes=REPLY_BYTES):
         yield
 
 

@@ -27,8 +27,7 @@ if TYPE_CHECKING:
     from ebft_study.study.driver.runner import StudyResult
     from ebft_study.study.forecast.plan import StudyPlan
     from ebft_study.study.resolving.resolved import ResolvedStudy
-    from ebft_study.study.spec.study_spec import StudySpec
-    from ebft_study.study.view.replay_table import WhatIf
+    from ebft_study.study.view.replay_table import StudyReplays
     from ebft_study.training import RunResult
 
 STUDIES = "studies"
@@ -133,11 +132,11 @@ def replay(
     *,
     name: str | None = None,
     storage: Location = STUDIES,
-) -> tuple[StudySpec, WhatIf]:
+) -> StudyReplays:
     """Replay a finished study under the early stopping of its file, or under every kind if the file asks for none."""
     from ebft_study.study.view import replay_table
 
-    return replay_table.what_if(Path(file), profile=profile, overrides=overrides, name=name, storage=storage)
+    return replay_table.replay_study(Path(file), profile=profile, overrides=overrides, name=name, storage=storage)
 
 
 def read_results(study: Location, *, storage: Location = STUDIES) -> Results:

@@ -70,7 +70,7 @@ def study(
 
         if resume or extend:
             raise ConfigError("command line: --what-if: runs nothing. Drop it, or --resume and --extend")
-        replay_table.show(*api.replay(file, profile, overrides or [], name=name, storage=storage), Console())
+        replay_table.show(api.replay(file, profile, overrides or [], name=name, storage=storage), Console())
         return
     loaded = api.load(file, profile, overrides or [], name=name)
     if extend and resume:

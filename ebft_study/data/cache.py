@@ -50,7 +50,7 @@ def cached_tensors(
 def _cached(
     path: Path,
     read: Callable[[Path], tuple[Value, Facts]],
-    write: Callable[[Value, Facts, str], None],
+    write: Callable[[Value, Facts, Path], None],
     make: Callable[[], tuple[Value, Facts]],
 ) -> tuple[Value, Facts]:
     with contextlib.suppress(*_UNREADABLE):  # missing or damaged

@@ -175,7 +175,7 @@ class DiskCache:
                     "disk. Free space or set EBFT_STUDY_CACHE to another folder; results are not affected, only time"
                 )
 
-    def _change(self, statement: str, parameters: list[tuple[object, ...]]) -> None:
+    def _change(self, statement: str, parameters: Sequence[tuple[object, ...]]) -> None:
         """Change rows. Where that fails, rows are evicted too early, or damage is found again."""
         with contextlib.suppress(*_ERRORS), self._transaction("BEGIN IMMEDIATE") as database:
             database.executemany(statement, parameters)

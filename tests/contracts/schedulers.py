@@ -54,12 +54,12 @@ def random_curves(seed: int, *, trials: int = 24, points: int = STEPS // EVERY +
     }
 
 
-def reports(curves: Curves, seed: int, places: int = 4) -> Iterator[tuple[str, int, float]]:
-    """(trial, step, value), as `places` trials at a time report them in random order; send True to stop the trial."""
+def reports(curves: Curves, seed: int, slots: int = 4) -> Iterator[tuple[str, int, float]]:
+    """(trial, step, value), as `slots` trials at a time report them in random order; send True to stop the trial."""
     draw, waiting = random.Random(seed), list(curves)
     running: dict[str, int] = {}
     while waiting or running:
-        while waiting and len(running) < places:
+        while waiting and len(running) < slots:
             running[waiting.pop(0)] = 0
         trial_id = draw.choice(sorted(running))
         point = running[trial_id]
@@ -84,7 +84,7 @@ def ends(scheduler: StudyScheduler, curves: Curves, seed: int) -> dict[str, int]
 
 
 def ends_with_a_resume(section: Mapping[str, Any], curves: Curves, seed: int, after: int) -> dict[str, int]:
-    """The same, when the driver dies after a number of reports and trials go on from a checkpoint two reports back."""
+    """The same, when the driver dies after a number of reports and trials continue two reports back."""
     scheduler, last = scheduler_of(section), dict[str, int]()
     seen: dict[str, list[tuple[float, float]]] = {}
     source, count = reports(curves, seed), 0

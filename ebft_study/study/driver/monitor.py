@@ -13,7 +13,7 @@ from ebft_study.results import StudyRecorder
 from ebft_study.results.lineage import EXPLOIT
 from ebft_study.study.folder.trial_states import EARLY_STOP, OPEN, TrialResult, TrialState, trial_result
 from ebft_study.study.spec.trials import Trial, format_value
-from ebft_study.study.view.display import Display
+from ebft_study.study.view.display import Lines
 
 COUNTED = ("sequences_seen", "tokens_seen", "peak_memory_bytes")
 
@@ -31,7 +31,7 @@ class Monitor:
         self._recorder, self._states, self._objective, self._further = recorder, states, objective, further
         self._best_cfm: dict[str, float] = {}
         self._first_report: dict[str, tuple[int, float]] = {}
-        self.display: Display | None = None
+        self.display: Lines | None = None
 
     def planned(self, trial: Trial) -> None:
         """A trial is known and pending."""

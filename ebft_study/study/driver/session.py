@@ -30,8 +30,7 @@ from ebft_study.study.population import exploit, explore
 from ebft_study.study.resolving.resolved import ResolvedStudy
 from ebft_study.study.resolving.service_plan import check_cache
 from ebft_study.study.search import journal
-from ebft_study.study.search.admission import Admission
-from ebft_study.study.search.listed import ListedSearch, PopulationSearch, Search
+from ebft_study.study.search.listed import Admission, ListedSearch, PopulationSearch, Search
 from ebft_study.study.search.optuna_search import OptunaSearch
 from ebft_study.study.spec.trial_task import TrialTask
 from ebft_study.study.spec.trials import Trial
@@ -61,7 +60,7 @@ def run_session(
     from ebft_study.study.driver.tune_hooks import StudyStopper
 
     if folder.local:
-        exploit.tidy(folder.local)
+        exploit.remove_unfinished(folder.local)
     spec = study.spec
     recorder = results.StudyRecorder(folder, study=study.name)
     monitor = Monitor(recorder, past.states, spec.objective.metric, spec.objective.further_metrics)
@@ -109,16 +108,16 @@ def _search(folder: StoragePath, study: ResolvedStudy, past: History, monitor: M
         def refused(label: str, problem: str) -> None:
             monitor.note("refused", f"{label}: {problem}")
 
-        working = journal.fetch(folder)
+        working = journal.download(folder)
         repaired = journal.repair(spec, working, results.read_table(folder, "trials"))
         if repaired:
             monitor.note("damaged", repaired)
-        search: Search = journal.SyncedSearch(OptunaSearch(spec, working, past.trial_results, refused), working, folder)
+        search: Search = OptunaSearch(spec, working, past.trial_results, refused, lambda: journal.upload(folder))
     else:
         waiting = [trial for trial in study.trials if trial.trial_id not in past.trial_results]
         monitor.all_planned(waiting)
         is_population = spec.scheduler.kind == "pbt"
-        search = PopulationSearch(waiting, places=study.concurrency) if is_population else ListedSearch(waiting)
+        search = PopulationSearch(waiting, slots=study.concurrency) if is_population else ListedSearch(waiting)
     if len(study.requests) == 1:  # Ray's order is that of the search
         return search
     return Admission(search, lambda trial: ResourceRequest.for_trial(trial).share(study.trial_capacity))
@@ -180,7 +179,7 @@ def _tune(
         monitor.note("features", plan.reason)
     check_cache(study.runs, plan, spec.resources)
     services = StudyServices(spec.resources)
-    lineages, is_population = exploit.lines(folder), spec.scheduler.kind == "pbt"
+    lineages, is_population = exploit.lineages(folder), spec.scheduler.kind == "pbt"
     # Ray's start replaces our handler for SIGTERM with one that ends the process immediately.
     with _ray(study, plan.travelling_bytes) as slot, _signals(stopper.request_stop):
         monitor.say(own.dashboard_line())
@@ -271,7 +270,7 @@ def _scheduler(
         assert folder.local  # `runner` refuses it elsewhere
         warm = study.runs[-1].training.warm_start_steps
         slots = study.concurrency
-        return Populations(spec, folder.local, monitor, warm_start_steps=warm, places=slots, released=released)
+        return Populations(spec, folder.local, monitor, warm_start_steps=warm, slots=slots, released=released)
     if spec.scheduler.kind == "none":
         return FIFOScheduler()
     return StudyScheduler(spec, longest=study.longest_run_steps, history=past.curves)

@@ -99,7 +99,7 @@ def check_cache(runs: Sequence[RunConfig], plan: ServicePlan, resources: Resourc
     if wanted is not None:
         from ebft_study.features.cache import open_cache
 
-        open_cache(network_options(wanted, resources), lambda _problem: None).close()
+        open_cache(network_options(wanted, resources), lambda _problem: None)
 
 
 def may_need_service(run: RunConfig) -> bool:

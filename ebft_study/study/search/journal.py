@@ -1,159 +1,275 @@
-"""Optuna's journal: where it is, and what becomes of a damaged one.
+"""Optuna's journal: a configuration as Optuna's parameters, where the file is stored, and how a damaged one is rebuilt.
 
-Optuna appends to a file on a disk. Of a study in a store that file is a working copy: fetched when a driver begins, and
-put back before any trial that it chose is started. Every configuration is in the results tables too, so a journal that
-is damaged or gone is written anew from them.
+The journal is the record of a search. It holds what samplers need and the results tables lack: NSGA-II's generations,
+the position of a quasi-random sequence, excluded and refused configurations. The tables hold every configuration that
+has a trial, so a journal that is damaged or lost is rebuilt from them.
+
+Optuna appends to a local file. For a study in an object store that file is a working copy: downloaded when a driver
+starts, uploaded before any trial that it chose starts.
 """
 
 from __future__ import annotations
 
-import contextlib
+import json
+import random
 import tempfile
-from collections.abc import Iterator
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ebft_study import config
 from ebft_study.results import cell_value
 from ebft_study.storage import StoragePath, storage_errors, storage_path
-from ebft_study.study.folder.trial_states import TrialResult
-from ebft_study.study.search import optuna_search
-from ebft_study.study.search.listed import Search
-from ebft_study.study.search.optuna_search import JOURNAL
 from ebft_study.study.spec import enumeration, trials
+from ebft_study.study.spec.axis import Axis
 from ebft_study.study.spec.enumeration import Assignment
-from ebft_study.study.spec.study_spec import StudySpec
-from ebft_study.study.spec.trials import Trial
+from ebft_study.study.spec.study_spec import ObjectiveSpec, SearchSpec, StudySpec
 
 if TYPE_CHECKING:
+    import optuna
     import pandas as pd
+    from optuna.samplers import BaseSampler
+    from optuna.trial import FrozenTrial
 
+JOURNAL = "optuna.journal"
 _UNREADABLE = (ValueError, KeyError, AttributeError, TypeError, AssertionError, IndexError)
-"""What Optuna raises at a journal that is none."""
+"""Errors that Optuna raises on a file that is not a journal."""
 
 
-class SyncedSearch:
-    """A search whose journal is put back into the study's place whenever it has changed."""
-
-    def __init__(self, inner: Search, journal: Path, folder: StoragePath) -> None:
-        self._inner, self._journal, self._place = inner, journal, folder / JOURNAL
-        self._seen = -1
-        self._keep()
-
-    def next(self) -> Trial | None:
-        found = self._inner.next()
-        self._keep()
-        return found
-
-    def ended(self, trial_id: str, trial_result: TrialResult) -> None:
-        self._inner.ended(trial_id, trial_result)
-        self._keep()
-
-    @property
-    def exhausted(self) -> bool:
-        return self._inner.exhausted
-
-    def _keep(self) -> None:
-        size = self._journal.stat().st_size if self._journal.exists() else -1
-        if self._place.local is None and size != self._seen:
-            self._place.write_bytes(self._journal.read_bytes())
-            self._seen = size
+# --- the file --------------------------------------------------------------------------------------------------
 
 
 def working_copy(folder: StoragePath) -> Path:
-    """Where the journal is on a disk."""
+    """The local file that Optuna appends to."""
     return folder.local_dir / JOURNAL
 
 
-def fetch(folder: StoragePath) -> Path:
-    """The journal on a disk, for the study's one driver."""
-    journal = working_copy(folder)
+def download(folder: StoragePath, to: Path | None = None) -> Path:
+    """The journal as a local file; that of a study in an object store is copied to `to`, or to its working copy."""
+    path = working_copy(folder)
     if folder.local is None:
-        journal.parent.mkdir(parents=True, exist_ok=True)
+        path = to or path
         try:
-            storage_path(journal).write_bytes((folder / JOURNAL).read_bytes())
+            storage_path(path).write_bytes((folder / JOURNAL).read_bytes())
         except FileNotFoundError:
-            storage_path(journal).delete()
-    return journal
+            path.unlink(missing_ok=True)
+    return path
+
+
+def upload(folder: StoragePath) -> None:
+    """Copy the working copy of the journal to a study in an object store."""
+    if folder.local is None:
+        (folder / JOURNAL).write_bytes(working_copy(folder).read_bytes())
+
+
+def open_study(spec: StudySpec, path: Path) -> optuna.Study:
+    """Open the journal for writing, or begin one. Only for the study's one driver.
+
+    Removes what a killed driver left: an incomplete last line, and its lock.
+    """
+    import optuna
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Path(f"{path}.lock").unlink(missing_ok=True)
+    if path.exists():
+        with path.open("r+b") as file:
+            file.truncate(file.read().rfind(b"\n") + 1)
+    study = optuna.create_study(
+        study_name=spec.study, storage=_storage(path), directions=directions(spec.objective), load_if_exists=True
+    )
+    study.sampler = _sampler(spec.search, len(study.get_trials(deepcopy=False)))
+    return study
+
+
+def directions(objective: ObjectiveSpec) -> list[str]:
+    """`minimize` or `maximize` for each objective."""
+    return [f"{each.mode}imize" for each in objective.all]
+
+
+def _sampler(search: SearchSpec, asked: int) -> BaseSampler:
+    """The sampler of a search that has asked for `asked` configurations."""
+    from optuna import samplers
+    from optuna.exceptions import ExperimentalWarning
+
+    # With the seed of its first session, a resumed search would draw the same configurations again.
+    seed = random.Random(f"{search.search_seed}-{asked}").getrandbits(32) if asked else search.search_seed
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)  # QMC and the crossovers, since Optuna 3
+        match search.sampler:
+            case "random":
+                return samplers.RandomSampler(seed=seed)
+            case "nsga2":
+                # Optuna's default crossover swaps whole values: every sixth child is one that was trained before.
+                crossover = samplers.nsgaii.BLXAlphaCrossover()
+                return samplers.NSGAIISampler(seed=seed, population_size=search.population_size, crossover=crossover)
+            case "gp":
+                return samplers.GPSampler(seed=seed, warn_independent_sampling=False)
+            case "qmc":
+                # The journal holds the position in the sequence, which belongs to the seed that it began with. What the
+                # sequence does not cover, such as the first configuration, is drawn at random.
+                return samplers.QMCSampler(
+                    seed=search.search_seed,
+                    independent_sampler=samplers.RandomSampler(seed=seed),
+                    scramble=True,
+                    warn_independent_sampling=False,
+                    warn_asynchronous_seeding=False,
+                )
+            case "tpe":
+                # The constant liar keeps concurrent trials apart.
+                return samplers.TPESampler(seed=seed, constant_liar=True)
+
+
+def _storage(path: Path) -> Any:
+    import optuna
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return JournalStorage(JournalFileBackend(str(path)))
 
 
 def is_over(spec: StudySpec, folder: StoragePath) -> bool:
-    """Whether every configuration was asked for and told; only reads, so a driver may be running."""
-    try:
-        with _read_only(folder) as journal:
-            return optuna_search.is_over(spec, journal)
-    except _UNREADABLE:
-        return False
+    """Whether every configuration was asked for and told. Reads only, so a driver may be running."""
+    import optuna
 
-
-@contextlib.contextmanager
-def _read_only(folder: StoragePath) -> Iterator[Path]:
-    if folder.local is not None:
-        yield folder.local / JOURNAL
-        return
     with tempfile.TemporaryDirectory() as temporary:
-        with contextlib.suppress(FileNotFoundError):
-            Path(temporary, JOURNAL).write_bytes((folder / JOURNAL).read_bytes())
-        yield Path(temporary, JOURNAL)
+        path = download(folder, Path(temporary, JOURNAL))
+        if not path.exists():
+            return False
+        try:
+            asked = optuna.load_study(study_name=spec.study, storage=_storage(path)).get_trials(deepcopy=False)
+            run = sum(not is_left_out(spec, frozen) for frozen in asked)
+        except _UNREADABLE:
+            return False
+    return run >= (spec.search.num_configurations or 0) and all(frozen.state.is_finished() for frozen in asked)
 
 
-def repair(spec: StudySpec, journal: Path, rows: pd.DataFrame) -> str:
-    """Write a journal anew that does not agree with the table of trials; returns what was wrong, '' for nothing."""
-    with storage_errors(storage_path(journal)):
-        journal.parent.mkdir(parents=True, exist_ok=True)
-        optuna_search.repair_journal(journal)
-        chosen = _chosen(spec, rows)
-        problem = _problem(spec, journal, chosen)
+# --- configurations in it --------------------------------------------------------------------------------------
+
+
+def trial_ids(spec: StudySpec, number: int) -> list[str]:
+    """The trials of the configuration that Optuna numbers `number`, one per seed; baselines come before them."""
+    first = (len(spec.baselines) + number) * len(spec.seeds)
+    return [f"t{first + index:04d}" for index in range(len(spec.seeds))]
+
+
+def configuration_number(spec: StudySpec, trial_id: str) -> int:
+    """Optuna's number of a trial's configuration; negative for a baseline."""
+    return int(trial_id[1:]) // len(spec.seeds) - len(spec.baselines)
+
+
+def suggest(spec: StudySpec, asked: optuna.Trial) -> Assignment:
+    """Let Optuna choose axis by axis, in the order of the study file: whether one exists depends on earlier ones."""
+    assignment: Assignment = {}
+    for key, axis in spec.axes.items():
+        if enumeration.exists(axis, assignment):
+            assignment[key] = _value(axis, _suggest(key, axis, asked))
+    return assignment
+
+
+def ask_for(spec: StudySpec, study: optuna.Study, assignment: Assignment) -> optuna.Trial:
+    """Have Optuna choose exactly this configuration."""
+    study.enqueue_trial({key: _stored(value) for key, value in assignment.items()})
+    asked = study.ask()
+    _ = asked.relative_params  # samplers that count what they draw count this configuration, too
+    suggest(spec, asked)
+    return asked
+
+
+def assignment_of(spec: StudySpec, params: Mapping[str, Any]) -> Assignment | None:
+    """The configuration that Optuna's parameters stand for; None if an axis is missing, or one should not exist."""
+    assignment: Assignment = {}
+    for key, axis in spec.axes.items():
+        if enumeration.exists(axis, assignment):
+            if key not in params:
+                return None
+            assignment[key] = _value(axis, params[key])
+    return assignment if set(assignment) == set(params) else None
+
+
+def is_left_out(spec: StudySpec, frozen: FrozenTrial) -> bool:
+    """Whether a trial of Optuna's is of an excluded configuration, or replaces one in a rebuilt journal."""
+    from optuna.trial import TrialState
+
+    assignment = assignment_of(spec, frozen.params)
+    if assignment is None:
+        return frozen.state == TrialState.PRUNED and not frozen.params
+    return enumeration.is_excluded(spec, assignment)
+
+
+def _suggest(key: str, axis: Axis, asked: optuna.Trial) -> Any:
+    if axis.is_choice:
+        return asked.suggest_categorical(key, [_stored(value) for value in axis.finite or ()])
+    low, high = float(axis.low or 0.0), float(axis.high or 0.0)
+    if axis.is_integer:
+        return asked.suggest_int(key, int(low), int(high), step=int(axis.step or 1), log=axis.is_log)
+    return asked.suggest_float(key, low, high, step=axis.step, log=axis.is_log)
+
+
+def _stored(value: Any) -> Any:
+    """A choice as Optuna stores it: scalars as they are, lists as JSON."""
+    return value if value is None or isinstance(value, bool | int | float | str) else json.dumps(value)
+
+
+def _value(axis: Axis, stored: Any) -> Any:
+    if axis.is_choice:
+        return next(value for value in axis.finite or () if _stored(value) == stored)
+    return int(stored) if axis.is_integer else axis.readable(stored)
+
+
+# --- repair ----------------------------------------------------------------------------------------------------
+
+
+def repair(spec: StudySpec, path: Path, rows: pd.DataFrame) -> str:
+    """Rebuild a journal that contradicts the table of trials; returns what was wrong with it, '' for nothing."""
+    with storage_errors(storage_path(path)):
+        chosen = {configuration_number(spec, row["trial_id"]): row for row in rows.to_dict("records")}
+        chosen = {number: row for number, row in chosen.items() if number >= 0}
+        problem = _problem(spec, path, chosen)
         if not problem:
             return ""
-        aside = journal.with_name(f"{journal.name}.damaged")
-        if journal.exists():
-            journal.replace(aside)
-        _rebuild(spec, journal, chosen)
-    return f"{journal.name} {problem}; written anew from the results tables"
+        if path.exists():
+            path.replace(path.with_name(f"{path.name}.damaged"))
+        _rebuild(spec, open_study(spec, path), chosen)
+    return f"{path.name} {problem}; rebuilt from the results tables"
 
 
-def _chosen(spec: StudySpec, rows: pd.DataFrame) -> dict[int, dict[Any, Any]]:
-    """Number of a configuration -> the row of one of its trials."""
-    first, seeds = len(trials.trials_of(spec, trials.baselines(spec))), len(spec.seeds)
-    numbered = {int(row["trial_id"][1:]): row for row in rows.to_dict("records")}
-    return {(number - first) // seeds: row for number, row in sorted(numbered.items(), reverse=True) if number >= first}
-
-
-def _problem(spec: StudySpec, journal: Path, chosen: dict[int, dict[Any, Any]]) -> str:
-    if not journal.exists():
-        return "is gone" if chosen else ""
+def _problem(spec: StudySpec, path: Path, chosen: Mapping[int, dict[Any, Any]]) -> str:
+    """`chosen`: Optuna's number of a configuration -> the row of one of its trials."""
+    if not path.exists():
+        return "is missing" if chosen else ""
     try:
-        asked = optuna_search.load_study(spec, journal).get_trials(deepcopy=False)
-        known = {frozen.number: optuna_search.configuration_of(spec, frozen.params) for frozen in asked}
+        asked = open_study(spec, path).get_trials(deepcopy=False)
+        assignments = {frozen.number: assignment_of(spec, frozen.params) for frozen in asked}
     except _UNREADABLE:
         return "is damaged"
-    labels = {number: configuration.label for number, configuration in known.items() if configuration}
-    other = [n for n, row in chosen.items() if labels.get(n) != row["configuration"]]
-    return "does not hold what was tried" if other else ""
+    labels = {number: trials.on_axes(spec, values).label for number, values in assignments.items() if values}
+    differs = any(labels.get(number) != row["configuration"] for number, row in chosen.items())
+    return "does not hold the configurations of the trials" if differs else ""
 
 
-def _rebuild(spec: StudySpec, journal: Path, chosen: dict[int, dict[Any, Any]]) -> None:
-    """Numbers that no trial has (excluded, refused, only asked for) are left out: others are tried in their place."""
+def _rebuild(spec: StudySpec, study: optuna.Study, chosen: Mapping[int, dict[Any, Any]]) -> None:
+    """Numbers without a trial (excluded, refused, only asked for) are left out: other configurations replace them."""
     from optuna.trial import TrialState, create_trial
 
-    study = optuna_search.load_study(spec, journal)
     for number in range(max(chosen, default=-1) + 1):
         if number in chosen:
-            optuna_search.ask_for(spec, study, _assignment(spec, chosen[number]))
+            ask_for(spec, study, _recorded_assignment(spec, chosen[number]))
         else:
             study.add_trial(create_trial(state=TrialState.PRUNED))
 
 
-def _assignment(spec: StudySpec, row: dict[Any, Any]) -> Assignment:
-    """The value of every axis that exists in a trial's row; the trial's label tells choices of several settings."""
-    named = set(str(row["configuration"]).split(" "))
-    found: Assignment = {}
+def _recorded_assignment(spec: StudySpec, row: Mapping[Any, Any]) -> Assignment:
+    """The value of every axis that exists, by a row of `trials`; a choice of several settings is named in its label."""
+    names = set(str(row["configuration"]).split(" "))
+    assignment: Assignment = {}
     for key, axis in spec.axes.items():
-        if not enumeration.exists(axis, found):
+        if not enumeration.exists(axis, assignment):
             continue
         if axis.choices is None:
-            found[key] = cell_value(row[config.short_name(key)])
+            value = cell_value(row[config.short_name(key)])
+            assignment[key] = list(value) if isinstance(value, tuple) else value  # study files have lists
         else:
-            found[key] = next(name for name in axis.choices if f"{key}={name}" in named)
-    return found
+            assignment[key] = next(name for name in axis.choices if f"{key}={name}" in names)
+    return assignment

@@ -1,40 +1,32 @@
-"""When a trial is not worth going on with: pure functions from its evaluations so far to a reason, or to ''.
+"""Rules that stop a single trial: pure functions from its evaluations so far to a reason, or to ''.
 
 Schedulers compare trials with each other; these rules look at one trial alone, so they also work where all are bad.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Callable, Mapping, Sequence
 
 from ebft_study.study.folder.trial_states import Evaluation
 from ebft_study.study.spec.study_spec import ObjectiveSpec, StoppingSpec
 
 
 def reason_to_stop(history: Sequence[Evaluation], rules: StoppingSpec, objective: ObjectiveSpec) -> str:
-    """Why the trial should stop by the first rule that says so; '' to go on."""
-    reasons = (
-        diverged(history, margin=rules.divergence.margin, evaluations=rules.divergence.evaluations)
-        if rules.divergence
-        else "",
-        collapsed(
-            history,
-            duplicate_rate=rules.collapse.duplicate_rate,
-            entropy=rules.collapse.entropy,
-            evaluations=rules.collapse.evaluations,
-        )
-        if rules.collapse
-        else "",
-        stagnated(
-            history, objective, improvement=rules.stagnation.improvement, evaluations=rules.stagnation.evaluations
-        )
-        if rules.stagnation
-        else "",
-        hacked(history, evaluations=rules.reward_hacking.evaluations) if rules.reward_hacking else "",
-    )
-    return next((reason for reason in reasons if reason), "")
+    """The reason of the first rule that stops the trial; '' if it continues."""
+    checks: dict[str, Callable[..., str]] = {
+        "divergence": diverged,
+        "collapse": collapsed,
+        "stagnation": functools.partial(stagnated, objective=objective),
+        "reward_hacking": hacked,
+    }
+    for name, rule in rules:
+        if rule and (reason := checks[name](history, **rule.model_dump())):
+            return str(reason)
+    return ""
 
 
 def diverged(history: Sequence[Evaluation], *, margin: float, evaluations: int) -> str:
@@ -59,12 +51,13 @@ def collapsed(history: Sequence[Evaluation], *, duplicate_rate: float, entropy: 
     """More than `duplicate_rate` of the samples repeat another of their context, or the policy's entropy is below
     `entropy` nats/token, in the last `evaluations` ones."""
     last = _last(history, evaluations)
-    if last and all(evaluation.get("duplicate_rate") > duplicate_rate for evaluation in last):
-        value = last[-1].get("duplicate_rate")
-        return f"collapsed: duplicate_rate {value:.3g} is above {duplicate_rate:g} for {evaluations} evaluations"
-    if last and all(evaluation.get("policy_entropy") < entropy for evaluation in last):
-        value = last[-1].get("policy_entropy")
-        return f"collapsed: policy_entropy {value:.3g} is below {entropy:g} for {evaluations} evaluations"
+    for metric, side, limit, is_beyond in (
+        ("duplicate_rate", "above", duplicate_rate, operator.gt),
+        ("policy_entropy", "below", entropy, operator.lt),
+    ):
+        if last and all(is_beyond(evaluation.get(metric), limit) for evaluation in last):
+            value = last[-1].get(metric)
+            return f"collapsed: {metric} {value:.3g} is {side} {limit:g} for {evaluations} evaluations"
     return ""
 
 
@@ -109,13 +102,13 @@ class RuleMonitor:
         self._rules, self._objective = rules, objective
         self._histories = {trial_id: list(history) for trial_id, history in (past or {}).items()}
         self.reasons: dict[str, str] = {}
-        """Trials that were stopped, and why."""
+        """Why trials were stopped."""
 
-    def look(self, trial_id: str, metrics: Mapping[str, float], *, total_steps: int) -> bool:
+    def should_stop(self, trial_id: str, metrics: Mapping[str, float], *, total_steps: int) -> bool:
         """Whether a trial that has just reported should stop.
 
-        A report that repeats an evaluation (`evaluated_step` lies before `step`) brings nothing new; nor does one of
-        a step that was evaluated before, as a retried trial sends it.
+        Ignores a report that repeats an evaluation (`evaluated_step` lies before `step`), and one of a step that was
+        evaluated before, as a retried trial sends it.
         """
         step, history = int(metrics["step"]), self._histories.setdefault(trial_id, [])
         if metrics.get("evaluated_step") != step or (history and step <= history[-1].step) or step >= total_steps:

@@ -1,4 +1,4 @@
-"""What people see of a study: one table, live on a terminal and printed by `status`, plain lines elsewhere.
+"""Progress of a study: one table, live on a terminal and printed by `status`, and plain lines elsewhere.
 
 Imports no Ray: `status` shows a study from its results tables alone.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
 
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -25,24 +24,12 @@ _FEWEST_ROWS, _OTHER_LINES = 5, 14  # a live table that is higher than the scree
 
 @dataclass(frozen=True)
 class Plan:
-    """How many trials the study will have, some of which a search may still choose, and how many run side by side."""
+    """How many trials the study will have, some of which a search may still choose, and how many run concurrently."""
 
     trials: int
     concurrency: int = 1
     trial_seconds: float | None = None
-    """What a trial is expected to take, if earlier studies tell."""
-
-
-class Display(Protocol):
-    """Where progress goes."""
-
-    def changed(self, state: TrialState, what: str) -> None:
-        """`what` happened to a trial, in a few words."""
-
-    def say(self, line: str) -> None:
-        """A line about the study as a whole."""
-
-    def close(self) -> None: ...
+    """Expected duration of a trial, if earlier studies tell."""
 
 
 class Lines:
@@ -52,24 +39,26 @@ class Lines:
         self._console, self._columns = console, columns
 
     def changed(self, state: TrialState, what: str) -> None:
+        """Show that `what` happened to a trial, in a few words."""
         numbers = " ".join(f"{name}={state.metrics[name]:.4g}" for name in self._columns if name in state.metrics)
         self.say(" ".join(f"{state.trial_id} {state.label}: {what} {numbers}".split()))
 
     def say(self, line: str) -> None:
-        self._console.print(f"{time.strftime('%H:%M:%S')} {line}", markup=False, highlight=False, soft_wrap=True)
+        """Show a line about the study as a whole."""
+        print_plain(self._console, f"{time.strftime('%H:%M:%S')} {line}")
 
     def close(self) -> None:
         """Lines need no closing."""
 
 
-class LiveTable:
-    """One table that updates in place; remarks scroll by above it."""
+class LiveTable(Lines):
+    """One table that updates in place; lines scroll by above it."""
 
     def __init__(
         self, console: Console, columns: tuple[str, ...], states: dict[str, TrialState], title: str, plan: Plan
     ) -> None:
-        self._columns, self._states, self._title, self._plan = columns, states, title, plan
-        self._console = console
+        super().__init__(console, columns)
+        self._states, self._title, self._plan = states, title, plan
         self._live = Live(console=console, get_renderable=self._render, refresh_per_second=2, transient=False)
         self._live.start()
 
@@ -84,22 +73,27 @@ class LiveTable:
 
     def _render(self) -> RenderableType:
         most = max(_FEWEST_ROWS, min(_MOST_ROWS, self._console.height - _OTHER_LINES))
-        return render(list(self._states.values()), self._columns, title=self._title, plan=self._plan, most=most)
+        return render(self._states.values(), self._columns, title=self._title, plan=self._plan, most=most)
 
 
 def display(
     console: Console, columns: tuple[str, ...], states: dict[str, TrialState], *, title: str, plan: Plan
-) -> Display:
+) -> Lines:
     """A live table on a terminal, plain lines elsewhere."""
     if console.is_terminal:
         return LiveTable(console, columns, states, title, plan)
     return Lines(console, columns)
 
 
+def print_plain(console: Console, line: str, style: str | None = None) -> None:
+    """Print a line as it is: brackets are no markup, and long lines are not broken."""
+    console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
 def render(
     states: Iterable[TrialState], columns: tuple[str, ...], *, title: str, plan: Plan, most: int = _MOST_ROWS
 ) -> RenderableType:
-    """The table of trials, what went wrong, and a line that counts and says how long the rest will take."""
+    """The table of trials, what went wrong, and a line that counts trials and says how long the rest will take."""
     states = list(states)
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for header in ("trial", "settings", "state", "step", *columns, "time"):
@@ -114,7 +108,7 @@ def render(
 
 
 def _shown(states: list[TrialState], most: int) -> list[TrialState]:
-    """All trials if they fit; else those that run, then the latest to end, then the next to come."""
+    """All trials if they fit; else those that run, then the latest to end, then the next to start."""
     if len(states) <= most:
         return states
     rank = {"running": 0, "failed": 1, "stopped": 1, "finished": 2, "interrupted": 2, "pending": 3}
@@ -126,7 +120,7 @@ def _cells(state: TrialState, columns: tuple[str, ...]) -> list[str]:
     step = f"{state.step}/{state.total_steps}" if state.total_steps else str(state.step)
     numbers = [f"{state.metrics[name]:.4g}" if name in state.metrics else "" for name in columns]
     status = state.status if state.attempt <= 1 else f"{state.status} (start {state.attempt})"
-    return [state.trial_id, state.label, status, step, *numbers, duration(state.seconds)]
+    return [state.trial_id, state.label, status, step, *numbers, rounded_duration(state.seconds)]
 
 
 def summary(states: list[TrialState], plan: Plan) -> str:
@@ -136,33 +130,34 @@ def summary(states: list[TrialState], plan: Plan) -> str:
     parts = [f"{counts.pop('finished', 0)} of {max(len(states), plan.trials)} trials finished"]
     parts += [f"{count} {status}" for status, count in counts.items()]
     left = seconds_left(states, plan)
-    return ", ".join(parts) + (f"; about {duration(left)} left" if left else "")
+    return ", ".join(parts) + (f"; about {rounded_duration(left)} left" if left else "")
 
 
 def seconds_left(states: list[TrialState], plan: Plan) -> float | None:
-    """Expected time until the last trial ends: by those that have, else by the pace of those that run, else as planned.
+    """Expected time until the last trial ends, None if nothing tells.
 
-    None where nothing tells.
+    By the durations of trials that have ended, else by the throughput of those that run, else as planned.
     """
     ended = [s.seconds for s in states if s.status in ("finished", "stopped") and s.seconds]
     running = [s for s in states if s.status == "running"]
     to_come = sum(s.status == "pending" for s in states) + max(plan.trials - len(states), 0)
-    known = ended or [expected for s in running if (expected := _at_its_pace(s)) is not None]
-    mean = sum(known) / len(known) if known else plan.trial_seconds
+    durations = ended or [expected for s in running if (expected := _expected_seconds(s)) is not None]
+    mean = sum(durations) / len(durations) if durations else plan.trial_seconds
     if mean is None or not len(running) + to_come:
         return None
-    rest = mean * to_come + sum(max((_at_its_pace(s) or mean) - (s.seconds or 0.0), 0.0) for s in running)
+    rest = mean * to_come + sum(max((_expected_seconds(s) or mean) - (s.seconds or 0.0), 0.0) for s in running)
     return rest / min(plan.concurrency, len(running) + to_come)
 
 
-def _at_its_pace(state: TrialState) -> float | None:
-    """What a trial that runs will have taken, if its steps go on as so far."""
+def _expected_seconds(state: TrialState) -> float | None:
+    """Duration of a running trial if its steps continue to take as long as so far."""
     if not state.step or not state.total_steps or not state.seconds:
         return None
     return state.seconds * state.total_steps / state.step
 
 
-def duration(seconds: float | None) -> str:
+def rounded_duration(seconds: float | None) -> str:
+    """One number for a cell that changes: 41 s, 4 min, 2.5 h. `text.duration` is exact to the second."""
     if seconds is None:
         return ""
     if seconds < 100:

@@ -334,7 +334,7 @@ def test_trials_that_a_search_has_yet_to_choose_count() -> None:
 
 @pytest.mark.parametrize(("seconds", "spelt"), [(None, ""), (7.2, "7 s"), (240, "4 min"), (9000, "2.5 h")])
 def test_durations_are_readable(seconds: float | None, spelt: str) -> None:
-    assert display.duration(seconds) == spelt
+    assert display.rounded_duration(seconds) == spelt
 
 
 def test_an_early_stop_says_what_it_saved_at_the_trials_own_pace(

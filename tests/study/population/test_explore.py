@@ -9,9 +9,10 @@ import pytest
 
 from ebft_study.errors import ConfigError
 from ebft_study.study.population import explore
-from ebft_study.study.resolving import checks, population_rules
+from ebft_study.study.resolving import population_rules
 from ebft_study.study.spec import normalize, trials
 from ebft_study.study.spec.study_spec import StudySpec
+from tests.studies import resolved
 
 AXES = {
     "learning_rate": {"distribution": "log_uniform", "low": 1e-5, "high": 1e-2},
@@ -137,6 +138,6 @@ def test_what_cannot_work_is_refused_when_the_file_is_read(changes: dict[str, An
 
 
 def test_a_sound_population_is_accepted() -> None:
-    assert len(checks.check(spec(baselines={"sft": {"method": "sft"}}), "study.yaml")) == 5
+    assert len(resolved(spec(baselines={"sft": {"method": "sft"}})).runs) == 5
     temperature = {"axes": {"temperature": [0.6, 1.0]}, "run": {**RUN, "evaluation_temperature": 1.0}, "search": {}}
-    assert len(checks.check(spec(**temperature), "study.yaml")) == 2
+    assert len(resolved(spec(**temperature)).runs) == 2

@@ -1,4 +1,4 @@
-"""Populations without a cluster: who takes over from whom, taking turns, and what a resumed study knows."""
+"""Populations without a cluster: who exploits whom, taking turns, and what a resumed study knows."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ebft_study.study.spec.study_spec import ObjectiveSpec, StudySpec
 from ebft_study.training import checkpoint
 
 STEPS, INTERVAL = 40, 10
-GOES_ON, WAITS, HAS_GONE = TrialScheduler.CONTINUE, TrialScheduler.PAUSE, TrialScheduler.NOOP
+CONTINUES, PAUSES, EXPLOITS = TrialScheduler.CONTINUE, TrialScheduler.PAUSE, TrialScheduler.NOOP
 
 
 def spec(**changes: Any) -> StudySpec:
@@ -97,14 +97,14 @@ class TuneTrial:
 class Cluster:
     """A study's folder, its trials in Tune's hands, and the scheduler."""
 
-    def __init__(self, folder: Path, study: StudySpec, *, places: int = 8) -> None:
+    def __init__(self, folder: Path, study: StudySpec, *, slots: int = 8) -> None:
         self.folder, self.spec, self.recorder = folder, study, StudyRecorder(folder, study="s")
         self.released: list[tuple[str, int]] = []
         self.scheduler = Populations(
             study, folder, self, warm_start_steps=study.run.get("training", {}).get("warm_start_steps", 0),
-            places=places, released=lambda trial_id, attempt: self.released.append((trial_id, attempt)),
+            slots=slots, released=lambda trial_id, attempt: self.released.append((trial_id, attempt)),
         )  # fmt: skip
-        lines = exploit.lines(folder)
+        lines = exploit.lineages(folder)
         listed = trials.trials_of(study, trials.enumerated(study))
         self.trials = {t.trial_id: TuneTrial(folder, t, lines.get(t.trial_id)) for t in listed}
         for trial in self.trials.values():
@@ -137,7 +137,7 @@ class Cluster:
             trial.save(step)
         result = {"step": float(step), "cfm_loss": value, "attempt": trial.attempt}
         decision = self.scheduler.on_trial_result(self, trial, result)
-        if decision == WAITS:
+        if decision == PAUSES:
             self.pause_trial(trial)
         return str(decision)
 
@@ -156,9 +156,9 @@ def measure_all(cluster: Cluster, step: int = INTERVAL) -> list[str]:
     return [cluster.report(f"t000{i}", step, float(i)) for i in range(1, 5)]
 
 
-def test_the_worst_goes_on_from_the_best_with_its_weights_and_settings_of_its_kind(folder: Path) -> None:
+def test_the_worst_continues_from_the_best_with_its_weights_and_settings_of_its_kind(folder: Path) -> None:
     cluster = Cluster(folder, spec())
-    assert measure_all(cluster) == [GOES_ON, GOES_ON, GOES_ON, HAS_GONE]
+    assert measure_all(cluster) == [CONTINUES, CONTINUES, CONTINUES, EXPLOITS]
     (row,) = cluster.taken()
     assert (row["trial_id"], row["donor"], row["step"], row["donor_step"]) == ("t0004", "t0001", INTERVAL, INTERVAL)
     assert (row["score"], row["donor_score"]) == (4.0, 1.0)
@@ -174,42 +174,44 @@ def test_the_worst_goes_on_from_the_best_with_its_weights_and_settings_of_its_ki
 
 def test_nobody_is_judged_before_everybody_was_measured(folder: Path) -> None:
     cluster = Cluster(folder, spec())
-    assert [cluster.report(name, INTERVAL, value) for name, value in (("t0004", 9.0), ("t0001", 1.0))] == [GOES_ON] * 2
-    assert cluster.report("t0002", INTERVAL, 2.0) == GOES_ON
+    assert [cluster.report(name, INTERVAL, value) for name, value in (("t0004", 9.0), ("t0001", 1.0))] == [
+        CONTINUES
+    ] * 2
+    assert cluster.report("t0002", INTERVAL, 2.0) == CONTINUES
     assert cluster.taken() == []
     cluster.trials["t0003"].status = "TERMINATED"  # it failed, and is not waited for
-    assert cluster.report("t0004", 2 * INTERVAL, 9.0) == HAS_GONE
+    assert cluster.report("t0004", 2 * INTERVAL, 9.0) == EXPLOITS
 
 
-def test_equals_do_not_take_over_from_each_other(folder: Path) -> None:
+def test_equals_do_not_exploit_each_other(folder: Path) -> None:
     cluster = Cluster(folder, spec())
-    assert [cluster.report(f"t000{i}", INTERVAL, 1.0) for i in range(1, 5)] == [GOES_ON] * 4
+    assert [cluster.report(f"t000{i}", INTERVAL, 1.0) for i in range(1, 5)] == [CONTINUES] * 4
 
 
 def test_between_intervals_in_the_warm_start_and_at_the_end_nothing_happens(folder: Path) -> None:
     cluster = Cluster(folder, spec(run={**spec().run["training"], "warm_start_steps": 10, "steps": STEPS - 10}))
     for step in (5, 10, 15):  # the warm start ends at 10
-        assert [cluster.report(f"t000{i}", step, float(i)) for i in range(1, 5)] == [GOES_ON] * 4
-    assert measure_all(cluster, 20)[-1] == HAS_GONE
-    assert cluster.report("t0003", STEPS, 99.0) == GOES_ON
+        assert [cluster.report(f"t000{i}", step, float(i)) for i in range(1, 5)] == [CONTINUES] * 4
+    assert measure_all(cluster, 20)[-1] == EXPLOITS
+    assert cluster.report("t0003", STEPS, 99.0) == CONTINUES
 
 
 def test_baselines_neither_give_nor_take(folder: Path) -> None:
     cluster = Cluster(folder, spec())
-    assert cluster.report("t0000", INTERVAL, 0.01) == GOES_ON
+    assert cluster.report("t0000", INTERVAL, 0.01) == CONTINUES
     measure_all(cluster)
     assert cluster.taken()[0]["donor"] == "t0001"
-    assert cluster.report("t0000", 2 * INTERVAL, 99.0) == GOES_ON
+    assert cluster.report("t0000", 2 * INTERVAL, 99.0) == CONTINUES
 
 
 def test_a_value_that_is_not_finite_is_passed_over(folder: Path) -> None:
     cluster = Cluster(folder, spec())
-    assert cluster.report("t0001", INTERVAL, float("nan")) == GOES_ON
-    assert [cluster.report(f"t000{i}", INTERVAL, float(i)) for i in (2, 3, 4)] == [GOES_ON] * 3
+    assert cluster.report("t0001", INTERVAL, float("nan")) == CONTINUES
+    assert [cluster.report(f"t000{i}", INTERVAL, float(i)) for i in (2, 3, 4)] == [CONTINUES] * 3
 
 
 def test_seeds_are_populations_of_their_own(folder: Path) -> None:
-    cluster = Cluster(folder, spec(seeds=[0, 1], baselines={}), places=8)
+    cluster = Cluster(folder, spec(seeds=[0, 1], baselines={}), slots=8)
     for name in (f"t000{i}" for i in range(4)):
         cluster.report(name, INTERVAL, 1.0)  # all of seed 0, better than all of seed 1
     for i in range(4, 8):
@@ -217,32 +219,32 @@ def test_seeds_are_populations_of_their_own(folder: Path) -> None:
     assert [(row["trial_id"], row["donor"]) for row in cluster.taken()] == [("t0007", "t0004")]
 
 
-def test_trials_take_turns_where_there_are_more_of_them_than_places(folder: Path) -> None:
-    cluster = Cluster(folder, spec(baselines={}), places=2)
+def test_trials_take_turns_where_there_are_more_of_them_than_slots(folder: Path) -> None:
+    cluster = Cluster(folder, spec(baselines={}), slots=2)
     names = [f"t000{i}" for i in range(4)]
     for name in names[1:]:
         cluster.trials[name].status = "PENDING"
-    assert cluster.report("t0000", 5, 1.0) == GOES_ON
-    assert cluster.report("t0000", INTERVAL, 1.0) == WAITS
+    assert cluster.report("t0000", 5, 1.0) == CONTINUES
+    assert cluster.report("t0000", INTERVAL, 1.0) == PAUSES
     assert repr(cluster.scheduler.choose_trial_to_run(cluster)) == "t0001"  # the furthest behind
     done = dict.fromkeys(names, 0) | {"t0000": INTERVAL}
-    for _ in range(20):  # one place: whoever the scheduler chooses does one interval
+    for _ in range(20):  # one slot: whoever the scheduler chooses does one interval
         chosen = cluster.scheduler.choose_trial_to_run(cluster)
         if chosen is None:
             break
         first = chosen.start() or 0
         step = (first // INTERVAL + 1) * INTERVAL
         done[repr(chosen)] = step
-        if cluster.report(repr(chosen), step, 1.0, saved=step < STEPS) == GOES_ON and step == STEPS:
+        if cluster.report(repr(chosen), step, 1.0, saved=step < STEPS) == CONTINUES and step == STEPS:
             chosen.status = "TERMINATED"
         assert max(done.values()) - min(done.values()) <= 2 * INTERVAL
     assert done == dict.fromkeys(names, STEPS)
 
 
 def test_with_room_for_all_nobody_waits(folder: Path) -> None:
-    cluster = Cluster(folder, spec(baselines={}), places=4)
-    cluster.trials["t0003"].status = "PENDING"  # on its way to its place
-    assert cluster.report("t0000", INTERVAL, 1.0) == GOES_ON
+    cluster = Cluster(folder, spec(baselines={}), slots=4)
+    cluster.trials["t0003"].status = "PENDING"  # about to start
+    assert cluster.report("t0000", INTERVAL, 1.0) == CONTINUES
 
 
 # --- what is on disk -------------------------------------------------------------------------------------------
@@ -264,7 +266,7 @@ def test_a_donor_without_any_checkpoint_gives_nothing(folder: Path) -> None:
     cluster = Cluster(folder, spec())
     cluster.report("t0001", INTERVAL, 1.0, saved=False)
     for i in range(2, 5):
-        assert cluster.report(f"t000{i}", INTERVAL, float(i)) == GOES_ON
+        assert cluster.report(f"t000{i}", INTERVAL, float(i)) == CONTINUES
     assert cluster.taken() == []
 
 
@@ -294,7 +296,7 @@ def test_a_trial_never_goes_back_to_its_own_past(folder: Path) -> None:
         worst.start()
 
 
-def test_of_the_lines_that_a_trial_has_left_only_the_last_checkpoints_stay(folder: Path) -> None:
+def test_of_the_lineages_that_a_trial_has_left_only_the_last_checkpoints_stay(folder: Path) -> None:
     own = [folder / "train" / f"t0001-{attempts.begin(folder, 't0001')}" for _ in range(4)]
     for step, path in zip((5, 10, 15), (own[0], own[1], own[3]), strict=True):
         (path / "checkpoint").mkdir()
@@ -308,7 +310,7 @@ def test_of_the_lines_that_a_trial_has_left_only_the_last_checkpoints_stay(folde
 def test_what_a_killed_driver_left_half_done_is_removed(folder: Path) -> None:
     (folder / "train" / ".takeover-t0001").mkdir(parents=True)
     (folder / "train" / "t0001-1").mkdir()
-    exploit.tidy(folder)
+    exploit.remove_unfinished(folder)
     assert [path.name for path in (folder / "train").iterdir()] == ["t0001-1"]
 
 
@@ -326,15 +328,15 @@ def test_a_resumed_population_is_where_it_was(folder: Path) -> None:
     assert worst.config["settings"] == first.trials["t0004"].config["settings"]
     assert worst.config["line"]["donor"] == "t0001"
     for name in ("t0001", "t0002", "t0003", "t0004"):
-        states = [c.scheduler._population(c.trials[name])._trial_state[c.trials[name]] for c in (first, second)]
+        states = [c.scheduler._of_seed[0]._trial_state[c.trials[name]] for c in (first, second)]
         assert states[0].last_score == states[1].last_score
         assert states[0].last_perturbation_time == states[1].last_perturbation_time == INTERVAL
     # Everybody was measured before, so the first report is judged.
-    assert second.report("t0003", 2 * INTERVAL, 9.0) == HAS_GONE
+    assert second.report("t0003", 2 * INTERVAL, 9.0) == EXPLOITS
     assert second.taken()[-1]["trial_id"] == "t0003"
 
 
-def test_a_takeover_is_drawn_again_by_nobody(folder: Path) -> None:
+def test_no_exploit_is_drawn_again(folder: Path) -> None:
     study = spec(axes={"gamma": {"distribution": "uniform", "low": 0.0, "high": 1.0}}, search={
         "algorithm": "random", "num_configurations": 4}, scheduler={
         "kind": "pbt", "perturbation_interval_steps": INTERVAL, "resample_probability": 1.0})  # fmt: skip
@@ -347,9 +349,9 @@ def test_a_takeover_is_drawn_again_by_nobody(folder: Path) -> None:
     assert [row["after"][short_name("loss.gamma")] for row in cluster.taken()] == drawn
 
 
-def test_a_new_population_begins_when_there_are_places() -> None:
+def test_a_new_population_begins_when_slots_are_free() -> None:
     study = spec(seeds=[0, 1], baselines={})
-    source = PopulationSearch(trials.trials_of(study, trials.enumerated(study)), places=2)
+    source = PopulationSearch(trials.trials_of(study, trials.enumerated(study)), slots=2)
     out = [source.next() for _ in range(5)]
     assert [trial and trial.seed for trial in out] == [0, 0, 0, 0, None]
     for trial in out[:3]:

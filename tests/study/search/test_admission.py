@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 
 from ebft_study.study.folder.trial_states import TrialResult
-from ebft_study.study.search.admission import Admission
-from ebft_study.study.search.listed import ListedSearch, Search
+from ebft_study.study.search.listed import Admission, ListedSearch, Search
 
 GPUS = 8
 

@@ -10,7 +10,7 @@ import pytest
 from ebft_study import config, results
 from ebft_study.storage import StoragePath, storage_path
 from ebft_study.study.folder.trial_states import TrialResult
-from ebft_study.study.search import journal, optuna_search
+from ebft_study.study.search import journal
 from ebft_study.study.search.optuna_search import OptunaSearch
 from ebft_study.study.spec import normalize
 from ebft_study.study.spec.study_spec import StudySpec
@@ -48,10 +48,9 @@ def spec(**changes: Any) -> StudySpec:
 
 def begin(folder: StoragePath, *, trials: int = 8, **changes: Any) -> tuple[Path, list[Any]]:
     """A search of which three configurations are on record (or as many as that many trials have), the first ended."""
-    working = journal.fetch(folder)
-    inner = OptunaSearch(spec(**changes), working, {})
-    kept = journal.SyncedSearch(inner, working, folder)
-    handed = [kept.next() for _ in range(trials)]
+    working = journal.download(folder)
+    search = OptunaSearch(spec(**changes), working, {}, on_change=lambda: journal.upload(folder))
+    handed = [search.next() for _ in range(trials)]
     recorder = results.StudyRecorder(folder, study="s")
     for trial in handed:
         assert trial is not None
@@ -59,12 +58,12 @@ def begin(folder: StoragePath, *, trials: int = 8, **changes: Any) -> tuple[Path
         row = {"trial_id": trial.trial_id, "status": "pending", "attempt": 0, "hyperparameters": settings}
         recorder.trial({**row, "configuration": trial.configuration.label})
     for trial_id in ("t0002", "t0003"):
-        kept.ended(trial_id, TrialResult("finished", 1.0, 4))
+        search.ended(trial_id, TrialResult("finished", 1.0, 4))
     return working, handed
 
 
 def resume(folder: StoragePath, **changes: Any) -> tuple[str, dict[str, Any]]:
-    working = journal.fetch(folder)
+    working = journal.download(folder)
     problem = journal.repair(spec(**changes), working, results.read_table(folder, "trials"))
     trial_results = {trial_id: TrialResult("finished", 1.0, 4) for trial_id in ("t0000", "t0001", "t0002", "t0003")}
     again = OptunaSearch(spec(**changes), working, trial_results)
@@ -97,7 +96,7 @@ def test_a_damaged_journal_continues_with_the_same_trials(tmp_path: Path, damage
     for trial in handed:
         if trial.trial_id in left:
             assert left[trial.trial_id].configuration == trial.configuration
-    asked = optuna_search.load_study(spec(), working).get_trials()
+    asked = journal.open_study(spec(), working).get_trials()
     assert len(asked) == 5
     assert asked[0].value == 1.0
 
@@ -105,7 +104,7 @@ def test_a_damaged_journal_continues_with_the_same_trials(tmp_path: Path, damage
 @pytest.mark.parametrize("gone", [False, True], ids=["whole", "gone"])
 def test_choices_conditions_and_exclusions_survive_the_loss_of_a_journal(tmp_path: Path, gone: bool) -> None:
     working, handed = begin(storage_path(tmp_path), trials=2 + 2 * 9, **RICH)
-    before = [frozen.params for frozen in optuna_search.load_study(spec(**RICH), working).get_trials()]
+    before = [frozen.params for frozen in journal.open_study(spec(**RICH), working).get_trials()]
     excluded = [
         n
         for n, params in enumerate(before)
@@ -120,13 +119,36 @@ def test_choices_conditions_and_exclusions_survive_the_loss_of_a_journal(tmp_pat
         if trial.trial_id in left:
             assert left[trial.trial_id].configuration == trial.configuration
     assert len(left) == 2 * (12 - 1), "twelve configurations over two seeds, one of them ended"
-    after = [frozen.params for frozen in optuna_search.load_study(spec(**RICH), working).get_trials()][: len(before)]
+    after = [frozen.params for frozen in journal.open_study(spec(**RICH), working).get_trials()][: len(before)]
     assert [{} if n in excluded and gone else params for n, params in enumerate(before)] == after
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "gp", "qmc", "random"])
+def test_after_the_loss_of_a_journal_no_sampler_repeats_a_configuration(tmp_path: Path, sampler: str) -> None:
+    search = {**SPEC["search"], "num_configurations": 8, "sampler": sampler}
+    working, handed = begin(storage_path(tmp_path), search=search)
+    working.unlink()
+    _, left = resume(storage_path(tmp_path), search=search)
+    labels = [trial.configuration.label for trial in (handed[2], handed[3], *left.values())]
+    assert len(set(labels)) == 8
+
+
+def test_a_journal_that_ends_with_an_enqueued_trial_continues(tmp_path: Path) -> None:
+    """A driver that was killed between the two steps of asking for a certain configuration."""
+    working, _ = begin(storage_path(tmp_path), trials=4)
+    journal.open_study(spec(), working).enqueue_trial({"alpha": 1.0})
+    problem, left = resume(storage_path(tmp_path))
+    assert problem == ""
+    states = [frozen.state.name for frozen in journal.open_study(spec(), working).get_trials()]
+    assert states == ["COMPLETE", "FAIL", "RUNNING", "RUNNING", "RUNNING"]
+    assert len(left) == 2 * 3
 
 
 def test_a_garbled_journal_is_not_over(tmp_path: Path) -> None:
     working, _ = begin(storage_path(tmp_path))
+    before = working.read_bytes()
     assert not journal.is_over(spec(), storage_path(tmp_path))
+    assert working.read_bytes() == before, "a driver may be writing"
     working.write_bytes(b"garbage\n" + working.read_bytes())
     assert not journal.is_over(spec(), storage_path(tmp_path))
 
@@ -137,7 +159,7 @@ def test_in_a_store_the_journal_is_fetched_and_put_back(
     folder = storage_path(f"s3://studies/journal?{s3_query}")
     monkeypatch.setenv("EBFT_STUDY_CACHE", str(tmp_path / "one"))
     working, handed = begin(folder)
-    assert (folder / optuna_search.JOURNAL).read_bytes() == working.read_bytes()
+    assert (folder / journal.JOURNAL).read_bytes() == working.read_bytes()
     monkeypatch.setenv("EBFT_STUDY_CACHE", str(tmp_path / "two"))  # another machine
     problem, left = resume(folder)
     assert problem == ""

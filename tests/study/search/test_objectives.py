@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import optuna
 import pytest
 import yaml
 from optuna._hypervolume import compute_hypervolume
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from ebft_study.analysis.pareto import front
 from ebft_study.errors import ConfigError
+from ebft_study.storage import storage_path
 from ebft_study.study.folder.trial_states import TrialResult
-from ebft_study.study.search import objectives, optuna_search
+from ebft_study.study.search.journal import JOURNAL, directions, is_over
 from ebft_study.study.search.optuna_search import OptunaSearch
 from ebft_study.study.spec import normalize
 from ebft_study.study.spec.study_spec import ObjectiveSpec, StudySpec
 from ebft_study.study.spec.trials import Trial
+from tests.studies import resolved
+from tests.study.search.searches import plain_optuna, run_all
 
 BOTH = [{"metric": "ce_loss", "mode": "min"}, {"metric": "cfm_loss", "mode": "min"}]
 REFERENCE = np.array([2.0, 2.0])
@@ -41,18 +41,6 @@ def spec(**changes: Any) -> StudySpec:
                    **changes.get("search", {})},
     }  # fmt: skip
     return normalize.from_record(content, source="study.yaml")
-
-
-def plain_optuna(journal: Path) -> optuna.Study:
-    return optuna.load_study(study_name="s", storage=JournalStorage(JournalFileBackend(str(journal))))
-
-
-def run_all(source: OptunaSearch, result: Callable[[Trial], TrialResult]) -> list[Trial]:
-    done = []
-    while (trial := source.next()) is not None:
-        source.ended(trial.trial_id, result(trial))
-        done.append(trial)
-    return done
 
 
 def rated(trial: Trial) -> TrialResult:
@@ -77,7 +65,7 @@ def test_several_are_a_list_and_come_back_from_the_record_as_such() -> None:
     assert dumped["objective"] == BOTH
     assert normalize.from_record(dumped, source="record") == spec()
     assert spec().objective.metric == "ce_loss"  # what schedulers look at
-    assert objectives.directions(spec(objective=[BOTH[0], {"metric": "reward", "mode": "max"}]).objective) == [
+    assert directions(spec(objective=[BOTH[0], {"metric": "reward", "mode": "max"}]).objective) == [
         "minimize",
         "maximize",
     ]
@@ -126,12 +114,12 @@ def test_what_cannot_work_is_refused_when_the_file_is_read(changes: dict[str, An
 def test_the_means_over_seeds_are_told_or_that_there_are_none(
     tmp_path: Path, trial_results: list[TrialResult], state: TrialState, values: list[float] | None
 ) -> None:
-    source = OptunaSearch(spec(seeds=[0, 1]), tmp_path / "j", {})
+    source = OptunaSearch(spec(seeds=[0, 1]), tmp_path / JOURNAL, {})
     for trial_result in trial_results:
         trial = source.next()
         assert trial
         source.ended(trial.trial_id, trial_result)
-    told = plain_optuna(tmp_path / "j").trials[0]
+    told = plain_optuna(tmp_path / JOURNAL).trials[0]
     assert (told.state, told.values) == (state, values)
     early = {"stopped_early": {"step": 3, "values": [2.5, 4.0]}}
     assert told.user_attrs == (early if state is TrialState.PRUNED else {})
@@ -139,25 +127,21 @@ def test_the_means_over_seeds_are_told_or_that_there_are_none(
 
 @pytest.mark.parametrize("sampler", ["nsga2", "tpe", "gp", "qmc", "random"])
 def test_every_sampler_copes_with_several_objectives_early_stops_and_failures(tmp_path: Path, sampler: str) -> None:
-    kinds = ("finished", "finished", "finished", "early", "failed")
+    kinds: Any = ("finished", "finished", "finished", "early", "failed")
     study = spec(search={"sampler": sampler, "num_configurations": 15})
 
     def ended(trial: Trial) -> TrialResult:
-        kind: Any = kinds[int(trial.trial_id[1:]) % 5]
-        return (
-            TrialResult(kind, rated(trial).value, 5, rated(trial).further)
-            if kind != "failed"
-            else TrialResult("failed")
-        )
+        kind = kinds[int(trial.trial_id[1:]) % 5]
+        return TrialResult(kind) if kind == "failed" else dataclasses.replace(rated(trial), kind=kind, step=5)
 
-    assert len(run_all(OptunaSearch(study, tmp_path / "j", {}), ended)) == 15
-    states = [frozen.state for frozen in plain_optuna(tmp_path / "j").trials]
+    assert len(run_all(OptunaSearch(study, tmp_path / JOURNAL, {}), ended)) == 15
+    states = [frozen.state for frozen in plain_optuna(tmp_path / JOURNAL).trials]
     assert [states.count(s) for s in (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)] == [9, 3, 3]
 
 
 def test_the_journal_shows_the_front_to_plain_optuna(tmp_path: Path) -> None:
-    run_all(OptunaSearch(spec(), tmp_path / "j", {}), rated)
-    study = plain_optuna(tmp_path / "j")
+    run_all(OptunaSearch(spec(), tmp_path / JOURNAL, {}), rated)
+    study = plain_optuna(tmp_path / JOURNAL)
     assert [direction.name for direction in study.directions] == ["MINIMIZE", "MINIMIZE"]
     values = [frozen.values for frozen in study.trials]
     on_front = [value for value, best in zip(values, front(values, ["min", "min"]), strict=True) if best]
@@ -197,7 +181,7 @@ def test_evolution_comes_near_the_true_front(found: dict[str, float]) -> None:
 
 @pytest.mark.parametrize("killed_after", [1, 5, 9])
 def test_a_killed_evolution_goes_on_and_ends_with_as_many_trials(tmp_path: Path, killed_after: int) -> None:
-    journal, trial_results = tmp_path / "j", dict[str, TrialResult]()
+    journal, trial_results = tmp_path / JOURNAL, dict[str, TrialResult]()
     source = OptunaSearch(spec(), journal, trial_results)
     drawn: list[Any] = []
     for number in range(killed_after):
@@ -211,7 +195,7 @@ def test_a_killed_evolution_goes_on_and_ends_with_as_many_trials(tmp_path: Path,
     after = run_all(OptunaSearch(spec(), journal, trial_results), rated)
     assert after[0].configuration.settings == drawn.pop()
     assert sorted([*trial_results, *(trial.trial_id for trial in after)]) == [f"t{number:04d}" for number in range(12)]
-    assert optuna_search.is_over(spec(), journal)
+    assert is_over(spec(), storage_path(tmp_path))
     assert all(trial.configuration.settings not in drawn for trial in after)  # the seed does not repeat itself
     generations = [f.system_attrs for f in plain_optuna(journal).trials]
     assert max(value for attrs in generations for key, value in attrs.items() if "generation" in key) == 2

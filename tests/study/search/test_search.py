@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +12,16 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
+from ebft_study.storage import storage_path
 from ebft_study.study.folder import trial_states
 from ebft_study.study.folder.trial_states import TrialResult
-from ebft_study.study.search import optuna_search
-from ebft_study.study.search.listed import ListedSearch, Search
+from ebft_study.study.search.journal import JOURNAL, is_over
+from ebft_study.study.search.listed import ListedSearch
 from ebft_study.study.search.optuna_search import OptunaSearch
 from ebft_study.study.spec import normalize, trials
 from ebft_study.study.spec.study_spec import StudySpec
 from ebft_study.study.spec.trials import Trial
+from tests.study.search.searches import plain_optuna, run_all
 
 
 def spec(**changes: Any) -> StudySpec:
@@ -37,18 +38,7 @@ def spec(**changes: Any) -> StudySpec:
 
 
 def asked(journal: Path) -> list[FrozenTrial]:
-    study = optuna.load_study(study_name="s", storage=JournalStorage(JournalFileBackend(str(journal))))
-    return study.get_trials()
-
-
-def run_all(source: Search, result: Callable[[Trial], TrialResult]) -> list[Trial]:
-    """Run every trial, one after the other."""
-    done = []
-    while (trial := source.next()) is not None:
-        source.ended(trial.trial_id, result(trial))
-        done.append(trial)
-    assert source.exhausted
-    return done
+    return plain_optuna(journal).get_trials()
 
 
 def rate(trial: Trial) -> TrialResult:
@@ -64,7 +54,7 @@ def test_listed_trials_come_in_order_and_then_no_more() -> None:
 
 
 def test_every_configuration_runs_over_all_seeds(tmp_path: Path) -> None:
-    done = run_all(OptunaSearch(spec(), tmp_path / "j", {}), rate)
+    done = run_all(OptunaSearch(spec(), tmp_path / JOURNAL, {}), rate)
     assert [trial.trial_id for trial in done] == [f"t{number:04d}" for number in range(8)]
     for first, second in zip(done[::2], done[1::2], strict=True):
         assert (first.seed, second.seed) == (0, 1)
@@ -73,8 +63,8 @@ def test_every_configuration_runs_over_all_seeds(tmp_path: Path) -> None:
 
 
 def test_optuna_is_told_the_mean_over_seeds(tmp_path: Path) -> None:
-    done = run_all(OptunaSearch(spec(), tmp_path / "j", {}), rate)
-    for number, frozen in enumerate(asked(tmp_path / "j")):
+    done = run_all(OptunaSearch(spec(), tmp_path / JOURNAL, {}), rate)
+    for number, frozen in enumerate(asked(tmp_path / JOURNAL)):
         assert frozen.state is TrialState.COMPLETE
         mean = (rate(done[2 * number]).value + rate(done[2 * number + 1]).value) / 2
         assert frozen.value == pytest.approx(mean)
@@ -82,16 +72,16 @@ def test_optuna_is_told_the_mean_over_seeds(tmp_path: Path) -> None:
 
 def test_optuna_finds_better_settings_than_it_starts_with(tmp_path: Path) -> None:
     study = spec(search={"algorithm": "optuna", "num_configurations": 40}, seeds=[0])
-    values = [rate(trial).value for trial in run_all(OptunaSearch(study, tmp_path / "j", {}), rate)]
+    values = [rate(trial).value for trial in run_all(OptunaSearch(study, tmp_path / JOURNAL, {}), rate)]
     assert sum(values[-10:]) < 0.5 * sum(values[:10])
 
 
 def test_baselines_run_first_and_are_none_of_optunas_business(tmp_path: Path) -> None:
     study = spec(baselines={"sft": {"method": "sft"}})
-    done = run_all(OptunaSearch(study, tmp_path / "j", {}), rate)
+    done = run_all(OptunaSearch(study, tmp_path / JOURNAL, {}), rate)
     assert [trial.label for trial in done[:2]] == ["sft seed=0", "sft seed=1"]
     assert len(done) == 2 + 8
-    assert len(asked(tmp_path / "j")) == 4
+    assert len(asked(tmp_path / JOURNAL)) == 4
 
 
 @pytest.mark.parametrize(
@@ -106,9 +96,9 @@ def test_baselines_run_first_and_are_none_of_optunas_business(tmp_path: Path) ->
 def test_what_did_not_finish_is_told_as_such(
     tmp_path: Path, trial_results: list[TrialResult], state: TrialState, value: float | None
 ) -> None:
-    source = OptunaSearch(spec(search={"algorithm": "optuna", "num_configurations": 1}), tmp_path / "j", {})
+    source = OptunaSearch(spec(search={"algorithm": "optuna", "num_configurations": 1}), tmp_path / JOURNAL, {})
     run_all(source, lambda trial: trial_results[trial.seed])
-    (frozen,) = asked(tmp_path / "j")
+    (frozen,) = asked(tmp_path / JOURNAL)
     assert frozen.state is state
     assert frozen.value == value
 
@@ -123,7 +113,7 @@ def test_only_an_early_stop_counts_as_one() -> None:
 @pytest.mark.parametrize("killed_after", range(9))
 def test_a_killed_search_goes_on_with_the_same_trials(tmp_path: Path, killed_after: int) -> None:
     """Whatever had ended before the kill is not run again, and nothing that was handed out is forgotten."""
-    journal, trial_results = tmp_path / "j", dict[str, TrialResult]()
+    journal, trial_results = tmp_path / JOURNAL, dict[str, TrialResult]()
     source = OptunaSearch(spec(), journal, trial_results)
     before: dict[str, Trial] = {}
     for number in range(killed_after):
@@ -136,7 +126,7 @@ def test_a_killed_search_goes_on_with_the_same_trials(tmp_path: Path, killed_aft
                 source.ended(trial.trial_id, rate(trial))
     del source
     after = run_all(OptunaSearch(spec(), journal, trial_results), rate)
-    assert optuna_search.is_over(spec(), journal)
+    assert is_over(spec(), storage_path(tmp_path))
     assert sorted([*trial_results, *(trial.trial_id for trial in after)]) == [f"t{number:04d}" for number in range(8)]
     for trial in after:
         assert trial.trial_id not in before or before[trial.trial_id] == trial
@@ -145,7 +135,7 @@ def test_a_killed_search_goes_on_with_the_same_trials(tmp_path: Path, killed_aft
 
 def test_a_resumed_search_does_not_repeat_its_draws(tmp_path: Path) -> None:
     study = spec(seeds=[0], search={"algorithm": "optuna", "num_configurations": 6, "sampler": "random"})
-    journal, trial_results, drawn = tmp_path / "j", dict[str, TrialResult](), []
+    journal, trial_results, drawn = tmp_path / JOURNAL, dict[str, TrialResult](), []
     for _ in range(6):
         trial = OptunaSearch(study, journal, trial_results).next()
         assert trial is not None
@@ -156,7 +146,7 @@ def test_a_resumed_search_does_not_repeat_its_draws(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("cut", [1, 7, 40])
 def test_a_journal_cut_off_in_the_middle_of_a_line_still_works(tmp_path: Path, cut: int) -> None:
-    journal = tmp_path / "j"
+    journal = tmp_path / JOURNAL
     source = OptunaSearch(spec(), journal, {})
     first = source.next()
     assert first is not None
@@ -179,12 +169,12 @@ def test_a_configuration_that_breaks_a_rule_is_passed_over(tmp_path: Path) -> No
         search={"algorithm": "optuna", "num_configurations": 12, "sampler": "random"},
     )
     refused: list[str] = []
-    source = OptunaSearch(study, tmp_path / "j", {}, lambda label, problem: refused.append(f"{label}: {problem}"))
+    source = OptunaSearch(study, tmp_path / JOURNAL, {}, lambda label, problem: refused.append(f"{label}: {problem}"))
     done = run_all(source, lambda trial: TrialResult("finished", 1.0, 3))
     assert refused
     assert all("n_samples=1 alpha=1" in line for line in refused)
     assert len(done) + len(refused) == 12
-    assert [frozen.state for frozen in asked(tmp_path / "j")].count(TrialState.FAIL) == len(refused)
+    assert [frozen.state for frozen in asked(tmp_path / JOURNAL)].count(TrialState.FAIL) == len(refused)
 
 
 def test_all_kinds_of_axes_come_back_as_they_were_meant(tmp_path: Path) -> None:
@@ -198,7 +188,7 @@ def test_all_kinds_of_axes_come_back_as_they_were_meant(tmp_path: Path) -> None:
         seeds=[0],
         search={"algorithm": "optuna", "num_configurations": 10},
     )
-    for trial in run_all(OptunaSearch(study, tmp_path / "j", {}), lambda trial: TrialResult("finished", 1.0, 3)):
+    for trial in run_all(OptunaSearch(study, tmp_path / JOURNAL, {}), lambda trial: TrialResult("finished", 1.0, 3)):
         assert trial.run.features.depths in ((0.25, 0.5), (0.5,))
         assert trial.run.optimizer.max_grad_norm in (None, 1.0)
         assert trial.run.rollout.n_samples in range(2, 6)
@@ -206,15 +196,15 @@ def test_all_kinds_of_axes_come_back_as_they_were_meant(tmp_path: Path) -> None:
 
 
 def test_several_trials_can_be_out_at_once(tmp_path: Path) -> None:
-    source = OptunaSearch(spec(), tmp_path / "j", {})
+    source = OptunaSearch(spec(), tmp_path / JOURNAL, {})
     out = [source.next() for _ in range(3)]
     assert [trial.trial_id for trial in out if trial] == ["t0000", "t0001", "t0002"]
     for trial in reversed(out):
         assert trial is not None
         source.ended(trial.trial_id, rate(trial))
-    states = [frozen.state for frozen in asked(tmp_path / "j")]
+    states = [frozen.state for frozen in asked(tmp_path / JOURNAL)]
     assert states == [TrialState.COMPLETE, TrialState.RUNNING]
-    assert not optuna_search.is_over(spec(), tmp_path / "j")
+    assert not is_over(spec(), storage_path(tmp_path))
 
 
 def uniform_axis(sampler: str, number: int) -> StudySpec:
@@ -234,7 +224,7 @@ def test_qmc_puts_one_configuration_in_each_of_sixteen_equal_parts_also_when_it_
     study, trial_results, done = uniform_axis("qmc", 17), dict[str, TrialResult](), list[Trial]()
     while len(done) < 17:
         # A new driver after every fifth configuration.
-        source = OptunaSearch(study, tmp_path / "j", trial_results)
+        source = OptunaSearch(study, tmp_path / JOURNAL, trial_results)
         for _ in range(min(5, 17 - len(done))):
             trial = source.next()
             assert trial is not None
@@ -285,23 +275,23 @@ def exists_as_it_should(trial: Trial) -> bool:
 def test_every_sampler_suggests_axes_only_where_they_exist(tmp_path: Path, sampler: str) -> None:
     study = spec(**CONDITIONAL, search={"algorithm": "optuna", "num_configurations": 16, "sampler": sampler})
     done = run_all(
-        OptunaSearch(study, tmp_path / "j", {}), lambda trial: TrialResult("finished", trial.run.loss.gamma, 3)
+        OptunaSearch(study, tmp_path / JOURNAL, {}), lambda trial: TrialResult("finished", trial.run.loss.gamma, 3)
     )
     assert len(done) == 16
     assert all(map(exists_as_it_should, done))
     assert {trial.run.reward.whitening for trial in done} == {"none", "variant_i"}
     assert {trial.run.loss.gamma for trial in done} <= {0.0, 0.1, 0.2, 0.3}
     assert {trial.run.training.batch_size for trial in done} == {4, 8}
-    for frozen, trial in zip(asked(tmp_path / "j"), done, strict=True):
+    for frozen, trial in zip(asked(tmp_path / JOURNAL), done, strict=True):
         assert ("rollout.n_samples" in frozen.params) == (trial.run.reward.whitening == "variant_i")
 
 
 def test_a_conditional_search_goes_on_with_the_same_trials(tmp_path: Path) -> None:
     study = spec(**CONDITIONAL, search={"algorithm": "optuna", "num_configurations": 6, "sampler": "random"})
-    source = OptunaSearch(study, tmp_path / "j", {})
+    source = OptunaSearch(study, tmp_path / JOURNAL, {})
     before = {trial.trial_id: trial for _ in range(4) if (trial := source.next())}
     del source
-    after = run_all(OptunaSearch(study, tmp_path / "j", {}), lambda trial: ANY)
+    after = run_all(OptunaSearch(study, tmp_path / JOURNAL, {}), lambda trial: ANY)
     assert {trial.trial_id: trial for trial in after[:4]} == before
     assert len(after) == 6
 
@@ -312,16 +302,18 @@ def test_a_driver_killed_while_asking_is_known_by_the_axes_that_should_exist(
 ) -> None:
     """Three axes are all there is without whitening, but one too few with it."""
     study = spec(**CONDITIONAL, search={"algorithm": "optuna", "num_configurations": 1})
-    given = optuna.create_study(study_name="s", storage=JournalStorage(JournalFileBackend(str(tmp_path / "j")))).ask()
+    given = optuna.create_study(
+        study_name="s", storage=JournalStorage(JournalFileBackend(str(tmp_path / JOURNAL)))
+    ).ask()
     given.suggest_categorical("reward.whitening", [["none"], ["variant_i"]][whitening])
     if whitening:
         given.suggest_int("rollout.n_samples", 2, 8, log=True)
     given.suggest_float("loss.gamma", 0.0, 0.3, step=0.1)
     if params == 3 + whitening:
         given.suggest_categorical("size", ["small", "large"])
-    done = run_all(OptunaSearch(study, tmp_path / "j", {}), lambda trial: ANY)
+    done = run_all(OptunaSearch(study, tmp_path / JOURNAL, {}), lambda trial: ANY)
     assert len(done) == int(whole)
-    assert [frozen.state for frozen in asked(tmp_path / "j")] == [TrialState.COMPLETE if whole else TrialState.FAIL]
+    assert [frozen.state for frozen in asked(tmp_path / JOURNAL)] == [TrialState.COMPLETE if whole else TrialState.FAIL]
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "gp", "qmc", "random"])
@@ -335,15 +327,15 @@ def test_excluded_suggestions_cost_no_place_and_asking_ends(tmp_path: Path, samp
     )
     trial_results: dict[str, TrialResult] = {}
     done: list[Trial] = []
-    while not optuna_search.is_over(study, tmp_path / "j"):  # a new driver for every trial
-        source = OptunaSearch(study, tmp_path / "j", trial_results)
+    while not is_over(study, storage_path(tmp_path)):  # a new driver for every trial
+        source = OptunaSearch(study, tmp_path / JOURNAL, trial_results)
         trial = source.next()
         assert trial is not None
         done.append(trial)
         trial_results[trial.trial_id] = ANY
         source.ended(trial.trial_id, ANY)
     assert [(trial.run.reward.alpha, trial.run.loss.gamma) for trial in done] == [(1.0, 0.2)] * 3
-    states = [frozen.state for frozen in asked(tmp_path / "j")]
+    states = [frozen.state for frozen in asked(tmp_path / JOURNAL)]
     assert states.count(TrialState.COMPLETE) == 3
     assert states.count(TrialState.PRUNED) == len(states) - 3 <= 3 * 10
-    assert OptunaSearch(study, tmp_path / "j", trial_results).exhausted
+    assert OptunaSearch(study, tmp_path / JOURNAL, trial_results).exhausted

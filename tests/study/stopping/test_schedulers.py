@@ -29,28 +29,10 @@ HYPERBAND = {**ASHA, "kind": "hyperband"}
 MEDIAN = {"kind": "median", "grace_period_steps": 4, "min_samples_required": 3}
 
 
-class TestAsha(SchedulerContract):
-    @pytest.fixture
-    def section(self) -> dict[str, Any]:
-        return ASHA
-
-
-class TestAshaWithBrackets(SchedulerContract):
-    @pytest.fixture
-    def section(self) -> dict[str, Any]:
-        return BRACKETS
-
-
-class TestHyperband(SchedulerContract):
-    @pytest.fixture
-    def section(self) -> dict[str, Any]:
-        return HYPERBAND
-
-
-class TestMedian(SchedulerContract):
-    @pytest.fixture
-    def section(self) -> dict[str, Any]:
-        return MEDIAN
+class TestSchedulers(SchedulerContract):
+    @pytest.fixture(params=[ASHA, BRACKETS, HYPERBAND, MEDIAN], ids=["asha", "brackets", "hyperband", "median"])
+    def section(self, request: pytest.FixtureRequest) -> dict[str, Any]:
+        return dict(request.param)
 
 
 # --- definitions -----------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from ebft_study.errors import EbftError
 from ebft_study.study.folder import study_yaml
 from ebft_study.study.resolving import study_file
 from ebft_study.study.spec import trials
-from ebft_study.study.stopping.replay import places_on_record, recorded_trials
+from ebft_study.study.stopping.replay import recorded_concurrency, recorded_trials
 from ebft_study.study.view.replay_table import alternatives, study_with
 
 STARTED = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
@@ -157,11 +157,11 @@ def test_times_and_places_are_those_on_record(folder: Path) -> None:
     ran = recorded_trials(folder, spec)
     assert [one.elapsed for one in ran if not one.is_baseline] == [(5.0, 15.0, 25.0, 35.0, 45.0)] * 6
     assert {one.seconds for one in ran} == {50.0}
-    assert places_on_record(folder) == 1
+    assert recorded_concurrency(folder) == 1
     recorder = results.StudyRecorder(folder, study="grid")
     for trial_id in ("t0001", "t0002"):
         recorder.trial({"trial_id": trial_id, "started_at": STARTED})
-    assert places_on_record(folder) == 3
+    assert recorded_concurrency(folder) == 3
 
 
 def test_time_between_attempts_is_nobodys(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
