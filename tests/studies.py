@@ -24,6 +24,12 @@ def resolved(study: StudySpec | Mapping[str, Any], capacity: ClusterCapacity | N
     return resolve(spec, SOURCE, capacity)
 
 
+def task(**changes: Any) -> TrialTask:
+    """The task of some trial, with the fields that matter to a test."""
+    (trial,) = resolved({"study": "s", "question": "?", "run": {"steps": 1}}).trials
+    return task_of(trial, **changes)
+
+
 def task_of(trial: Trial, folder: Path | str = "studies/s", **changes: Any) -> TrialTask:
     """The task of a trial's processes, as a session gives it to Tune."""
     fields: dict[str, Any] = {

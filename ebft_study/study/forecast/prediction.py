@@ -22,8 +22,8 @@ class PredictedGroup:
 
     @property
     def seconds(self) -> float:
-        """Of one trial, to the millisecond."""
-        return round(self.throughput.seconds(self.group.work), 3)
+        """Of one trial."""
+        return self.throughput.seconds(self.group.work)
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,8 @@ class Prediction:
 
     @property
     def seconds(self) -> float:
-        """From the first start to the last end: all slots busy all the time, and never less than the longest trial."""
-        total = sum(row.group.number * row.seconds for row in self.groups)
-        return max([total / self.concurrency, *(row.seconds for row in self.groups)])
+        """From the first start to the last end."""
+        return _wall_seconds([(row.group.number, row.seconds) for row in self.groups], self.concurrency)
 
     @property
     def mean_seconds(self) -> float:
@@ -56,18 +55,19 @@ class Prediction:
     @property
     def details(self) -> dict[str, Any]:
         """Plain values, as the event of the study's start holds them."""
-        kinds = [
+        kinds: list[dict[str, Any]] = [
             {
                 "label": row.group.label,
                 "steps": row.group.example.run.total_steps,
-                "seconds": row.seconds,
+                "seconds": round(row.seconds, 3),
                 "startup_seconds": round(row.throughput.startup_seconds, 3),
                 "trials": list(row.group.trial_ids),
                 "number": row.group.number,
             }
             for row in self.groups
         ]
-        return {"at_once": self.concurrency, "seconds": self.seconds, "kinds": kinds}
+        seconds = _wall_seconds([(kind["number"], kind["seconds"]) for kind in kinds], self.concurrency)
+        return {"at_once": self.concurrency, "seconds": seconds, "kinds": kinds}
 
 
 def predict(study: ResolvedStudy, *, storage: Location) -> Prediction | None:
@@ -81,3 +81,9 @@ def predict(study: ResolvedStudy, *, storage: Location) -> Prediction | None:
         for group in trial_groups(study)
     ]
     return Prediction(rows, concurrency)
+
+
+def _wall_seconds(numbers_and_seconds: Sequence[tuple[int, float]], concurrency: int) -> float:
+    """All slots are busy all the time, and nothing takes less than the longest trial."""
+    total = sum(number * seconds for number, seconds in numbers_and_seconds)
+    return max([total / concurrency, *(seconds for _, seconds in numbers_and_seconds)])

@@ -24,6 +24,7 @@ from ebft_study.study.search.listed import PopulationSearch
 from ebft_study.study.spec import normalize, trials
 from ebft_study.study.spec.study_spec import ObjectiveSpec, StudySpec
 from ebft_study.training import checkpoint
+from tests.studies import task_of
 
 STEPS, INTERVAL = 40, 10
 CONTINUES, PAUSES, EXPLOITS = TrialScheduler.CONTINUE, TrialScheduler.PAUSE, TrialScheduler.NOOP
@@ -51,13 +52,9 @@ class Manager:
 class TuneTrial:
     """A trial as Tune hands it over."""
 
-    def __init__(self, folder: Path, trial: trials.Trial, line: Lineage | None = None) -> None:
-        run = trial.run.model_dump(mode="json")
-        self.config = {
-            "trial_id": trial.trial_id, "is_baseline": trial.configuration.baseline is not None, "total_steps": STEPS,
-            "run": run, "settings": line.settings if line else trial.configuration.settings,
-            "line": asdict(line) if line else None,
-        }  # fmt: skip
+    def __init__(self, folder: Path, trial: trials.Trial, lineage: Lineage | None = None) -> None:
+        changes = {"settings": lineage.settings, "lineage": asdict(lineage)} if lineage else {}
+        self.config = task_of(trial, total_steps=STEPS, **changes).to_config()
         self.trial_id, self.status, self.experiment_tag = f"tune-{trial.trial_id}", "RUNNING", ""
         self.run_metadata = type("Metadata", (), {"checkpoint_manager": Manager()})()
         self.folder, self.attempt = folder, 0
@@ -80,7 +77,7 @@ class TuneTrial:
     def start(self) -> int | None:
         """Begin an attempt; returns the step that it starts from."""
         name = self.config["trial_id"]
-        found = exploit.start_from(self.folder, name, self.config["line"])
+        found = exploit.start_from(self.folder, name, self.config["lineage"])
         self.attempt = attempts.begin(self.folder, name)
         self.status = "RUNNING"
         self.weights = checkpoint.load(found)["weights"] if found else torch.tensor([float(name[1:]), 0.0])
@@ -326,7 +323,7 @@ def test_a_resumed_population_is_where_it_was(folder: Path) -> None:
     second = Cluster(folder, spec())
     worst = second.trials["t0004"]
     assert worst.config["settings"] == first.trials["t0004"].config["settings"]
-    assert worst.config["line"]["donor"] == "t0001"
+    assert worst.config["lineage"]["donor"] == "t0001"
     for name in ("t0001", "t0002", "t0003", "t0004"):
         states = [c.scheduler._of_seed[0]._trial_state[c.trials[name]] for c in (first, second)]
         assert states[0].last_score == states[1].last_score

@@ -14,6 +14,7 @@ from ebft_study.study.folder import history
 from ebft_study.study.folder.trial_states import Evaluation
 from ebft_study.study.spec.study_spec import ObjectiveSpec, StoppingSpec
 from ebft_study.study.stopping.rules import RuleMonitor, collapsed, diverged, hacked, reason_to_stop, stagnated
+from tests.studies import task
 from tests.synthetic_study import PAPER_LIKE, write_study
 
 CFM = ObjectiveSpec()
@@ -90,15 +91,17 @@ def test_no_rule_applies_unless_it_is_named() -> None:
     assert reason_to_stop(bad, StoppingSpec.model_validate({"reward_hacking": {"evaluations": 2}}), CFM)
 
 
+CONFIG = task(trial_id="t0", total_steps=100).to_config()
+
+
 def report(step: int, ce: float, *, evaluated: int | None = None, **more: Any) -> dict[str, Any]:
-    settings = {"trial_id": "t0", "is_baseline": False, "total_steps": 100}
     seen = step if evaluated is None else evaluated
-    return {"step": step, "evaluated_step": float(seen), "ce_loss": ce, "config": settings, **more}
+    return {"step": step, "evaluated_step": float(seen), "ce_loss": ce, "config": {**CONFIG}, **more}
 
 
 def build_stopper(past: dict[str, list[Evaluation]] | None = None) -> StudyStopper:
     rules = StoppingSpec.model_validate({"divergence": {"margin": 0.1, "evaluations": 2}})
-    return StudyStopper(None, watch=RuleMonitor(rules, CFM, past))
+    return StudyStopper(None, rules=RuleMonitor(rules, CFM, past))
 
 
 def test_only_new_evaluations_count() -> None:
@@ -106,8 +109,7 @@ def test_only_new_evaluations_count() -> None:
     reports = [report(0, 4.0), report(10, 5.0), report(15, 5.0, evaluated=10), report(10, 5.0)]
     assert [stopper("tune-id", one) for one in reports] == [False] * 4
     assert stopper("tune-id", report(20, 5.0))
-    assert stopper.watch is not None
-    assert stopper.watch.reasons["t0"].endswith("for 2 evaluations; 80 of 100 steps saved")
+    assert stopper.rule_reasons["t0"].endswith("for 2 evaluations; 80 of 100 steps saved")
 
 
 def test_baselines_ends_and_last_steps_are_left_alone() -> None:

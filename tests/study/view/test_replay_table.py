@@ -39,9 +39,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place, clock = tmp_path_factory.mktemp("finished"), [STARTED]
     file, folder = place / "grid.yaml", place / "studies" / "grid"
     file.write_text(yaml.safe_dump(CONTENT, sort_keys=False))
-    spec = study_file.load_study(file, "cpu")
+    study = study_file.load_study(file, "cpu")
+    spec = study.spec
     folder.mkdir(parents=True)
-    study_yaml.write(folder, spec, profile="cpu", file=file, provenance={})
+    study_yaml.write(folder, spec, study.source, provenance={})
     recorder = results.StudyRecorder(folder, study="grid")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("os.fsync", lambda _: None)
