@@ -26,12 +26,12 @@ import yaml
 
 from ebft_study import results
 from tests import commands
+from tests.compare import KEYS, different
 from tests.tiny_run import write_data, write_model
 
 TITLES = {"trial": "ray::ImplicitFunc", "controller": "ray::TrainController", "worker": "ray::RayTrainWorker"}
 KINDS = ("driver", *TITLES)
-TIMED = ("written_at", "attempt", "study", "peak_memory_bytes", "tokens_per_second")
-KEYS = {"metrics": ["trial_id", "step"], "evaluations": ["trial_id", "step", "benchmark", "metric", "position"]}
+TABLES = ("metrics", "evaluations")
 STUDY = {
     "question": "Does a study come to the same end, whatever is killed?",
     "axes": {"alpha": [0.0, 1.0], "gamma": [0.0, 0.1]},
@@ -209,26 +209,14 @@ class Ordeal:
             "trials_missing": len(set(self.calm.ended()) - set(over)),
             "trials_that_ended_twice": sum(over.get(name) != attempt for name, attempt in self.seen_ended.items()),
             "rows_lost": len((self.seen_rows | self.calm.rows()) - self.study.rows()),
-            "rows_twice": sum(duplicates(self.study.folder, table) for table in KEYS),
-            "rows_that_differ": sum(different(self.calm.folder, self.study.folder, table) for table in KEYS),
+            "rows_twice": sum(duplicates(self.study.folder, table) for table in TABLES),
+            "rows_that_differ": sum(different(self.calm.folder, self.study.folder, table) for table in TABLES),
             "orphans": len(self.orphans),
         }
 
 
 def duplicates(folder: Path, table: str) -> int:
     return int(results.read_table(folder, table).duplicated(KEYS[table]).sum())
-
-
-def different(one: Path, other: Path, table: str) -> int:
-    """Rows that are not bit for bit those of the other study; times and memory are not compared."""
-    frames = [results.read_table(folder, table).set_index(KEYS[table]).sort_index() for folder in (one, other)]
-    columns = [name for name in frames[0].columns if name not in TIMED and not name.endswith("_seconds")]
-    both = frames[0].index.intersection(frames[1].index)
-    a, b = (frame.loc[both, columns] for frame in frames)
-    equal = (a == b) | (a.isna() & b.isna())
-    for name in equal.columns[~equal.all()]:
-        say(f"{table}.{name} differs in {int((~equal[name]).sum())} rows")
-    return int((~equal.all(axis=1)).sum()) + len(frames[0].index.symmetric_difference(frames[1].index))
 
 
 def say(line: str) -> None:
