@@ -14,10 +14,14 @@ from ray.tune.schedulers import TrialScheduler
 from ebft_study.study.spec import normalize
 from ebft_study.study.spec.study_spec import StudySpec
 from ebft_study.study.stopping.schedulers import StudyScheduler
+from tests.studies import task
 
 STEPS, EVERY = 32, 2
 Curves = Mapping[str, list[float]]
 """Trial -> objective at steps 0, 2, 4, ..."""
+
+
+CONFIG = task(total_steps=STEPS).to_config()
 
 
 def spec_of(section: Mapping[str, Any], mode: str = "min") -> StudySpec:
@@ -33,8 +37,8 @@ def scheduler_of(section: Mapping[str, Any], mode: str = "min", history: Any = N
 
 def tune_trial(name: str, *, session: int = 0, is_baseline: bool = False) -> Any:
     """A trial as Tune hands it over: an identifier of Tune's own, which changes from session to session."""
-    settings = {"trial_id": name, "is_baseline": is_baseline, "total_steps": STEPS}
-    return SimpleNamespace(trial_id=f"tune-{session}-{name}", config=settings)
+    config = {**CONFIG, "trial_id": name, "is_baseline": is_baseline}
+    return SimpleNamespace(trial_id=f"tune-{session}-{name}", config=config)
 
 
 def tell(scheduler: StudyScheduler, trial: Any, step: float, value: float) -> bool:

@@ -250,7 +250,7 @@ def _ray(study: ResolvedStudy, travelling_bytes: float) -> Iterator[dict[str, fl
 
 
 def _trial_name(trial: Any) -> str:
-    return str(trial.config["trial_id"])
+    return TrialTask.from_config(trial.config).trial_id
 
 
 def _scheduler(

@@ -153,7 +153,7 @@ class StudyStopper(Stopper):  # type: ignore[misc]
 
 
 def _id(trial: Any) -> str:
-    return str(trial.config["trial_id"])
+    return TrialTask.from_config(trial.config).trial_id
 
 
 def _problem(trial: Any) -> str:

@@ -14,7 +14,7 @@ import functools
 import math
 import random
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,6 +27,7 @@ from ebft_study.study.population import exploit
 from ebft_study.study.population.exploit import LastScore, Lineage
 from ebft_study.study.population.explore import applied, explore
 from ebft_study.study.spec.study_spec import StudySpec
+from ebft_study.study.spec.trial_task import TrialTask
 
 _WAITING = ("PENDING", "PAUSED")
 
@@ -84,7 +85,7 @@ class Populations(FIFOScheduler):  # type: ignore[misc]
             self._of_seed[_seed(trial)].on_trial_add(_Controller(tune_controller, _seed(trial)), trial)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        over = "outcome/status" in result or result["step"] >= trial.config["total_steps"]
+        over = "outcome/status" in result or result["step"] >= _task(trial).total_steps
         if not _is_member(trial) or over or not math.isfinite(result.get(self._metric, math.nan)):
             return str(TrialScheduler.CONTINUE)
         controller = _Controller(tune_controller, _seed(trial))
@@ -178,13 +179,13 @@ class _Population(PopulationBasedTraining):  # type: ignore[misc]
 
         Whatever can fail happens before the record, and a crash after leaves one that `exploit.start_from` can follow.
         """
-        donor_attempt = donor.config["lineage"]["attempt"] if donor.config["lineage"] else 0
+        before, theirs = _task(trial), _task(donor)
+        donor_attempt = theirs.since_attempt
         linked = exploit.link_checkpoint(self._folder, _id(trial), donor=_id(donor), since=donor_attempt)
         if linked is None:
             return None
         temporary, name, donor_step = linked
-        before, theirs = trial.config["settings"], donor.config["settings"]
-        after = explore(self._spec, trial.config["run"], theirs, self._generator(trial, "settings"))
+        after = explore(self._spec, before.run, theirs.settings, self._generator(trial, "settings"))
         score, donor_score = (self._metric_op * self._trial_state[each].last_score for each in (trial, donor))
         attempt = attempts.begin(self._folder, _id(trial))
         checkpoint = self._folder / "train" / f"{_id(trial)}-{attempt}" / name
@@ -192,7 +193,7 @@ class _Population(PopulationBasedTraining):  # type: ignore[misc]
             "step": self.last_step(trial), "donor": _id(donor), "donor_step": donor_step,
             "donor_attempt": donor_attempt, "score": score, "donor_score": donor_score,
             "checkpoint": str(checkpoint.relative_to(self._folder)),
-            "before": _short(before), "after": _short(after),
+            "before": _short(before.settings), "after": _short(after),
         }  # fmt: skip
         self._listener.exploited(_id(trial), attempt, details)
         temporary.rename(checkpoint)
@@ -205,22 +206,26 @@ class _Population(PopulationBasedTraining):  # type: ignore[misc]
 
     def _get_new_config(self, trial: Any, trial_to_clone: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         """The trial keeps its identity; its lineage and the settings on the axes are new."""
-        lineage = self._lineages[_id(trial)]
-        run = applied(self._spec, trial.config["run"], lineage.settings).model_dump(mode="json")
-        return {**trial.config, "run": run, "settings": lineage.settings, "lineage": asdict(lineage)}, {}
+        task, lineage = _task(trial), self._lineages[_id(trial)]
+        run = applied(self._spec, task.run, lineage.settings).model_dump(mode="json")
+        return replace(task, run=run, settings=lineage.settings, lineage=asdict(lineage)).to_config(), {}
 
 
 def _short(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {config.short_name(path): value for path, value in settings.items()}
 
 
+def _task(trial: Any) -> TrialTask:
+    return TrialTask.from_config(trial.config)
+
+
 def _is_member(trial: Any) -> bool:
-    return not trial.config["is_baseline"]
+    return not _task(trial).is_baseline
 
 
 def _seed(trial: Any) -> int:
-    return int(trial.config["run"]["seed"])
+    return _task(trial).seed
 
 
 def _id(trial: Any) -> str:
-    return str(trial.config["trial_id"])
+    return _task(trial).trial_id

@@ -15,6 +15,7 @@ from typing import Any
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 
 from ebft_study.study.spec.study_spec import StudySpec
+from ebft_study.study.spec.trial_task import TrialTask
 from ebft_study.study.stopping.rules import steps_saved
 
 Curve = Sequence[tuple[float, float]]
@@ -142,12 +143,12 @@ class StudyScheduler(FIFOScheduler):  # type: ignore[misc]
         return bool(reason)
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: Mapping[str, Any]) -> str:
-        settings, step = trial.config, result.get("step", math.nan)
+        task, step = TrialTask.from_config(trial.config), result.get("step", math.nan)
         repeated = result.get("evaluated_step", step) != step
-        if settings["is_baseline"] or repeated or "outcome/status" in result:
+        if task.is_baseline or repeated or "outcome/status" in result:
             return str(TrialScheduler.CONTINUE)
         value = result.get(self._metric, math.nan)
-        stops = self.should_stop(settings["trial_id"], step, value, total_steps=settings["total_steps"])
+        stops = self.should_stop(task.trial_id, step, value, total_steps=task.total_steps)
         return str(TrialScheduler.STOP if stops else TrialScheduler.CONTINUE)
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: Mapping[str, Any]) -> None:

@@ -20,7 +20,7 @@ from ebft_study.study.search.listed import ListedSearch
 from ebft_study.study.spec import normalize, trials
 from ebft_study.study.spec.study_spec import ResourcesSpec
 from ebft_study.study.spec.trial_task import TrialTask
-from tests.studies import task_of
+from tests.studies import task, task_of
 
 # --- relay -----------------------------------------------------------------------------------------------------
 
@@ -111,7 +111,7 @@ def listed() -> ListedSearch:
 
 
 def tune_trial(error_file: str | None = None, **last_result: Any) -> Any:
-    return SimpleNamespace(config={"trial_id": "t0007"}, last_result=last_result, error_file=error_file)
+    return SimpleNamespace(config=task(trial_id="t0007").to_config(), last_result=last_result, error_file=error_file)
 
 
 def observer(monitor: Any) -> tuple[Observer, list[tuple[str, int]]]:
