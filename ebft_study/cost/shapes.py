@@ -94,7 +94,11 @@ class ModelShape:
         return self.body_parameters + (0 if self.tied_embeddings else self.head_parameters)
 
     def with_adapters(self, rank: int, targets: tuple[str, ...] | None = None) -> ModelShape:
-        """Only adapters are trained: two matrices of `rank` for each linear layer named in `targets` (None: all)."""
+        """This model with adapters as its only trained weights: two matrices of `rank` for each linear layer.
+
+        Args:
+            targets: names of the layers; None for all.
+        """
         H, Q, K, inner = self.hidden_size, self.query_size, self.kv_size, self.intermediate_size
         sizes = {
             "q_proj": H + Q,

@@ -26,7 +26,7 @@ EQUAL_DATA = 0.01
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a study agrees with one claim of the paper; `sentence` holds the numbers or says what is missing."""
+    """Whether a study agrees with one claim of the paper; `sentence` has the numbers, or names the missing data."""
 
     claim: str
     reference: str

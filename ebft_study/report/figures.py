@@ -21,7 +21,7 @@ from ebft_study.analysis.summary import Configuration, StudySummary
 from ebft_study.report import drawing, outcomes
 from ebft_study.report.drawing import ReportFigure, Style
 
-# More lines than this cannot be told apart: the best by validation are drawn, and the caption says so.
+# More lines than this cannot be distinguished: the best by validation are drawn, and the caption says so.
 MAX_LINES = 12
 
 

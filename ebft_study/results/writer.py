@@ -1,4 +1,4 @@
-"""Writing results: small immutable Parquet files, put in place whole or not at all.
+"""Writing results: small immutable Parquet files, written atomically.
 
 Killing a writer at any moment loses at most the row being written. Names hold trial, attempt, a sequence number and a
 token of the writer: no two writers ever use one file. The exception is the table `trials` (`study_recorder`).

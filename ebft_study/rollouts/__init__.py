@@ -65,6 +65,6 @@ class RolloutBackend(Protocol):
         log-probabilities may carry gradients, where these are enabled; if they do, they need not be scored again.
 
         Raises:
-            ServiceError: the engine is gone, or does not answer in time.
+            ServiceError: the engine has ended, or does not answer in time.
         """
         ...

@@ -133,12 +133,12 @@ def _reduce_scatter_gradients(model: nn.Module) -> None:
 
 
 def _end_of_step(probe: Tensor) -> Tensor:
-    """Stands in for the root's forward pass; the end of its backward pass is where FSDP reduces all gradients."""
+    """Replaces the root's forward pass; the end of its backward pass is where FSDP reduces all gradients."""
     return probe.clone()
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """A sharded tensor in full, which all workers must ask for at the same time; any other tensor as it is."""
+    """A sharded tensor in full, which all workers must request at the same time; any other tensor as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 

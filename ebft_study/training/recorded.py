@@ -42,7 +42,7 @@ class Attempt:
     start_from: str | None = None
     """Path or URL of the checkpoint to resume from."""
     loop: str = LOOP
-    """Where the training loop is, as `module:function`."""
+    """The training loop, as `module:function`."""
 
 
 def train_recorded(
@@ -70,7 +70,7 @@ def train_recorded(
 
 
 def _recorder(config: RunConfig, attempt: Attempt) -> Any:
-    """Writer of the tables, wrapped by one for W&B when the configuration asks for it."""
+    """Writer of the tables, wrapped by one for W&B when the configuration enables it."""
     folder, study, trial_id = storage_path(attempt.study_folder), attempt.study, attempt.trial_id
     tables = TrialRecorder(folder, study=study, trial_id=trial_id, attempt=attempt.attempt)
     if config.tracking.wandb == "off":

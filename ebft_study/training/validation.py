@@ -1,4 +1,4 @@
-"""What a run measures of itself: training metrics, losses on held-out data, and samples of its completions.
+"""Measurements of a run: training metrics, losses on held-out data, and samples of its completions.
 
 Evaluations see the averaged weights, if there is an average. Every worker takes part in each of these functions and
 gets the same numbers, which are those of all workers.

@@ -1,4 +1,4 @@
-"""Ends a driver whose cluster is gone: its calls to Ray wait for ever, until Ray ends the process without a word.
+"""Ends a driver whose cluster has ended: its calls to Ray block until Ray ends the process without a message.
 
 driver thread   Tuner.fit() ... waits for an answer of the cluster that never comes
 watchdog        connects to the cluster's processes now and then; when they are gone: asks the driver to stop,

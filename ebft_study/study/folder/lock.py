@@ -57,7 +57,7 @@ def hold(folder: StoragePath, *, record: str) -> contextlib.AbstractContextManag
 
 
 def is_held(folder: StoragePath) -> bool:
-    """Whether a driver holds the study's lock, as far as can be told without writing anything."""
+    """Whether a driver holds the study's lock, as far as reading alone can show."""
     if folder.local is None:
         owner = _owner(folder / NAME)
         return owner is not None and not _has_ended(owner) and _seconds_since(owner) < STALE_SECONDS
@@ -168,7 +168,7 @@ def _write(path: StoragePath, token: str) -> None:
 
 
 def _machine() -> str:
-    """This boot of this machine, and this container on it: within it, process numbers mean the same processes."""
+    """Identifier of this boot of this machine and of its container: a process number is unique within it."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"

@@ -1,6 +1,6 @@
 """Rules that a study must satisfy before anything runs; each broken one is an error of one line.
 
-Functions named `*_rules` yield what is broken as (key, given, rule, remedy); the first one is raised.
+Functions named `*_rules` yield broken rules as (key, given, rule, remedy); the first one is raised.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which trial runs next: trials in a known order, population by population, and large ones in their turn.
+"""Order of trials that are known from the start: population by population, with large trials in their turn.
 
 Plain Python: Ray's side of it is `tune_hooks.StudySearcher`.
 """

@@ -17,7 +17,7 @@ Operand = int | float | str
 
 
 class Link(Section):
-    """How one setting follows from others; exactly one of the three."""
+    """A setting computed from others, by exactly one of three forms."""
 
     same_as: str | None = None
     product: tuple[Operand, ...] | None = None
