@@ -52,7 +52,7 @@ def dense_mask(document_ids: Tensor, anchors: Anchors, length: int) -> Tensor:
 
 @contextmanager
 def attending(attention: Attention, *models: PreTrainedModel) -> Iterator[None]:
-    """Let the models attend as named; `eager` is with matrices of probabilities, as in the published code."""
+    """Set the attention of the models; `eager` is with matrices of probabilities, as in the published code."""
     before = [model.config._attn_implementation for model in models]
     for model in models:
         if attention == "eager":

@@ -119,7 +119,7 @@ def resume(
 
 @app.command()
 def status(name: StudyName, storage: Storage = api.STUDIES) -> None:
-    """Show the trials of a running or finished study, and what happened to them.
+    """Show the trials of a running or finished study, with their states and problems.
 
     [dim]ebft-study status alpha_gamma[/dim]
     """
@@ -203,7 +203,7 @@ def _table(title: str, columns: list[str], rows: list[dict[str, Any]]) -> None:
 
 
 def _finish(ended: StudyResult, console: Console) -> None:
-    """Say how a session of a study ended, and end the process accordingly."""
+    """Print the result of a session, and end the process with its exit code."""
     from ebft_study.study.view import display
 
     states = list(ended.states.values())

@@ -85,7 +85,7 @@ def grouped_settings(spec: Mapping[str, Any], varying: Sequence[str]) -> dict[st
 
 
 def configuration_names(trials: pd.DataFrame, varying: Sequence[str]) -> pd.Series:
-    """The configuration of each trial; a trial without one is a configuration of its own.
+    """The configuration of each trial; a trial without one is a separate configuration.
 
     Names hold rounded numbers, so two configurations of a search can share one: their exact settings distinguish them.
     """

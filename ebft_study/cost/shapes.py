@@ -253,7 +253,7 @@ class MicroBatchPlan:
 
     @staticmethod
     def whole(step: StepShape) -> MicroBatchPlan:
-        """Everything at once."""
+        """The micro-batch plan with a single pass."""
         return MicroBatchPlan(step.sequences_per_worker, max(len(step.anchors), 1))
 
 
@@ -272,7 +272,7 @@ class Limits:
 
     @staticmethod
     def on(device: str) -> Limits:
-        """Those of the implementation on `cpu` or `cuda`."""
+        """The sizes of the implementation on `cpu` or `cuda`."""
         return GPU_LIMITS if device == "cuda" else Limits(2**24, 2**20, 2**10, fused_attention=False)
 
     def logit_rows(self, model: ModelShape) -> int:

@@ -171,7 +171,7 @@ class DiskCache:
             if not self._delete_if_damaged(error):
                 self._writable = False
                 self._on_problem(
-                    f"{self._path.parent}: feature cache cannot be written ({error}); no more features are kept on "
+                    f"{self._path.parent}: feature cache cannot be written ({error}); no more features are stored on "
                     "disk. Free space or set EBFT_STUDY_CACHE to another folder; results are not affected, only time"
                 )
 
@@ -224,7 +224,7 @@ class DiskCache:
         if isinstance(error, OSError | sqlite3.OperationalError) and not schema_is_wrong:
             return False
         with contextlib.suppress(OSError):
-            # A journal must never meet another file than its own.
+            # A journal must never be applied to another file than its own.
             self._path.with_name(f"{self._path.name}-journal").unlink(missing_ok=True)
             self._path.unlink(missing_ok=True)
         self._on_problem(f"{self._path}: damaged ({error}); it is deleted, and its features are computed again")

@@ -71,7 +71,7 @@ class Prefix:
     keys_values: KeysValues
 
     def leaves(self) -> Prefix:
-        """The same prefix, detached from its graph; it collects the gradients of whatever uses it."""
+        """The same prefix, detached from its graph; it collects the gradients of all that use it."""
         cut = {layer: (_leaf(key), _leaf(value)) for layer, (key, value) in self.keys_values.items()}
         return Prefix(self.document_ids, _leaf(self.states), cut)
 
@@ -288,7 +288,7 @@ def captured_layers(model: nn.Module, indices: list[int]) -> Iterator[dict[int, 
 
 @contextmanager
 def mlp_only_at(layer: nn.Module, rows: Tensor) -> Iterator[None]:
-    """Inside, `layer` computes its MLP for the tokens `rows` [K] of a pass; its output is undefined elsewhere.
+    """Context in which `layer` computes its MLP for the tokens `rows` [K] of a pass; its output is undefined elsewhere.
 
     For the last layer of a pass of which few tokens are read: most of a layer's work is in its MLP. A layer without
     one under that name computes everything.

@@ -66,7 +66,7 @@ METRICS: dict[str, Metric] = _by_name(
     Metric("cfm_standard_error", "squared feature norm", "standard error of cfm_loss over contexts"),
     Metric("evaluation_seconds", "s", "duration of the evaluation", "min"),
     # On training steps, on the training batch.
-    Metric("loss", "", "what is differentiated: policy_loss + gamma * cross-entropy + kl_coefficient * kl"),
+    Metric("loss", "", "the differentiated sum: policy_loss + gamma * cross-entropy + kl_coefficient * kl"),
     Metric("policy_loss", "", "-advantage * log-probability, mean over contexts and samples"),
     Metric("train_ce_loss", "nats/token", "cross-entropy of the batch's ground-truth tokens", "min"),
     Metric("kl", "nats/token", "estimated KL divergence from the base model"),
@@ -157,7 +157,7 @@ _WRITTEN_AT = Column("written_at", "timestamp", "when the row was written, UTC",
 
 _TRIAL_STATE = (
     *_WHO,
-    Column("label", "string", "the trial's settings that vary, for people"),
+    Column("label", "string", "the trial's settings that vary, to display"),
     Column("configuration", "string", "label without the seed: equal for all seeds of one configuration"),
     Column("named_baseline", "string", "name of the baseline that the trial belongs to ('sft'), null on the axes"),
     Column("status", "string", " | ".join(STATUSES), required=True),
@@ -214,8 +214,8 @@ _EVENTS = (
     Column("trial_id", "string", "trial concerned; null for the study as a whole"),
     Column("attempt", "int64", "attempt concerned"),
     Column("time", "timestamp", "when it happened, UTC", required=True),
-    Column("kind", "string", "what happened, in one word", required=True),
-    Column("message", "string", "what happened, in one sentence", required=True),
+    Column("kind", "string", "type of the event, in one word", required=True),
+    Column("message", "string", "the event, in one sentence", required=True),
     Column("details", "string", "further values, as JSON"),
     Column("host", "string", "machine that it happened on"),
 )

@@ -90,7 +90,7 @@ def now() -> datetime.datetime:
 
 
 class Clock:
-    """Moments that always rise, whatever the machine's clock does: their order decides between rows of one key."""
+    """Timestamps that always increase, even if the clock is set back: their order decides between rows of one key."""
 
     def __init__(self) -> None:
         self._last = datetime.datetime.min.replace(tzinfo=datetime.UTC)

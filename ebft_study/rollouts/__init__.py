@@ -46,7 +46,7 @@ class RolloutBackend(Protocol):
         ...
 
     def close(self) -> None:
-        """Stop whatever the backend has started."""
+        """Stop everything that the backend has started."""
         ...
 
     def sample(

@@ -112,7 +112,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 @contextmanager
 def unsharded(model: nn.Module) -> Iterator[None]:
-    """Inside, every worker has all weights. All must enter and leave; what each one runs inside may differ."""
+    """Context in which every worker has all weights. All must enter and leave; what each one runs inside may differ."""
     for unit in _units(model):
         unit.unshard()
     try:
@@ -122,7 +122,7 @@ def unsharded(model: nn.Module) -> Iterator[None]:
 
 
 def _reduce_scatter_gradients(model: nn.Module) -> None:
-    """Inside `unsharded`: give every worker its shard of the sum of all workers' gradients."""
+    """Give every worker, inside `unsharded`, its shard of the sum of all workers' gradients."""
     assert isinstance(model, FSDPModule)
     # The first time moves all gradients to the type they are summed in, the second time sums them.
     for synchronize in (False, True):

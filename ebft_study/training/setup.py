@@ -65,7 +65,7 @@ def choose_device(config: RunConfig) -> torch.device:
 
 
 def build_parts(config: RunConfig, *, world_size: int = 1, services: Services | None = None) -> Parts:
-    """Load and check everything; raises `EbftError` for whatever a user can repair.
+    """Load and check everything; raises `EbftError` for problems that a user can repair.
 
     Args:
         services: backends that the run may share with others; None: everything is done in process.

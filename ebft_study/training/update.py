@@ -210,7 +210,7 @@ class WeightAverage:
 
     @contextlib.contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
-        """The model has the averaged weights inside, and its own again afterwards."""
+        """Context in which the model has the averaged weights; its own are restored afterwards."""
         own = self._exchange(model, self.weights)
         try:
             yield

@@ -163,7 +163,7 @@ def _probe(folder: Path) -> Iterator[Path]:
 
 
 def _look(files: Sequence[str]) -> dict[str, Any]:
-    """Runs on each machine."""
+    """Check one machine; runs as a task on each."""
     # Folders on a network show what others wrote only after a moment; listing the folder makes most of them look.
     deadline = time.monotonic() + _PATIENCE_SECONDS
     while (missing := [file for file in files if not os.path.exists(file)]) and time.monotonic() < deadline:

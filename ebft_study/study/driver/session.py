@@ -146,7 +146,7 @@ def _announce(
 
 @contextlib.contextmanager
 def _watchdog(study: ResolvedStudy, stopper: StudyStopper, monitor: Monitor, folder: StoragePath) -> Iterator[None]:
-    """An existing cluster may end by itself, and Ray would then end this process without a word."""
+    """An existing cluster may end by itself, and Ray would then end this process without a message."""
     if not study.capacity.is_existing:
         yield
         return

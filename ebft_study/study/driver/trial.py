@@ -98,7 +98,7 @@ def _run_attempt(task: TrialTask) -> None:
 
 
 def tune_resources(resources: ResourcesSpec, slot: Mapping[str, float]) -> ray.tune.PlacementGroupFactory:
-    """The resources that Tune reserves for a trial: one `slot`, and whatever no worker group reserves by itself."""
+    """The resources that Tune reserves for a trial: one `slot`, and everything that no worker group reserves."""
     bundle = dict(slot)
     if not resources.workers_per_trial:
         bundle["CPU"] = resources.cpus_per_worker

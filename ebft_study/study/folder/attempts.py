@@ -1,6 +1,6 @@
 """Attempts of a trial: `<study folder>/train/<trial_id>-<attempt>/checkpoint_<step>/`.
 
-Every start of a trial gets its own folder, so that an attempt that is still dying never writes into the next one.
+Every start of a trial gets its own folder, so that an attempt that has not ended yet never writes into the next one.
 """
 
 from __future__ import annotations

@@ -34,13 +34,13 @@ BEAT_SECONDS, STALE_SECONDS, SETTLE_SECONDS = 10.0, 60.0, 1.0
 
 @dataclass
 class LockHandle:
-    """A held lock. `lost` is the reason why it is held no more, '' while it is."""
+    """A lock that this driver holds. `lost` is the reason why it no longer does, '' while it does."""
 
     lost: str = ""
     _on_lost: Callable[[str], None] | None = field(default=None, repr=False)
 
     def on_lost(self, listener: Callable[[str], None]) -> None:
-        """Have `listener` called, from another thread, with the reason when the lock is lost."""
+        """Register `listener`, which is called from another thread with the reason when the lock is lost."""
         self._on_lost = listener
         if self.lost:
             listener(self.lost)

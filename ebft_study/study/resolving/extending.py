@@ -38,7 +38,7 @@ def extended(old: StudySpec, study: ResolvedStudy) -> StudySpec:
 
 
 def differences(recorded: StudySpec, asked: StudySpec) -> list[str]:
-    """Keys in which a study and a file differ; files do not say what a study was extended from."""
+    """Keys in which a study and a file differ; files do not contain `extended_from`."""
     return study_yaml.differences(recorded, asked.model_copy(update={"extended_from": recorded.extended_from}))
 
 
@@ -61,7 +61,7 @@ def _steps(spec: StudySpec) -> int:
 
 
 def _check_rest(old: StudySpec, new: StudySpec, source: str) -> None:
-    """Everything that does not say how large the study is stays as it was."""
+    """Refuse changes of anything but the size of the study."""
     length = {"training": {"steps": _steps(old)}}
     before = old.model_copy(update={"run": config.merge(old.run, length)})
     run = config.merge(new.run, length)

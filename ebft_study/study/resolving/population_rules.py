@@ -88,6 +88,6 @@ def _run_rules(spec: StudySpec, run: RunConfig) -> Iterator[Broken]:
         remedy = "Use a shorter interval, or kind: none"
         yield "scheduler.perturbation_interval_steps", interval, rule, remedy
     if "rollout.temperature" in spec.axes and run.evaluation.evaluation_temperature is None:
-        rule = "while temperature is an axis, each trial would measure cfm_loss at a temperature of its own"
+        rule = "while temperature is an axis, each trial would measure cfm_loss at another temperature"
         remedy = "Set evaluation_temperature, so that trials can be compared"
         yield "evaluation.evaluation_temperature", None, rule, remedy

@@ -160,7 +160,7 @@ def configuration_number(spec: StudySpec, trial_id: str) -> int:
 
 
 def suggest(spec: StudySpec, asked: optuna.Trial) -> Assignment:
-    """Let Optuna choose axis by axis, in the order of the study file: whether one exists depends on earlier ones."""
+    """Sample a configuration axis by axis, in the order of the file: whether one exists depends on earlier ones."""
     assignment: Assignment = {}
     for key, axis in spec.axes.items():
         if enumeration.exists(axis, assignment):
@@ -169,7 +169,7 @@ def suggest(spec: StudySpec, asked: optuna.Trial) -> Assignment:
 
 
 def ask_for(spec: StudySpec, study: optuna.Study, assignment: Assignment) -> optuna.Trial:
-    """Have Optuna choose exactly this configuration."""
+    """Make Optuna suggest exactly this configuration."""
     study.enqueue_trial({key: _stored(value) for key, value in assignment.items()})
     asked = study.ask()
     _ = asked.relative_params  # samplers that count their draws also count this configuration

@@ -1,7 +1,7 @@
 """Search by Optuna: asks it for a configuration when a slot is free, and tells it the results of all seeds.
 
-With one objective, a configuration with a trial that stopped early is told as pruned, with the value it had then. With
-several, Optuna knows no values of pruned trials: it is told as pruned without any, so that it is never on the Pareto
+With one objective, a configuration with a trial that stopped early is reported as pruned, with its value at the stop.
+With several, Optuna supports no values of pruned trials: it is reported without any, so that it is never on the Pareto
 front (its values are those of a shorter training) and has no offspring; step and values are recorded as an attribute.
 """
 

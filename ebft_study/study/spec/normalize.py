@@ -76,7 +76,7 @@ def exclusions(
 
 
 def linked(given: Mapping[str, Link], source: str) -> dict[str, Link]:
-    """Links under dotted paths, each after those that it follows."""
+    """Links under dotted paths, each after those that it is computed from."""
     found: dict[str, Link] = {}
     for key, link in given.items():
         path = config.resolve_key(key, source=f"{source}: linked")

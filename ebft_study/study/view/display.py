@@ -93,7 +93,7 @@ def print_plain(console: Console, line: str, style: str | None = None) -> None:
 def render(
     states: Iterable[TrialState], columns: tuple[str, ...], *, title: str, plan: Plan, most: int = _MOST_ROWS
 ) -> RenderableType:
-    """The table of trials, what went wrong, and a line that counts trials and says how long the rest will take."""
+    """The table of trials, the problems, and a line with the number of trials and the remaining time."""
     states = list(states)
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for header in ("trial", "settings", "state", "step", *columns, "time"):

@@ -92,7 +92,7 @@ def _refuse_changes(recorded: StudySpec, overrides: Sequence[str]) -> None:
 
 
 def _settings_of_trials(spec: StudySpec) -> dict[str, Any]:
-    """Settings of a study's first trial, and the sections that say which trials there are and what each occupies."""
+    """Settings of a study's first trial, and the sections that define the trials and their resources."""
     first = trials.build(spec, trials.enumerated(spec)[0], seed=spec.seeds[0], source="command line")
     content = normalize.dump(spec)
     return {**config.flatten(first), **{name: content[name] for name in study_file.SECTIONS if name not in SECTIONS}}

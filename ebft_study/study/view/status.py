@@ -21,7 +21,7 @@ _MOST_TRIALS = 100
 
 
 def show(folder: Location, console: Console) -> None:
-    """Print the table of trials and the latest remarkable events."""
+    """Print the table of trials and the latest important events."""
     spec = study_yaml.read(folder)
     states = list(history.read(folder, spec.objective.metric).states.values())
     alive = lock.is_held(storage_path(folder))
