@@ -24,7 +24,7 @@ GRADIENT_TOLERANCE = 1e-4
 
 
 class _Recorder(StridedRollouts):
-    """Strided rollouts that record what they sample, some anchors at a time."""
+    """Strided rollouts that record their samples, some anchors at a time."""
 
     def __init__(self) -> None:
         self.sampled: list[Rollouts] = []
@@ -90,7 +90,7 @@ def _difference(first: Tensor, second: Tensor) -> float:
 def _contradicted(naive: Naive, completions: Tensor) -> float:
     """Tokens that the naive distributions would not have drawn with this noise, wherever it falls within rounding.
 
-    Two correct ways may draw different tokens where the noise lies on the border between them, and a completion goes
+    Two correct ways may draw different tokens where the noise is on the border between them, and a completion goes
     another way from there. So whole completions are counted as identical or not, and every single draw is judged.
     """
     inputs, temperature = naive.inputs, naive.config.rollout.temperature

@@ -93,7 +93,7 @@ def step(
     precision: Annotated[Precision, typer.Option(help="Of activations.")] = Settings.precision,
     json: Json = None,
     plot: Annotated[
-        Path | None, typer.Option(metavar="FILE.png", help="Also draw the step's phases and its growth.")
+        Path | None, typer.Option(metavar="FILE.png", help="Also draw the step's phases and its scaling.")
     ] = None,
 ) -> None:
     """Measure sections of one step; exit code 1 if the contenders disagree or a section cannot be run."""

@@ -176,7 +176,7 @@ class Naive(_Contender):
         return naive_features(self.networks.whole, part.batch, part.anchors, completions, depths)
 
     def _loss(self, part: Inputs, completions: Tensor) -> Tensor:
-        """These sequences' share of the loss."""
+        """Share of these sequences in the loss."""
         config, temperature = self.config, self.config.rollout.temperature
         phi, psi = self._embed(part, completions)
         with torch.autocast(phi.device.type, enabled=False):

@@ -54,7 +54,7 @@ def tables(settings: Settings, lengths: Sequence[int]) -> Iterator[Titled]:
 
     Raises:
         ConfigError: settings that no run could have.
-        ServiceError: an engine is gone or silent.
+        ServiceError: an engine has ended, or does not answer.
     """
     points = [replace(settings, completion_length=G, stride=G) for G in lengths]
     for point in points:
@@ -136,7 +136,7 @@ class Comparison:
         return self._scored
 
     def backward(self) -> None:
-        """Differentiate what was scored last; the weights' gradients are dropped."""
+        """Differentiate the last scores; the weights' gradients are dropped."""
         assert self._scored is not None
         self._scored.sum().backward()
         self._scored = None

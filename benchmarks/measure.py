@@ -24,7 +24,7 @@ CEILING_SIZE = {"cpu": 2048, "cuda": 8192}
 """Rows and columns of matrices large enough for a machine's full speed."""
 CEILING_TRIES = 8
 REPLY_BYTES = 400e6
-"""Ray's object store: replies to all trials at a time, and room to spare."""
+"""Ray's object store: replies to all trials at a time, with a margin."""
 
 # --- time ------------------------------------------------------------------------------------------------------
 
@@ -72,7 +72,7 @@ def matmul_ceiling(device: str, dtype: torch.dtype) -> float:
 
 
 def peak_bytes(work: Callable[[], object], device: str) -> int:
-    """Bytes by which memory rises during `work` above what was in use before.
+    """Bytes by which memory use rises during `work`.
 
     On a CPU this is the process's own peak, so let nothing larger run in the process before (`in_fresh_process`).
     """
@@ -89,7 +89,7 @@ def peak_bytes(work: Callable[[], object], device: str) -> int:
 def resident_bytes() -> tuple[int, int]:
     """Bytes of RAM that this process uses now, and its peak.
 
-    Linux tells both. `ru_maxrss` would not do there: a new process starts with the peak of the one that started it.
+    Linux reports both. `ru_maxrss` would not do there: a new process starts with the peak of the one that started it.
     """
     try:
         lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())

@@ -32,12 +32,12 @@ from ebft_study.data import Batch
 
 
 def dense_mask(document_ids: Tensor, anchors: Anchors, length: int) -> Tensor:
-    """Who may attend to whom in `[x ; B blocks of `length` tokens]`, [S, 1, M, M] bool with M = T + B * length."""
+    """Attention mask over `[x ; B blocks of `length` tokens]`, [S, 1, M, M] bool with M = T + B * length."""
     T, B = document_ids.shape[1], anchors.positions.shape[1]
     index = torch.arange(T + B * length, device=document_ids.device)
     in_block = index >= T
     block = torch.where(in_block, (index - T) // max(length, 1), 0)
-    # For a prefix token, what it sees of the prefix ends with itself; for a block token, before its anchor.
+    # A prefix token attends to the prefix up to itself, a block token to the prefix before its anchor.
     ends = torch.where(in_block, anchors.positions[:, block] if B else 0, index + 1)
     document = torch.where(
         in_block,
@@ -52,7 +52,7 @@ def dense_mask(document_ids: Tensor, anchors: Anchors, length: int) -> Tensor:
 
 @contextmanager
 def attending(attention: Attention, *models: PreTrainedModel) -> Iterator[None]:
-    """Let the models attend as named; `eager` is with matrices of probabilities, as in the published code."""
+    """Set the attention of the models; `eager` is with matrices of probabilities, as in the published code."""
     before = [model.config._attn_implementation for model in models]
     for model in models:
         if attention == "eager":

@@ -1,4 +1,4 @@
-"""Sections of the benchmark of one step: settings in, rows out. Targets are stated next to what they judge."""
+"""Sections of the benchmark of one step: settings in, rows out. Targets are stated next to their measurements."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def memory(settings: Settings) -> list[Row]:
     alone = replace(
         settings.at(settings.sequence_lengths[-1]), batch_size=1, micro_batch_size=1, anchors_at_once=anchors_at_once
     )
-    # On a CPU a process knows its own peak only.
+    # On a CPU a process can read its own peak only.
     measure_peak = step_peak if settings.device_type == "cuda" else _step_peak_in_fresh_process
     ours, naive = measure_peak("ours", alone), measure_peak("naive", alone)
     name = f"memory/T={alone.sequence_length}"
@@ -202,7 +202,7 @@ def step_peak(contender: str, settings: Settings) -> int:
 
 
 def growth(settings: Settings) -> list[Row]:
-    """Seconds of our step around the settings, one quantity at a time, and what the cost model expects.
+    """Seconds of our step around the settings, one quantity at a time, and the seconds that the cost model predicts.
 
     The model's FLOPs become seconds by the measured speed of the settings themselves.
     """
@@ -243,7 +243,7 @@ def _points(settings: Settings) -> dict[str, Settings]:
 
 
 def profile(settings: Settings) -> list[Row]:
-    """The operations of one of our steps with the most time of their own, without what they call."""
+    """The operations of one of our steps with the most time of their own, without the operations that they call."""
     ours, cuda = Ours(settings, Networks.from_settings(settings)), settings.device_type == "cuda"
     ours.step()
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]

@@ -95,7 +95,7 @@ def tables(grid: Grid) -> Iterator[Titled]:
 
     Raises:
         ConfigError: settings that no run could have.
-        ServiceError: the service is gone or silent.
+        ServiceError: the service has ended, or does not answer.
     """
     prepare(grid.settings)
     names = ("model", "sequence_length", "n_samples", "completion_length", "batch_size")
@@ -232,7 +232,7 @@ def total_rows(local: Contender, service: Contender) -> list[Row]:
 
 
 def agreement_row(local: Sequence[Features], service: Sequence[Features]) -> Row:
-    """The largest difference of any feature; it fails where one is NaN, too."""
+    """The largest difference of any feature; NaN in any of them is a failure."""
     differences = [
         (first - second).abs().max()
         for ours, theirs in zip(local, service, strict=True)

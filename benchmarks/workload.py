@@ -1,6 +1,6 @@
-"""The measured work: models, inputs, and what a step costs by the cost model.
+"""The measured work: models, inputs, and the cost of a step by the cost model.
 
-Weights and tokens are random: what a step costs does not depend on their values.
+Weights and tokens are random: the cost of a step does not depend on their values.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class Inputs:
         return len(self.batch.tokens)
 
     def parts(self, size: int) -> Iterator[Inputs]:
-        """At most `size` sequences at a time, every time as a new batch, which no cache knows."""
+        """At most `size` sequences at a time, every time as a new batch, which no cache has."""
         for rows in torch.arange(len(self), device=self.batch.tokens.device).split(size):
             yield Inputs(self.batch.select(rows), Anchors(*(t[rows] for t in self.anchors)), self.noise[rows])
 

@@ -1,4 +1,4 @@
-"""Hyperparameter and scaling studies of Energy-Based Fine-Tuning (EBFT) of language models; `api` says how to start."""
+"""Hyperparameter and scaling studies of Energy-Based Fine-Tuning (EBFT) of language models. Start with `api`."""
 
 from ebft_study.api import extend, load, plan, read_results, replay, resume, run, train, write_report
 

@@ -32,7 +32,7 @@ def wait_for(handle: Any, *, who: str, seconds: float) -> None:
     """Wait until an actor with a method `process_id` answers, while Ray restarts a killed one.
 
     Raises:
-        ServiceError: it does not answer within `seconds`, or is gone for good.
+        ServiceError: it does not answer within `seconds`, or has ended for good.
     """
     deadline = time.monotonic() + seconds
     while True:

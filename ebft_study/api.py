@@ -100,7 +100,7 @@ def extend(
     address: str | None = None,
     console: Console | None = None,
 ) -> StudyResult:
-    """Run what a study file asks for beyond what its study has already: values, seeds, baselines, steps."""
+    """Run the values, seeds, baselines and steps of a study file that its study does not have yet."""
     from ebft_study.study.driver import runner
 
     return runner.extend(study, storage=storage, console=_console(console), address=address)

@@ -49,10 +49,10 @@ def study(
     resume: Annotated[bool, typer.Option("--resume", help="Start it, or continue it where it stopped.")] = False,
     extend: Annotated[
         bool,
-        typer.Option("--extend", help="The file asks for more (values, seeds, baselines, steps): run what is new."),
+        typer.Option("--extend", help="Run the values, seeds, baselines and steps that the file has gained."),
     ] = False,
     what_if: Annotated[
-        bool, typer.Option("--what-if", help="Say what early stopping would have done to the finished study.")
+        bool, typer.Option("--what-if", help="Replay the finished study under early stopping; trains nothing.")
     ] = False,
     storage: Storage = api.STUDIES,
     address: Address = None,
@@ -91,7 +91,7 @@ def plan(
     ] = None,
     storage: Storage = api.STUDIES,
 ) -> None:
-    """Say what a study would take: trials, memory, work, hours. Starts nothing.
+    """Predict the cost of a study: trials, memory, work, hours. Starts nothing.
 
     [dim]ebft-study plan search_spaces/alpha_gamma.yaml --profile cpu[/dim]
     """
@@ -119,7 +119,7 @@ def resume(
 
 @app.command()
 def status(name: StudyName, storage: Storage = api.STUDIES) -> None:
-    """Show the trials of a running or finished study, and what happened to them.
+    """Show the trials of a running or finished study, with their states and problems.
 
     [dim]ebft-study status alpha_gamma[/dim]
     """
@@ -203,7 +203,7 @@ def _table(title: str, columns: list[str], rows: list[dict[str, Any]]) -> None:
 
 
 def _finish(ended: StudyResult, console: Console) -> None:
-    """Say how a session of a study ended, and end the process accordingly."""
+    """Print the result of a session, and end the process with its exit code."""
     from ebft_study.study.view import display
 
     states = list(ended.states.values())
@@ -218,7 +218,7 @@ def _finish(ended: StudyResult, console: Console) -> None:
 
 
 def main() -> None:
-    """Entry point: what a user can repair is one line on stderr and exit code 2."""
+    """Entry point: an error that a user can repair is one line on stderr and exit code 2."""
     # Threads that wait spinning for long make everything several times slower as soon as another process wants the
     # cores; this many rounds are enough to lose nothing when they are free.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")

@@ -43,11 +43,11 @@ class StorageError(EbftError):
 
 
 class CheckpointError(EbftError):
-    """A checkpoint that was asked for is missing or unusable."""
+    """A requested checkpoint is missing or unusable."""
 
 
 class ServiceError(Exception):
-    """A rollout engine or feature service is gone or silent: the attempt fails, the next attempt may succeed."""
+    """A rollout engine or feature service has ended or does not answer: this attempt fails, the next may succeed."""
 
 
 class ParityError(Exception):

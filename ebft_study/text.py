@@ -1,4 +1,4 @@
-"""Formatting of numbers and names for people."""
+"""Formatting of numbers and names for display."""
 
 from __future__ import annotations
 

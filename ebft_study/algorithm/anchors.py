@@ -90,7 +90,7 @@ def gather_rows(rows: Tensor, index: Tensor) -> Tensor:
 
 
 class Contexts(NamedTuple):
-    """Which prefix tokens each completion block may attend to: positions `start .. end - 1` of its sequence."""
+    """Prefix tokens that each completion block may attend to: positions `start .. end - 1` of its sequence."""
 
     start: Tensor
     """[S, N] int64: first token of the block's document."""

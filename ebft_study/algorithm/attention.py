@@ -24,7 +24,7 @@ from ebft_study.algorithm.anchors import Contexts
 def prefix_mask(document_ids: Tensor) -> Tensor | None:
     """Mask for `prefix_attention`, [S, 1, T, T] bool: causal and within one document.
 
-    None when no row holds two documents. Padding (-1) must only stand at the end of a row, where causality already
+    None when no row holds two documents. Padding (-1) must only be at the end of a row, where causality already
     hides it from every real token.
     """
     if bool((document_ids <= 0).all()):
@@ -48,7 +48,7 @@ SMALL_MASK = 2**18
 """Entries of a mask worth keeping."""
 
 # PyTorch's fused attention for CPUs, which `scaled_dot_product_attention` calls: it also returns log-normalisers, and
-# its backward pass takes those of the joint softmax, which is what lets a softmax be put together from parts.
+# its backward pass takes those of the joint softmax, which is why a softmax can be merged from parts.
 _fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -116,7 +116,7 @@ def _chunk(contexts: Contexts, start: Tensor, end: Tensor, sequences: slice, blo
         return None
     low, high = int(first[used].min()), int(last.max())
     common = slice(int(first.max()), int(last.min()))
-    # Where all contexts begin together, only the end of the window differs between blocks.
+    # Where all contexts begin at one position, only the end of the window differs between blocks.
     partial = slice(0 if common.start > low else max(common.stop - low, 0), high - low)
     if partial.start >= partial.stop:
         return Chunk(sequences, blocks, slice(low, high), partial, None)
@@ -138,7 +138,7 @@ def block_attention(
 ) -> Tensor:
     """Attention of completion tokens to their own context and to their own block, in one softmax.
 
-    Query `l` of a block stands at block position `K - L + l` and attends to the block's keys up to and including
+    Query `l` of a block is at block position `K - L + l` and attends to the block's keys up to and including
     itself, and to the prefix keys of its context. No block sees another one, so the cost is that of the context plus
     the own block, never that of all blocks. Scores exist for one chunk at a time and are computed again in the
     backward pass; only outputs and log-normalisers are kept.
@@ -160,9 +160,9 @@ def block_attention(
 
 
 class _ChunkedAttention(torch.autograd.Function):
-    """Partial softmaxes over prefix and block are joined by their log-normalisers, as in FlashAttention.
+    """Partial softmaxes over prefix and block, merged by their log-normalisers, as in FlashAttention.
 
-    With `lse` that of both parts together, each part's probabilities are `exp(score - lse)`, so the backward pass
+    With the `lse` of both parts, each part's probabilities are `exp(score - lse)`, so the backward pass
     treats the parts one after another without ever joining them.
     """
 
@@ -245,7 +245,7 @@ def _scores(query: Tensor, key: Tensor, hidden: Tensor | Chunk) -> Tensor:
 
 
 def _hide(scores: Tensor, chunk: Chunk) -> None:
-    """Set the scores [s, ., c * M, W] that a chunk's blocks may not see to next to nothing, in place."""
+    """Set the scores [s, ., c * M, W] that a chunk's blocks may not see to NOTHING, in place."""
     if chunk.hidden is not None:
         s, c, W = chunk.hidden.shape
         of_blocks = scores[..., chunk.partial].unflatten(2, (c, -1))
@@ -267,7 +267,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | Chunk) -
 def _attend_to_prefix(
     grouped: Tensor, prefix_key: Tensor, prefix_value: Tensor, chunk: Chunk, output: Tensor, lse: Tensor
 ) -> None:
-    """Join the attention of one chunk's blocks to their contexts into `output` and `lse`, in place."""
+    """Merge the attention of one chunk's blocks to their contexts into `output` and `lse`, in place."""
     s, b, keys = chunk.sequences, chunk.blocks, chunk.keys
     part, part_lse = _attend(_rows(grouped, chunk), prefix_key[s, :, keys], prefix_value[s, :, keys], chunk)
     old, old_lse = output[s, :, b], lse[s, :, b]

@@ -1,4 +1,4 @@
-"""From hidden states to the feature map phi (section 2.1)."""
+"""The feature map phi, computed from hidden states (section 2.1)."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ def kl_penalty(log_probs: Tensor, base_log_probs: Tensor, valid: Tensor, *, esti
 
     With `u = log p_theta - log p_base`: k1 = `u`, k2 = `u^2 / 2`, k3 = `exp(-u) - 1 + u`. As a loss, k1 itself has a
     gradient of mean zero, so its value is paired with the score-function gradient `u grad log p_theta`, the same that
-    k2 gives; k3 is differentiated as it stands (low variance, the gradient of the forward KL).
+    k2 gives; k3 is differentiated as written (low variance, the gradient of the forward KL).
     """
     u = log_probs - base_log_probs.detach()
     if estimator == "k1":

@@ -70,7 +70,7 @@ def feature_matching_rewards(phi: Tensor, psi: Tensor, *, alpha: float, whitenin
 def inner_products(phi: Tensor, psi: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """`K_ij = phi_i . phi_j` [..., n, n], `k_i = phi_i . psi` [..., n] and `|psi|` [...], in float64.
 
-    A few contexts are widened at a time: a float64 copy of all features would be written and read for nothing.
+    A few contexts are widened at a time: a float64 copy of all features would cost memory traffic only.
     """
     n, d = phi.shape[-2:]
     concurrency = max(1, NUMBERS_AT_ONCE[phi.device.type] // ((n + 1) * d))

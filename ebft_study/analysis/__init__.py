@@ -2,6 +2,6 @@
 
     summary = ebft_study.analysis.summary.summarize(ebft_study.results.load("quickstart"))
 
-`summary` groups trials into configurations, `settings` tells which settings vary, `statistics` has intervals over
+`summary` groups trials into configurations, `settings` finds the settings that vary, `statistics` has intervals over
 seeds, `pareto` the front of several objectives, `usage` time, memory and services. The package imports none of them.
 """

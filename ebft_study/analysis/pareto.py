@@ -37,7 +37,7 @@ def objectives(spec: Mapping[str, Any]) -> list[Objective]:
 
 
 def front(values: Sequence[Sequence[float]], modes: Sequence[str]) -> list[bool]:
-    """Which rows no other row dominates: none is at least as good in every column and better in one."""
+    """Whether each row is on the front: no other row is at least as good in every column and better in one."""
     signs = [1.0 if mode == "min" else -1.0 for mode in modes]
     losses = np.asarray(values, dtype=float).reshape(len(values), len(modes)) * signs
     return [not bool(np.any(np.all(losses <= row, axis=1) & np.any(losses < row, axis=1))) for row in losses]

@@ -1,8 +1,8 @@
 """The settings of a study's trials: which of them vary, which are grouped, how they sort and name configurations.
 
-Settings that change together are grouped: an axis of choices stands for all settings of its choices, and linked
-settings stand under the first one. A report that showed each of them would draw one question several times, and find
-no two configurations that differ in one setting alone.
+Settings that change together are grouped: an axis of choices represents all settings of its choices, and linked
+settings are listed under the first one. A report that showed each of them would draw one question several times, and
+find no two configurations that differ in one setting alone.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Choice(str):
 
 
 def choices_of(spec: Mapping[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
-    """Axis -> choice -> the settings that it stands for, as short name -> value; from study.yaml."""
+    """Axis -> choice -> the settings that it sets, as short name -> value; from study.yaml."""
     axes = spec.get("axes")
     return {
         axis: {
@@ -67,12 +67,12 @@ def varying_settings(trials: pd.DataFrame) -> tuple[str, ...]:
 
 
 def grouped_settings(spec: Mapping[str, Any], varying: Sequence[str]) -> dict[str, str]:
-    """Varying setting -> the axis or setting that stands for it; itself where nothing else determines it."""
+    """Varying setting -> the axis or setting that represents it; itself where nothing else determines it."""
     setters: dict[str, list[str]] = {name: [] for name in varying}
     for axis, choices in choices_of(spec).items():
         for name in dict.fromkeys(name for settings in choices.values() for name in settings if name in setters):
             setters[name].append(axis)
-    # A setting that several axes set, each under its own condition, stands for itself.
+    # A setting that several axes set, each under its own condition, represents itself.
     shown_as = {name: axes[0] if len(axes) == 1 else name for name, axes in setters.items()}
     linked = spec.get("linked")
     for path, link in linked.items() if isinstance(linked, Mapping) else ():
@@ -85,9 +85,9 @@ def grouped_settings(spec: Mapping[str, Any], varying: Sequence[str]) -> dict[st
 
 
 def configuration_names(trials: pd.DataFrame, varying: Sequence[str]) -> pd.Series:
-    """The configuration of each trial; a trial without one is a configuration of its own.
+    """The configuration of each trial; a trial without one is a separate configuration.
 
-    Names hold rounded numbers, so two configurations of a search can share one: their exact settings tell them apart.
+    Names hold rounded numbers, so two configurations of a search can share one: their exact settings distinguish them.
     """
     names = trials["configuration"].fillna(trials["label"]).fillna(trials["trial_id"])
     exact = [

@@ -29,7 +29,7 @@ class Interval:
 
     @property
     def side(self) -> Literal["below", "above", "unclear"]:
-        """Where the whole interval lies relative to zero; unclear when it contains zero or does not exist."""
+        """Side of zero on which the whole interval is; unclear when it contains zero or does not exist."""
         if self.high < 0:
             return "below"
         return "above" if self.low > 0 else "unclear"

@@ -91,7 +91,7 @@ class Configuration:
 class StudySummary:
     """A study's configurations, and the completion `length` at which their cfm_loss is compared.
 
-    `varying` are settings, and axes of choices, which stand for all settings that they change.
+    `varying` are settings, and axes of choices, which represent all settings that they change.
     """
 
     results: Results
@@ -100,7 +100,7 @@ class StudySummary:
     length: int | None
     lengths: tuple[int, ...]
     shown_as: dict[str, str] = field(default_factory=dict)
-    """Varying setting -> the one of `varying` that stands for it."""
+    """Varying setting -> the one of `varying` that represents it."""
 
     @property
     def name(self) -> str:

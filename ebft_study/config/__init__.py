@@ -1,7 +1,7 @@
 """Settings of one run: their sections, names and rules, read from YAML and the command line.
 
-Imports neither torch nor ray, so that it loads at once, also on a login node. Every setting has one name in YAML, code,
-Parquet and plots (`keys.short_names`).
+Imports neither torch nor ray, so that it loads instantly, also on a login node. Every setting has one name in YAML,
+code, Parquet and plots (`keys.short_names`).
 """
 
 from ebft_study.config.keys import (

@@ -86,7 +86,7 @@ def _explain(model: type[BaseModel], error: ValidationError) -> str:
 
 
 def _siblings(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
-    """Names that are valid where the last part of `location` stands."""
+    """Names that are valid at the last part of `location`."""
     section: Any = model
     for part in location[:-1]:
         field = getattr(section, "model_fields", {}).get(part)

@@ -17,7 +17,7 @@ class Memory:
     """Bytes in one worker. The first four last; the phases follow one another, on top of the sequences."""
 
     weights_bytes: float
-    """With the copies that autocast makes, and the average of the weights where there is one."""
+    """Weights, the copies that autocast makes, and the average of the weights where there is one."""
     gradients_bytes: float
     optimizer_bytes: float
     frozen_bytes: float
@@ -29,7 +29,7 @@ class Memory:
     features_bytes: float
     scoring_bytes: float
     update_bytes: float
-    """Gradients on their way between workers that all hold the whole model."""
+    """Gradients in transfer between workers that all hold the whole model."""
 
     @property
     def phases_bytes(self) -> dict[str, float]:
@@ -50,7 +50,7 @@ def memory(
     """Peak memory of one worker; `features` is the whole feature network.
 
     Tensors only, good to about a tenth: what kernels allocate inside, and fragmentation, come on top. With adapters
-    it is an upper bound, as frozen matrices let go of some of their inputs. For sharded workers it is too low: the
+    it is an upper bound, as frozen matrices free some of their inputs. For sharded workers it is too low: the
     weights and gradients that they gather inside a step are not counted.
     """
     phases = _Phases(model, features.cut(step.depths), step, plan, limits)
@@ -194,7 +194,7 @@ class _Phases:
     def scoring(self) -> int:
         """Cross-entropy, then the backward pass of a part of the blocks, at last that of the sequences."""
         trains_head = self.model.trainable_parameters is None
-        # The gradient of the head: the sum so far, and what is added to it.
+        # The gradient of the head: the sum so far, and the gradient that is added to it.
         head = 2 * self.step.weight_bytes * self.model.head_parameters if trains_head else 0
         truth = head + self.logits(self.prefix_tokens, copies=2)
         return max(truth, self._part(head), self.differentiating(self.prefix_tokens, blocks=False))
@@ -228,14 +228,14 @@ def largest_plan(
 ) -> MicroBatchPlan:
     """The fewest passes whose peak memory fits into `budget_bytes` on one worker; depends on its arguments alone.
 
-    All sequences and all anchors if that fits; otherwise fewer anchors at once, while a pass still has
+    All sequences and all anchors if that fits; otherwise fewer anchors at a time, while a pass still has
     `EFFICIENT_BLOCK_TOKENS`; otherwise fewer sequences, with as many anchors as fit; at last fewer anchors still.
 
     Args:
         given: micro_batch_size and anchors_at_once where the user has chosen them.
 
     Raises:
-        ConfigError: not even one sequence and one anchor at a time fit, or what the user has chosen does not.
+        ConfigError: not even one sequence and one anchor at a time fit, or the sizes that the user has chosen do not.
     """
     for plan in _plans(step, given):
         needed = memory(model, features, step, plan, limits=limits)

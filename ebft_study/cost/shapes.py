@@ -94,7 +94,11 @@ class ModelShape:
         return self.body_parameters + (0 if self.tied_embeddings else self.head_parameters)
 
     def with_adapters(self, rank: int, targets: tuple[str, ...] | None = None) -> ModelShape:
-        """Only adapters are trained: two matrices of `rank` for each linear layer named in `targets` (None: all)."""
+        """This model with adapters as its only trained weights: two matrices of `rank` for each linear layer.
+
+        Args:
+            targets: names of the layers; None for all.
+        """
         H, Q, K, inner = self.hidden_size, self.query_size, self.kv_size, self.intermediate_size
         sizes = {
             "q_proj": H + Q,
@@ -249,7 +253,7 @@ class MicroBatchPlan:
 
     @staticmethod
     def whole(step: StepShape) -> MicroBatchPlan:
-        """Everything at once."""
+        """The micro-batch plan with a single pass."""
         return MicroBatchPlan(step.sequences_per_worker, max(len(step.anchors), 1))
 
 
@@ -268,7 +272,7 @@ class Limits:
 
     @staticmethod
     def on(device: str) -> Limits:
-        """Those of the implementation on `cpu` or `cuda`."""
+        """The sizes of the implementation on `cpu` or `cuda`."""
         return GPU_LIMITS if device == "cuda" else Limits(2**24, 2**20, 2**10, fused_attention=False)
 
     def logit_rows(self, model: ModelShape) -> int:

@@ -1,6 +1,6 @@
 """Built-in data sets: Python source that is installed with this project, split by file.
 
-`stdlib`        the running Python's standard library without its tests: what the tiny models are pretrained on.
+`stdlib`        the running Python's standard library without its tests; the tiny models are pretrained on it.
 `unstructured`  the test suites inside the pandas and numpy wheels: source in another style, the analogue of raw code.
 `qa`            signature and docstring -> function body, from hard dependencies: the analogue of instructions.
 """

@@ -31,7 +31,7 @@ class Preset:
     """A data set of the paper.
 
     `mapping(dataset_config)` is its row mapping and `hub_config(dataset_config)` the configuration's name on the hub;
-    None stands for the default. `config_maps_rows`: `dataset_config` also applies to a local file.
+    None means the default. `config_maps_rows`: `dataset_config` also applies to a local file.
     """
 
     hub_id: str
@@ -51,7 +51,7 @@ def prompt_and_answer(prompt: str, answer: str) -> RowMapping:
 
 
 def _question_and_solution(row: Row) -> tuple[Any, Any]:
-    """Columns `input` and `output`; a blank line between them tells where the question ends."""
+    """Columns `input` and `output`; a blank line between them marks the end of the question."""
     question = row["input"]
     return (question.rstrip() + "\n\n" if isinstance(question, str) else question), row["output"]
 

@@ -61,7 +61,7 @@ def load_file(name: str, path: Path, config: DataConfig, preset: str | None) -> 
             examples = list(_examples("train", rows, mapping, str(path)))
     except DataError:
         raise
-    except Exception as error:  # whatever the reader finds in somebody's file
+    except Exception as error:  # any error that a user's file causes in the reader
         raise DataError(f"{path}: {_damage(path, error)}") from None
     return _split(name, examples, config, mapping, {"source": str(path), "preset": preset})
 
@@ -161,7 +161,7 @@ def _split(
 
 
 def _check_file(path: Path) -> None:
-    """Refuse what is not a non-empty JSONL or Parquet file before a library fails on it."""
+    """Refuse a file that is empty or neither JSONL nor Parquet before a library fails on it."""
     if path.is_dir():
         raise DataError(f"{path}: is a folder. Give one .jsonl or .parquet file")
     if not path.exists():

@@ -1,8 +1,8 @@
 """Tokenization: rows of tokens with document boundaries and answer masks, and the rows of each optimizer step.
 
-Prompt and answer are encoded separately and joined, so the answer mask is exact: no token straddles the boundary. Where
-a tokenizer would merge characters across it, the tokens differ from those of the joined text; generation also starts
-from the encoded prompt alone, so training and sampling agree.
+Prompt and answer are encoded separately and concatenated, so the answer mask is exact: no token straddles the boundary.
+Where a tokenizer would merge characters across it, the tokens differ from those of the concatenated text; generation
+also starts from the encoded prompt alone, so training and sampling agree.
 """
 
 from __future__ import annotations
@@ -93,8 +93,8 @@ def tokenize(
     """Tokenize examples into rows of T = `sequence_length` tokens, in their order.
 
     Raw text: a document is cut into consecutive rows (a last row of one token has nothing to predict and is left
-    out); with `packing`, documents, each followed by EOS, are joined and cut into rows, so that only the last row is
-    padded. Prompt and answer: one example and EOS, truncated to T; an example whose prompt leaves no room for an
+    out); with `packing`, documents, each followed by EOS, are concatenated and cut into rows, so that only the last row
+    is padded. Prompt and answer: one example and EOS, truncated to T; an example whose prompt leaves no room for an
     answer token is dropped. With `packing`, a row takes whole examples: each goes to the fullest row that has room.
 
     Large inputs are cached by content, so that the trials of a study tokenize them once.

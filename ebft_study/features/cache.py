@@ -40,7 +40,7 @@ _SCHEMA = (
 
 
 class Cache(Protocol):
-    """Finds what was put, bit for bit, until newer rows need its room."""
+    """Returns rows as they were put, bit for bit, until newer rows displace them."""
 
     def get(self, keys: Sequence[bytes]) -> dict[bytes, np.ndarray]:
         """Return the rows in the cache: read-only, float32 of shape [d]."""
@@ -94,7 +94,7 @@ class DiskCache:
 
     Each call opens the file, so a file that another process deletes is noticed by the next call. SQLite's rollback
     journal makes a transaction atomic for other processes and when its writer is killed. Nothing is synced to disk:
-    what a power cut damages is found by SQLite or by a checksum.
+    damage by a power cut is found by SQLite or by a checksum.
     """
 
     def __init__(self, folder: Path, capacity_bytes: int, *, on_problem: Callable[[str], None]) -> None:
@@ -171,7 +171,7 @@ class DiskCache:
             if not self._delete_if_damaged(error):
                 self._writable = False
                 self._on_problem(
-                    f"{self._path.parent}: feature cache cannot be written ({error}); no more features are kept on "
+                    f"{self._path.parent}: feature cache cannot be written ({error}); no more features are stored on "
                     "disk. Free space or set EBFT_STUDY_CACHE to another folder; results are not affected, only time"
                 )
 
@@ -224,7 +224,7 @@ class DiskCache:
         if isinstance(error, OSError | sqlite3.OperationalError) and not schema_is_wrong:
             return False
         with contextlib.suppress(OSError):
-            # A journal must never meet another file than its own.
+            # A journal must never be applied to another file than its own.
             self._path.with_name(f"{self._path.name}-journal").unlink(missing_ok=True)
             self._path.unlink(missing_ok=True)
         self._on_problem(f"{self._path}: damaged ({error}); it is deleted, and its features are computed again")
@@ -268,7 +268,7 @@ class TieredCache:
 
     @property
     def used_bytes(self) -> int:
-        """Bytes of memory and disk together."""
+        """Bytes in memory and on disk, in total."""
         return self._memory.used_bytes + (self._disk.used_bytes if self._disk is not None else 0)
 
 

@@ -55,7 +55,7 @@ class FeatureRequest:
 
 @dataclass
 class Usage:
-    """Cache hits and tokens of one request. A feature counts once, however often the request asks for it."""
+    """Cache hits and tokens of one request. A feature counts once, however often the request contains it."""
 
     requested: int = 0
     """Samples and ground truth; a sample that equals the ground truth counts once here."""
@@ -66,9 +66,9 @@ class Usage:
     memory_hits: int = 0
     disk_hits: int = 0
     tokens_embedded: int = 0
-    """Of the sequences and completions that were run for this request."""
+    """Tokens of the sequences and completions that were run for this request."""
     tokens_saved: int = 0
-    """Of those that would have been run without the cache and without other requests."""
+    """Tokens that would also have been run without the cache and without other requests."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import numpy as np
 from ebft_study.algorithm.features import Normalization, Pooling
 
 KEY_BYTES = 32
-_VERSION = 1  # of the way features are computed; raise it when that changes
+_VERSION = 1  # of the computation of features; raise it when that changes
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def sequence_keys(
 ) -> Keys:
     """Compute the keys of the first `length` tokens of one sequence's completions.
 
-    A key is a digest of (root, length, context tokens, completion tokens): with the length given, the bytes tell where
+    A key is a digest of (root, length, context tokens, completion tokens): the length determines where
     the context ends, so two different pairs never have the same bytes. Nested contexts are read once.
 
     Args:

@@ -159,7 +159,7 @@ def load_feature_network(config: RunConfig, base: LoadedModel) -> LocalFeatures:
     """Load the frozen feature network of a run; `base` is the generator before any training, a warm start included.
 
     Raises:
-        ModelError: its vocabulary is not the generator's, so token ids mean other things to it.
+        ModelError: its vocabulary is not the generator's, so token ids have another meaning for it.
     """
     features = config.features
     shared = features.is_base and config.lora.lora_rank > 0

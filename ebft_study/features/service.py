@@ -187,7 +187,7 @@ class ServiceFeatures:
         """See `FeatureBackend.embed`.
 
         Raises:
-            ServiceError: the service is gone for good, or does not answer in time.
+            ServiceError: the service has ended for good, or does not answer in time.
         """
         request = FeatureRequest.from_batch(self.spec, batch, anchors, completions, lengths)
         reply: FeatureReply = self._answer(self._service.embed.remote(request, self.timeout_seconds))

@@ -1,4 +1,4 @@
-"""Methods compute what one optimizer step needs: gradients of a micro-batch, all through one signature."""
+"""Methods: the computation of one optimizer step. All share one signature, from a micro-batch to its gradients."""
 
 from __future__ import annotations
 

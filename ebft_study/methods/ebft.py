@@ -182,7 +182,7 @@ def _tally_rollouts(
     accumulator.add_valid("advantage", advantages, valid)
     accumulator.add_valid("advantage_squared", advantages.square(), valid)
     accumulator.add_valid("duplicate_rate", duplicate_fraction(rollouts.completions), valid)
-    # Minus the log-probability of what was drawn is an unbiased estimate of the entropy it was drawn from.
+    # Minus the log-probability of a drawn token is an unbiased estimate of the entropy of its distribution.
     accumulator.add_valid("policy_entropy", -rollouts.log_probs.detach(), valid)
     accumulator.add_valid("fm_whitened", whitened_feature_matching(rewards.alignment, rewards.diversity), valid)
     spread = rewards.reward.amax(dim=-1) - rewards.reward.amin(dim=-1)

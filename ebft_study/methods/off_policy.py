@@ -22,7 +22,7 @@ PEAKS = ("parity_max_difference", "importance_ratio_max", "importance_ratio_nega
 
 @dataclass(frozen=True)
 class OffPolicy:
-    """What a run tolerates."""
+    """Limits of a run: the age of samples, and the clipping of importance ratios."""
 
     max_policy_lag: int
     clip: float
@@ -35,7 +35,7 @@ class OffPolicy:
     def weights(
         self, log_probs: Tensor, rollouts: Rollouts, valid: Tensor, policy_version: int, accumulator: MetricAccumulator
     ) -> Tensor:
-        """Truncated importance ratios [S, B, n] (see `importance_weights`), with everything about them on record.
+        """Truncated importance ratios [S, B, n] (see `importance_weights`), with everything about them recorded.
 
         A batch by the weights of this very version is the probe of the engine: `check_parity` judges the difference.
 
@@ -80,7 +80,7 @@ def check_parity(config: RunConfig, total: float, count: float, *, version: int)
         raise ParityError(
             f"the rollout engine's log-probabilities differ from the trainer's by {total / count:.3g} on average over "
             f"{count:.0f} tokens after the transfer of version {version}; allowed is {allowed:g} "
-            "(rollout.parity_threshold). The engine does not compute what is trained: check its precision, or use "
+            "(rollout.parity_threshold). The engine does not compute the trained policy: check its precision, or use "
             "backend=strided"
         )
 
@@ -97,7 +97,7 @@ def _tally_ratios(accumulator: MetricAccumulator, weights: Tensor, ratios: Tenso
 
 
 def metrics(total: MetricAccumulator) -> dict[str, float]:
-    """What is not a plain mean among the tallied: extremes and effective samples; nothing without such rollouts."""
+    """Metrics that are no plain means: extremes and effective samples. Empty without rollouts of another engine."""
     row = {name: total.peaks[name] for name in PEAKS[:2] if name in total.peaks}
     if total.counts.get("importance_ratio"):
         row["importance_ratio_min"] = -total.peaks["importance_ratio_negative_min"]

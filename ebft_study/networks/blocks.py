@@ -35,7 +35,7 @@ ATTENTION = "ebft_blocks"
 """Name under which the attention function is registered with transformers."""
 
 Backend = Literal["auto", "chunked", "flex"]
-"""How blocks attend. `auto`: `flex` on a GPU, `chunked` elsewhere and for one token at a time."""
+"""Implementation of attention. `auto`: `flex` on a GPU, `chunked` elsewhere and for one token at a time."""
 
 KeysValues = dict[int, tuple[Tensor, Tensor]]
 """Layer -> keys and values."""
@@ -71,7 +71,7 @@ class Prefix:
     keys_values: KeysValues
 
     def leaves(self) -> Prefix:
-        """The same prefix, detached from its graph; it collects the gradients of whatever uses it."""
+        """The same prefix, detached from its graph; it collects the gradients of all that use it."""
         cut = {layer: (_leaf(key), _leaf(value)) for layer, (key, value) in self.keys_values.items()}
         return Prefix(self.document_ids, _leaf(self.states), cut)
 
@@ -140,7 +140,7 @@ class Blocks:
 class _BlocksPass:
     """L tokens of every block, after the first `position` ones in `cache`, if there is one."""
 
-    # Not a dataclass: sharding looks into dataclasses among a layer's arguments and puts copies in their place.
+    # Not a dataclass: sharding looks into dataclasses among a layer's arguments and replaces them by copies.
     def __init__(
         self, prefix: KeysValues, blocks: Blocks, backend: Backend, cache: _BlockCache | None = None, position: int = 0
     ) -> None:
@@ -172,7 +172,7 @@ class _BlocksPass:
 def run_blocks(
     model: nn.Module, prefix: Prefix, blocks: Blocks, tokens: Tensor, *, backend: Backend = "auto"
 ) -> Tensor:
-    """Run the L tokens of all blocks at once, [S, N, L] -> last hidden states [S, N, L, H]."""
+    """Run the L tokens of all blocks in one pass, [S, N, L] -> last hidden states [S, N, L, H]."""
     description = _BlocksPass(prefix.keys_values, blocks, backend)
     positions = blocks.positions(0, tokens.shape[2])
     states = _hidden_states(model, tokens.flatten(1), positions, description)
@@ -190,7 +190,7 @@ class _BlockCache:
     def extend(self, layer: int, key: Tensor, value: Tensor, position: int) -> tuple[Tensor, Tensor]:
         """Add token number `position`, [S, Hk, N, 1, D]; all of them up to it are returned.
 
-        Activation checkpointing runs a token again after later ones were added: it meets what it met before.
+        Activation checkpointing runs a token again after later ones were added: it attends to the same keys as before.
         """
         if torch.is_grad_enabled():
             return self._join(layer, key, value, position)
@@ -254,7 +254,7 @@ AttentionMaskInterface.register(ATTENTION, sdpa_mask)
 def _hidden_states(model: nn.Module, tokens: Tensor, positions: Tensor, description: Pass) -> Tensor:
     """Last hidden states (after the final norm) of one pass: tokens [S, M] at `positions` [S, M] -> [S, M, H]."""
     body = model.get_decoder()  # type: ignore[operator]
-    # A four-dimensional mask is taken as it stands; without one, transformers would read the positions as packed
+    # A four-dimensional mask is used unchanged; without one, transformers would read the positions as packed
     # sequences and build a dense mask that the attention function then ignores.
     placeholder = torch.empty(1, 1, 1, 1, device=tokens.device)
     output = body(
@@ -288,7 +288,7 @@ def captured_layers(model: nn.Module, indices: list[int]) -> Iterator[dict[int, 
 
 @contextmanager
 def mlp_only_at(layer: nn.Module, rows: Tensor) -> Iterator[None]:
-    """Inside, `layer` computes its MLP for the tokens `rows` [K] of a pass; its output is undefined elsewhere.
+    """Context in which `layer` computes its MLP for the tokens `rows` [K] of a pass; its output is undefined elsewhere.
 
     For the last layer of a pass of which few tokens are read: most of a layer's work is in its MLP. A layer without
     one under that name computes everything.

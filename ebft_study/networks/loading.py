@@ -129,7 +129,7 @@ def _architecture(model: nn.Module) -> dict[str, Any]:
 
 
 def load_generator(config: RunConfig, *, device: torch.device | str = "cpu") -> LoadedModel:
-    """The model that a run trains, with fresh adapters if it trains these; it computes what the base model does.
+    """The model that a run trains, with fresh adapters if it trains these; it computes the same as the base model.
 
     Raises:
         ModelError: see `load_model`, or adapters for layers that the model does not have.

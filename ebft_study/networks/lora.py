@@ -55,7 +55,7 @@ def _targets(model: nn.Module, config: LoraConfig, name: str) -> list[str]:
 
 @contextmanager
 def base_weights(model: nn.Module) -> Iterator[None]:
-    """Inside, an adapted model is the base model, in evaluation mode; also while a graph of its passes is alive."""
+    """Context in which an adapted model is the base model, in evaluation mode, even while a graph of it exists."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     adapted = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]

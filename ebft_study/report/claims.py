@@ -26,7 +26,7 @@ EQUAL_DATA = 0.01
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a study agrees with one claim of the paper; `sentence` holds the numbers or says what is missing."""
+    """Whether a study agrees with one claim of the paper; `sentence` has the numbers, or names the missing data."""
 
     claim: str
     reference: str
@@ -73,7 +73,7 @@ def ebft_lowers_cfm(study: StudySummary) -> tuple[Ruling, str]:
 
 @_claim("At equal data, EBFT (α=1) reaches a lower held-out feature-matching loss than SFT.", "Figure 2, Table 1")
 def ebft_beats_sft_on_cfm(study: StudySummary) -> tuple[Ruling, str]:
-    """At equal data EBFT ends below SFT on CFM."""
+    """EBFT ends below SFT on CFM at equal data."""
     return _against_sft(study, "cfm_loss")
 
 
@@ -148,7 +148,7 @@ def gain_persists_at_longer_completions(study: StudySummary) -> tuple[Ruling, st
     "Figures 3 and 6, Table 1",
 )
 def ebft_beats_sft_on_ce(study: StudySummary) -> tuple[Ruling, str]:
-    """At equal data EBFT ends below SFT on CE, although SFT minimises CE."""
+    """EBFT ends below SFT on CE at equal data, although SFT minimises CE."""
     return _against_sft(study, "ce_loss")
 
 

@@ -68,7 +68,7 @@ def configuration_rows(study: StudySummary) -> list[ConfigurationRow]:
 
 
 def precision(study: StudySummary) -> str:
-    """How many contexts the held-out CFM was measured on, and how exact one model's value is."""
+    """Number of contexts that the held-out CFM was measured on, and the standard error of one model's value."""
     rows = study.results.evaluations
     rows = rows[(rows["benchmark"] == HELDOUT) & (rows["metric"] == "cfm_loss") & (rows["position"] == study.length)]
     if not len(rows):
@@ -178,7 +178,7 @@ def _sample_group(configuration: Configuration, group: pd.DataFrame) -> SampleGr
 
 
 def missing(study: StudySummary, drawn: Sequence[str]) -> list[str]:
-    """Plain sentences on what the report lacks, and on what limits its numbers; `drawn` are names of figures."""
+    """Sentences on parts that the report lacks, and on the limits of its numbers; `drawn` are names of figures."""
     notes = []
     statuses = study.results.trials["status"]
     if not len(statuses):

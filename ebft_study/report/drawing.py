@@ -83,7 +83,7 @@ class ReportFigure:
 
 @dataclass(frozen=True)
 class Style:
-    """How one configuration is drawn."""
+    """Colour, marker and line of one configuration."""
 
     color: str
     linestyle: Any = "-"

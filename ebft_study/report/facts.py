@@ -55,7 +55,7 @@ def _choices(choices: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _procedure(spec: Mapping[str, Any]) -> Facts:
-    """How configurations were chosen and stopped, as far as the study file says."""
+    """Search, scheduler and stopping rules, as far as the study file names them."""
     search, scheduler, rules = (_mapping(spec.get(key)) for key in ("search", "scheduler", "stopping"))
     rows: Facts = []
     if search:

@@ -21,7 +21,7 @@ from ebft_study.analysis.summary import Configuration, StudySummary
 from ebft_study.report import drawing, outcomes
 from ebft_study.report.drawing import ReportFigure, Style
 
-# More lines than this cannot be told apart: the best by validation are drawn, and the caption says so.
+# More lines than this cannot be distinguished: the best by validation are drawn, and the caption says so.
 MAX_LINES = 12
 
 
@@ -103,7 +103,7 @@ def _learning_curve(axes: Axes, study: StudySummary, shown: Sequence[Configurati
 
 
 def _leave_out_divergence(axes: Axes, base: float, means: Sequence[pd.Series]) -> None:
-    """Let lines that rise far above the base model leave the frame, or they would flatten all the others."""
+    """Cut off lines that rise far above the base model, which would flatten all the others."""
     largest = [float((mean - base).abs().max()) for mean in means if len(mean)]
     if not largest:
         return

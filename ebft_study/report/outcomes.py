@@ -23,7 +23,7 @@ from ebft_study.analysis.summary import Configuration, StudySummary
 from ebft_study.report import drawing
 from ebft_study.report.drawing import ReportFigure, Style
 
-# More rows than this cannot be told apart: the best by validation are drawn, and the caption says so.
+# More rows than this cannot be distinguished: the best by validation are drawn, and the caption says so.
 MAX_ROWS = 30
 MAX_SETTINGS = 6
 MAX_LABELS = 12
@@ -79,7 +79,7 @@ def heat_maps(study: StudySummary) -> ReportFigure | None:
     """Held-out CE and CFM over two numeric settings, as differences to the base model."""
     if not _is_grid(study) or not _measured(study.on_axes):
         return None
-    down, across = study.varying  # the setting that stands first in a configuration goes down
+    down, across = study.varying  # the first setting of a configuration goes down
     columns, rows = (sorted({c.settings[name] for c in study.on_axes}) for name in (across, down))
     width = min(max(2.6 + 1.9 * len(columns), 7.2), 11)
     figure = Figure(figsize=(width, 1.5 + 0.75 * len(rows)), layout="constrained")
@@ -165,7 +165,7 @@ def along_settings(study: StudySummary) -> ReportFigure | None:
     caption = (
         "Held-out value minus the base model's for every configuration, mean over seeds with its 95 % interval, "
         "against each setting that varies. Lines join configurations that differ in this setting alone; a row's "
-        f"colours stand for the other settings. Below the dashed line is better than the base model.{more}"
+        f"colours show the other settings. Below the dashed line is better than the base model.{more}"
     )
     return ReportFigure("settings", "Outcome along each setting", caption, figure)
 

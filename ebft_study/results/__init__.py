@@ -1,4 +1,4 @@
-"""Results of studies: what the tables hold (schema), writing them (writer, study_recorder), reading them (reader).
+"""Results of studies: their tables (schema), writing them (writer, study_recorder), reading them (reader).
 
     results = ebft_study.results.load("quickstart")     # a name in ./studies, a folder, or a URL
     results.trials, results.metrics, results.evaluations, results.samples, results.events    # pandas data frames

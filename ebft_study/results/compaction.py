@@ -24,7 +24,7 @@ _ENDED = ("finished", "stopped", "failed")
 def compact(study_folder: Location) -> None:
     """Merge the files of trials that have ended; every row stays, and stays readable at every moment.
 
-    The merged file, which lists the files it replaces, is in place before the first of them is removed: a crash
+    The merged file, which lists the files it replaces, is complete before the first of them is removed: a crash
     in between leaves files that the reader ignores and the next compaction removes. `trials` stays as it is, one
     file per trial, so that a trial that is started again can replace its row. In a store, only the study's driver,
     which holds the study's lock, may compact.

@@ -17,7 +17,7 @@ _HASH_BYTES = 32
 
 
 def write(target: StoragePath, content: bytes) -> None:
-    """Put a file and its copy in place."""
+    """Write a file and its copy atomically."""
     copy_of(target).write_bytes(hashlib.sha256(content).digest() + content)
     target.write_bytes(content)
 
@@ -65,7 +65,7 @@ def read_mapping(path: StoragePath) -> tuple[dict[str, Any] | None, str]:
     except FileNotFoundError:
         if copy is None:
             raise
-        problem = "is gone"
+        problem = "is missing"
     except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError) as error:
         problem = f"cannot be read ({one_line(error)})"
     if copy is None:

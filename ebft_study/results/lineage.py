@@ -1,4 +1,4 @@
-"""Lineage of the trials of a population: whose weights a trial exploited, as the events of a study record it."""
+"""Lineage of the trials of a population: the donors of each trial, as recorded in the events of a study."""
 
 from __future__ import annotations
 

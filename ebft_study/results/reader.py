@@ -84,7 +84,7 @@ def read_spec(folder: StoragePath, problems: list[str]) -> dict[str, Any]:
     try:
         content, problem = copies.read_mapping(path)
     except FileNotFoundError:
-        content, problem = None, f"{path}: no such file; what was asked and run is unknown"
+        content, problem = None, f"{path}: no such file; the question and the settings of the study are unknown"
     if problem:
         problems.append(problem)
     return content or {}
@@ -176,7 +176,7 @@ def _read_files(folder: StoragePath, table: str, problems: list[str]) -> list[py
 
 
 def _visible_files(folder: StoragePath, table: str) -> list[StoragePath]:
-    """Files of a table that are in place, and not contained in a compacted one."""
+    """Files of a table that exist, and are not contained in a compacted one."""
     names = folder.names()
     if table == "trials":
         names = sorted({copies.name_of_copied(name) or name for name in names})

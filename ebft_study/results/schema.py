@@ -1,4 +1,4 @@
-"""What the results tables hold: every column with its type, unit and meaning.
+"""Schema of the results tables: every column with its type, unit and meaning.
 
 Five tables, each a folder of Parquet files below `<study folder>/results/`:
 
@@ -66,7 +66,7 @@ METRICS: dict[str, Metric] = _by_name(
     Metric("cfm_standard_error", "squared feature norm", "standard error of cfm_loss over contexts"),
     Metric("evaluation_seconds", "s", "duration of the evaluation", "min"),
     # On training steps, on the training batch.
-    Metric("loss", "", "what is differentiated: policy_loss + gamma * cross-entropy + kl_coefficient * kl"),
+    Metric("loss", "", "the differentiated sum: policy_loss + gamma * cross-entropy + kl_coefficient * kl"),
     Metric("policy_loss", "", "-advantage * log-probability, mean over contexts and samples"),
     Metric("train_ce_loss", "nats/token", "cross-entropy of the batch's ground-truth tokens", "min"),
     Metric("kl", "nats/token", "estimated KL divergence from the base model"),
@@ -103,7 +103,7 @@ METRICS: dict[str, Metric] = _by_name(
     Metric("importance_weight", "", "mean ratio after truncation at importance_ratio_clip"),
     Metric("importance_clipped_fraction", "", "completions whose ratio was truncated", "min"),
     Metric("effective_sample_fraction", "", "effective over actual number of completions, by their ratios", "max"),
-    # With features from a service; a feature counts once per request, however often it is asked for.
+    # With features from a service; a feature counts once per request, however often the request contains it.
     Metric("feature_hit_rate_memory", "", "features that the service had in memory", "max"),
     Metric("feature_hit_rate_disk", "", "features that the service had on disk", "max"),
     Metric("sample_hit_rate", "", "features of samples that the service had", "max"),
@@ -111,7 +111,7 @@ METRICS: dict[str, Metric] = _by_name(
     Metric("feature_tokens_embedded", "tokens", "run through the service's network since the row before", "min"),
     Metric("feature_tokens_saved", "tokens", "that the cache, or another trial's request, made unnecessary", "max"),
     Metric("feature_queue_seconds", "s", "wait for the service's turn, mean over requests", "min"),
-    Metric("feature_batch_requests", "requests", "requests that the service embedded together, mean"),
+    Metric("feature_batch_requests", "requests", "requests that the service embedded in one pass, mean"),
     Metric("feature_cache_bytes", "B", "size of the service's cache, both tiers"),
     Metric("peak_memory_bytes", "B", "largest memory of the process so far (of the device, on a GPU)", "min"),
     Metric("sequences_seen", "sequences", "training sequences consumed so far"),
@@ -157,7 +157,7 @@ _WRITTEN_AT = Column("written_at", "timestamp", "when the row was written, UTC",
 
 _TRIAL_STATE = (
     *_WHO,
-    Column("label", "string", "the trial's settings that vary, for people"),
+    Column("label", "string", "the trial's settings that vary, to display"),
     Column("configuration", "string", "label without the seed: equal for all seeds of one configuration"),
     Column("named_baseline", "string", "name of the baseline that the trial belongs to ('sft'), null on the axes"),
     Column("status", "string", " | ".join(STATUSES), required=True),
@@ -169,8 +169,8 @@ _TRIAL_STATE = (
     Column("train_seconds", "float64", "in the training loop, evaluations included"),
     Column("total_seconds", "float64", "wall-clock of the trial, start-up included"),
     Column("steps_done", "int64", "optimizer updates done"),
-    Column("steps_saved", "int64", "optimizer updates that an early stop spared; null without one"),
-    Column("seconds_saved", "float64", "what these would have taken at the trial's own pace, evaluations included"),
+    Column("steps_saved", "int64", "optimizer updates that an early stop saved; null without one"),
+    Column("seconds_saved", "float64", "what they would have taken at the trial's throughput, evaluations included"),
     Column("sequences_seen", "int64", "training sequences consumed"),
     Column("tokens_seen", "int64", "ground-truth training tokens consumed"),
     Column("peak_memory_bytes", "int64", "largest memory of the training process"),
@@ -214,8 +214,8 @@ _EVENTS = (
     Column("trial_id", "string", "trial concerned; null for the study as a whole"),
     Column("attempt", "int64", "attempt concerned"),
     Column("time", "timestamp", "when it happened, UTC", required=True),
-    Column("kind", "string", "what happened, in one word", required=True),
-    Column("message", "string", "what happened, in one sentence", required=True),
+    Column("kind", "string", "type of the event, in one word", required=True),
+    Column("message", "string", "the event, in one sentence", required=True),
     Column("details", "string", "further values, as JSON"),
     Column("host", "string", "machine that it happened on"),
 )

@@ -1,7 +1,7 @@
 """Writing the states of a study's trials.
 
 The table `trials` has one file per trial, which is replaced when the trial's state changes; a hidden copy, written
-first, stands in for a damaged one. Pending trials share files, so that a study of ten thousand is planned in seconds.
+first, replaces a damaged one. Pending trials share files, so that a study of ten thousand is planned in seconds.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class StudyRecorder:
         self._pending = PendingRows(self._trials)
 
     def trial(self, row: Mapping[str, Any]) -> None:
-        """Update the recorded row of a trial with `row` and put the trial's own file in place.
+        """Update the recorded row of a trial with `row` and write the trial's own file.
 
         `row` needs `trial_id`; the first row of a trial also needs `status` and `attempt`. Settings go into
         `row["hyperparameters"]`, flat with short names (`config.flatten`), because a setting is named
@@ -43,7 +43,7 @@ class StudyRecorder:
         updated = self._updated(self._recorded(trial_id), row)
         _write_rows([updated], self._file(trial_id))
         self._rows[trial_id] = updated
-        # The trial's own file is in place by now: a crash in between leaves the row twice, and reading keeps the newer.
+        # The trial's own file is complete by now: a crash in between leaves the row twice, and reading keeps the newer.
         self._pending.remove(trial_id)
 
     def trials(self, rows: Iterable[Mapping[str, Any]]) -> None:

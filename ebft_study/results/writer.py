@@ -1,4 +1,4 @@
-"""Writing results: small immutable Parquet files, put in place whole or not at all.
+"""Writing results: small immutable Parquet files, written atomically.
 
 Killing a writer at any moment loses at most the row being written. Names hold trial, attempt, a sequence number and a
 token of the writer: no two writers ever use one file. The exception is the table `trials` (`study_recorder`).
@@ -90,7 +90,7 @@ def now() -> datetime.datetime:
 
 
 class Clock:
-    """Moments that always rise, whatever the machine's clock does: their order decides between rows of one key."""
+    """Timestamps that always increase, even if the clock is set back: their order decides between rows of one key."""
 
     def __init__(self) -> None:
         self._last = datetime.datetime.min.replace(tzinfo=datetime.UTC)

@@ -46,7 +46,7 @@ class RolloutBackend(Protocol):
         ...
 
     def close(self) -> None:
-        """Stop whatever the backend has started."""
+        """Stop everything that the backend has started."""
         ...
 
     def sample(
@@ -65,6 +65,6 @@ class RolloutBackend(Protocol):
         log-probabilities may carry gradients, where these are enabled; if they do, they need not be scored again.
 
         Raises:
-            ServiceError: the engine is gone, or does not answer in time.
+            ServiceError: the engine has ended, or does not answer in time.
         """
         ...

@@ -1,4 +1,4 @@
-"""Where studies are stored: a folder on a disk, or a prefix in an object store, with one interface.
+"""Storage of studies: a folder on a disk, or a prefix in an object store, behind one interface.
 
 `storage_path("studies")` is a `LocalPath`, `storage_path("s3://bucket/prefix?region=...")` an `ObjectStorePath`: both
 have the same methods. Importing this package imports no pyarrow: it is loaded when the first store is opened.

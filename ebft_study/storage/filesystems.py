@@ -17,7 +17,7 @@ from typing import Any
 from ebft_study.errors import ConfigError, StorageError, one_line
 
 FULL_SIGNS = ("No space left on device", "Disk quota exceeded")
-"""How errors of others' code tell of a full disk."""
+"""Signs of a full disk in the error messages of libraries."""
 _CONNECT_SECONDS, _REQUEST_SECONDS, _ATTEMPTS = 3.0, 20.0, 3
 _S3_KEYS = ("endpoint_override", "region", "scheme")
 _SECRET = re.compile(r"key|secret|token|passw|sas|credential|sig", re.IGNORECASE)
@@ -127,7 +127,7 @@ def reason_of(error: BaseException) -> tuple[str, str]:
 
 @contextlib.contextmanager
 def storage_errors(path: object, done: str = "written") -> Iterator[None]:
-    """Turn an `OSError` of the block into a `StorageError` of one line; a missing file to be read stays what it is."""
+    """Turn an `OSError` of the block into a `StorageError` of one line; a `FileNotFoundError` of a read is left."""
     try:
         yield
     except FileNotFoundError:

@@ -48,7 +48,7 @@ def _sync(path: Path) -> None:
 
 
 class LocalPath(PosixPath):
-    """A `pathlib.Path` with the methods that a storage path needs besides; those inherited behave as usual.
+    """A `pathlib.Path` with the methods that a storage path also needs; inherited methods are unchanged.
 
     Equal paths compare equal, and `storage_path(str(path)) == path`.
     """
@@ -84,7 +84,7 @@ class LocalPath(PosixPath):
             return super().read_bytes()
 
     def write_bytes(self, data: bytes) -> None:  # type: ignore[override]
-        """Put a file in place, whole or not at all; missing folders are created.
+        """Write a file atomically; missing folders are created.
 
         Raises:
             StorageError: the file cannot be written.

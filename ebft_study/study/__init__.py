@@ -1,1 +1,1 @@
-"""Studies: a file that asks a question, the trials that answer it, and the driver that runs them with Ray."""
+"""Studies: a file that states a question, the trials that answer it, and the driver that runs them with Ray."""

@@ -1,6 +1,6 @@
-"""Training one run: `loop.train` tells how, `worker` is its door from Ray Train.
+"""Training of one run: `loop.train` is the loop, `worker` runs it under Ray Train.
 
-Here is what a loop and its callers agree on. Importing it loads no models.
+This module has the interface between a loop and its callers. Importing it loads no models.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ Report = Callable[[dict[str, float], Path | None], None]
 
 
 class Recorder(Protocol):
-    """Where a run's numbers go (`results.TrialRecorder`)."""
+    """Recorder of a run's measurements (`results.TrialRecorder`)."""
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None: ...
     def evaluations(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None: ...
@@ -25,11 +25,11 @@ class Recorder(Protocol):
 
 @dataclass(frozen=True)
 class RunResult:
-    """How a run ended: its last step, and the metrics that were the latest there."""
+    """Result of a run: its last step, and the latest metrics at that step."""
 
     status: Literal["finished", "stopped"]
     reason: str
     step: int
     metrics: dict[str, float]
     startup_seconds: float
-    """Until the first update; NaN without any."""
+    """Time until the first update; NaN without any."""

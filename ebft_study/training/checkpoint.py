@@ -50,7 +50,7 @@ def load(folder: Path) -> dict[str, Any]:
     """
     if step_of(folder) is None:
         raise CheckpointError(f"{folder}: is not a complete checkpoint. Start from an earlier one, or from scratch")
-    # Mapped, not read: a worker touches only what it copies, and workers of one machine share the pages.
+    # Mapped, not read: a worker reads only the parts that it copies, and workers of one machine share the pages.
     return torch.load(folder / STATE, map_location="cpu", weights_only=True, mmap=True)  # type: ignore[no-any-return]
 
 

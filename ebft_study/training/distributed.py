@@ -112,7 +112,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 @contextmanager
 def unsharded(model: nn.Module) -> Iterator[None]:
-    """Inside, every worker has all weights. All must enter and leave; what each one runs inside may differ."""
+    """Context in which every worker has all weights. All must enter and leave; what each one runs inside may differ."""
     for unit in _units(model):
         unit.unshard()
     try:
@@ -122,7 +122,7 @@ def unsharded(model: nn.Module) -> Iterator[None]:
 
 
 def _reduce_scatter_gradients(model: nn.Module) -> None:
-    """Inside `unsharded`: give every worker its shard of the sum of all workers' gradients."""
+    """Give every worker, inside `unsharded`, its shard of the sum of all workers' gradients."""
     assert isinstance(model, FSDPModule)
     # The first time moves all gradients to the type they are summed in, the second time sums them.
     for synchronize in (False, True):
@@ -133,12 +133,12 @@ def _reduce_scatter_gradients(model: nn.Module) -> None:
 
 
 def _end_of_step(probe: Tensor) -> Tensor:
-    """Stands in for the root's forward pass; the end of its backward pass is where FSDP reduces all gradients."""
+    """Replaces the root's forward pass; the end of its backward pass is where FSDP reduces all gradients."""
     return probe.clone()
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """A sharded tensor in full, which all workers must ask for at the same time; any other tensor as it is."""
+    """A sharded tensor in full, which all workers must request at the same time; any other tensor as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 

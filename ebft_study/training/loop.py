@@ -89,7 +89,7 @@ def start(run: Run, recorder: Recorder | None, on_report: Report, start_from: Pa
 
 
 def observe(run: Run, recorder: Recorder | None, on_report: Report) -> None:
-    """Do what is due after a step: metrics, validation, samples, checkpoint."""
+    """Run everything that is due after a step: metrics, validation, samples, checkpoint."""
     config, last = run.config, run.step == run.config.total_steps
     phase_ends = last or run.step == config.training.warm_start_steps
     evaluate = phase_ends or run.step % config.evaluation.eval_every_steps == 0

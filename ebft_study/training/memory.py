@@ -20,7 +20,7 @@ GPU_FRACTION = 0.9
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """How many sequences and anchors a pass takes at a time, and the peak memory that this is expected to need."""
+    """Numbers of sequences and anchors that a pass takes at a time, and the peak memory that it should need."""
 
     micro_batch_size: int
     anchors_at_once: int

@@ -20,7 +20,7 @@ from ebft_study.training.update import Run
 from ebft_study.training.validation import evaluate_base
 
 NETWORK = {"feature_network", "random_weights", "depths", "pooling", "normalize"}
-"""Settings that determine the features; the others say where they are computed."""
+"""Settings that determine the features; the others decide where they are computed."""
 
 
 def prepare(configs: Iterable[RunConfig]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""One attempt of a trial, with everything that it reports recorded; the same with and without Ray.
+"""One attempt of a trial with its results recorded; the same with and without Ray.
 
-Imported by every process of a trial, most of which need no model: what does is imported where it is used.
+Imported by every process of a trial, most of which need no model: modules that do are imported where they are used.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ class Attempt:
     """Path or URL."""
     trial_id: str
     label: str
-    """Names the trial for people."""
+    """Name of the trial to display."""
     attempt: int
     start_from: str | None = None
     """Path or URL of the checkpoint to resume from."""
     loop: str = LOOP
-    """Where the training loop is, as `module:function`."""
+    """The training loop, as `module:function`."""
 
 
 def train_recorded(
@@ -70,13 +70,13 @@ def train_recorded(
 
 
 def _recorder(config: RunConfig, attempt: Attempt) -> Any:
-    """Writer of the tables, wrapped by one for W&B when the configuration asks for it."""
+    """Writer of the tables, wrapped by one for W&B when the configuration enables it."""
     folder, study, trial_id = storage_path(attempt.study_folder), attempt.study, attempt.trial_id
     tables = TrialRecorder(folder, study=study, trial_id=trial_id, attempt=attempt.attempt)
     if config.tracking.wandb == "off":
         return tables
     folder.local_dir.mkdir(parents=True, exist_ok=True)
-    # Studies of one name differ in when they were created.
+    # Studies of one name differ in their time of creation.
     record, _ = read_mapping(folder / "study.yaml")
     created = hashlib.sha256(str((record or {}).get("created_at")).encode()).hexdigest()[:8]
     run_id = f"{study}-{trial_id}-{created}"

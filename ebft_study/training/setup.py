@@ -1,4 +1,4 @@
-"""Load and check what a run needs before its first step: data, models, method, evaluator."""
+"""Load and check everything that a run needs before its first step: data, models, method, evaluator."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Parts:
     warm_start: Method
     evaluator: Evaluator
     remarks: list[str]
-    """For people: what was chosen on the way."""
+    """Remarks for the user about choices that were made."""
 
 
 def choose_device(config: RunConfig) -> torch.device:
@@ -65,7 +65,7 @@ def choose_device(config: RunConfig) -> torch.device:
 
 
 def build_parts(config: RunConfig, *, world_size: int = 1, services: Services | None = None) -> Parts:
-    """Load and check everything; raises `EbftError` for whatever a user can repair.
+    """Load and check everything; raises `EbftError` for problems that a user can repair.
 
     Args:
         services: backends that the run may share with others; None: everything is done in process.
@@ -95,7 +95,7 @@ def build_parts(config: RunConfig, *, world_size: int = 1, services: Services | 
 
 
 def _save_memory(config: RunConfig, model: nn.Module, *, world_size: int) -> list[str]:
-    """Prepare the generator, in place, for checkpointing of activations and sharding; returns remarks for people.
+    """Prepare the generator, in place, for checkpointing of activations and sharding; returns remarks for the user.
 
     Raises:
         ModelError: an architecture that cannot compute activations again.
@@ -132,7 +132,7 @@ def tokenized(config: RunConfig, text: TextDataset, base: LoadedModel) -> dict[s
     """All splits as rows of tokens.
 
     Raises:
-        ConfigError: a sequence length beyond the model's positions, or answers asked of data without any.
+        ConfigError: a sequence length beyond the model's positions, or a need for answers that the data lack.
         DataError: no sequence of a split is long enough for a single anchor.
     """
     positions = getattr(base.model.config, "max_position_embeddings", None)

@@ -77,12 +77,12 @@ def _start(inner: Recorder, *, mode: Literal["online", "offline"], **settings: A
 
 
 def check_login(configs: Iterable[RunConfig]) -> None:
-    """Refuse runs that would have to ask for a W&B key in the middle of a study."""
+    """Refuse runs that would prompt for a W&B key in the middle of a study."""
     if all(config.tracking.wandb != "online" for config in configs):
         return
     import wandb
 
-    wandb.setup(wandb.Settings(silent=True))  # saying who is logged in would ask the server
+    wandb.setup(wandb.Settings(silent=True))  # showing the account would need a request to the server
     if not wandb.login(prompt=False, verify=False):
         raise ConfigError(
             "tracking.wandb='online': there are no W&B credentials here. Run 'wandb login' or set WANDB_API_KEY, or "

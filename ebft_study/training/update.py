@@ -33,7 +33,7 @@ ROLLOUT_STREAM = 1
 
 
 class Run:
-    """A run in memory: what it is made of (`parts`), its optimizer, and how far it has come."""
+    """A run in memory: its components (`parts`), its optimizer, and its progress."""
 
     def __init__(
         self, config: RunConfig, *, rank: int = 0, world_size: int = 1, services: Services | None = None
@@ -107,7 +107,7 @@ class Run:
         self.accumulated_steps += 1
 
     def batch(self) -> tuple[Batch, Anchors, Tensor, LossDenominators]:
-        """This worker's rows of the step, with anchors, noise, and what the losses of all workers divide by."""
+        """This worker's rows of the step, with anchors, noise, and the denominators of the losses of all workers."""
         config, data, rollout = self.config, self.parts.data["train"], self.config.rollout
         indices = batch_indices(size=len(data), batch_size=config.training.batch_size, step=self.step, seed=config.seed)
         batch = data.rows(indices[self.rank :: self.world_size]).to(self.device)
@@ -141,7 +141,7 @@ class Run:
         return loss
 
     def _check_parity(self, before: tuple[float, float]) -> None:
-        """Judge what this step has added to the engine's differences, before the weights change."""
+        """Check the engine's differences of this step, before the weights change."""
         now = self.accumulator.total(off_policy.DIFFERENCE)
         total, count = self.sum_over_workers(later - earlier for later, earlier in zip(now, before, strict=True))
         off_policy.check_parity(self.config, total, count, version=self.step)
@@ -210,7 +210,7 @@ class WeightAverage:
 
     @contextlib.contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
-        """The model has the averaged weights inside, and its own again afterwards."""
+        """Context in which the model has the averaged weights; its own are restored afterwards."""
         own = self._exchange(model, self.weights)
         try:
             yield
@@ -219,7 +219,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def _exchange(self, model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Copy weights into the model; returns copies of what it had."""
+        """Copy weights into the model; returns copies of its former weights."""
         if self.decay is None:
             return {}
         parameters = trained_parameters(model)

@@ -1,4 +1,4 @@
-"""What a run measures of itself: training metrics, losses on held-out data, and samples of its completions.
+"""Measurements of a run: training metrics, losses on held-out data, and samples of its completions.
 
 Evaluations see the averaged weights, if there is an average. Every worker takes part in each of these functions and
 gets the same numbers, which are those of all workers.
@@ -165,7 +165,7 @@ def _measure(run: Run, split: str, sequences: int, lengths: Sequence[int], *, wi
 
 
 def sample_rows(run: Run) -> list[dict[str, Any]]:
-    """Rows of the `samples` table: completions of a few contexts with their rewards, as text for people.
+    """Rows of the `samples` table: completions of a few contexts with their rewards, as text.
 
     Contexts of the validation split and noise are always the same; the model is the current one. All workers gather
     the weights, the first one samples.

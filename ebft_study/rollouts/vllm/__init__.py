@@ -60,7 +60,7 @@ class VllmRollouts:
         timeout_seconds: float = 600.0,
         rank: int = 0,
     ) -> None:
-        """Nothing is started before the first `update_weights`.
+        """Prepare the backend; its engine starts at the first `update_weights`.
 
         Args:
             policy: identifies the weights among those of all users of the engine.

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # an engine core in a process of its own would outlive this one
     "VLLM_LOGGING_LEVEL": "WARNING",
-    "VLLM_NO_USAGE_STATS": "1",  # nothing is sent unless asked for
+    "VLLM_NO_USAGE_STATS": "1",  # opt-in only
     "VLLM_DO_NOT_TRACK": "1",
 }
 CPU_ENVIRONMENT = {
@@ -43,7 +43,7 @@ class EngineOptions:
     dtype: str
     device: str
     longest_tokens: int
-    """Prompt and completion together."""
+    """Tokens of prompt and completion."""
     tensor_parallel_size: int
     gpu_memory_utilization: float
     kv_cache_bytes: int
@@ -53,7 +53,7 @@ class EngineOptions:
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """Asks for n completions of exactly G tokens for each prompt, from one version of a policy."""
+    """Request for n completions of exactly G tokens for each prompt, from one version of a policy."""
 
     policy: str
     version: int

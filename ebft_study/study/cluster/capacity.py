@@ -17,7 +17,7 @@ class Node:
     """Memory that Ray may reserve; 0 where it is not needed."""
 
     def workers(self, cpus: float, gpus: float) -> int:
-        """How many processes fit that take so much each. A part of a GPU is never spread over two."""
+        """Number of processes that fit if each takes so much. A part of a GPU is never spread over two."""
         by_cpu = math.floor(self.cpus / cpus + 1e-9)
         if not gpus:
             return by_cpu

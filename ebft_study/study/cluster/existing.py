@@ -22,9 +22,9 @@ OPTION = "--address"
 TRIAL_PROCESS_BYTES = 512 * 2**20
 """Memory of a trial's own process and its Train controller, which Ray reserves on a machine."""
 _MOST_MEMORY = 0.5
-"""Fraction of the machines' memory that may be reserved: trials on small machines, and other users, need some too."""
+"""Fraction of the machines' memory that may be reserved: trials on small machines, and other users, need some."""
 _TRAVELS = ("PYTHONPATH", "OMP_NUM_THREADS", "GOMP_SPINCOUNT", "TOKENIZERS_PARALLELISM", "EBFT_STUDY_CACHE", "HF_HOME")
-"""Of the driver's environment. Tokens do not: Ray shows a job's environment to everyone. Nodes have their own."""
+"""Variables that workers get from the driver. No tokens: Ray shows a job's environment to all; nodes have their own."""
 _OFFLINE_TRAVELS = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "WANDB_MODE", "WANDB_DIR")
 _START_SECONDS = 1800  # until a group of workers has its machines: other people's jobs, machines that have yet to boot
 _PROBE_SECONDS, _PATIENCE_SECONDS = 120.0, 10.0
@@ -81,8 +81,8 @@ def connection(address: str | None, *, study: str) -> Iterator[ClusterCapacity |
             key=OPTION,
             given=address,
             rule=f"no Ray cluster that this machine belongs to ({reason})",
-            remedy="Start one here (ray start --head), join one (ray start --address=...), or use ray job submit. A "
-            "cluster that asks for a token is joined with --address auto, or with RAY_AUTH_MODE=token",
+            remedy="Start one here (ray start --head), add this machine to one (ray start --address=...), or use "
+            "ray job submit. A cluster that requires a token accepts --address auto, or with RAY_AUTH_MODE=token",
         ) from None
     try:
         yield _capacity()
@@ -100,7 +100,7 @@ def _environment() -> dict[str, str]:
 
 
 def _capacity() -> ClusterCapacity:
-    """All that the living nodes of the cluster have, whoever uses it at present."""
+    """Resources of the alive nodes of the cluster, those in use included."""
     import ray
 
     alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -163,7 +163,7 @@ def _probe(folder: Path) -> Iterator[Path]:
 
 
 def _look(files: Sequence[str]) -> dict[str, Any]:
-    """Runs on each machine."""
+    """Check one machine; runs as a task on each."""
     # Folders on a network show what others wrote only after a moment; listing the folder makes most of them look.
     deadline = time.monotonic() + _PATIENCE_SECONDS
     while (missing := [file for file in files if not os.path.exists(file)]) and time.monotonic() < deadline:

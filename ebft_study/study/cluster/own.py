@@ -20,7 +20,7 @@ ENVIRONMENT = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths in a study mean the folder it was started from
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_DEDUP_LOGS_SKIP_REGEX": ".",  # Ray's own lines; the monitor reports on trials
-    "RAY_USAGE_STATS_ENABLED": "0",  # nothing is sent unless asked for
+    "RAY_USAGE_STATS_ENABLED": "0",  # opt-in only
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # one report without the objective would end the whole study
@@ -40,7 +40,7 @@ def set_environment() -> None:
 
 
 def dashboard_line() -> str:
-    """Where Ray's dashboard is, if it runs."""
+    """Line with the address of Ray's dashboard, if it runs."""
     from ray._private.worker import get_dashboard_url
 
     url = get_dashboard_url()
@@ -64,7 +64,7 @@ def _is_raylet(process: psutil.Process) -> bool:
 
 @contextlib.contextmanager
 def running(*, namespace: str, slots: int, dashboard: bool, travelling_bytes: float = 0.0) -> Iterator[None]:
-    """A cluster of this machine's resources, gone afterwards with all its actors.
+    """A cluster of this machine's resources, which ends afterwards with all its actors.
 
     Args:
         slots: trials that run concurrently, as the custom resource `slot`.
@@ -92,10 +92,10 @@ def running(*, namespace: str, slots: int, dashboard: bool, travelling_bytes: fl
 
 @contextlib.contextmanager
 def _known_to_its_processes() -> Iterator[None]:
-    """Tell the processes of a cluster that is started inside which cluster is theirs.
+    """Name the cluster that is started inside to its own processes.
 
-    Ray frees the workers of a stopped trial only where it can ask the State API of their cluster, and it does not find
-    that where the machine runs several.
+    Ray frees the workers of a stopped trial only where it can query the State API of their cluster, which it does not
+    find where the machine runs several.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

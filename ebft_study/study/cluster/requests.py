@@ -1,4 +1,4 @@
-"""What trials request of a cluster. Imports neither Ray nor torch."""
+"""Resources that trials request of a cluster. Imports neither Ray nor torch."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class ResourceRequest:
         return self.processes * self.gpus + self.engine_gpus
 
     def fit(self, capacity: ClusterCapacity) -> int:
-        """How many such trials run concurrently; 0 where not even one fits. Its processes may span machines."""
+        """Number of such trials that run concurrently; 0 where not even one fits. Its processes may span machines."""
         fits = sum(node.workers(self.cpus, self.gpus) for node in capacity.nodes) // self.processes
         if not self.engine_gpus:
             return fits
@@ -67,6 +67,6 @@ def _engine_has_gpus(run: RunConfig) -> bool:
 
 
 def _engine_key(run: RunConfig) -> tuple[Any, ...]:
-    """What must be equal for two trials to share an engine; its longest request is that of all of them."""
+    """Key that is equal for trials that share an engine; the engine's longest request is that of all of them."""
     vllm = run.vllm.model_dump(exclude={"engine_timeout_seconds", "longest_request_tokens"})
     return (run.model, run.model_revision, run.training.precision, *vllm.values())

@@ -1,4 +1,4 @@
-"""Ends a driver whose cluster is gone: its calls to Ray wait for ever, until Ray ends the process without a word.
+"""Ends a driver whose cluster has ended: its calls to Ray block until Ray ends the process without a message.
 
 driver thread   Tuner.fit() ... waits for an answer of the cluster that never comes
 watchdog        connects to the cluster's processes now and then; when they are gone: asks the driver to stop,
@@ -73,7 +73,7 @@ def is_there(address: Address) -> bool:
 
 @contextlib.contextmanager
 def watching_the_cluster(gone: Callable[[], None], last_words: Callable[[], None]) -> Iterator[None]:
-    """Inside, the process ends with exit code 1 soon after the cluster that Ray is connected to has gone."""
+    """Context in which the process ends with exit code 1 soon after the connected Ray cluster has ended."""
     import ray
 
     context = ray.get_runtime_context()
@@ -85,7 +85,7 @@ def watching_the_cluster(gone: Callable[[], None], last_words: Callable[[], None
         try:
             last_words()
         finally:
-            os._exit(1)  # whatever else runs in this process waits for the cluster
+            os._exit(1)  # other threads of this process wait for the cluster
 
     with Watchdog(addresses, gone=gone, end=end):
         yield

@@ -38,7 +38,7 @@ class Monitor:
         self._recorder.trial(self._plan(trial))
 
     def all_planned(self, trials: Iterable[Trial]) -> None:
-        """The same for all that a search knows from the start."""
+        """The same for all trials of a search that are known from the start."""
         self._recorder.trials(self._plan(trial) for trial in trials)
 
     def _plan(self, trial: Trial) -> dict[str, Any]:

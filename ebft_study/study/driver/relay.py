@@ -1,4 +1,4 @@
-"""Reports on their way from Ray Train to Ray Tune: one small actor for the whole study.
+"""Relay of reports from Ray Train to Ray Tune: one small actor for the whole study.
 
     worker --ray.train.report--> Train controller --put--> relay --take--> trial --ray.tune.report--> Tune
 

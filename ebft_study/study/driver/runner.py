@@ -36,7 +36,7 @@ INTERRUPTED = 130
 
 @dataclass(frozen=True)
 class StudyResult:
-    """How a session of a study ended. `reason` is empty when every trial is over."""
+    """Result of one session of a study. `reason` is empty when every trial is over."""
 
     folder: StoragePath
     states: dict[str, TrialState]
@@ -45,7 +45,7 @@ class StudyResult:
 
     @property
     def address(self) -> str:
-        """How the command line finds the study again: its name if that is enough, else its folder."""
+        """Name or folder by which the command line finds the study again: the name if that is enough."""
         default = Path("studies").resolve() / self.folder.name
         return shlex.quote(self.folder.name if self.folder.local == default else str(self.folder))
 
@@ -98,7 +98,7 @@ def resume(
 
 
 def extend(study: ResolvedStudy, *, storage: Location, console: Console, address: str | None = None) -> StudyResult:
-    """Give an existing study the further trials or steps that its file now asks for, and run them."""
+    """Extend an existing study by the trials or steps that its file has gained, and run them."""
     folder = _folder(study, storage)
     extended = resolve(extending.extended(study_yaml.read(folder), study), study.source, study.capacity)
     return _run(folder, extended, console, address, is_new=True)
@@ -130,7 +130,7 @@ def _run(
     is_new: bool = False,
     retry_failed: bool = False,
 ) -> StudyResult:
-    """One session of a study. `is_new`: study.yaml does not say yet what is asked for now."""
+    """One session of a study. `is_new`: study.yaml does not contain this spec yet."""
     with _cluster_and_lock(folder, study, address) as (study, lock_handle):
         past = _history(folder, study)
         if retry_failed:

@@ -24,7 +24,7 @@ class StudyServices:
         self._engines: dict[str, Any] = {}
 
     def start(self, run: RunConfig) -> None:
-        """Start the actors that a run asks for by name, unless another trial has; they may still be loading.
+        """Start the actors that a run looks up by name, unless another trial has; they may still be loading.
 
         Args:
             run: with every choice made (`ServicePlan.settled`).
@@ -47,7 +47,7 @@ class StudyServices:
                 self._engines[name] = vllm.start_engine(engine, name, restarts=True)
 
     def released(self, owner: str) -> None:
-        """An attempt has ended, in whatever way: engines need not keep its weights."""
+        """An attempt has ended, for any reason: engines need not keep its weights."""
         for engine in self._engines.values():
             engine.evict_weights.remote(owner)
 

@@ -50,7 +50,7 @@ def run_session(
     console: Console,
     lock_handle: LockHandle | None = None,
 ) -> str:
-    """Run what is left of a study; `past.states` is kept up to date. Returns why it ended early, '' if it did not.
+    """Run the remaining trials of a study and update `past.states`; returns why it ended early, '' if it did not.
 
     Args:
         study: on the machines where it runs; if they are an existing cluster, Ray is connected to it.
@@ -146,7 +146,7 @@ def _announce(
 
 @contextlib.contextmanager
 def _watchdog(study: ResolvedStudy, stopper: StudyStopper, monitor: Monitor, folder: StoragePath) -> Iterator[None]:
-    """An existing cluster may end by itself, and Ray would then end this process without a word."""
+    """An existing cluster may end by itself, and Ray would then end this process without a message."""
     if not study.capacity.is_existing:
         yield
         return

@@ -60,7 +60,7 @@ def run_single(run: RunConfig, source: StudySource, *, folder: Path, resume: boo
 
 @contextlib.contextmanager
 def _services(run: RunConfig, monitor: Monitor) -> Iterator[None]:
-    """The other processes that the run asks for, if any."""
+    """The services that the run uses, if any."""
     if not services.needs_ray(run):
         yield
         return
@@ -87,11 +87,11 @@ def _check_gpus(run: RunConfig, device: str) -> None:
         return
     if run.features.backend == "service":
         raise ConfigError(
-            "features.backend='service': a single run on a GPU has none to spare for it. Use backend=local"
+            "features.backend='service': a single run on a GPU leaves none for the service. Use backend=local"
         )
     if run.uses_engine and run.vllm.placement == "own":
         raise ConfigError(
-            "vllm.placement='own': a single run knows of no GPU but its own. Use placement=colocated, or a study "
+            "vllm.placement='own': a single run uses one GPU only. Use placement=colocated, or a study "
             "of one trial (ebft-study study)"
         )
 

@@ -98,7 +98,7 @@ def _run_attempt(task: TrialTask) -> None:
 
 
 def tune_resources(resources: ResourcesSpec, slot: Mapping[str, float]) -> ray.tune.PlacementGroupFactory:
-    """The resources that Tune reserves for a trial: one `slot`, and whatever no worker group reserves by itself."""
+    """The resources that Tune reserves for a trial: one `slot`, and everything that no worker group reserves."""
     bundle = dict(slot)
     if not resources.workers_per_trial:
         bundle["CPU"] = resources.cpus_per_worker
@@ -111,7 +111,7 @@ def tune_resources(resources: ResourcesSpec, slot: Mapping[str, float]) -> ray.t
 
 
 def _fit_in_process(task: TrialTask, attempt: Attempt, report: Report) -> dict[str, Any]:
-    """TorchTrainer's local mode: no controller and no workers to start, for models that are small beside those."""
+    """TorchTrainer's local mode: no controller and no workers to start, for models that are small compared to these."""
     own = attempts.folder(attempt.study_folder, attempt.trial_id, attempt.attempt)
 
     def on_report(metrics: dict[str, float], written: Path | None) -> None:
@@ -175,7 +175,7 @@ def _trainer(task: TrialTask, attempt: Attempt, box: str) -> TorchTrainer:
             **(storage_path(attempt.study_folder) / "train").for_ray,
             callbacks=[
                 ReportForwarder(box)
-            ],  # all checkpoints stay for Ray, which knows one order only; `attempts` prunes
+            ],  # all checkpoints stay for Ray, which supports one order only; `attempts` prunes
             # Retries are Tune's alone: with both, a trial would be tried (a+1)(b+1) times. A group that cannot
             # start is tried three times, and not for ever.
             failure_config=ray.train.FailureConfig(max_failures=0, controller_failure_limit=3),
@@ -248,7 +248,7 @@ def _report(metrics: dict[str, Any], kept: StoragePath | None) -> None:
 
 
 def _checkpoint_to_start_from(study_folder: StoragePath, task: TrialTask) -> StoragePath | None:
-    """Where Tune's pointer leads (a retry), else the newest complete checkpoint (a resumed study).
+    """The checkpoint that Tune's pointer names (a retry), else the newest complete one (a resumed study).
 
     After an exploit the checkpoint is on disk; Tune's pointer may lead to an earlier one.
     """

@@ -119,7 +119,7 @@ class StudyStopper(Stopper):  # type: ignore[misc]
     def __init__(
         self, max_hours: float | None, is_alive: Callable[[], bool] = lambda: True, rules: RuleMonitor | None = None
     ) -> None:
-        """`is_alive`: whether there still is a cluster to run on; asked every few seconds."""
+        """`is_alive`: whether there still is a cluster to run on; called every few seconds."""
         self.reason, self._rules = "", rules
         self._is_alive, self._asked_at = is_alive, time.monotonic()
         self._deadline = time.monotonic() + max_hours * 3600 if max_hours else None

@@ -1,6 +1,6 @@
 """Attempts of a trial: `<study folder>/train/<trial_id>-<attempt>/checkpoint_<step>/`.
 
-Every start of a trial gets its own folder, so that an attempt that is still dying never writes into the next one.
+Every start of a trial gets its own folder, so that an attempt that has not ended yet never writes into the next one.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class _Checkpoint:
 
 
 def _checkpoints(study_folder: Location, trial_id: str, since: int = 0) -> list[_Checkpoint]:
-    """By step, then by attempt."""
+    """Checkpoints of a trial, ordered by step, then by attempt."""
     folders = [
         folder(study_folder, trial_id, attempt) for attempt in numbers(study_folder, trial_id) if attempt >= since
     ]
@@ -118,6 +118,6 @@ def _checkpoints(study_folder: Location, trial_id: str, since: int = 0) -> list[
 
 
 def _remove(path: StoragePath) -> None:
-    """Delete a checkpoint, its record first: after a crash in between, nothing looks like a checkpoint."""
+    """Delete a checkpoint, its record first: after a crash in between, no incomplete folder counts as a checkpoint."""
     (path / checkpoint.RECORD).delete()
     path.delete()

@@ -34,13 +34,13 @@ BEAT_SECONDS, STALE_SECONDS, SETTLE_SECONDS = 10.0, 60.0, 1.0
 
 @dataclass
 class LockHandle:
-    """A held lock. `lost` is the reason why it is held no more, '' while it is."""
+    """A lock that this driver holds. `lost` is the reason why it no longer does, '' while it does."""
 
     lost: str = ""
     _on_lost: Callable[[str], None] | None = field(default=None, repr=False)
 
     def on_lost(self, listener: Callable[[str], None]) -> None:
-        """Have `listener` called, from another thread, with the reason when the lock is lost."""
+        """Register `listener`, which is called from another thread with the reason when the lock is lost."""
         self._on_lost = listener
         if self.lost:
             listener(self.lost)
@@ -57,7 +57,7 @@ def hold(folder: StoragePath, *, record: str) -> contextlib.AbstractContextManag
 
 
 def is_held(folder: StoragePath) -> bool:
-    """Whether a driver holds the study's lock, as far as can be told without writing anything."""
+    """Whether a driver holds the study's lock, as far as reading alone can show."""
     if folder.local is None:
         owner = _owner(folder / NAME)
         return owner is not None and not _has_ended(owner) and _seconds_since(owner) < STALE_SECONDS
@@ -168,7 +168,7 @@ def _write(path: StoragePath, token: str) -> None:
 
 
 def _machine() -> str:
-    """This boot of this machine, and this container on it: within it, process numbers mean the same processes."""
+    """Identifier of this boot of this machine and of its container: a process number is unique within it."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"

@@ -1,6 +1,6 @@
 """`study.yaml` in a study's folder: the spec, its source, versions and provenance; comparing it with a file.
 
-A hidden copy replaces a `study.yaml` that is gone or unreadable, and shows the changes made since the study began.
+A hidden copy replaces a `study.yaml` that is missing or unreadable, and shows the changes made since the study began.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ PACKAGES = ("ebft-study", "torch", "ray", "transformers", "optuna", "tokenizers"
 
 @dataclass(frozen=True)
 class StudySource:
-    """The file that a study comes from, or the mapping that stands for one."""
+    """The file that a study was read from, or the mapping that replaces it."""
 
     name: str
-    """As error messages call it: a path."""
+    """Name in error messages: a path."""
     sha256: str = ""
     profile: str | None = None
 

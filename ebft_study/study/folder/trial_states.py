@@ -12,7 +12,7 @@ OPEN = ("pending", "running", "interrupted")
 
 
 EARLY_STOP = "early stop"
-"""How the `stop_reason` begins of a trial that the scheduler stopped; others stopped by themselves."""
+"""Beginning of the `stop_reason` of a trial that the scheduler stopped; other trials stopped by themselves."""
 
 
 @dataclass
@@ -32,7 +32,7 @@ class TrialState:
     note: str = ""
     best_checkpoint: str | None = None
     stopwatch: float | None = None
-    """Its start by this process's monotonic clock, which never goes back; None in another process."""
+    """Start of the trial by this process's monotonic clock; None in another process."""
     own_seconds: float | None = None
     """The stopwatch's time when it ended."""
 
@@ -72,7 +72,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class TrialResult:
-    """How a trial ended, and the objectives it had then (NaN where it has none) at which step."""
+    """End of a trial: its outcome, its last objectives (NaN where it has none), and their step."""
 
     kind: Literal["finished", "early", "failed"]
     value: float = math.nan
@@ -81,7 +81,7 @@ class TrialResult:
 
 
 def trial_result(status: str, reason: str, value: float, step: int, further: tuple[float, ...] = ()) -> TrialResult:
-    """From a trial's final state. A trial that stopped because it became non-finite says nothing about its settings."""
+    """The result of a trial, from its final state. One that became non-finite says nothing about its settings."""
     kinds: dict[str, Literal["finished", "early"]] = {"finished": "finished"}
     if status == "stopped" and reason.startswith(EARLY_STOP):
         kinds["stopped"] = "early"

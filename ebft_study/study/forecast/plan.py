@@ -36,7 +36,7 @@ class PlannedGroup:
     memory_gib: float
     """Per worker, at the peak; NaN where not even the smallest micro-batches fit."""
     problem: str
-    """Why it does not fit."""
+    """Reason why it does not fit."""
 
     @property
     def fits(self) -> bool:
@@ -51,7 +51,7 @@ class PlannedGroup:
 
 @dataclass(frozen=True)
 class StudyPlan:
-    """What `ebft-study plan` shows."""
+    """The plan of a study, as `ebft-study plan` shows it."""
 
     study: ResolvedStudy
     groups: Sequence[PlannedGroup]
@@ -72,12 +72,12 @@ class StudyPlan:
 
     @property
     def hours(self) -> float | None:
-        """From the first start to the last end."""
+        """Wall-clock hours from the first start to the last end; None without a prediction."""
         return self.prediction.seconds / 3600 if self.prediction else None
 
     @property
     def gpu_hours(self) -> float:
-        """Of all trials; 0 without GPUs, and where nothing was measured yet."""
+        """GPU hours of all trials; 0 without GPUs, and where nothing was measured yet."""
         rows = self.prediction.groups if self.prediction else ()
         return sum(row.group.number * row.seconds * row.group.example.resources.gpus for row in rows) / 3600
 

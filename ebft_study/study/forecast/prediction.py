@@ -22,7 +22,7 @@ class PredictedGroup:
 
     @property
     def seconds(self) -> float:
-        """Of one trial."""
+        """Duration of one trial."""
         return self.throughput.seconds(self.group.work)
 
 
@@ -39,12 +39,12 @@ class Prediction:
 
     @property
     def seconds(self) -> float:
-        """From the first start to the last end."""
+        """Wall-clock time from the first start to the last end."""
         return _wall_seconds([(row.group.number, row.seconds) for row in self.groups], self.concurrency)
 
     @property
     def mean_seconds(self) -> float:
-        """Of a trial."""
+        """Mean duration of a trial."""
         return sum(row.group.number * row.seconds for row in self.groups) / self.n_trials
 
     @property

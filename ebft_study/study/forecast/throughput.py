@@ -47,10 +47,10 @@ class Work:
     served: bool
     """Whether samples or features come from another process."""
     flops: float
-    """Of all updates, on all its workers."""
+    """FLOPs of all updates, on all its workers."""
     evaluations: int
     evaluation_flops: float
-    """Of all evaluations."""
+    """FLOPs of all evaluations."""
 
     @classmethod
     def from_trial(cls, trial: Trial) -> Work:
@@ -101,7 +101,7 @@ class Measurements:
 
 
 def measured(storage: Location) -> Measurements:
-    """From the newest finished trials of all studies in a folder that ran on this machine."""
+    """Measurements from the newest trials that finished on this machine, in all studies of a folder."""
     rows: list[dict[str, Any]] = []
     here = storage_path(storage)
     records = [path for name in here.names() if (path := here / name / "study.yaml").exists()]
@@ -174,7 +174,7 @@ def _measurement(work: Work, row: dict[Any, Any], updating: float, local_dir: in
 
 
 def concurrency(table: pd.DataFrame) -> int:
-    """How many trials of a study ran at a time, on average while any did."""
+    """Mean number of concurrent trials of a study, over the time in which any ran."""
     known = table.dropna(subset=["started_at", "finished_at"])
     spans = sorted(zip(known["started_at"], known["finished_at"], strict=True))
     busy, end = 0.0, None

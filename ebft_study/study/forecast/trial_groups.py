@@ -27,7 +27,7 @@ class TrialGroup:
 
 
 def trial_groups(study: ResolvedStudy) -> list[TrialGroup]:
-    """In the order of their first trials; trials that a search has yet to choose count as the most expensive corner."""
+    """Groups by their first trials; trials that a search has yet to choose count as the most expensive corner."""
     members: dict[Any, list[Trial]] = {}
     for trial in study.trials:
         members.setdefault(_cost_key(trial), []).append(trial)

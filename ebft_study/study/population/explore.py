@@ -59,6 +59,6 @@ def _perturbed(axis: Axis, value: Any, scheduler: SchedulerSpec, generator: rand
         return values[min(max(index, 0), len(values) - 1)]
     factor = generator.choice((0.8, 1.2))
     if axis.is_integer:
-        step = max(1, abs(round(value * factor) - value))  # small numbers change too
+        step = max(1, abs(round(value * factor) - value))  # so that small numbers also change
         return int(min(max(value + (step if factor > 1 else -step), axis.low or 0), axis.high or 0))
     return axis.readable(value * factor)

@@ -33,7 +33,7 @@ _WAITING = ("PENDING", "PAUSED")
 
 
 class PopulationListener(Protocol):
-    """Is notified of what the scheduler does to trials (`monitor.Monitor`)."""
+    """Listener for the scheduler's changes of trials (`monitor.Monitor`)."""
 
     def exploited(self, trial_id: str, attempt: int, details: Mapping[str, Any]) -> None: ...
     def paused(self, trial_id: str, attempt: int) -> None: ...
@@ -99,7 +99,7 @@ class Populations(FIFOScheduler):  # type: ignore[misc]
         return decision
 
     def choose_trial_to_run(self, tune_controller: Any) -> Any:
-        """Of the trials that wait: baselines, then the member that is furthest behind."""
+        """The next of the waiting trials: baselines, then the member that is furthest behind."""
 
         def order(trial: Any) -> tuple[bool, int, str]:
             step = self._of_seed[_seed(trial)].last_step(trial) if _is_member(trial) else 0

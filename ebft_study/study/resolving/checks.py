@@ -1,6 +1,6 @@
 """Rules that a study must satisfy before anything runs; each broken one is an error of one line.
 
-Functions named `*_rules` yield what is broken as (key, given, rule, remedy); the first one is raised.
+Functions named `*_rules` yield broken rules as (key, given, rule, remedy); the first one is raised.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def check_search(spec: StudySpec, source: str) -> None:
 
 
 def check(study: ResolvedStudy) -> None:
-    """Refuse a study that cannot run as a whole, on whatever machines."""
+    """Refuse a study that cannot run as a whole, on any machines."""
     spec, source = study.spec, study.source.name
     check_stopping(spec, n_trials=study.n_trials, total_steps=(), source=source)
     for trial in study.examples:

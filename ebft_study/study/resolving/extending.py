@@ -23,10 +23,10 @@ _MAY_GROW = "values of axes, seeds, baselines, search.num_configurations and ste
 
 
 def extended(old: StudySpec, study: ResolvedStudy) -> StudySpec:
-    """The spec of `study`, which asks for everything that `old` does and more, with the size of `old` recorded in it.
+    """The spec of `study`, which contains everything of `old` and more, with the size of `old` recorded in it.
 
     Raises:
-        ConfigError: something other than its size differs, or less is asked for than was.
+        ConfigError: something other than its size differs, or it has become smaller.
     """
     new, source = study.spec, study.source.name
     _check_rest(old, new, source)
@@ -38,7 +38,7 @@ def extended(old: StudySpec, study: ResolvedStudy) -> StudySpec:
 
 
 def differences(recorded: StudySpec, asked: StudySpec) -> list[str]:
-    """Keys in which a study and a file differ; files do not say what a study was extended from."""
+    """Keys in which a study and a file differ; files do not contain `extended_from`."""
     return study_yaml.differences(recorded, asked.model_copy(update={"extended_from": recorded.extended_from}))
 
 
@@ -61,7 +61,7 @@ def _steps(spec: StudySpec) -> int:
 
 
 def _check_rest(old: StudySpec, new: StudySpec, source: str) -> None:
-    """Everything that does not say how large the study is stays as it was."""
+    """Refuse changes of anything but the size of the study."""
     length = {"training": {"steps": _steps(old)}}
     before = old.model_copy(update={"run": config.merge(old.run, length)})
     run = config.merge(new.run, length)
@@ -70,7 +70,7 @@ def _check_rest(old: StudySpec, new: StudySpec, source: str) -> None:
     different = differences(before, new.model_copy(update={**same, "search": search, "run": run}))
     if different:
         raise ConfigError(
-            f"{source}: --extend: {different[0]} is another study, for another --name. What may grow: {_MAY_GROW}"
+            f"{source}: --extend: {different[0]} is another study, for another --name. Can be extended: {_MAY_GROW}"
         )
 
 
@@ -83,8 +83,8 @@ def _check_size(old: StudySpec, new: StudySpec, source: str) -> None:
     for key in fixed:
         if getattr(old, key) != getattr(new, key):
             raise ConfigError(
-                f"{source}: --extend: with search.algorithm={old.search.algorithm}, {key} cannot grow, because all "
-                "that was chosen depends on them. Raise search.num_configurations, or use another --name"
+                f"{source}: --extend: with search.algorithm={old.search.algorithm}, {key} cannot be extended, because "
+                "all samples depend on them. Raise search.num_configurations, or use another --name"
             )
     if list(old.axes) != list(new.axes):
         raise ConfigError(f"{source}: --extend: the axes are others ({', '.join(new.axes)}). Use another --name")
@@ -116,7 +116,7 @@ def _check_steps(old: StudySpec, study: ResolvedStudy) -> None:
     if after < before:
         problem, remedy = f"trials have done {before} already", f"Use steps >= {before}"
     elif old.search.algorithm == "optuna":
-        problem, remedy = "Optuna knows the values that its configurations reach in fewer", "Use another --name"
+        problem, remedy = "Optuna has the results of its configurations for fewer", "Use another --name"
     elif any(run.optimizer.schedule != "constant" for run in study.runs):
         problem = f"the learning rate is at the end of a schedule of {before} steps"
         remedy = "Only trials with schedule: constant can continue; use another --name"

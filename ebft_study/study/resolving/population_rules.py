@@ -17,13 +17,13 @@ CHANGEABLE = (
 )
 """Settings that the updates after a checkpoint read anew, and nothing else depends on.
 
-All others decide the shapes of the weights, what they were trained on so far, the data order, the length of the run,
-or what the objective measures.
+All others decide the shapes of the weights, the data they were trained on so far, the data order, the length of the
+run, or the quantity that the objective measures.
 """
 
 
 def broken_rules(spec: StudySpec, runs: Sequence[RunConfig], source: str) -> Iterator[Broken]:
-    """What keeps trials from continuing from each other's states. `runs`: those on the axes, at one seed."""
+    """Yield reasons why trials cannot continue from each other's states. `runs`: those on the axes, at one seed."""
     if spec.scheduler.kind != "pbt":
         return
     yield from _study_rules(spec, len(runs))
@@ -37,7 +37,7 @@ def _study_rules(spec: StudySpec, n_members: int) -> Iterator[Broken]:
         remedy = "Use algorithm: random (or grid), or another scheduler"
         yield "search.algorithm", "optuna", "a population is known from the start", remedy
     if n_members < 2:
-        rule = f"a population of {n_members} has nobody to learn from"
+        rule = f"a population of {n_members} has no donor for a trial to continue from"
         yield "scheduler.kind", "pbt", rule, "Choose two configurations or more"
     stopping_rules = [name for name, rule in spec.stopping if rule is not None]
     if stopping_rules:
@@ -88,6 +88,6 @@ def _run_rules(spec: StudySpec, run: RunConfig) -> Iterator[Broken]:
         remedy = "Use a shorter interval, or kind: none"
         yield "scheduler.perturbation_interval_steps", interval, rule, remedy
     if "rollout.temperature" in spec.axes and run.evaluation.evaluation_temperature is None:
-        rule = "while temperature is an axis, each trial would measure cfm_loss at a temperature of its own"
+        rule = "while temperature is an axis, each trial would measure cfm_loss at another temperature"
         remedy = "Set evaluation_temperature, so that trials can be compared"
         yield "evaluation.evaluation_temperature", None, rule, remedy

@@ -1,4 +1,4 @@
-"""A study with all that follows from its file: made once, by `study_file.resolve`, and passed on."""
+"""The resolved study: a study file with everything derived from it, made once by `study_file.resolve`."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class ResolvedStudy:
-    """A checked study on the machines where it is to run. What follows from its fields is computed once."""
+    """A checked study on the machines where it is to run. Values derived from its fields are computed once."""
 
     spec: StudySpec
     source: StudySource
     trials: tuple[Trial, ...]
-    """All that are known from the start, in the order in which they run; Optuna chooses further ones later."""
+    """Trials that are known from the start, in the order in which they run; Optuna chooses further ones later."""
     candidates: tuple[Trial, ...]
-    """For Optuna: the corners of the search space, which stand for the trials that it may choose."""
+    """Corners of Optuna's search space, checked instead of the trials that it may choose; otherwise empty."""
     capacity: ClusterCapacity
 
     def on(self, capacity: ClusterCapacity) -> ResolvedStudy:

@@ -26,12 +26,12 @@ class ServicePlan:
     """The services that trials share, and the choices that a study file leaves open."""
 
     backend: str
-    """Where trials with `features.backend: auto` embed: `local` or `service`."""
+    """Backend of trials with `features.backend: auto`: `local` or `service`."""
     reason: str
     travelling_bytes: float = 0.0
     """Size of the requests to feature services, and of their replies, that are sent at a time."""
     longest_request_tokens: int | None = None
-    """For engines that trials share: prompt and completion."""
+    """Longest prompt with completion that an engine shared by trials gets."""
 
     def settled(self, run: RunConfig) -> RunConfig:
         """The run with every open choice made."""
@@ -108,7 +108,7 @@ def may_need_service(run: RunConfig) -> bool:
 
 
 def shares_generator(run: RunConfig) -> bool:
-    """With adapters the generator's own weights are the feature network."""
+    """Whether the generator's own weights are the feature network, as they are with adapters."""
     return run.lora.lora_rank > 0 and run.features.is_base
 
 
@@ -135,7 +135,7 @@ def _reply_bytes(run: RunConfig) -> float:
     d = network.hidden_size * len(run.features.depths)
     contexts = run.training.batch_size * max(run.data.sequence_length // run.rollout.stride, 1)
     pooled = run.rollout.completion_length if run.features.pooling == "concat" else 1
-    # Request, reply and a copy of it; an evaluation asks for all lengths of its profile.
+    # Request, reply and a copy of it; an evaluation requests all lengths of its profile.
     return 4.0 * 3 * contexts * (run.rollout.n_samples + 1) * d * pooled * len(run.evaluation.profile_lengths)
 
 

@@ -1,4 +1,4 @@
-"""From a study file to a `ResolvedStudy`: profile and overrides applied, everything checked before anything runs.
+"""Reads a study file into a `ResolvedStudy`: applies profile and overrides, and checks everything before a run.
 
 One file describes a study from laptop to cluster. A *profile* (`cpu`, `gpu`) changes model, sizes and resources,
 never what is studied. `study.yaml` in the study's folder records the resulting `StudySpec`.
@@ -49,7 +49,7 @@ def load_study(
 
 
 def resolve(spec: StudySpec, source: StudySource, capacity: ClusterCapacity | None = None) -> ResolvedStudy:
-    """Make a study's trials and check it as a whole; on this machine, unless told otherwise.
+    """Make a study's trials and check it as a whole; on this machine by default.
 
     Raises:
         ConfigError: see `load_study`.
@@ -114,7 +114,7 @@ def _with_profile(spec: StudySpec, profile: str | None, source: str) -> StudySpe
 
 
 def _profile_choices(spec: StudySpec, chosen: Profile, where: str) -> dict[str, dict[str, dict[str, Any]]]:
-    """The settings that choices stand for in a profile; the choices themselves are part of the study."""
+    """The settings of choices in a profile; the choices themselves are part of the study."""
     found = {}
     for axis, choices in chosen.choices.items():
         there = spec.axes[axis].choices if axis in spec.axes else None
@@ -145,7 +145,7 @@ def _nested_profile(spec: StudySpec, name: str, source: str) -> Profile:
     for path in paths(run):
         _refuse_studied(spec, path, where, rule)
     for path in {path for settings in baselines.values() for path in paths(settings)}:
-        # No axis varies a baseline, so what it has instead may differ from machine to machine.
+        # No axis varies a baseline, so its own settings may differ from machine to machine.
         _refuse_studied(spec.model_copy(update={"axes": {}}), path, where, rule)
     choices = _profile_choices(spec, chosen, where)
     return chosen.model_copy(update={"run": run, "baselines": baselines, "choices": choices})

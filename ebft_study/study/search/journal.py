@@ -66,7 +66,7 @@ def upload(folder: StoragePath) -> None:
 def open_study(spec: StudySpec, path: Path) -> optuna.Study:
     """Open the journal for writing, or begin one. Only for the study's one driver.
 
-    Removes what a killed driver left: an incomplete last line, and its lock.
+    Removes the remains of a killed driver: an incomplete last line, and its lock.
     """
     import optuna
 
@@ -130,7 +130,7 @@ def _storage(path: Path) -> Any:
 
 
 def is_over(spec: StudySpec, folder: StoragePath) -> bool:
-    """Whether every configuration was asked for and told. Reads only, so a driver may be running."""
+    """Whether every configuration was suggested and has its result. Reads only, so a driver may be running."""
     import optuna
 
     with tempfile.TemporaryDirectory() as temporary:
@@ -160,7 +160,7 @@ def configuration_number(spec: StudySpec, trial_id: str) -> int:
 
 
 def suggest(spec: StudySpec, asked: optuna.Trial) -> Assignment:
-    """Let Optuna choose axis by axis, in the order of the study file: whether one exists depends on earlier ones."""
+    """Sample a configuration axis by axis, in the order of the file: whether one exists depends on earlier ones."""
     assignment: Assignment = {}
     for key, axis in spec.axes.items():
         if enumeration.exists(axis, assignment):
@@ -169,16 +169,16 @@ def suggest(spec: StudySpec, asked: optuna.Trial) -> Assignment:
 
 
 def ask_for(spec: StudySpec, study: optuna.Study, assignment: Assignment) -> optuna.Trial:
-    """Have Optuna choose exactly this configuration."""
+    """Make Optuna suggest exactly this configuration."""
     study.enqueue_trial({key: _stored(value) for key, value in assignment.items()})
     asked = study.ask()
-    _ = asked.relative_params  # samplers that count what they draw count this configuration, too
+    _ = asked.relative_params  # samplers that count their draws also count this configuration
     suggest(spec, asked)
     return asked
 
 
 def assignment_of(spec: StudySpec, params: Mapping[str, Any]) -> Assignment | None:
-    """The configuration that Optuna's parameters stand for; None if an axis is missing, or one should not exist."""
+    """The configuration that Optuna's parameters describe; None if an axis is missing, or one should not exist."""
     assignment: Assignment = {}
     for key, axis in spec.axes.items():
         if enumeration.exists(axis, assignment):
@@ -222,7 +222,7 @@ def _value(axis: Axis, stored: Any) -> Any:
 
 
 def repair(spec: StudySpec, path: Path, rows: pd.DataFrame) -> str:
-    """Rebuild a journal that contradicts the table of trials; returns what was wrong with it, '' for nothing."""
+    """Rebuild a journal that contradicts the table of trials; returns the contradiction, '' for none."""
     with storage_errors(storage_path(path)):
         chosen = {configuration_number(spec, row["trial_id"]): row for row in rows.to_dict("records")}
         chosen = {number: row for number, row in chosen.items() if number >= 0}
@@ -250,7 +250,7 @@ def _problem(spec: StudySpec, path: Path, chosen: Mapping[int, dict[Any, Any]]) 
 
 
 def _rebuild(spec: StudySpec, study: optuna.Study, chosen: Mapping[int, dict[Any, Any]]) -> None:
-    """Numbers without a trial (excluded, refused, only asked for) are left out: other configurations replace them."""
+    """Numbers without a trial (excluded, refused, only suggested) are left out: other configurations replace them."""
     from optuna.trial import TrialState, create_trial
 
     for number in range(max(chosen, default=-1) + 1):

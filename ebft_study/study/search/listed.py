@@ -1,4 +1,4 @@
-"""Which trial runs next: trials in a known order, population by population, and large ones in their turn.
+"""Order of trials that are known from the start: population by population, with large trials in their turn.
 
 Plain Python: Ray's side of it is `tune_hooks.StudySearcher`.
 """
@@ -37,7 +37,7 @@ class ListedSearch:
         return self._waiting.popleft() if self._waiting else None
 
     def ended(self, trial_id: str, trial_result: TrialResult) -> None:
-        """Nothing depends on how a listed trial ended."""
+        """Do nothing: the order of listed trials does not depend on results."""
 
     @property
     def exhausted(self) -> bool:
@@ -70,7 +70,7 @@ class PopulationSearch(ListedSearch):
 class Admission:
     """Hands out the trials of another search, each when the cluster has room for it, and no later one before it.
 
-    Ray starts whatever fits. Among many trials of one GPU, a trial of four would wait for ever, because the next small
+    Ray starts whatever fits. Among many trials of one GPU, a trial of four would wait forever, because the next small
     trial takes every GPU that becomes free. In strict order it waits only for trials that run already.
     """
 

@@ -1,7 +1,7 @@
-"""A search that asks Optuna for a configuration when a slot is free, and tells it the results of all seeds.
+"""Search by Optuna: asks it for a configuration when a slot is free, and tells it the results of all seeds.
 
-With one objective, a configuration with a trial that stopped early is told as pruned, with the value it had then. With
-several, Optuna knows no values of pruned trials: it is told as pruned without any, so that it is never on the Pareto
+With one objective, a configuration with a trial that stopped early is reported as pruned, with its value at the stop.
+With several, Optuna supports no values of pruned trials: it is reported without any, so that it is never on the Pareto
 front (its values are those of a shorter training) and has no offspring; step and values are recorded as an attribute.
 """
 
@@ -64,7 +64,7 @@ class OptunaSearch:
         on_change()
 
     def _restore(self, frozen: FrozenTrial) -> None:
-        """Continue with a configuration that an earlier session asked for."""
+        """Continue with a configuration that an earlier session got from Optuna."""
         from optuna.trial import TrialState
 
         assignment = journal.assignment_of(self._spec, frozen.params)
@@ -72,7 +72,7 @@ class OptunaSearch:
             self._exclude(frozen.number)
         elif assignment is None:  # the driver was killed while asking
             if frozen.state == TrialState.WAITING:
-                self._study.ask()  # what is enqueued cannot be told of before it is asked for
+                self._study.ask()  # Optuna accepts the result of an enqueued configuration only after `ask`
             self._tell(frozen.number, [_FAILED])
         elif not frozen.state.is_finished():
             self._open(frozen.number, assignment)

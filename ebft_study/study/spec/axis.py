@@ -20,7 +20,7 @@ class Axis(Section):
 
     distribution: Literal["choice", "uniform", "log_uniform", "integer", "log_integer"] = "choice"
     values: tuple[Any, ...] | None = None
-    choices: dict[str, dict[str, Any]] | None = Field(None, description="name -> settings that it stands for")
+    choices: dict[str, dict[str, Any]] | None = Field(None, description="name -> settings of the choice")
     low: float | None = None
     high: float | None = None
     step: PositiveFloat | None = Field(None, description="uniform and integer: distance between values, from low")
@@ -152,7 +152,7 @@ class Axis(Section):
         return min(max(float(f"{value:.{_DIGITS}g}"), low), high)
 
     def plain(self) -> Any:
-        """As a study file writes it: a plain list where that says all."""
+        """The axis in the form of a study file: a plain list if it has values only."""
         values = None if self.values is None else list(self.values)
         if values is not None and not self.when:
             return values

@@ -1,4 +1,4 @@
-"""From axes to configurations: every combination, random draws, and exclusions.
+"""Enumeration of configurations from axes: every combination, random draws, and exclusions.
 
 An *assignment* is the value of every axis that exists in it. Axes are looked at in the order of the study file, so that
 an axis with a condition comes after those that decide whether it exists.
@@ -93,7 +93,7 @@ def number_of_choices(spec: StudySpec) -> float:
 
 
 def settings(spec: StudySpec, assignment: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted path -> value of the settings that an assignment stands for."""
+    """Dotted path -> value of the settings that an assignment sets."""
     chosen: dict[str, Any] = {}
     for key, value in assignment.items():
         choices = spec.axes[key].choices

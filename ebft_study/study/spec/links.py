@@ -1,4 +1,4 @@
-"""Settings that follow others: the same value, a product, or a quotient."""
+"""Linked settings: equal to another setting, a product, or a quotient."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Operand = int | float | str
 
 
 class Link(Section):
-    """How one setting follows from others; exactly one of the three."""
+    """A setting computed from others, by exactly one of three forms."""
 
     same_as: str | None = None
     product: tuple[Operand, ...] | None = None
@@ -26,7 +26,7 @@ class Link(Section):
     @model_validator(mode="after")
     def _one_form(self) -> Link:
         if sum(given is not None for given in (self.same_as, self.product, self.quotient)) != 1:
-            raise ValueError("follows others in one way. Give one of same_as, product, quotient")
+            raise ValueError("needs exactly one form. Give one of same_as, product, quotient")
         if self.product is not None and not any(isinstance(operand, str) for operand in self.product):
             raise ValueError("is a product of numbers alone. Fix it under 'run', or name a setting")
         return self
@@ -37,7 +37,7 @@ class Link(Section):
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """The settings that it follows."""
+        """The settings that it is computed from."""
         return tuple(operand for operand in self.operands if isinstance(operand, str))
 
     def resolved(self, source: str) -> Link:
@@ -53,7 +53,7 @@ class Link(Section):
 
 
 def in_order(links: Mapping[str, Link], source: str) -> dict[str, Link]:
-    """Links after those that they follow; refuses circles."""
+    """Links in order, each after those that it is computed from; refuses cycles."""
     ordered: dict[str, Link] = {}
 
     def add(path: str, on_the_way: tuple[str, ...]) -> None:

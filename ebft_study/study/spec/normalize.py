@@ -45,7 +45,7 @@ def axes(given: Mapping[str, Axis], source: str) -> dict[str, Axis]:
 
 
 def choice_settings(settings: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """What a choice stands for, as dotted path -> value."""
+    """Settings of a choice, as dotted path -> value."""
     found = paths(config.nest(dict(settings), source=source))
     for path, remedy in NEVER_AN_AXIS.items():
         if path in found:
@@ -76,7 +76,7 @@ def exclusions(
 
 
 def linked(given: Mapping[str, Link], source: str) -> dict[str, Link]:
-    """Links under dotted paths, each after those that it follows."""
+    """Links under dotted paths, each after those that it is computed from."""
     found: dict[str, Link] = {}
     for key, link in given.items():
         path = config.resolve_key(key, source=f"{source}: linked")
@@ -108,7 +108,7 @@ def always_set(known: Mapping[str, Axis]) -> set[str]:
 
 
 def axes_rules(axes: Mapping[str, Axis], linked: Mapping[str, Link]) -> Iterator[Broken]:
-    """Two answers to what a setting is, and choices that do not differ."""
+    """Yield settings that are given twice, and choices that do not differ."""
     for index, (name, axis) in enumerate(axes.items()):
         key = f"axes.{config.short_name(name)}"
         yield from _choice_rules(name, axis, axes)
@@ -123,7 +123,7 @@ def axes_rules(axes: Mapping[str, Axis], linked: Mapping[str, Link]) -> Iterator
 
 
 def _choice_rules(name: str, axis: Axis, axes: Mapping[str, Axis]) -> Iterator[Broken]:
-    """Choices differ, by the settings that they stand for or by the axes that exist only with one of them."""
+    """Choices differ, by their settings or by the axes that exist only with one of them."""
     if axis.choices is None or any(name in other.when for other in axes.values()):
         return
     paths_of_axis = sorted(settings_of(name, axis))
@@ -131,8 +131,8 @@ def _choice_rules(name: str, axis: Axis, axes: Mapping[str, Axis]) -> Iterator[B
     for choice, settings in axis.choices.items():
         same = seen.setdefault(repr([settings.get(path, _NOTHING) for path in paths_of_axis]), choice)
         if same != choice:
-            remedy = f"Say what each stands for, here or under choices.{name} of the profile"
-            yield f"axes.{name}", [same, choice], "stand for the same settings", remedy
+            remedy = f"Give each its settings, here or under choices.{name} of the profile"
+            yield f"axes.{name}", [same, choice], "have the same settings", remedy
 
 
 _NOTHING = object()
@@ -160,9 +160,7 @@ def _earlier(found: Mapping[str, Axis], parent: str, source: str) -> str:
     name = axis_of(found, parent)
     if name is None:
         above = ", ".join(map(config.short_name, found)) or "none"
-        raise ConfigError(
-            f"{source}: {parent}: is no axis that stands above this one. List it first; those above are: {above}"
-        )
+        raise ConfigError(f"{source}: {parent}: is no axis above this one. List it first; those above are: {above}")
     return name
 
 
@@ -189,7 +187,7 @@ def _numbers(path: str, values: tuple[Any, ...]) -> tuple[Any, ...]:
 def from_record(content: Mapping[str, Any], *, source: str) -> StudySpec:
     """The spec that a study's own study.yaml records, which holds further keys."""
     known = {key: value for key, value in content.items() if key in StudySpec.model_fields}
-    if "grown_from" in content:  # what versions before 0.2 called it
+    if "grown_from" in content:  # the name in versions before 0.2
         known["extended_from"] = content["grown_from"]
     return normalized(config.parse(StudySpec, known, source=source), source)
 

@@ -37,7 +37,7 @@ NEVER_IN_A_PROFILE = (
 
 
 class SearchSpec(Section):
-    """How configurations are chosen from the axes."""
+    """Choice of configurations from the axes."""
 
     algorithm: Literal["grid", "random", "optuna"] = "grid"
     num_configurations: PositiveInt | None = Field(None, description="random and optuna: how many to try")
@@ -146,7 +146,7 @@ class StagnationRule(Section):
 
 
 class RewardHackingRule(Section):
-    """Reward and held-out feature-matching loss rise together."""
+    """A reward that rises with the held-out feature-matching loss."""
 
     evaluations: PositiveInt = Field(3, description="rises in a row")
 
@@ -259,7 +259,7 @@ class Profile(Section):
 
     run: dict[str, Any] = Field(default_factory=dict)
     choices: dict[str, dict[str, dict[str, Any]]] = Field(
-        default_factory=dict, description="axis -> choice -> the settings that it stands for here"
+        default_factory=dict, description="axis -> choice -> its settings in this profile"
     )
     baselines: dict[str, dict[str, Any]] = Field(default_factory=dict, description="further settings of baselines")
     scheduler: dict[str, Any] = Field(default_factory=dict)
@@ -309,7 +309,7 @@ class StudySpec(Section):
     question: str = Field(min_length=1)
     run: dict[str, Any] = Field(default_factory=dict)
     axes: dict[str, Axis] = Field(default_factory=dict)
-    linked: dict[str, Link] = Field(default_factory=dict, description="setting -> how it follows from others")
+    linked: dict[str, Link] = Field(default_factory=dict, description="setting -> how it is computed from others")
     exclude: tuple[dict[str, tuple[Any, ...]], ...] = Field(
         (), description="combinations that are not run; all of one must match"
     )
@@ -384,7 +384,7 @@ class StudySpec(Section):
 
 
 def key_matches(text: str, value: Any) -> bool:
-    """Whether `text`, a key in a study file, stands for a setting's value."""
+    """Whether `text`, a key in a study file, is the value of a setting."""
     if isinstance(value, float):
         with contextlib.suppress(ValueError):
             return float(text) == value

@@ -1,4 +1,4 @@
-"""The task of a trial's processes: the one thing that crosses from the driver into them."""
+"""The task of a trial's processes: the only object that the driver passes to them."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ class TrialTask:
     objective: dict[str, Any]
     """An `ObjectiveSpec`, the first of the study; see `objective_spec`."""
     loop: str
-    """Where the training loop is, as `module:function`."""
+    """The training loop, as `module:function`."""
     lineage: dict[str, Any] | None = None
     """The checkpoint that the trial continues after an exploit of population-based training (`exploit.Lineage`)."""
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> TrialTask:
-        """From the `config` of a Tune trial, or of the arguments of its function."""
+        """The task in the `config` of a Tune trial, or in the arguments of its function."""
         return cls(**config)
 
     def to_config(self) -> dict[str, Any]:

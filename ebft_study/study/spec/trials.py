@@ -1,4 +1,4 @@
-"""From a study's spec to its trials: pure functions, so that a resumed study finds the very same trials.
+"""Trials of a study, enumerated from its spec: pure functions, so that a resumed study finds the very same trials.
 
 A *configuration* is one setting of everything but the seed; a *trial* is a configuration with a seed. Trials are
 ordered seed by seed, baselines first, so that a study that ends early holds whole replicates.
@@ -36,7 +36,7 @@ class Trial:
     configuration: Configuration
     seed: int
     run: RunConfig
-    """Its complete settings, validated."""
+    """Complete settings, validated."""
     resources: ResourcesSpec
     """The CPUs, GPUs and workers that it occupies."""
 

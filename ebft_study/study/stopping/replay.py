@@ -35,16 +35,16 @@ class RecordedTrial:
 
     trial_id: str
     configuration: str
-    """Its settings without the seed, as tables show them."""
+    """Settings without the seed, as tables show them."""
     seed: int
     is_baseline: bool
     total_steps: int
     steps_done: int
     evaluations: tuple[Evaluation, ...]
     elapsed: tuple[float, ...]
-    """When each evaluation ended."""
+    """End of each evaluation, in seconds since the trial's start."""
     seconds: float
-    """When the trial ended."""
+    """Duration of the trial."""
     finished: bool = True
     """Whether it did all its steps; others failed or ended by themselves."""
 
@@ -72,13 +72,13 @@ class Stop:
 
 @dataclass(frozen=True)
 class Replay:
-    """A study as it would have gone."""
+    """A study as it would have run."""
 
     trials: tuple[RecordedTrial, ...]
     objective: ObjectiveSpec
     stops: tuple[Stop, ...]
     seconds: float
-    """From the first start to the last end."""
+    """Wall-clock time from the first start to the last end."""
 
     @property
     def steps_done(self) -> int:
@@ -118,7 +118,7 @@ class Replay:
 
     @property
     def regret(self) -> float:
-        """How much worse the chosen configuration is than the winner, by the means over all recorded seeds."""
+        """Objective lost by choosing the chosen configuration instead of the winner: means over all recorded seeds."""
         worse = self.means[self.chosen][1] - self.means[self.winner][1]
         return worse if self.objective.mode == "min" else -worse
 
@@ -170,7 +170,7 @@ def replay(trials: Sequence[RecordedTrial], spec: StudySpec, *, concurrency: int
 
 
 class _EarlyStopping:
-    """Rules and scheduler, asked in the order in which Tune asks them."""
+    """Rules and scheduler, called in the order in which Tune calls them."""
 
     def __init__(self, trials: Sequence[RecordedTrial], spec: StudySpec) -> None:
         longest = max((trial.total_steps for trial in trials), default=0)

@@ -102,12 +102,12 @@ class RuleMonitor:
         self._rules, self._objective = rules, objective
         self._histories = {trial_id: list(history) for trial_id, history in (past or {}).items()}
         self.reasons: dict[str, str] = {}
-        """Why trials were stopped."""
+        """Trial -> reason why it was stopped."""
 
     def should_stop(self, trial_id: str, metrics: Mapping[str, float], *, total_steps: int) -> bool:
         """Whether a trial that has just reported should stop.
 
-        Ignores a report that repeats an evaluation (`evaluated_step` lies before `step`), and one of a step that was
+        Ignores a report that repeats an evaluation (`evaluated_step` is below `step`), and one of a step that was
         evaluated before, as a retried trial sends it.
         """
         step, history = int(metrics["step"]), self._histories.setdefault(trial_id, [])

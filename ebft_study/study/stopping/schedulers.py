@@ -1,6 +1,6 @@
 """Early stopping by comparison with other trials: Ray's schedulers behind one adapter, driven by Tune or by a replay.
 
-Their memory is the results tables rather than a snapshot of Ray's: what a scheduler knows is the set of points
+Their memory is the results tables rather than a snapshot of Ray's: the state of a scheduler is the set of points
 (trial, step, objective) that it was shown, in any order of trials, and a resumed study shows it the recorded ones.
 `docs/schedulers.md` says what each does, and why `hyperband` is the asynchronous one.
 """
@@ -38,7 +38,7 @@ class Halving:
     """
 
     def __init__(self, spec: StudySpec, longest: int) -> None:
-        """`longest`: steps of the longest trial. Brackets whose first rung is not below it stop nobody."""
+        """`longest`: steps of the longest trial. Brackets whose first rung is not below it stop no trial."""
         scheduler, objective = spec.scheduler, spec.objective
         self._metric, self._factor = objective.metric, scheduler.reduction_factor
         grace_period = scheduler.grace_period_steps
@@ -127,7 +127,7 @@ class StudyScheduler(FIFOScheduler):  # type: ignore[misc]
         self._comparison = Median(spec) if spec.scheduler.kind == "median" else Halving(spec, longest)
         self._last_steps: dict[str, float] = {}
         self.reasons: dict[str, str] = {}
-        """Why trials were stopped."""
+        """Trial -> reason why it was stopped."""
         for trial_id, curve in history.items():
             for step, value in curve:
                 if self._is_new(trial_id, step, value):

@@ -24,12 +24,12 @@ _FEWEST_ROWS, _OTHER_LINES = 5, 14  # a live table that is higher than the scree
 
 @dataclass(frozen=True)
 class Plan:
-    """How many trials the study will have, some of which a search may still choose, and how many run concurrently."""
+    """Numbers of all trials, including those that a search has yet to choose, and of concurrent ones."""
 
     trials: int
     concurrency: int = 1
     trial_seconds: float | None = None
-    """Expected duration of a trial, if earlier studies tell."""
+    """Expected duration of a trial, if earlier studies allow a prediction."""
 
 
 class Lines:
@@ -93,7 +93,7 @@ def print_plain(console: Console, line: str, style: str | None = None) -> None:
 def render(
     states: Iterable[TrialState], columns: tuple[str, ...], *, title: str, plan: Plan, most: int = _MOST_ROWS
 ) -> RenderableType:
-    """The table of trials, what went wrong, and a line that counts trials and says how long the rest will take."""
+    """The table of trials, the problems, and a line with the number of trials and the remaining time."""
     states = list(states)
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for header in ("trial", "settings", "state", "step", *columns, "time"):
@@ -134,7 +134,7 @@ def summary(states: list[TrialState], plan: Plan) -> str:
 
 
 def seconds_left(states: list[TrialState], plan: Plan) -> float | None:
-    """Expected time until the last trial ends, None if nothing tells.
+    """Expected time until the last trial ends, None without a prediction.
 
     By the durations of trials that have ended, else by the throughput of those that run, else as planned.
     """

@@ -24,12 +24,12 @@ from ebft_study.study.stopping.replay import RecordedTrial, Replay, recorded_con
 from ebft_study.study.view.display import print_plain
 
 SECTIONS = ("scheduler", "stopping", "objective", "budget")
-"""What a replay may change: how trials are stopped, not what they were."""
+"""Sections that a replay may change: those that stop trials, not those that define them."""
 
 
 @dataclass(frozen=True)
 class StudyReplays:
-    """A study as it ran, and under each kind of early stopping that was asked for."""
+    """A study as it ran, and under each requested kind of early stopping."""
 
     spec: StudySpec
     concurrency: int
@@ -67,8 +67,8 @@ def study_with(folder: Location, file: Path, profile: str | None, overrides: Seq
     _refuse_changes(recorded, [item for item in overrides if item not in allowed])
     spec = recorded.model_copy(update={name: getattr(asked, name) for name in SECTIONS})
     if spec.scheduler.kind == "pbt":
-        rule = "trials that continue from the checkpoints of others cannot be replayed from what they did on their own"
-        remedy = "Ask for asha, hyperband or median"
+        rule = "trials that continue from the checkpoints of others cannot be replayed from their own results"
+        remedy = "Use asha, hyperband or median"
         raise rule_broken(source=str(file), key="scheduler.kind", given="pbt", rule=rule, remedy=remedy)
     runs = [trials.build(spec, configuration, seed=spec.seeds[0]) for configuration in trials.enumerated(spec)]
     n_trials = len(spec.seeds) * len(runs)
@@ -92,14 +92,14 @@ def _refuse_changes(recorded: StudySpec, overrides: Sequence[str]) -> None:
 
 
 def _settings_of_trials(spec: StudySpec) -> dict[str, Any]:
-    """Settings of a study's first trial, and the sections that say which trials there are and what each occupies."""
+    """Settings of a study's first trial, and the sections that define the trials and their resources."""
     first = trials.build(spec, trials.enumerated(spec)[0], seed=spec.seeds[0], source="command line")
     content = normalize.dump(spec)
     return {**config.flatten(first), **{name: content[name] for name in study_file.SECTIONS if name not in SECTIONS}}
 
 
 def alternatives(spec: StudySpec, recorded: Sequence[RecordedTrial]) -> dict[str, StudySpec]:
-    """The early stopping that a study asks for; if none, every scheduler and every rule at its defaults."""
+    """The early stopping of a study file; if none, every scheduler and every rule at its defaults."""
     if _describe(spec):
         return {_describe(spec): spec}
     longest = max(trial.total_steps for trial in recorded)

@@ -1,4 +1,4 @@
-"""What a study is doing, from its folder alone: no Ray, and no need for its driver to be alive."""
+"""State of a study, read from its folder alone, without Ray and without its driver."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _MOST_TRIALS = 100
 
 
 def show(folder: Location, console: Console) -> None:
-    """Print the table of trials and the latest remarkable events."""
+    """Print the table of trials and the latest important events."""
     spec = study_yaml.read(folder)
     states = list(history.read(folder, spec.objective.metric).states.values())
     alive = lock.is_held(storage_path(folder))
     for state in states:
         if state.status == "running" and not alive:
-            state.status, state.started_at, state.note = "interrupted", None, "its driver is gone"
+            state.status, state.started_at, state.note = "interrupted", None, "its driver has ended"
     columns = tuple(dict.fromkeys(("ce_loss", "cfm_loss", *(objective.metric for objective in spec.objective.all))))
     title, plan = f"{spec.study}: {' '.join(spec.question.split())}", Plan(trials.number_of_trials(spec))
     console.print(render(states, columns, title=title, plan=plan, most=_MOST_TRIALS))

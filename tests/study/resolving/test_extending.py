@@ -130,9 +130,9 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "axes of draws": (
         {"search": {"algorithm": "random", "num_configurations": 2}},
         {"search": {"algorithm": "random", "num_configurations": 2}, "axes": {"alpha": [0, 1, 2], "gamma": [0.0, 0.1]}},
-        "random, axes cannot grow",
+        "random, axes cannot be extended",
     ),
-    "seeds of Optuna": ({"search": OPTUNA}, {"search": OPTUNA, "seeds": [0, 1, 2]}, "optuna, seeds cannot grow"),
+    "seeds of Optuna": ({"search": OPTUNA}, {"search": OPTUNA, "seeds": [0, 1, 2]}, "optuna, seeds cannot be extended"),
 }
 
 

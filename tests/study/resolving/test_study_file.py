@@ -389,7 +389,7 @@ def test_a_profile_says_what_choices_stand_for(tmp_path: Path) -> None:
     [
         ({"size": {"huge": {"model": "x"}}}, (), "choices.size.huge: is no choice of it. It has: small, large"),
         ({"size": {"small": {"model": "x"}}, "other": {}}, (), "choices.other: is no axis of choices"),
-        ({"size": {"small": {"model": "x"}, "large": {"model": "x"}}}, (), "stand for the same settings"),
+        ({"size": {"small": {"model": "x"}, "large": {"model": "x"}}}, (), "have the same settings"),
         ({"size": {"small": {"alpha": 0}, "large": {"alpha": 1}}}, (), "axes.alpha='reward.alpha': is also set by"),
         (SIZES["profiles"]["cpu"]["choices"], ("model=x",), "model: an override changes what is fixed"),
     ],
