@@ -1,0 +1,1 @@
+"""Running a study with Ray Tune and Ray Train: runner, session, hooks, trials, monitor, services."""

@@ -1,0 +1,1 @@
+"""From a study file to a `ResolvedStudy`: profile, overrides, rules, extensions, services."""

@@ -1,0 +1,1 @@
+"""The next trial of a study: listed, drawn at random, or chosen by Optuna."""

@@ -1,0 +1,1 @@
+"""The content of a study file, and the configurations and trials that follow from it."""
