@@ -16,6 +16,8 @@ INTEGRATION = Path(__file__).parent / "integration"
 REAL = ("-m", "ebft_study")
 FAKE = (str(INTEGRATION / "driver.py"),)
 """The command line with `fake_training` for a training loop."""
+PATIENCE = 8.0
+"""Time limits of tests are for a quiet machine; a busy one is given this many times as long before a test fails."""
 RAY_AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 """Ray's own; they notice after half a minute that their cluster is gone."""
 
@@ -32,12 +34,12 @@ def start(
 
 def ended(process: subprocess.Popen[str], seconds: float) -> str:
     """What it printed until its end, and its exit code on the last line."""
-    return f"{process.communicate(timeout=seconds)[0]}\nexit code {process.returncode}"
+    return f"{process.communicate(timeout=PATIENCE * seconds)[0]}\nexit code {process.returncode}"
 
 
 def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float) -> None:
     """Until the condition holds; fails when the process ends before."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + PATIENCE * seconds
     while not condition():
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline, "waited too long"

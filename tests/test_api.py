@@ -83,4 +83,4 @@ def test_one_run_trains_from_a_mapping_or_from_settings(tmp_path: Path) -> None:
 
 def test_importing_it_is_instant() -> None:
     code = "import sys, ebft_study; assert not {'torch', 'ray', 'pandas', 'rich', 'pydantic'} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=600)

@@ -155,7 +155,7 @@ def test_configuration_and_results_import_quickly_without_heavy_libraries() -> N
         "heavy = {'torch', 'ray', 'vllm', 'transformers'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=600)
 
 
 MAP = (ROOT.parent / "docs" / "architecture.md").read_text()

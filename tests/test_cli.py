@@ -83,7 +83,7 @@ def test_help_and_status_load_neither_torch_nor_ray() -> None:
         "import sys; from ebft_study import cli; from ebft_study.study.view import status; "
         "assert not {'torch', 'ray', 'transformers', 'optuna'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=600)
 
 
 def test_errors_of_several_lines_become_one(run: object, monkeypatch: pytest.MonkeyPatch) -> None:

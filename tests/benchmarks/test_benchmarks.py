@@ -262,7 +262,7 @@ def test_outside_the_checkout_the_remedy_is_named(tmp_path: Path) -> None:
         "sys.argv[1:] = ['bench', '--help']\n"
         "from ebft_study import cli; cli.main()\n"
     )
-    ended = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    ended = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert ended.returncode == 2
     expected = "error: bench: benchmarks are part of the source checkout. Run pip install -e '.[dev]' there\n"
     assert ended.stderr == expected
@@ -276,7 +276,7 @@ def test_importing_the_benchmark_imports_only_what_it_needs() -> None:
         "heavy = {'ray', 'vllm', 'pandas', 'datasets', 'matplotlib', 'peft'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=600)
 
 
 # --- sections --------------------------------------------------------------------------------------------------

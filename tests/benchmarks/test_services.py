@@ -165,7 +165,7 @@ def test_without_vllm_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.integration
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(1800)
 def test_an_engine_is_compared_and_timed_from_its_start(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("vllm", reason="vLLM is not installed")
     monkeypatch.setattr(engines, "STARTED", ())
@@ -212,7 +212,7 @@ def both() -> tuple[services.Contender, services.Contender, list[str]]:
 
 
 @pytest.mark.integration
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(1800)
 class TestFeatures:
     def test_both_contenders_compute_the_same(self, both: Any) -> None:
         local, service, _ = both
@@ -365,4 +365,4 @@ def test_the_other_benchmark_needs_neither_ray_nor_vllm() -> None:
         "except ConfigError as error: assert 'ray is not installed. Run make setup' in str(error), error\n"
         "else: raise AssertionError\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=600)

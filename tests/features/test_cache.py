@@ -480,7 +480,7 @@ def test_processes_share_a_folder(folder: Path, problems: Problems) -> None:
     ]
     for user in users:
         user.start()
-    outcomes = [results.get(timeout=60) for _ in users]
+    outcomes = [results.get(timeout=600) for _ in users]
     for user in users:
         user.join(60)
     assert [user.exitcode for user in users] == [0, 0, 0]
@@ -505,7 +505,7 @@ def test_a_killed_writer_leaves_only_whole_rows(folder: Path, problems: Problems
     writer = SPAWN.Process(target=put_for_ever, args=(folder,))
     writer.start()
     assert writer.pid
-    until = time.monotonic() + 60
+    until = time.monotonic() + 600
     reader = DiskCache(folder, 2**30, on_problem=problems)
     while reader.used_bytes < 10 * 2**20 and writer.is_alive() and time.monotonic() < until:
         time.sleep(0.001)

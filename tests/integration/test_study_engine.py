@@ -15,7 +15,7 @@ import pytest
 from ebft_study import results
 from tests import commands
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(1800)]
 
 HERE = Path(__file__).parent
 STEPS = 6
@@ -95,7 +95,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Ordeal:
     said["second"] = study.run("resume", "ordeal")
     study.wait_for_the_middle(driver)
     driver.send_signal(signal.SIGKILL)
-    driver.wait(timeout=10)
+    driver.wait(timeout=100)
     assert driver.stdout is not None
     driver.stdout.close()
     before = study.keys()

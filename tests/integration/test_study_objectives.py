@@ -13,7 +13,7 @@ from optuna.storages.journal import JournalFileBackend
 from ebft_study import results
 from tests import commands
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 HERE = Path(__file__).parent
 CONFIGURATIONS = 5

@@ -16,7 +16,7 @@ from ebft_study.training import checkpoint
 from tests import commands
 from tests.tiny_run import write_data, write_model
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(800)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(1800)]
 
 STEPS = 60
 BAD, GOOD = 0.001, 0.05
@@ -77,7 +77,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
     driver.communicate()
     assert (study.load().trials["status"] == "running").any()
     resumed = study.start("resume", "population")
-    study.said = resumed.communicate(timeout=300)[0]
+    study.said = resumed.communicate(timeout=3000)[0]
     assert resumed.returncode == 0, study.said
     return study
 

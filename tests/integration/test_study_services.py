@@ -21,7 +21,7 @@ from ebft_study import results
 from tests import commands
 from tests.tiny_run import write_data, write_model
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(1800)]
 
 STEPS = 24
 SETTINGS = {
@@ -101,7 +101,7 @@ def survived(tmp_path_factory: pytest.TempPathFactory) -> Survived:
         kill(found[0])
         killed.append(title)
         time.sleep(1.0)
-    said = study.driver.communicate(timeout=240)[0]
+    said = study.driver.communicate(timeout=2400)[0]
     return Survived(study, said, family, killed)
 
 
@@ -130,7 +130,7 @@ def test_engine_and_trainer_agree_from_first_to_last(survived: Survived) -> None
 
 
 def test_nothing_is_left_when_a_study_has_ended(survived: Survived) -> None:
-    assert not psutil.wait_procs(survived.processes, timeout=10)[1]
+    assert not psutil.wait_procs(survived.processes, timeout=100)[1]
 
 
 @pytest.mark.slow
@@ -143,13 +143,13 @@ def test_a_killed_driver_leaves_nothing_and_a_dead_node_does_not_keep_one_waitin
     study.driver.communicate()
     # Ray's own agents notice after half a minute; they hold no model and no device.
     ours = [process for process in family if not commands.title(process).startswith(commands.RAY_AGENTS)]
-    left = psutil.wait_procs(ours, timeout=20)[1]
+    left = psutil.wait_procs(ours, timeout=200)[1]
     assert not left, [commands.title(process) for process in left]
 
     resumed = started(tmp_path, "--resume")
     resumed.until(lambda: bool(resumed.events("resumed")))
     kill(resumed.processes("raylet/raylet")[0])
-    said = resumed.driver.communicate(timeout=60)[0]
+    said = resumed.driver.communicate(timeout=600)[0]
     assert "Ray's node process died; resume with: ebft-study resume" in said
     assert resumed.driver.returncode == 1
     assert set(resumed.trials()["status"]) == {"interrupted"}

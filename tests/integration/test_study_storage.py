@@ -17,7 +17,7 @@ from ebft_study.errors import ResultsError
 from ebft_study.storage import storage_path
 from tests import commands, disks
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(560)]
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(1800)]
 
 SECONDS = 300.0  # for each command
 STEPS = 8
@@ -90,7 +90,7 @@ def both(tmp_path_factory: pytest.TempPathFactory, s3_query: str) -> Iterator[tu
         def strike(study: Study) -> None:
             if study is store:
                 drivers[store.storage].send_signal(signal.SIGKILL)
-                drivers[store.storage].wait(timeout=10)
+                drivers[store.storage].wait(timeout=100)
             elif mounted:
                 fill(folder / "disk" / "ballast")
             study.before = study.keys()

@@ -29,7 +29,7 @@ def test_files_of_trials_that_are_over_are_merged_while_the_study_runs(tmp_path:
         for trial_id in ("t0", "t1"):
             finish(tmp_path, trial_id)
             ended.append(trial_id)
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 200
         while len(files(tmp_path)) > 1 and time.monotonic() < deadline:
             time.sleep(0.02)
         assert len(files(tmp_path)) == 1
