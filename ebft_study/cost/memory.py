@@ -60,7 +60,7 @@ def memory(
     trained = step.weight_bytes * model.n_trainable
     # Under adapters the model itself is frozen, and so are its matrices; autocast copies every matrix that is not.
     adapted = model.trainable_parameters is not None
-    own = step.compute_bytes * model.n_parameters if adapted else 0
+    base_weights = step.compute_bytes * model.n_parameters if adapted else 0
     casts = not adapted and step.weight_bytes != step.compute_bytes
     cast = step.compute_bytes * (model.layer_matrices + model.head_parameters) if casts else 0
     frozen = 0
@@ -68,7 +68,7 @@ def memory(
         frozen = 0 if step.remote_features else phases.network.body_parameters
         frozen += model.n_parameters if step.has_kl else 0
     return Memory(
-        weights_bytes=(own + copies * trained + cast) / shards,
+        weights_bytes=(base_weights + copies * trained + cast) / shards,
         gradients_bytes=gradients,
         optimizer_bytes=2 * gradients,
         frozen_bytes=step.compute_bytes * frozen,

@@ -92,11 +92,11 @@ def connection(address: str | None, *, study: str) -> Iterator[ClusterCapacity |
 
 def _environment() -> dict[str, str]:
     names = (*_TRAVELS, *_OFFLINE_TRAVELS)
-    own = {name: os.environ[name] for name in names if name in os.environ}
+    from_driver = {name: os.environ[name] for name in names if name in os.environ}
     ray_train = {name: os.environ.get(name, value) for name, value in ENVIRONMENT.items() if "TRAIN" in name}
     chdir = {name: os.environ.get(name, ENVIRONMENT[name]) for name in ("RAY_CHDIR_TO_TRIAL_DIR",)}
     start = os.environ.get("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(_START_SECONDS))
-    return {**own, **ray_train, **chdir, "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": start}
+    return {**from_driver, **ray_train, **chdir, "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": start}
 
 
 def _capacity() -> ClusterCapacity:
@@ -186,9 +186,9 @@ def _answer(reference: Any) -> dict[str, Any] | str:
 def _check_answer(address: str, answer: dict[str, Any] | str, folders: Sequence[Path]) -> None:
     here = importlib.metadata.version("ebft-study")
     if isinstance(answer, str) or answer["version"] != here:
-        found = answer.strip() if isinstance(answer, str) else f"it has {answer['version']}"
+        difference = answer.strip() if isinstance(answer, str) else f"it has {answer['version']}"
         raise ConfigError(
-            f"{OPTION}: machine {address} of the cluster cannot run ebft-study {here} ({found}). Install the same "
+            f"{OPTION}: machine {address} of the cluster cannot run ebft-study {here} ({difference}). Install the same "
             "environment on every machine, or put the package on a shared folder that PYTHONPATH names"
         )
     for folder in folders:

@@ -101,12 +101,12 @@ def _train(run: RunConfig, folder: Path, monitor: Monitor) -> dict[str, Any]:
 
     start_from = attempts.newest_checkpoint(folder, TRIAL)
     attempt = attempts.begin(folder, TRIAL)
-    own = attempts.folder(folder, TRIAL, attempt)
+    attempt_folder = attempts.folder(folder, TRIAL, attempt)
 
     def on_report(metrics: dict[str, float], written: Path | None) -> None:
         best: dict[str, Any] = {}
         if written is not None:
-            attempts.keep_checkpoint(own, written, step=int(metrics["step"]))
+            attempts.keep_checkpoint(attempt_folder, written, step=int(metrics["step"]))
             best["best_checkpoint"] = attempts.prune(folder, TRIAL, run.checkpoint, ObjectiveSpec())
         monitor.reported(TRIAL, {**metrics, **best, "attempt": attempt, "host": socket.gethostname()})
 

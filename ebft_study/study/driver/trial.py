@@ -112,10 +112,10 @@ def tune_resources(resources: ResourcesSpec, slot: Mapping[str, float]) -> ray.t
 
 def _fit_in_process(task: TrialTask, attempt: Attempt, report: Report) -> dict[str, Any]:
     """TorchTrainer's local mode: no controller and no workers to start, for models that are small compared to these."""
-    own = attempts.folder(attempt.study_folder, attempt.trial_id, attempt.attempt)
+    attempt_folder = attempts.folder(attempt.study_folder, attempt.trial_id, attempt.attempt)
 
     def on_report(metrics: dict[str, float], written: Path | None) -> None:
-        kept = attempts.keep_checkpoint(own, written, step=int(metrics["step"])) if written else None
+        kept = attempts.keep_checkpoint(attempt_folder, written, step=int(metrics["step"])) if written else None
         report({**metrics, "host": socket.gethostname()}, kept)
 
     def train() -> dict[str, Any]:
@@ -126,7 +126,7 @@ def _fit_in_process(task: TrialTask, attempt: Attempt, report: Report) -> dict[s
         train,
         scaling_config=ray.train.ScalingConfig(num_workers=0),
         run_config=ray.train.RunConfig(
-            name=own.name, storage_path=str(storage_path(attempt.study_folder).local_dir / "train")
+            name=attempt_folder.name, storage_path=str(storage_path(attempt.study_folder).local_dir / "train")
         ),
     )
     try:
@@ -141,10 +141,10 @@ def _fit_in_process(task: TrialTask, attempt: Attempt, report: Report) -> dict[s
 def _fit_workers(task: TrialTask, attempt: Attempt, report: Report) -> dict[str, Any]:
     """`trainer.fit()` in a thread, while its reports arrive through the relay."""
     box = f"{attempt.trial_id}-{attempt.attempt}"
-    own = attempts.folder(attempt.study_folder, attempt.trial_id, attempt.attempt)
+    attempt_folder = attempts.folder(attempt.study_folder, attempt.trial_id, attempt.attempt)
     fit = _FitThread(_trainer(task, attempt, box), box)
     for metrics, path in fit.reports():
-        report(metrics, own / Path(path).name if path else None)
+        report(metrics, attempt_folder / Path(path).name if path else None)
     return fit.outcome()
 
 

@@ -34,13 +34,13 @@ def begin(study_folder: Location, trial_id: str) -> int:
     attempt = max(numbers(study_folder, trial_id), default=0)
     while True:
         attempt += 1
-        own = folder(study_folder, trial_id, attempt)
-        if own.local is None:  # stores have no empty folders, and the study's lock leaves one driver
-            (own / _BEGUN).write_bytes(b"")
+        attempt_folder = folder(study_folder, trial_id, attempt)
+        if attempt_folder.local is None:  # stores have no empty folders, and the study's lock leaves one driver
+            (attempt_folder / _BEGUN).write_bytes(b"")
             return attempt
-        with storage_errors(own):
+        with storage_errors(attempt_folder):
             try:
-                own.local.mkdir(parents=True)
+                attempt_folder.local.mkdir(parents=True)
             except FileExistsError:
                 continue
         return attempt
@@ -49,12 +49,12 @@ def begin(study_folder: Location, trial_id: str) -> int:
 def newest_checkpoint(study_folder: Location, trial_id: str, *, since: int = 0) -> StoragePath | None:
     """The complete checkpoint of the highest step over all attempts, or over those from `since` on."""
     ordered = reversed(_checkpoints(study_folder, trial_id, since))
-    return next((found.path for found in ordered if checkpoint.step_of(found.path)), None)
+    return next((saved.path for saved in ordered if checkpoint.step_of(saved.path)), None)
 
 
-def keep_checkpoint(own: StoragePath, written: Path, *, step: int) -> StoragePath:
+def keep_checkpoint(attempt_folder: StoragePath, written: Path, *, step: int) -> StoragePath:
     """Move a temporary checkpoint into its attempt's folder, whole or not at all."""
-    kept = own / checkpoint_name(step)
+    kept = attempt_folder / checkpoint_name(step)
     kept.upload(written, last=checkpoint.RECORD)
     return kept
 
@@ -68,8 +68,8 @@ def prune(
     path below the study's folder; None where the objective was not measured at any.
     """
     every = _checkpoints(study_folder, trial_id)
-    current = {found.step: found for found in every if found.attempt >= since}  # of one step, the later attempt's
-    values = {step: found.metrics.get(objective.metric, math.nan) for step, found in current.items()}
+    current = {saved.step: saved for saved in every if saved.attempt >= since}  # of one step, the later attempt's
+    values = {step: saved.metrics.get(objective.metric, math.nan) for step, saved in current.items()}
     keep = checkpoint.to_keep(
         values,
         newest=config.keep_checkpoints,
@@ -78,9 +78,9 @@ def prune(
         mode=objective.mode,
     )
     # Of attempts before `since`, which nothing starts from while later ones have any, the last ones stay in reserve.
-    earlier = sorted((found for found in every if found.attempt < since), key=lambda found: found.attempt)
-    kept = {current[step].path for step in keep} | {found.path for found in earlier[-config.keep_checkpoints :]}
-    in_parallel(_remove, [found.path for found in every if found.path not in kept])
+    earlier = sorted((saved for saved in every if saved.attempt < since), key=lambda saved: saved.attempt)
+    kept = {current[step].path for step in keep} | {saved.path for saved in earlier[-config.keep_checkpoints :]}
+    in_parallel(_remove, [saved.path for saved in every if saved.path not in kept])
     best = checkpoint.ranked({step: values[step] for step in keep}, objective.mode)
     return current[best[0]].below_study if best else None
 
@@ -111,10 +111,15 @@ def _checkpoints(study_folder: Location, trial_id: str, since: int = 0) -> list[
     folders = [
         folder(study_folder, trial_id, attempt) for attempt in numbers(study_folder, trial_id) if attempt >= since
     ]
-    paths = [own / name for own in folders for name in own.names() if not name.startswith(".")]
+    paths = [
+        attempt_folder / name
+        for attempt_folder in folders
+        for name in attempt_folder.names()
+        if not name.startswith(".")
+    ]
     records = in_parallel(checkpoint.recorded, paths)
     checkpoints = [_Checkpoint(*record, path) for record, path in zip(records, paths, strict=True) if record]
-    return sorted(checkpoints, key=lambda found: (found.step, found.attempt))
+    return sorted(checkpoints, key=lambda saved: (saved.step, saved.attempt))
 
 
 def _remove(path: StoragePath) -> None:

@@ -54,10 +54,10 @@ def read(study_folder: Location, objective: str, further: Sequence[str] = ()) ->
 
 def problems(folder: Location) -> list[str]:
     """Damaged files of a study, and changes that were made to its record by hand."""
-    found = study_yaml.changes(folder)
+    messages = study_yaml.changes(folder)
     for table in results.TABLES:
-        results.read_table(folder, table, found)
-    return found
+        results.read_table(folder, table, messages)
+    return messages
 
 
 def _state(row: dict[Any, Any], measured: pd.DataFrame | None) -> TrialState:

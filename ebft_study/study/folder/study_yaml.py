@@ -68,21 +68,21 @@ def read(folder: Location) -> StudySpec:
 def content(folder: Location) -> dict[str, Any]:
     """All of study.yaml, or of its copy where it cannot be read."""
     try:
-        found, problem = read_mapping(storage_path(folder) / NAME)
+        record, problem = read_mapping(storage_path(folder) / NAME)
     except FileNotFoundError:
         raise ResultsError(
             f"{folder}: holds no {NAME}, so it is not a study. Check the name, or start it with 'study'"
         ) from None
-    if found is None:
+    if record is None:
         raise ConfigError(f"{problem}, and neither can its copy. Restore it")
-    return found
+    return record
 
 
 def changes(folder: Location) -> list[str]:
     """Problems with study.yaml, and changes made to it by hand since the study began; comments do not count."""
     path = storage_path(folder) / NAME
-    found, problem = read_mapping(path)
-    if problem or found is None:
+    record, problem = read_mapping(path)
+    if problem or record is None:
         return [problem]
     saved = copies.read_copy(path)
     if saved is None:
@@ -90,7 +90,7 @@ def changes(folder: Location) -> list[str]:
     before = normalize.from_record(yaml.safe_load(saved), source=str(path))
     return [
         f"{path} was changed since the study began: {line}"
-        for line in differences(before, normalize.from_record(found, source=str(path)))
+        for line in differences(before, normalize.from_record(record, source=str(path)))
     ]
 
 

@@ -114,9 +114,9 @@ def measured(storage: Location) -> Measurements:
 def flops(run: RunConfig) -> float:
     """FLOPs of all updates of a run, its warm start included."""
     step, (model, network) = StepShape.from_config(run), shapes(run)
-    own = step_cost(model, network, step).total.flops
+    update = step_cost(model, network, step).total.flops
     warm = step_cost(model, network, replace(step, method="sft")).total.flops
-    return run.training.steps * own + run.training.warm_start_steps * warm
+    return run.training.steps * update + run.training.warm_start_steps * warm
 
 
 def evaluations(run: RunConfig) -> int:
@@ -127,10 +127,10 @@ def evaluations(run: RunConfig) -> int:
 
 def evaluation_flops(run: RunConfig) -> float:
     """FLOPs of all evaluations: sampling and features of completions, and cross-entropy."""
-    given, held_out = run.evaluation, 2
-    validation = given.validation_sequences * _flops_per_sequence(run, run.rollout.completion_length)
-    return (evaluations(run) - held_out) * validation + held_out * given.heldout_sequences * _flops_per_sequence(
-        run, max(given.profile_lengths)
+    evaluation, held_out = run.evaluation, 2
+    validation = evaluation.validation_sequences * _flops_per_sequence(run, run.rollout.completion_length)
+    return (evaluations(run) - held_out) * validation + held_out * evaluation.heldout_sequences * _flops_per_sequence(
+        run, max(evaluation.profile_lengths)
     )
 
 
@@ -138,8 +138,8 @@ def _flops_per_sequence(run: RunConfig, completion_length: int) -> float:
     changes: dict[str, Any] = {"batch_size": 1, "n_samples": run.evaluation.cfm_samples, "world_size": 1}
     step = replace(StepShape.from_config(run), method="ebft", completion_length=completion_length, **changes)
     model, network = shapes(run)
-    own, prefix = step_cost(model, network, step), step_cost(model, network, replace(step, method="sft"))
-    return own.rollouts.flops + own.features.flops + prefix.scoring_forward.flops
+    ebft, sft = step_cost(model, network, step), step_cost(model, network, replace(step, method="sft"))
+    return ebft.rollouts.flops + ebft.features.flops + sft.scoring_forward.flops
 
 
 # --- reading earlier studies -----------------------------------------------------------------------------------
@@ -162,11 +162,11 @@ def _finished(folder: StoragePath) -> Iterable[dict[str, Any]]:
                 yield _measurement(work, row, run.total_steps * seconds, concurrency(table))
 
 
-def _measurement(work: Work, row: dict[Any, Any], updating: float, local_dir: int) -> dict[str, Any]:
+def _measurement(work: Work, row: dict[Any, Any], updating: float, concurrent_trials: int) -> dict[str, Any]:
     between = max(row["train_seconds"] - updating, 1e-3)
     return {
         **{name: getattr(work, name) for name in ("model", "method", "workers", "served")},
-        "concurrency": local_dir,
+        "concurrency": concurrent_trials,
         "rate": work.flops / updating,
         "evaluation_rate": work.evaluation_flops / between,
         "startup": max(row["total_seconds"] - row["train_seconds"], 0.0),
@@ -175,8 +175,8 @@ def _measurement(work: Work, row: dict[Any, Any], updating: float, local_dir: in
 
 def concurrency(table: pd.DataFrame) -> int:
     """Mean number of concurrent trials of a study, over the time in which any ran."""
-    known = table.dropna(subset=["started_at", "finished_at"])
-    spans = sorted(zip(known["started_at"], known["finished_at"], strict=True))
+    timed = table.dropna(subset=["started_at", "finished_at"])
+    spans = sorted(zip(timed["started_at"], timed["finished_at"], strict=True))
     busy, end = 0.0, None
     for start, finish in spans:
         begin = start if end is None else max(start, end)
@@ -189,5 +189,5 @@ def concurrency(table: pd.DataFrame) -> int:
 def _run_of(row: dict[Any, Any]) -> RunConfig:
     """The settings of a trial, from its row; raises `ConfigError` where this version does not know them."""
     settings = {name: cell_value(row[name]) for name in config.short_names() if name in row}
-    given = {name: value for name, value in settings.items() if value is not None}
-    return config.build_run(config.nest(given, source="trials"), source="trials")
+    set_settings = {name: value for name, value in settings.items() if value is not None}
+    return config.build_run(config.nest(set_settings, source="trials"), source="trials")

@@ -90,7 +90,7 @@ def _check_size(old: StudySpec, new: StudySpec, source: str) -> None:
         raise ConfigError(f"{source}: --extend: the axes are others ({', '.join(new.axes)}). Use another --name")
     lost = [f"axes.{name}={value!r}" for name, axis in old.axes.items() for value in _gone(axis, new.axes[name])]
     lost += [f"seeds={seed}" for seed in old.seeds if seed not in new.seeds]
-    lost += [f"baselines.{name}" for name, given in old.baselines.items() if new.baselines.get(name) != given]
+    lost += [f"baselines.{name}" for name, settings in old.baselines.items() if new.baselines.get(name) != settings]
     if (new.search.num_configurations or 0) < (old.search.num_configurations or 0):
         lost.append(f"search.num_configurations={old.search.num_configurations}")
     if lost:

@@ -143,6 +143,6 @@ def _feature_share(run: RunConfig) -> float:
     """Fraction of a step's FLOPs that the feature network takes; 0 for SFT, which has it in evaluations only."""
     if run.method != "ebft":
         return 0.0
-    own, network = shapes(run)
-    cost = step_cost(own, network, StepShape.from_config(run))
+    model, network = shapes(run)
+    cost = step_cost(model, network, StepShape.from_config(run))
     return cost.features.flops / cost.total.flops

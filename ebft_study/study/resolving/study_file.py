@@ -103,8 +103,8 @@ def _with_profile(spec: StudySpec, profile: str | None, source: str) -> StudySpe
     if profile is None:
         raise ConfigError(f"{source}: profile: none was chosen. Add --profile {' or --profile '.join(spec.profiles)}")
     if profile not in spec.profiles:
-        known = ", ".join(spec.profiles) or "none"
-        raise ConfigError(f"{source}: profile={profile!r}: the file has no such profile. Known profiles: {known}")
+        profiles = ", ".join(spec.profiles) or "none"
+        raise ConfigError(f"{source}: profile={profile!r}: the file has no such profile. Known profiles: {profiles}")
     chosen = _nested_profile(spec, profile, source)
     sizes = {key: value for key, value in chosen.model_dump().items() if key != "choices"}
     merged = config.merge({**dump(spec), "scheduler": spec.scheduler.given()}, sizes)
@@ -115,20 +115,20 @@ def _with_profile(spec: StudySpec, profile: str | None, source: str) -> StudySpe
 
 def _profile_choices(spec: StudySpec, chosen: Profile, where: str) -> dict[str, dict[str, dict[str, Any]]]:
     """The settings of choices in a profile; the choices themselves are part of the study."""
-    found = {}
+    nested = {}
     for axis, choices in chosen.choices.items():
         there = spec.axes[axis].choices if axis in spec.axes else None
         if there is None:
-            known = ", ".join(name for name, a in spec.axes.items() if a.choices is not None) or "none"
-            raise ConfigError(f"{where}: choices.{axis}: is no axis of choices. The study's are: {known}")
+            axes_of_choices = ", ".join(name for name, a in spec.axes.items() if a.choices is not None) or "none"
+            raise ConfigError(f"{where}: choices.{axis}: is no axis of choices. The study's are: {axes_of_choices}")
         for choice in choices:
             if choice not in there:
                 raise ConfigError(f"{where}: choices.{axis}.{choice}: is no choice of it. It has: {', '.join(there)}")
-        found[axis] = {
+        nested[axis] = {
             choice: normalize.choice_settings(settings, f"{where}: choices.{axis}.{choice}")
             for choice, settings in choices.items()
         }
-    return found
+    return nested
 
 
 def _nested_profile(spec: StudySpec, name: str, source: str) -> Profile:
@@ -137,8 +137,10 @@ def _nested_profile(spec: StudySpec, name: str, source: str) -> Profile:
     baselines = {}
     for baseline, settings in chosen.baselines.items():
         if baseline not in spec.baselines:
-            known = ", ".join(spec.baselines) or "none"
-            raise ConfigError(f"{where}: baselines.{baseline}: is no baseline of this study. Its baselines: {known}")
+            baselines_of_study = ", ".join(spec.baselines) or "none"
+            raise ConfigError(
+                f"{where}: baselines.{baseline}: is no baseline of this study. Its baselines: {baselines_of_study}"
+            )
         baselines[baseline] = config.nest(settings, source=f"{where}.baselines.{baseline}")
     run = config.nest(chosen.run, source=f"{where}.run")
     rule = "a profile changes model, sizes and resources"

@@ -30,13 +30,13 @@ class Axis(Section):
 
     @field_validator("choices", mode="before")
     @classmethod
-    def _names_alone(cls, given: Any) -> Any:
+    def _names_alone(cls, choices: Any) -> Any:
         """A list names choices whose settings a profile gives."""
-        if not isinstance(given, list | tuple):
-            return given
-        if len({str(name) for name in given}) != len(given):
-            raise ValueError(f"lists a choice twice: {list(given)}. List each once")
-        return {str(name): {} for name in given}
+        if not isinstance(choices, list | tuple):
+            return choices
+        if len({str(name) for name in choices}) != len(choices):
+            raise ValueError(f"lists a choice twice: {list(choices)}. List each once")
+        return {str(name): {} for name in choices}
 
     @field_validator("choices")
     @classmethod
@@ -48,10 +48,10 @@ class Axis(Section):
 
     @field_validator("when", mode="before")
     @classmethod
-    def _one_value_is_a_list(cls, given: Any) -> Any:
-        if not isinstance(given, Mapping):
-            return given
-        return {str(key): value if isinstance(value, list | tuple) else (value,) for key, value in given.items()}
+    def _one_value_is_a_list(cls, when: Any) -> Any:
+        if not isinstance(when, Mapping):
+            return when
+        return in_lists(when)
 
     @model_validator(mode="after")
     def _complete(self) -> Axis:
@@ -156,24 +156,29 @@ class Axis(Section):
         values = None if self.values is None else list(self.values)
         if values is not None and not self.when:
             return values
-        given: dict[str, Any] = {"values": values, "choices": self.choices}
+        form: dict[str, Any] = {"values": values, "choices": self.choices}
         if not self.is_choice:
-            given = {key: getattr(self, key) for key in ("distribution", "low", "high", "step")}
+            form = {key: getattr(self, key) for key in ("distribution", "low", "high", "step")}
         when = {key: list(allowed) for key, allowed in self.when.items()}
-        return {key: value for key, value in {**given, "when": when or None}.items() if value is not None}
+        return {key: value for key, value in {**form, "when": when or None}.items() if value is not None}
 
 
-def as_axis(key: str, given: Any) -> dict[str, Any]:
+def in_lists(values: Mapping[Any, Any]) -> dict[str, Any]:
+    """The same with every single value as a list of one, under text keys."""
+    return {str(key): value if isinstance(value, list | tuple) else (value,) for key, value in values.items()}
+
+
+def as_axis(key: str, axis: Any) -> dict[str, Any]:
     """An axis as a study file may write it, as the fields of an `Axis`."""
-    if isinstance(given, Axis):
-        return given.plain() if isinstance(given.plain(), dict) else {"values": given.plain()}
-    if isinstance(given, list | tuple):
-        return {"distribution": "choice", "values": given}
-    if isinstance(given, Mapping):
-        if given.get("distribution") == "grid" or "grid" in given or "grid_search" in given:
+    if isinstance(axis, Axis):
+        return axis.plain() if isinstance(axis.plain(), dict) else {"values": axis.plain()}
+    if isinstance(axis, list | tuple):
+        return {"distribution": "choice", "values": axis}
+    if isinstance(axis, Mapping):
+        if axis.get("distribution") == "grid" or "grid" in axis or "grid_search" in axis:
             raise ValueError(f"{key}: a grid is a plain list. Write {key}: [first, second], with algorithm: grid")
-        return dict(given)
-    raise ValueError(f"{key}={given!r}: is one value. Fix it under 'run', or list several")
+        return dict(axis)
+    raise ValueError(f"{key}={axis!r}: is one value. Fix it under 'run', or list several")
 
 
 def frozen(value: Any) -> Any:

@@ -36,13 +36,15 @@ def is_excluded(spec: StudySpec, assignment: Mapping[str, Any]) -> bool:
 
 def grid(spec: StudySpec) -> list[Assignment]:
     """Every combination of finitely many values once, the last axis varying fastest; a study without axes has one."""
-    found = list(itertools.islice(_combinations(spec, lambda axis: axis.finite or ()), MOST_CONFIGURATIONS + 1))
-    if len(found) > MOST_CONFIGURATIONS:
+    configurations = list(
+        itertools.islice(_combinations(spec, lambda axis: axis.finite or ()), MOST_CONFIGURATIONS + 1)
+    )
+    if len(configurations) > MOST_CONFIGURATIONS:
         raise ConfigError(
             f"{spec.study}: axes: a grid holds more than {MOST_CONFIGURATIONS} configurations. "
             "List fewer values, or use search.algorithm: random"
         )
-    return found
+    return configurations
 
 
 def corners(spec: StudySpec, most: int) -> Iterator[Assignment]:

@@ -25,7 +25,7 @@ class Link(Section):
 
     @model_validator(mode="after")
     def _one_form(self) -> Link:
-        if sum(given is not None for given in (self.same_as, self.product, self.quotient)) != 1:
+        if sum(form is not None for form in (self.same_as, self.product, self.quotient)) != 1:
             raise ValueError("needs exactly one form. Give one of same_as, product, quotient")
         if self.product is not None and not any(isinstance(operand, str) for operand in self.product):
             raise ValueError("is a product of numbers alone. Fix it under 'run', or name a setting")

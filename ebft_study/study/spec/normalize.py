@@ -20,12 +20,12 @@ from ebft_study.study.spec.study_spec import StudySpec, paths
 NEVER_AN_AXIS = {"name": "Each trial is named by its identifier", "seed": "List the seeds under 'seeds'"}
 
 
-def axes(given: Mapping[str, Axis], source: str) -> dict[str, Axis]:
+def axes(axes_of_file: Mapping[str, Axis], source: str) -> dict[str, Axis]:
     """Axes of a setting under its dotted path, axes of choices under their own name."""
-    found: dict[str, Axis] = {}
-    for key, axis in given.items():
+    normalized_axes: dict[str, Axis] = {}
+    for key, axis in axes_of_file.items():
         name = _own_name(key, source) if axis.choices is not None else config.resolve_key(key, source=f"{source}: axes")
-        if name in found:
+        if name in normalized_axes:
             raise rule_broken(source=source, key="axes", given=key, rule="is listed twice", remedy="Keep one")
         if name in NEVER_AN_AXIS:
             raise ConfigError(f"{source}: axes.{name}: cannot be an axis. {NEVER_AN_AXIS[name]}")
@@ -35,60 +35,60 @@ def axes(given: Mapping[str, Axis], source: str) -> dict[str, Axis]:
         }
         values = None if axis.values is None else _numbers(name, axis.values)
         when = {
-            (other := _earlier(found, parent, f"{source}: axes.{key}.when")): _values_of(
-                found[other], other, values_there, f"{source}: axes.{key}.when.{parent}"
+            (other := _earlier(normalized_axes, parent, f"{source}: axes.{key}.when")): _values_of(
+                normalized_axes[other], other, values_there, f"{source}: axes.{key}.when.{parent}"
             )
             for parent, values_there in axis.when.items()
         }
-        found[name] = axis.model_copy(update={"values": values, "choices": choices, "when": when})
-    return found
+        normalized_axes[name] = axis.model_copy(update={"values": values, "choices": choices, "when": when})
+    return normalized_axes
 
 
 def choice_settings(settings: Mapping[str, Any], source: str) -> dict[str, Any]:
     """Settings of a choice, as dotted path -> value."""
-    found = paths(config.nest(dict(settings), source=source))
+    by_path = paths(config.nest(dict(settings), source=source))
     for path, remedy in NEVER_AN_AXIS.items():
-        if path in found:
+        if path in by_path:
             raise ConfigError(f"{source}: {path}: cannot be part of an axis. {remedy}")
-    return found
+    return by_path
 
 
 def exclusions(
-    given: tuple[dict[str, tuple[Any, ...]], ...], known: Mapping[str, Axis], source: str
+    excluded: tuple[dict[str, tuple[Any, ...]], ...], axes: Mapping[str, Axis], source: str
 ) -> tuple[dict[str, tuple[Any, ...]], ...]:
     """Exclusions over the names and values of axes."""
-    found = []
-    for index, exclusion in enumerate(given):
+    on_axes = []
+    for index, exclusion in enumerate(excluded):
         where = f"{source}: exclude.{index}"
-        named = {key: axis_of(known, key) for key in exclusion}
+        named = {key: axis_of(axes, key) for key in exclusion}
         for key, name in named.items():
             if name is None:
-                there = ", ".join(map(config.short_name, known)) or "none"
+                there = ", ".join(map(config.short_name, axes)) or "none"
                 raise ConfigError(f"{where}: {key}: is no axis of this study. Its axes: {there}")
-        found.append(
+        on_axes.append(
             {
-                name: _values_of(known[name], name, exclusion[key], f"{where}.{key}")
+                name: _values_of(axes[name], name, exclusion[key], f"{where}.{key}")
                 for key, name in named.items()
                 if name is not None
             }
         )
-    return tuple(found)
+    return tuple(on_axes)
 
 
-def linked(given: Mapping[str, Link], source: str) -> dict[str, Link]:
+def linked(links_of_file: Mapping[str, Link], source: str) -> dict[str, Link]:
     """Links under dotted paths, each after those that it is computed from."""
-    found: dict[str, Link] = {}
-    for key, link in given.items():
+    by_path: dict[str, Link] = {}
+    for key, link in links_of_file.items():
         path = config.resolve_key(key, source=f"{source}: linked")
         if path in NEVER_AN_AXIS:
             raise ConfigError(f"{source}: linked.{path}: cannot follow a setting. {NEVER_AN_AXIS[path]}")
-        found[path] = link.resolved(f"{source}: linked.{key}")
-    return links.in_order(found, source)
+        by_path[path] = link.resolved(f"{source}: linked.{key}")
+    return links.in_order(by_path, source)
 
 
-def axis_of(known: Mapping[str, Axis], key: str) -> str | None:
+def axis_of(axes: Mapping[str, Axis], key: str) -> str | None:
     """The axis that people call `key`: by its path, its short name, or the name of its choices."""
-    return key if key in known else next((path for path in known if config.short_name(path) == key), None)
+    return key if key in axes else next((path for path in axes if config.short_name(path) == key), None)
 
 
 def settings_of(name: str, axis: Axis, values: Collection[Any] | None = None) -> set[str]:
@@ -98,13 +98,13 @@ def settings_of(name: str, axis: Axis, values: Collection[Any] | None = None) ->
     return {path for choice, sets in axis.choices.items() if values is None or choice in values for path in sets}
 
 
-def always_set(known: Mapping[str, Axis]) -> set[str]:
+def always_set(axes: Mapping[str, Axis]) -> set[str]:
     """Dotted paths that have a value from the axes in every configuration."""
-    found: set[str] = set()
-    for name, axis in known.items():
+    settings: set[str] = set()
+    for name, axis in axes.items():
         if not axis.when:
-            found |= settings_of(name, axis).intersection(*map(set, (axis.choices or {name: {name: 0}}).values()))
-    return found
+            settings |= settings_of(name, axis).intersection(*map(set, (axis.choices or {name: {name: 0}}).values()))
+    return settings
 
 
 def axes_rules(axes: Mapping[str, Axis], linked: Mapping[str, Link]) -> Iterator[Broken]:
@@ -156,10 +156,10 @@ def _own_name(key: str, source: str) -> str:
     return key
 
 
-def _earlier(found: Mapping[str, Axis], parent: str, source: str) -> str:
-    name = axis_of(found, parent)
+def _earlier(axes: Mapping[str, Axis], parent: str, source: str) -> str:
+    name = axis_of(axes, parent)
     if name is None:
-        above = ", ".join(map(config.short_name, found)) or "none"
+        above = ", ".join(map(config.short_name, axes)) or "none"
         raise ConfigError(f"{source}: {parent}: is no axis above this one. List it first; those above are: {above}")
     return name
 
@@ -186,10 +186,10 @@ def _numbers(path: str, values: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def from_record(content: Mapping[str, Any], *, source: str) -> StudySpec:
     """The spec that a study's own study.yaml records, which holds further keys."""
-    known = {key: value for key, value in content.items() if key in StudySpec.model_fields}
+    fields = {key: value for key, value in content.items() if key in StudySpec.model_fields}
     if "grown_from" in content:  # the name in versions before 0.2
-        known["extended_from"] = content["grown_from"]
-    return normalized(config.parse(StudySpec, known, source=source), source)
+        fields["extended_from"] = content["grown_from"]
+    return normalized(config.parse(StudySpec, fields, source=source), source)
 
 
 def dump(spec: StudySpec) -> dict[str, Any]:

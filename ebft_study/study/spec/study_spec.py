@@ -18,7 +18,7 @@ from pydantic import (
 )
 
 from ebft_study.config import RunConfig, Section, flatten
-from ebft_study.study.spec.axis import Axis, as_axis
+from ebft_study.study.spec.axis import Axis, as_axis, in_lists
 from ebft_study.study.spec.links import Link
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
@@ -213,7 +213,9 @@ class ResourcesSpec(Section):
 
     @field_serializer("by")
     def _only_what_is_given(self, by: dict[str, dict[str, TrialResources]]) -> dict[str, Any]:
-        return {key: {v: own.model_dump(exclude_none=True) for v, own in of.items()} for key, of in by.items()}
+        return {
+            key: {v: resources.model_dump(exclude_none=True) for v, resources in of.items()} for key, of in by.items()
+        }
 
     @model_validator(mode="after")
     def _gpus_are_whole_above_one(self) -> ResourcesSpec:
@@ -229,9 +231,9 @@ class ResourcesSpec(Section):
         settings = flatten(run)
         changes: dict[str, Any] = {"by": {}}
         for name, values in self.by.items():
-            for value, own in values.items():
+            for value, resources in values.items():
                 if key_matches(value, settings.get(name)):
-                    changes |= own.model_dump(exclude_none=True)
+                    changes |= resources.model_dump(exclude_none=True)
         return self.model_copy(update=changes)
 
     def device_of(self, run: RunConfig) -> Literal["cpu", "cuda"]:
@@ -268,11 +270,11 @@ class Profile(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _only_sizes(cls, given: Any) -> Any:
+    def _only_sizes(cls, profile: Any) -> Any:
         for key in NEVER_IN_A_PROFILE:
-            if isinstance(given, Mapping) and key in given:
+            if isinstance(profile, Mapping) and key in profile:
                 raise ValueError(f"{key}: is part of what is studied, the same everywhere. Move it out of the profile")
-        return given
+        return profile
 
 
 class StudySize(Section):
@@ -329,17 +331,16 @@ class StudySpec(Section):
     def _lists_are_choices(cls, axes: Any) -> Any:
         if not isinstance(axes, Mapping):
             return axes
-        return {str(key): as_axis(str(key), given) for key, given in axes.items()}
+        return {str(key): as_axis(str(key), axis) for key, axis in axes.items()}
 
     @field_validator("exclude", mode="before")
     @classmethod
     def _one_value_is_a_list(cls, exclude: Any) -> Any:
-        if not isinstance(exclude, list | tuple) or not all(isinstance(given, Mapping) and given for given in exclude):
+        if not isinstance(exclude, list | tuple) or not all(
+            isinstance(exclusion, Mapping) and exclusion for exclusion in exclude
+        ):
             raise ValueError("is a list of mappings. Write - {axis: value, other_axis: [first, second]}")
-        return [
-            {str(key): value if isinstance(value, list | tuple) else (value,) for key, value in given.items()}
-            for given in exclude
-        ]
+        return [in_lists(exclusion) for exclusion in exclude]
 
     @field_serializer("axes")
     def _choices_are_lists(self, axes: dict[str, Axis]) -> dict[str, Any]:
@@ -351,14 +352,14 @@ class StudySpec(Section):
 
     @field_validator("objective", mode="before")
     @classmethod
-    def _first_and_further(cls, given: Any) -> Any:
-        if isinstance(given, Mapping) and "further" in given:
+    def _first_and_further(cls, objective: Any) -> Any:
+        if isinstance(objective, Mapping) and "further" in objective:
             raise ValueError("several objectives are a list. Write - {metric: ..., mode: ...} for each")
-        if not isinstance(given, list | tuple):
-            return given
-        if not given or not all(isinstance(one, Mapping) for one in given):
+        if not isinstance(objective, list | tuple):
+            return objective
+        if not objective or not all(isinstance(one, Mapping) for one in objective):
             raise ValueError("lists no objectives. Write - {metric: ce_loss, mode: min} for each")
-        return {**given[0], "further": given[1:]}
+        return {**objective[0], "further": objective[1:]}
 
     @field_serializer("objective")
     def _several_are_a_list(self, objective: ObjectiveSpec) -> Any:
