@@ -115,7 +115,7 @@ def test_a_cluster_of_its_own_is_told_from_another_one_by_its_processes(address:
         "def actors():\n"
         "    from ray.util.state import list_actors\n"
         "    return [actor.class_name for actor in list_actors()]\n"
-        "with cluster.running(namespace='own', places=1, dashboard=True):\n"
+        "with cluster.running(namespace='own', slots=1, dashboard=True):\n"
         "    print('actors:', ray.get(ray.remote(num_cpus=0)(actors).remote()))\n"
     )
     asked = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=1200)

@@ -125,8 +125,8 @@ def test_the_settings_in_force_are_those_on_record(study: Study) -> None:
     assert sorted(loaded.trials["learning_rate"]) == [BAD, GOOD]
 
 
-def test_every_trial_finishes_and_the_report_says_who_went_on_from_whom(study: Study) -> None:
+def test_every_trial_finishes_and_the_report_shows_the_lineage(study: Study) -> None:
     loaded = study.load()
     assert set(loaded.trials["status"]) == {"finished"}
     assert set(loaded.trials["steps_done"]) == {STEPS}
-    assert "Who went on from whom" in (study.folder / "report.html").read_text()
+    assert "Lineage: which trial resumed from which" in (study.folder / "report.html").read_text()
