@@ -33,7 +33,7 @@ check: $(STAMP) ## linter, formatter and type checker
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy ebft_study benchmarks
 
-test: check ## linter, type checker and every test
+test: check ## linter, type checker and every test but the slow ones (chaos)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 bench: $(STAMP) ## time of an EBFT step, against the published way; writes bench/bench.json and bench.png

@@ -11,9 +11,9 @@ from ebft_study.config.keys import (
     merge,
     nest,
     resolve_key,
-    set_path,
     short_name,
     short_names,
+    with_paths,
 )
 from ebft_study.config.reading import build_run, load_run, parse, parse_override, read_run, read_yaml
 from ebft_study.config.sections import (
@@ -62,7 +62,7 @@ __all__ = [
     "read_run",
     "read_yaml",
     "resolve_key",
-    "set_path",
     "short_name",
     "short_names",
+    "with_paths",
 ]

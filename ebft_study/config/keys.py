@@ -7,6 +7,7 @@ import difflib
 import functools
 import math
 import operator
+from collections.abc import Mapping
 from typing import Any
 
 from ebft_study.config.sections import RunConfig, Section
@@ -71,19 +72,27 @@ def nest(settings: dict[str, Any], *, source: str) -> dict[str, Any]:
     sections = {name for name, field in RunConfig.model_fields.items() if isinstance(field.default, Section)}
     for key, value in settings.items():
         if key not in sections:
-            set_path(nested, resolve_key(str(key), source=source), as_number(value))
+            _set_path(nested, resolve_key(str(key), source=source), as_number(value))
         elif isinstance(value, dict):
             for leaf, leaf_value in value.items():
-                set_path(nested, f"{key}.{leaf}", as_number(leaf_value))
+                _set_path(nested, f"{key}.{leaf}", as_number(leaf_value))
         else:
             raise ConfigError(f"{source}: {key}={value!r}: is a section. Write its settings indented below it")
     return nested
 
 
-def set_path(settings: dict[str, Any], path: str, value: Any) -> None:
+def _set_path(settings: dict[str, Any], path: str, value: Any) -> None:
     """Set a dotted path of at most two parts in nested settings."""
     section, _, leaf = path.rpartition(".")
     (settings.setdefault(section, {}) if section else settings)[leaf] = value
+
+
+def with_paths(settings: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested settings with `values`, dotted path -> value, in them; neither is modified."""
+    changed = {key: dict(value) if isinstance(value, dict) else value for key, value in settings.items()}
+    for path, value in values.items():
+        _set_path(changed, path, value)
+    return changed
 
 
 def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from ebft_study.config.keys import as_number, nearest, nest, resolve_key, set_path
+from ebft_study.config.keys import as_number, nearest, nest, resolve_key, with_paths
 from ebft_study.config.rules import check_rules
 from ebft_study.config.sections import RunConfig, Section
 from ebft_study.errors import ConfigError, one_line
@@ -49,10 +49,8 @@ def load_run(path: Path, overrides: list[str] | None = None) -> RunConfig:
 def read_run(content: Mapping[str, Any], overrides: Sequence[str] = (), *, source: str) -> RunConfig:
     """Read a run from the content of its file."""
     settings = nest(dict(content), source=source)
-    for item in overrides:
-        key, value = parse_override(item)
-        set_path(settings, resolve_key(key), value)
-    return build_run(settings, source=source)
+    changes = {resolve_key(key): value for key, value in map(parse_override, overrides)}
+    return build_run(with_paths(settings, changes), source=source)
 
 
 def parse_override(item: str) -> tuple[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import psutil
@@ -77,12 +78,17 @@ def budgets(config: RunConfig, device: torch.device) -> list[float]:
 
 def shapes(config: RunConfig) -> tuple[ModelShape, ModelShape]:
     """Shapes of the generator, adapters included, and of the feature network, all its layers included."""
-    from ebft_study.networks.loading import read_config  # loads transformers, which a study's driver may never need
-
-    base = ModelShape.from_config(read_config(config.model, revision=config.model_revision))
+    base = _shape(config.model, config.model_revision)
     name = config.features.feature_network
-    network = base if name == "base" else ModelShape.from_config(read_config(name))
+    network = base if name == "base" else _shape(name, None)
     if config.lora.lora_rank == 0:
         return base, network
     targets = None if config.lora.lora_targets == (ALL,) else config.lora.lora_targets
     return base.with_adapters(config.lora.lora_rank, targets), network
+
+
+@functools.cache
+def _shape(name: str, revision: str | None) -> ModelShape:
+    from ebft_study.networks.loading import read_config  # loads transformers, which a study's driver may never need
+
+    return ModelShape.from_config(read_config(name, revision=revision))

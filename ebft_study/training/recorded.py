@@ -44,6 +44,15 @@ class Attempt:
     loop: str = LOOP
     """The training loop, as `module:function`."""
 
+    @property
+    def name(self) -> str:
+        return attempt_name(self.trial_id, self.attempt)
+
+
+def attempt_name(trial_id: str, attempt: int) -> str:
+    """`t0007-2`: of its folder, and of the owner of its services."""
+    return f"{trial_id}-{attempt}"
+
 
 def train_recorded(
     config: RunConfig, attempt: Attempt, *, on_report: Any, rank: int = 0, world_size: int = 1
@@ -61,7 +70,7 @@ def train_recorded(
                 start_from=start_from,
                 rank=rank,
                 world_size=world_size,
-                services=Services(owner=f"{attempt.trial_id}-{attempt.attempt}", rank=rank),
+                services=Services(owner=attempt.name, rank=rank),
             )
     finally:
         if isinstance(recorder, WandbRecorder):

@@ -91,12 +91,11 @@ def connection(address: str | None, *, study: str) -> Iterator[ClusterCapacity |
 
 
 def _environment() -> dict[str, str]:
-    names = (*_TRAVELS, *_OFFLINE_TRAVELS)
-    from_driver = {name: os.environ[name] for name in names if name in os.environ}
-    ray_train = {name: os.environ.get(name, value) for name, value in ENVIRONMENT.items() if "TRAIN" in name}
-    chdir = {name: os.environ.get(name, ENVIRONMENT[name]) for name in ("RAY_CHDIR_TO_TRIAL_DIR",)}
-    start = os.environ.get("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(_START_SECONDS))
-    return {**from_driver, **ray_train, **chdir, "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": start}
+    """Variables of the driver that its trials need too, and those of Ray with our defaults."""
+    defaults = {name: value for name, value in ENVIRONMENT.items() if "TRAIN" in name or "CHDIR" in name}
+    defaults["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(_START_SECONDS)
+    names = (*_TRAVELS, *_OFFLINE_TRAVELS, *defaults)
+    return defaults | {name: os.environ[name] for name in names if name in os.environ}
 
 
 def _capacity() -> ClusterCapacity:

@@ -11,7 +11,7 @@ from typing import Any
 from ebft_study import config
 from ebft_study.results import StudyRecorder
 from ebft_study.results.lineage import EXPLOIT
-from ebft_study.study.folder.trial_states import EARLY_STOP, OPEN, TrialResult, TrialState, trial_result
+from ebft_study.study.folder.trial_states import OPEN, TrialResult, TrialState, trial_result
 from ebft_study.study.spec.trials import Trial, format_value
 from ebft_study.study.view.display import Lines
 
@@ -116,13 +116,12 @@ class Monitor:
         state.status, state.note = status, reason
         state.end()
         reasons = {"stopped": {"stop_reason": reason}, "failed": {"error": reason}}.get(status, {})
-        saved = self._saved(state) if status == "stopped" and reason.startswith(EARLY_STOP) else {}
+        saved = self._saved(state) if state.stopped_early else {}
         self._record(trial_id, **reasons, **saved, **self._numbers(state, outcome))
-        if status == "failed" or reason.startswith(EARLY_STOP):  # the loop records other stops itself
+        if status == "failed" or state.stopped_early:  # the loop records other stops itself
             self._recorder.event(status, reason, trial_id=trial_id, attempt=state.attempt)
         self._changed(state, f"{status}{f' ({reason})' if reason else ''}")
-        value, *further = (state.metrics.get(name, math.nan) for name in (self._objective, *self._further))
-        return trial_result(status, reason, value, state.step, tuple(further))
+        return trial_result(state, self._objective, self._further)
 
     def interrupted(self, reason: str) -> None:
         """The driver ends before these trials; `resume` continues them."""

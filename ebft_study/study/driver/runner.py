@@ -30,6 +30,7 @@ from ebft_study.study.resolving import checks, extending
 from ebft_study.study.resolving.resolved import ResolvedStudy
 from ebft_study.study.resolving.study_file import resolve
 from ebft_study.study.search import journal
+from ebft_study.study.spec.study_spec import StudySpec
 
 INTERRUPTED = 130
 
@@ -75,13 +76,14 @@ def run(
     folder = _folder(study, storage)
     if not copies.either_exists(folder / study_yaml.NAME):
         return _run(folder, study, console, address, is_new=True)
-    different = extending.differences(study_yaml.read(folder), study.spec)
+    spec = study_yaml.read(folder)
+    different = extending.differences(spec, study.spec)
     if different:
         shown = "; ".join(different[:3]) + (f"; and {len(different) - 3} more" if len(different) > 3 else "")
         raise ResultsError(f"{folder}: holds a study of this name with other settings ({shown}). Choose another --name")
     if resume_existing:
-        return resume(folder, console=console, address=address)
-    study = _recorded(folder)
+        return _run(folder, _recorded(folder, spec), console, address)
+    study = _recorded(folder, spec)
     past = _history(folder, study)
     name = StudyResult(folder, past.states).address
     if _is_over(folder, study, past):
@@ -94,7 +96,7 @@ def resume(
 ) -> StudyResult:
     """Continue a study from its folder alone."""
     folder = absolute(storage_path(location))
-    return _run(folder, _recorded(folder), console, address, retry_failed=retry_failed)
+    return _run(folder, _recorded(folder, study_yaml.read(folder)), console, address, retry_failed=retry_failed)
 
 
 def extend(study: ResolvedStudy, *, storage: Location, console: Console, address: str | None = None) -> StudyResult:
@@ -117,8 +119,8 @@ def _folder(study: ResolvedStudy, storage: Location) -> StoragePath:
     return folder
 
 
-def _recorded(folder: StoragePath) -> ResolvedStudy:
-    return resolve(study_yaml.read(folder), StudySource(str(folder / study_yaml.NAME)))
+def _recorded(folder: StoragePath, spec: StudySpec) -> ResolvedStudy:
+    return resolve(spec, StudySource(str(folder / study_yaml.NAME)))
 
 
 def _run(

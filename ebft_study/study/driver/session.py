@@ -48,7 +48,7 @@ def run_session(
     study: ResolvedStudy,
     past: History,
     console: Console,
-    lock_handle: LockHandle | None = None,
+    lock_handle: LockHandle,
 ) -> str:
     """Run the remaining trials of a study and update `past.states`; returns why it ended early, '' if it did not.
 
@@ -71,8 +71,7 @@ def run_session(
     stopper = StudyStopper(
         spec.budget.max_hours, is_alive, RuleMonitor(spec.stopping, spec.objective, past.evaluations)
     )
-    if lock_handle is not None:
-        lock_handle.on_lost(stopper.request_stop)
+    lock_handle.on_lost(stopper.request_stop)
     with _signals(stopper.request_stop):
         monitor.display = display.display(console, columns, past.states, title=study.name, plan=plan)
         monitor.note("session", f"{study.name}: {display.summary(list(past.states.values()), plan)}")
@@ -173,15 +172,17 @@ def _tune(
     from ebft_study.study.driver import relay
     from ebft_study.study.driver.trial import run_trial, tune_resources
     from ebft_study.study.driver.tune_hooks import Observer, StudySearcher
+    from ebft_study.training import recorded
 
     spec, plan = study.spec, study.service_plan
     if plan.reason:
         monitor.note("features", plan.reason)
     check_cache(study.runs, plan, spec.resources)
     services = StudyServices(spec.resources)
-    lineages, is_population = exploit.lineages(folder), spec.scheduler.kind == "pbt"
+    is_population = spec.scheduler.kind == "pbt"
+    lineages = exploit.lineages(folder) if is_population else {}
     # Ray's start replaces our handler for SIGTERM with one that ends the process immediately.
-    with _ray(study, plan.travelling_bytes) as slot, _signals(stopper.request_stop):
+    with _ray(study) as slot, _signals(stopper.request_stop):
         monitor.say(own.dashboard_line())
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
         mailboxes = relay.start()
@@ -192,7 +193,7 @@ def _tune(
             return task
 
         def released(trial_id: str, attempt: int) -> None:
-            owner = f"{trial_id}-{attempt}"
+            owner = recorded.attempt_name(trial_id, attempt)
             mailboxes.close.remote(owner)
             services.released(owner)
 
@@ -237,15 +238,15 @@ def _tune(
 
 
 @contextlib.contextmanager
-def _ray(study: ResolvedStudy, travelling_bytes: float) -> Iterator[dict[str, float]]:
+def _ray(study: ResolvedStudy) -> Iterator[dict[str, float]]:
     """Run Ray; yields the resources that Tune reserves for a trial's own process."""
     if study.capacity.is_existing:
         yield existing.trial_request(study.capacity, study.concurrency)
         return
     # Ray frees the workers of a stopped trial only after asking the dashboard whether their controller is alive.
     dashboard = study.spec.resources.has_workers
-    slots = study.concurrency
-    with own.running(namespace=study.name, slots=slots, dashboard=dashboard, travelling_bytes=travelling_bytes):
+    bytes_sent = study.service_plan.travelling_bytes
+    with own.running(namespace=study.name, slots=study.concurrency, dashboard=dashboard, travelling_bytes=bytes_sent):
         yield {"slot": 1}
 
 
@@ -287,7 +288,7 @@ def trial_task(folder: StoragePath, study: ResolvedStudy, trial: Trial, lineage:
     run, settings = trial.run, trial.configuration.settings
     if lineage is not None:
         settings = lineage.settings
-        run = explore.applied(study.spec, run.model_dump(), settings)
+        run = explore.perturbed_run(study.spec, run.model_dump(), settings)
     run = study.service_plan.settled(run)
     return TrialTask(
         study=study.name,

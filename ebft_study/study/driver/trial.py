@@ -140,9 +140,8 @@ def _fit_in_process(task: TrialTask, attempt: Attempt, report: Report) -> dict[s
 
 def _fit_workers(task: TrialTask, attempt: Attempt, report: Report) -> dict[str, Any]:
     """`trainer.fit()` in a thread, while its reports arrive through the relay."""
-    box = f"{attempt.trial_id}-{attempt.attempt}"
     attempt_folder = attempts.folder(attempt.study_folder, attempt.trial_id, attempt.attempt)
-    fit = _FitThread(_trainer(task, attempt, box), box)
+    fit = _FitThread(_trainer(task, attempt), attempt.name)
     for metrics, path in fit.reports():
         report(metrics, attempt_folder / Path(path).name if path else None)
     return fit.outcome()
@@ -155,7 +154,7 @@ class _Trainer(TorchTrainer):  # type: ignore[misc]
         return [c for c in super()._create_default_callbacks() if not isinstance(c, DatasetsCallback)]
 
 
-def _trainer(task: TrialTask, attempt: Attempt, box: str) -> TorchTrainer:
+def _trainer(task: TrialTask, attempt: Attempt) -> TorchTrainer:
     resources = task.resources_spec
     gpus = resources.gpus_per_worker
     per_worker = {"CPU": resources.cpus_per_worker} | ({"GPU": gpus} if gpus else {})
@@ -171,11 +170,10 @@ def _trainer(task: TrialTask, attempt: Attempt, box: str) -> TorchTrainer:
             num_workers=resources.workers_per_trial, use_gpu=bool(gpus), resources_per_worker=per_worker
         ),
         run_config=ray.train.RunConfig(
-            name=box,
+            name=attempt.name,
             **(storage_path(attempt.study_folder) / "train").for_ray,
-            callbacks=[
-                ReportForwarder(box)
-            ],  # all checkpoints stay for Ray, which supports one order only; `attempts` prunes
+            callbacks=[ReportForwarder(attempt.name)],
+            # All checkpoints stay for Ray, which supports one order only; `attempts` prunes them.
             # Retries are Tune's alone: with both, a trial would be tried (a+1)(b+1) times. A group that cannot
             # start is tried three times, and not for ever.
             failure_config=ray.train.FailureConfig(max_failures=0, controller_failure_limit=3),

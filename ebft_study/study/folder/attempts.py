@@ -14,12 +14,13 @@ from ebft_study.config import CheckpointConfig
 from ebft_study.storage import Location, StoragePath, in_parallel, storage_errors, storage_path
 from ebft_study.study.spec.study_spec import ObjectiveSpec
 from ebft_study.training import checkpoint
+from ebft_study.training.recorded import attempt_name
 
 _BEGUN = ".begun"
 
 
 def folder(study_folder: Location, trial_id: str, attempt: int) -> StoragePath:
-    return storage_path(study_folder) / "train" / f"{trial_id}-{attempt}"
+    return storage_path(study_folder) / "train" / attempt_name(trial_id, attempt)
 
 
 def numbers(study_folder: Location, trial_id: str) -> list[int]:

@@ -44,8 +44,7 @@ def read(study_folder: Location, objective: str, further: Sequence[str] = ()) ->
         state = _state(row, measured)
         states[state.trial_id] = state
         if state.status not in OPEN:
-            value, *others = (state.metrics.get(name, math.nan) for name in (objective, *further))
-            trial_results[state.trial_id] = trial_result(state.status, state.note, value, state.step, tuple(others))
+            trial_results[state.trial_id] = trial_result(state, objective, further)
         if measured is not None and _text(row["named_baseline"]) == "":
             evaluations[state.trial_id] = _evaluations(measured)
             curves[state.trial_id] = _curve(evaluations[state.trial_id], objective, state.total_steps)

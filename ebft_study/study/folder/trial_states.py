@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -30,6 +30,7 @@ class TrialState:
     ended_at: float | None = None
     earlier_seconds: float = 0.0
     note: str = ""
+    """Why it ended."""
     best_checkpoint: str | None = None
     stopwatch: float | None = None
     """Start of the trial by this process's monotonic clock; None in another process."""
@@ -45,6 +46,11 @@ class TrialState:
         if self.stopwatch is not None:
             return self.earlier_seconds + time.monotonic() - self.stopwatch
         return self.earlier_seconds + max((self.ended_at or time.time()) - self.started_at, 0.0)
+
+    @property
+    def stopped_early(self) -> bool:
+        """By the scheduler."""
+        return self.status == "stopped" and self.note.startswith(EARLY_STOP)
 
     def begin(self) -> None:
         """Now."""
@@ -80,9 +86,8 @@ class TrialResult:
     further: tuple[float, ...] = ()
 
 
-def trial_result(status: str, reason: str, value: float, step: int, further: tuple[float, ...] = ()) -> TrialResult:
-    """The result of a trial, from its final state. One that became non-finite says nothing about its settings."""
-    kinds: dict[str, Literal["finished", "early"]] = {"finished": "finished"}
-    if status == "stopped" and reason.startswith(EARLY_STOP):
-        kinds["stopped"] = "early"
-    return TrialResult(kinds.get(status, "failed"), value, step, further)
+def trial_result(state: TrialState, objective: str, further: Sequence[str] = ()) -> TrialResult:
+    """The result of a trial that is over. One that became non-finite says nothing about its settings."""
+    value, *others = (state.metrics.get(name, math.nan) for name in (objective, *further))
+    kind: Literal["finished", "early", "failed"] = "early" if state.stopped_early else "failed"
+    return TrialResult("finished" if state.status == "finished" else kind, value, state.step, tuple(others))

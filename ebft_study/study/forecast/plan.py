@@ -90,8 +90,9 @@ def plan(study: ResolvedStudy, *, storage: Location, memory_gib: float | None = 
         memory_gib: of one worker, where the study does not say; default: 80 on a GPU, else its part of this machine's.
     """
     memory_gib = memory_gib or _default_memory_gib(study)
-    groups = [PlannedGroup(group, *_memory(group, memory_gib)) for group in trial_groups(study)]
-    return StudyPlan(study, groups, predict(study, storage=storage))
+    prediction = predict(study, storage=storage)
+    groups = [row.group for row in prediction.groups] if prediction else trial_groups(study)
+    return StudyPlan(study, [PlannedGroup(group, *_memory(group, memory_gib)) for group in groups], prediction)
 
 
 def _default_memory_gib(study: ResolvedStudy) -> float:

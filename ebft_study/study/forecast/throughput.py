@@ -48,7 +48,6 @@ class Work:
     """Whether samples or features come from another process."""
     flops: float
     """FLOPs of all updates, on all its workers."""
-    evaluations: int
     evaluation_flops: float
     """FLOPs of all evaluations."""
 
@@ -59,7 +58,7 @@ class Work:
     @classmethod
     def from_run(cls, run: RunConfig, workers: int) -> Work:
         served = run.uses_engine or run.features.backend == "service"
-        return cls(run.model, run.method, workers, served, flops(run), evaluations(run), evaluation_flops(run))
+        return cls(run.model, run.method, workers, served, flops(run), evaluation_flops(run))
 
 
 @dataclass(frozen=True)
@@ -72,10 +71,10 @@ class Throughput:
     """Between updates, where a trial evaluates and writes checkpoints."""
     startup_seconds: float
 
-    def seconds(self, work: Work, done: float = 1.0) -> float:
-        """Duration of a trial, or of the first part of it."""
+    def seconds(self, work: Work) -> float:
+        """Duration of a trial."""
         training = work.flops / self.flops_per_second
-        return self.startup_seconds + done * (training + work.evaluation_flops / self.evaluation_flops_per_second)
+        return self.startup_seconds + training + work.evaluation_flops / self.evaluation_flops_per_second
 
 
 class Measurements:
@@ -151,6 +150,7 @@ def _finished(folder: StoragePath) -> Iterable[dict[str, Any]]:
     with contextlib.suppress(EbftError):
         asked = read_spec(folder, []).get("resources") or {}
         here = table[(table["status"] == "finished") & (table["host"].isna() | (table["host"] == socket.gethostname()))]
+        concurrent_trials = concurrency(table)
         for row in here.to_dict("records"):
             seconds = float(steps.get(row["trial_id"], math.nan))
             if not seconds > 0 or not row["train_seconds"] > 0:
@@ -159,7 +159,7 @@ def _finished(folder: StoragePath) -> Iterable[dict[str, Any]]:
             with contextlib.suppress(EbftError):
                 run = _run_of(row)
                 work = Work.from_run(run, int(asked.get("workers_per_trial", 1)))
-                yield _measurement(work, row, run.total_steps * seconds, concurrency(table))
+                yield _measurement(work, row, run.total_steps * seconds, concurrent_trials)
 
 
 def _measurement(work: Work, row: dict[Any, Any], updating: float, concurrent_trials: int) -> dict[str, Any]:

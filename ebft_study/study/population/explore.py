@@ -10,7 +10,7 @@ from typing import Any
 from ebft_study import config
 from ebft_study.config import RunConfig
 from ebft_study.errors import ConfigError
-from ebft_study.study.spec import enumeration, links
+from ebft_study.study.spec import enumeration, trials
 from ebft_study.study.spec.axis import Axis
 from ebft_study.study.spec.study_spec import SchedulerSpec, StudySpec
 
@@ -31,22 +31,14 @@ def explore(
             candidate[path] = _perturbed(spec.axes[path], donor[path], spec.scheduler, generator)
         if not enumeration.is_excluded(spec, candidate):
             with contextlib.suppress(ConfigError):
-                applied(spec, run, candidate)
+                perturbed_run(spec, run, candidate)
                 return candidate
     return dict(donor)
 
 
-def applied(spec: StudySpec, run: Mapping[str, Any], settings: Mapping[str, Any]) -> RunConfig:
-    """A run (as plain values) with other settings and whatever is linked to them.
-
-    Raises:
-        ConfigError: they break a rule between settings.
-    """
-    changes: dict[str, Any] = {}
-    for path, value in settings.items():
-        config.set_path(changes, path, value)
-    content, source = config.merge(dict(run), changes), "perturbed settings"
-    return config.build_run(links.apply_links(spec.linked, content, given=settings, source=source), source=source)
+def perturbed_run(spec: StudySpec, run: Mapping[str, Any], settings: Mapping[str, Any]) -> RunConfig:
+    """A run (as plain values) with perturbed settings; raises `ConfigError` where they break a rule."""
+    return trials.with_settings(spec, run, settings, source="perturbed settings")
 
 
 def _perturbed(axis: Axis, value: Any, scheduler: SchedulerSpec, generator: random.Random) -> Any:

@@ -25,9 +25,10 @@ from ebft_study import config
 from ebft_study.study.folder import attempts
 from ebft_study.study.population import exploit
 from ebft_study.study.population.exploit import LastScore, Lineage
-from ebft_study.study.population.explore import applied, explore
+from ebft_study.study.population.explore import explore, perturbed_run
 from ebft_study.study.spec.study_spec import StudySpec
 from ebft_study.study.spec.trial_task import TrialTask
+from ebft_study.training.recorded import attempt_name
 
 _WAITING = ("PENDING", "PAUSED")
 
@@ -188,7 +189,7 @@ class _Population(PopulationBasedTraining):  # type: ignore[misc]
         after = explore(self._spec, before.run, theirs.settings, self._generator(trial, "settings"))
         score, donor_score = (self._metric_op * self._trial_state[each].last_score for each in (trial, donor))
         attempt = attempts.begin(self._folder, _id(trial))
-        checkpoint = self._folder / "train" / f"{_id(trial)}-{attempt}" / name
+        checkpoint = self._folder / "train" / attempt_name(_id(trial), attempt) / name
         details = {
             "step": self.last_step(trial), "donor": _id(donor), "donor_step": donor_step,
             "donor_attempt": donor_attempt, "score": score, "donor_score": donor_score,
@@ -207,7 +208,7 @@ class _Population(PopulationBasedTraining):  # type: ignore[misc]
     def _get_new_config(self, trial: Any, trial_to_clone: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         """The trial keeps its identity; its lineage and the settings on the axes are new."""
         task, lineage = _task(trial), self._lineages[_id(trial)]
-        run = applied(self._spec, task.run, lineage.settings).model_dump(mode="json")
+        run = perturbed_run(self._spec, task.run, lineage.settings).model_dump(mode="json")
         return replace(task, run=run, settings=lineage.settings, lineage=asdict(lineage)).to_config(), {}
 
 

@@ -168,15 +168,10 @@ def section_of(override: str) -> str:
 
 def with_settings(spec: StudySpec, overrides: Sequence[str]) -> StudySpec:
     """The study with `key=value` laid over its fixed run settings."""
-    run = spec.run
-    for item in overrides:
-        key, value = config.parse_override(item)
-        path = config.resolve_key(key)
+    changes = {config.resolve_key(key): value for key, value in map(config.parse_override, overrides)}
+    for path in changes:
         _refuse_studied(spec, path, "command line", "an override changes what is fixed")
-        change: dict[str, Any] = {}
-        config.set_path(change, path, value)
-        run = config.merge(run, change)
-    return spec.model_copy(update={"run": run})
+    return spec.model_copy(update={"run": config.with_paths(spec.run, changes)})
 
 
 def with_sections(spec: StudySpec, overrides: Sequence[str]) -> StudySpec:

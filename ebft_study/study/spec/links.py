@@ -83,9 +83,7 @@ def apply_links(
     """
     for path, link in links.items():
         if path not in given:
-            change: dict[str, Any] = {}
-            config.set_path(change, path, _value(path, link, settings, source))
-            settings = config.merge(settings, change)
+            settings = config.with_paths(settings, {path: _value(path, link, settings, source)})
     return settings
 
 

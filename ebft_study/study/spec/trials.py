@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,14 +100,18 @@ def build(
     spec: StudySpec, configuration: Configuration, *, seed: int, name: str = "trial", source: str = ""
 ) -> RunConfig:
     """The complete settings of a run; raises `ConfigError` naming the configuration that breaks a rule."""
-    settings = config.merge(spec.run, {"seed": seed, "name": name})
-    for path, value in configuration.settings.items():
-        change: dict[str, Any] = {}
-        config.set_path(change, path, value)
-        settings = config.merge(settings, change)
-    where = f"{source or spec.study}: {configuration.label}"
-    settings = links.apply_links(spec.linked, settings, given=configuration.settings, source=where)
-    return config.build_run(settings, source=where)
+    run = {**spec.run, "seed": seed, "name": name}
+    return with_settings(spec, run, configuration.settings, source=f"{source or spec.study}: {configuration.label}")
+
+
+def with_settings(spec: StudySpec, run: Mapping[str, Any], settings: Mapping[str, Any], *, source: str) -> RunConfig:
+    """A run (as plain values) with other settings and whatever is linked to them.
+
+    Raises:
+        ConfigError: they break a rule between settings.
+    """
+    content = config.with_paths(run, settings)
+    return config.build_run(links.apply_links(spec.linked, content, given=settings, source=source), source=source)
 
 
 def on_axes(spec: StudySpec, assignment: Settings) -> Configuration:

@@ -20,7 +20,7 @@ from ebft_study import results
 from ebft_study.errors import ResultsError
 from ebft_study.storage import Location
 from ebft_study.study.folder import history
-from ebft_study.study.folder.trial_states import EARLY_STOP, Evaluation
+from ebft_study.study.folder.trial_states import EARLY_STOP, OPEN, Evaluation
 from ebft_study.study.spec.study_spec import ObjectiveSpec, StudySpec
 from ebft_study.study.stopping.rules import RuleMonitor
 from ebft_study.study.stopping.schedulers import StudyScheduler
@@ -213,7 +213,7 @@ def recorded_trials(folder: Location, spec: StudySpec) -> list[RecordedTrial]:
 def _refuse_incomplete(folder: Location, row: Mapping[Any, Any]) -> None:
     status, reason = row["status"], row["stop_reason"]
     remedy = "An early-stopping replay needs a study that ran with scheduler.kind=none and without stopping rules"
-    if status in ("pending", "running", "interrupted"):
+    if status in OPEN:
         raise ResultsError(f"{folder}: trial {row['trial_id']} is {status}, so its curve has no end yet. {remedy}")
     if status == "stopped" and str(reason).startswith(EARLY_STOP):
         done = int(row["steps_done"])

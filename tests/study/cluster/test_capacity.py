@@ -1,4 +1,4 @@
-"""Counting places: against enumeration, and by what Ray can give out."""
+"""Counting the trials that fit: against enumeration, and by what Ray can give out."""
 
 from __future__ import annotations
 

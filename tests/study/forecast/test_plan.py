@@ -55,7 +55,7 @@ def test_trials_of_one_cost_are_counted_together(run: dict[str, Any], tmp_path: 
     assert {row.group.example.run.total_steps for row in found.groups} == {24}
     assert {row.tokens for row in found.groups} == {24.0 * 4 * 24}
     # At steps 5, 10, 15, 20, at the end of the warm start and of the run, and twice on the held-out split.
-    assert {row.group.work.evaluations for row in found.groups} == {8}
+    assert {throughput.evaluations(row.group.example.run) for row in found.groups} == {8}
     assert found.hours is None
 
 
@@ -133,7 +133,7 @@ def test_the_trials_most_alike_decide() -> None:
     known = throughput.Measurements([*rows, row("ebft", 2, 1.0, served=True), row("ebft", 2, 7.0, model="other")])
 
     def rate(method: str, concurrency: int, model: str = "m", served: bool = False) -> float:
-        work = throughput.Work(model, method, 1, served, flops=1.0, evaluations=1, evaluation_flops=1.0)
+        work = throughput.Work(model, method, 1, served, flops=1.0, evaluation_flops=1.0)
         return known.throughput(work, concurrency=concurrency).flops_per_second
 
     assert rate("ebft", 2) == 35.0
@@ -150,15 +150,14 @@ def test_groups_of_workers_start_later_than_trials_in_their_own_process() -> Non
         [row("ebft", 2, 10.0, workers=0, startup=4.0), row("ebft", 2, 10.0, workers=1, startup=13.0)]
     )
     for workers, startup in ((0, 4.0), (1, 13.0)):
-        work = throughput.Work("m", "ebft", workers, False, flops=1.0, evaluations=1, evaluation_flops=1.0)
+        work = throughput.Work("m", "ebft", workers, False, flops=1.0, evaluation_flops=1.0)
         assert known.throughput(work, concurrency=2).startup_seconds == startup
 
 
-def test_a_part_of_a_trial_starts_as_long_as_a_whole_one() -> None:
+def test_a_trial_takes_its_start_its_updates_and_its_evaluations() -> None:
     speed = throughput.Throughput(1, flops_per_second=10.0, evaluation_flops_per_second=5.0, startup_seconds=3.0)
-    work = throughput.Work("m", "ebft", 1, False, flops=100.0, evaluations=4, evaluation_flops=20.0)
+    work = throughput.Work("m", "ebft", 1, False, flops=100.0, evaluation_flops=20.0)
     assert speed.seconds(work) == 17.0
-    assert speed.seconds(work, done=0.5) == 10.0
 
 
 def test_trials_side_by_side_are_counted_while_any_runs() -> None:

@@ -91,7 +91,7 @@ def test_excluded_settings_are_not_proposed() -> None:
 
 def test_what_follows_an_axis_follows_its_new_value() -> None:
     study = spec(linked={"weight_decay": {"product": ["learning_rate", 10]}})
-    run = explore.applied(study, run_of(study), {"optimizer.learning_rate": 2e-3})
+    run = explore.perturbed_run(study, run_of(study), {"optimizer.learning_rate": 2e-3})
     assert run.optimizer.weight_decay == pytest.approx(2e-2)
 
 

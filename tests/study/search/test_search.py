@@ -104,10 +104,15 @@ def test_what_did_not_finish_is_told_as_such(
 
 
 def test_only_an_early_stop_counts_as_one() -> None:
-    assert trial_states.trial_result("stopped", f"{trial_states.EARLY_STOP}: behind", 1.0, 5).kind == "early"
-    assert trial_states.trial_result("stopped", "loss became nan at step 5", 1.0, 5).kind == "failed"
-    assert trial_states.trial_result("finished", "", 1.0, 5).kind == "finished"
-    assert trial_states.trial_result("failed", "no such file", 1.0, 5).kind == "failed"
+    def result(status: str, note: str) -> TrialResult:
+        metrics = {"cfm_loss": 1.0, "ce_loss": 2.0}
+        state = trial_states.TrialState("t0000", "a", status=status, step=5, metrics=metrics, note=note)
+        return trial_states.trial_result(state, "cfm_loss", ["ce_loss"])
+
+    assert result("stopped", f"{trial_states.EARLY_STOP}: behind") == TrialResult("early", 1.0, 5, (2.0,))
+    assert result("stopped", "loss became nan at step 5").kind == "failed"
+    assert result("finished", "").kind == "finished"
+    assert result("failed", "no such file").kind == "failed"
 
 
 @pytest.mark.parametrize("killed_after", range(9))
