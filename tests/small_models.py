@@ -1,16 +1,17 @@
-"""Randomly initialised models of two architectures, small enough for loops over every context."""
+"""Randomly initialised models of three architectures, small enough for loops over every context."""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from ebft_study.data import Batch
 from ebft_study.networks.blocks import ATTENTION
 
 VOCABULARY = 40
-ARCHITECTURES = ["qwen2-tied", "llama-untied"]
+ARCHITECTURES = ["qwen2-tied", "llama-untied", "gemma2-windows"]
+"""Gemma 2 has sliding windows in every other layer, and bounds its scores and logits."""
 
 
 def small_model(architecture: str = "qwen2-tied", *, layers: int = 4, seed: int = 0, head_dim: int = 8) -> nn.Module:
@@ -29,6 +30,10 @@ def small_model(architecture: str = "qwen2-tied", *, layers: int = 4, seed: int 
     if architecture == "qwen2-tied":
         config = Qwen2Config(**sizes, tie_word_embeddings=True)
         return Qwen2ForCausalLM._from_config(config, attn_implementation=ATTENTION).eval()
+    if architecture == "gemma2-windows":
+        bounds = {"sliding_window": 5, "attn_logit_softcapping": 1.5, "final_logit_softcapping": 2.5}
+        config = Gemma2Config(**sizes, **bounds, head_dim=head_dim, query_pre_attn_scalar=head_dim)
+        return Gemma2ForCausalLM._from_config(config, attn_implementation=ATTENTION).eval()
     config = LlamaConfig(**sizes, tie_word_embeddings=False)
     return LlamaForCausalLM._from_config(config, attn_implementation=ATTENTION).eval()
 

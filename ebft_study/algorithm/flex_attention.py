@@ -14,21 +14,24 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from ebft_study.algorithm.anchors import Contexts
+from ebft_study.algorithm.attention import first_visible
 
 TILE = 128
 
 
-def flex_mask(contexts: Contexts, *, n_prefix: int, length: int) -> BlockMask:
+def flex_mask(contexts: Contexts, *, n_prefix: int, length: int, window: int | None = None) -> BlockMask:
     """Mask of N blocks of `length` (L) queries over T prefix keys followed by the N * L keys of the blocks.
 
-    Built once per pass and used by all its layers; nothing of size (N L) x (T + N L) is ever stored.
+    Built once per pass and used by all its layers of that window; nothing of size (N L) x (T + N L) is ever stored.
     """
-    start, end = (bound.repeat_interleave(length, dim=1) for bound in contexts)
+    start = first_visible(contexts, window=window, first=0, length=length).expand(-1, -1, length).flatten(1)
+    end, reach = contexts.end.repeat_interleave(length, dim=1), length if window is None else window
 
     def visible(s: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         own = key - n_prefix
         in_context = (key < n_prefix) & (key >= start[s, query]) & (key < end[s, query])
-        return in_context | ((own >= 0) & (own // length == query // length) & (own <= query))
+        in_block = (own >= 0) & (own // length == query // length) & (own <= query) & (own > query - reach)
+        return in_context | in_block
 
     some, whole = _tiles(start, end, n_prefix, length)
     counts, indices = _ordered(some & ~whole)
@@ -76,6 +79,18 @@ def _ordered(tiles: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @functools.cache
+def _score_rule(softcap: float | None) -> Any:
+    """One function per value, so that all layers share a kernel."""
+    if softcap is None:
+        return None
+
+    def capped(score: Tensor, _s: Tensor, _head: Tensor, _query: Tensor, _key: Tensor) -> Tensor:
+        return softcap * torch.tanh(score / softcap)
+
+    return capped
+
+
+@functools.cache
 def _kernel() -> Any:
     # Compiled once; where shapes vary from batch to batch, one kernel comes to serve them all.
     return torch.compile(flex_attention)
@@ -90,6 +105,7 @@ def flex_block_attention(
     *,
     mask: BlockMask,
     scaling: float,
+    softcap: float | None = None,
 ) -> Tensor:
     """The same as `attention.block_attention` with K = L, over a mask from `flex_mask`.
 
@@ -103,6 +119,13 @@ def flex_block_attention(
     value = torch.cat([prefix_value, block_value.flatten(2, 3)], dim=2)
     attend: Any = _kernel() if query.is_cuda else flex_attention
     output: Tensor = attend(
-        query.flatten(2, 3).to(block_value.dtype), key, value, block_mask=mask, scale=scaling, enable_gqa=True
+        query.flatten(2, 3).to(block_value.dtype),
+        key,
+        value,
+        score_mod=_score_rule(softcap),
+        block_mask=mask,
+        scale=scaling,
+        enable_gqa=True,
     )
-    return output.view(query.shape)
+    blocks: Tensor = output.unflatten(2, query.shape[2:4])  # type: ignore[no-untyped-call]
+    return blocks

@@ -19,8 +19,11 @@ def token_log_probs(
     temperature: float,
     logits_at_once: int,
     bias: Tensor | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """`log softmax((W h + bias) / tau)[token]` for one or several tokens per state.
+
+    With `softcap` c the logits z are `c tanh(z / c)`, before they are divided by tau.
 
     Logits exist for `logits_at_once // V` states at a time. If that is all of them, their probabilities are kept for
     the backward pass; otherwise logits are computed again there. Log-normalisers are float32 or wider, and the
@@ -36,7 +39,7 @@ def token_log_probs(
         [M, m] float32 (float64 for float64 input). Differentiable once. M = 0 gives an empty tensor.
     """
     rows = max(1, logits_at_once // weight.shape[0])
-    scored: Tensor = _TokenLogProbs.apply(states, weight, bias, tokens, None, temperature, rows)[0]  # type: ignore[no-untyped-call]
+    scored: Tensor = _TokenLogProbs.apply(states, weight, bias, tokens, None, temperature, rows, softcap)[0]  # type: ignore[no-untyped-call]
     return scored
 
 
@@ -48,6 +51,7 @@ def sample_tokens(
     temperature: float,
     logits_at_once: int,
     bias: Tensor | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Tokens drawn from `softmax((W h + bias) / tau)` with given noise, and their log-probabilities.
 
@@ -58,7 +62,7 @@ def sample_tokens(
         tokens [M, m] int64 and log-probabilities [M, m], differentiable once; others as in `token_log_probs`.
     """
     rows = max(1, logits_at_once // weight.shape[0])
-    scored, tokens = _TokenLogProbs.apply(states, weight, bias, None, noise, temperature, rows)  # type: ignore[no-untyped-call]
+    scored, tokens = _TokenLogProbs.apply(states, weight, bias, None, noise, temperature, rows, softcap)  # type: ignore[no-untyped-call]
     return tokens, scored
 
 
@@ -75,6 +79,7 @@ class _TokenLogProbs(torch.autograd.Function):
         noise: Tensor | None,
         temperature: float,
         rows: int,
+        softcap: float | None,
     ) -> tuple[Tensor, Tensor]:
         device = states.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
@@ -83,7 +88,7 @@ class _TokenLogProbs(torch.autograd.Function):
             scored, chosen, normalisers, kept = [], [], [], None
             for first in range(0, max(len(states), 1), rows):
                 part = slice(first, first + rows)
-                logits = _logits(states[part].to(dtype), head, bias, temperature)
+                logits = _logits(states[part].to(dtype), head, bias, temperature, softcap)
                 lse = logits.logsumexp(dim=-1, keepdim=True)
                 if tokens is None:
                     assert noise is not None
@@ -94,11 +99,11 @@ class _TokenLogProbs(torch.autograd.Function):
                 scored.append(logits.gather(-1, targets) - lse)
                 chosen.append(targets)
                 normalisers.append(lse)
-                if len(states) <= rows and any(ctx.needs_input_grad):
+                if len(states) <= rows and softcap is None and any(ctx.needs_input_grad):
                     kept = logits.sub_(lse).exp_() if probabilities is None else probabilities
         drawn = torch.cat(chosen)
         ctx.save_for_backward(states, weight, bias, drawn, torch.cat(normalisers), kept)
-        ctx.temperature, ctx.rows, ctx.dtype = temperature, rows, dtype
+        ctx.temperature, ctx.rows, ctx.dtype, ctx.softcap = temperature, rows, dtype, softcap
         ctx.mark_non_differentiable(drawn)
         return torch.cat(scored), drawn
 
@@ -114,25 +119,33 @@ class _TokenLogProbs(torch.autograd.Function):
             for first in range(0, len(states), ctx.rows):
                 part = slice(first, first + ctx.rows)
                 own = states[part].to(ctx.dtype)
+                slope = None
                 if probabilities is None:
-                    logits = _logits(own, head, bias, ctx.temperature)
+                    logits = _logits(own, head, bias, ctx.temperature, ctx.softcap)
+                    if ctx.softcap is not None:  # d(c tanh(z / c)) / dz
+                        slope = 1 - (logits * (ctx.temperature / ctx.softcap)).square()
                     d_logits = logits.sub_(normalisers[part]).exp_()
                 else:
                     d_logits = probabilities
                 scaled = upstream[part].to(d_logits.dtype) / ctx.temperature
                 d_logits = d_logits * -scaled.sum(dim=-1, keepdim=True)
-                d_logits = d_logits.scatter_add_(-1, tokens[part], scaled).to(ctx.dtype)
+                d_logits = d_logits.scatter_add_(-1, tokens[part], scaled)
+                d_logits = (d_logits if slope is None else d_logits.mul_(slope)).to(ctx.dtype)
                 if d_states is not None:
                     d_states[part] = d_logits @ head
                 if d_weight is not None:
                     d_weight += d_logits.T @ own
                 if d_bias is not None:
                     d_bias += d_logits.sum(dim=0)
-        return d_states, d_weight, d_bias, None, None, None, None
+        return d_states, d_weight, d_bias, None, None, None, None, None
 
 
-def _logits(states: Tensor, head: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
+def _logits(states: Tensor, head: Tensor, bias: Tensor | None, temperature: float, softcap: float | None) -> Tensor:
     # Dividing the states rather than the logits touches far fewer numbers.
     logits = (states / temperature) @ head.T
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return logits if bias is None else logits + bias.to(logits.dtype) / temperature
+    logits = logits if bias is None else logits + bias.to(logits.dtype) / temperature
+    if softcap is None:
+        return logits
+    bound = softcap / temperature
+    return logits.div_(bound).tanh_().mul_(bound)

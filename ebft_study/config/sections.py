@@ -262,6 +262,11 @@ class RunConfig(Section):
         return self.data.sequence_length + self.rollout.completion_length
 
     @property
+    def longest_completion(self) -> int:
+        """Tokens of the longest completion, in training or evaluation."""
+        return max(self.rollout.completion_length, *self.evaluation.profile_lengths)
+
+    @property
     def total_steps(self) -> int:
         """Optimizer updates of the whole run; `step` counts up to this."""
         return self.training.warm_start_steps + self.training.steps

@@ -173,6 +173,8 @@ def load_feature_network(config: RunConfig, base: LoadedModel) -> LocalFeatures:
             device=next(base.model.parameters()).device,
             dtype=getattr(torch, config.training.precision),
             attention=config.training.attention,
+            n_tokens=config.data.sequence_length,
+            completion_length=config.longest_completion,
         )
         if other.tokenizer.get_vocab() != base.tokenizer.get_vocab():
             raise ModelError(

@@ -13,11 +13,10 @@ in any number of parts, and their gradients into the prefix add up until it is d
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +28,7 @@ from ebft_study.algorithm import log_probs
 from ebft_study.algorithm.anchors import Anchors, Contexts, contexts_of, document_positions, gather_rows
 from ebft_study.algorithm.attention import block_attention, plan_chunks, prefix_attention, prefix_mask
 from ebft_study.algorithm.flex_attention import flex_block_attention, flex_mask
-from ebft_study.errors import ModelError
+from ebft_study.errors import ModelError, one_line
 
 ATTENTION = "ebft_blocks"
 """Name under which the attention function is registered with transformers."""
@@ -51,10 +50,23 @@ def _scores_at_once(device: torch.device) -> int:
     return 2**28 if device.type == "cuda" else 2**20
 
 
+class AttentionVariant(NamedTuple):
+    """The properties of a layer's attention that change its result."""
+
+    scaling: float
+    window: int | None = None
+    """Tokens that a query sees, itself included."""
+    softcap: float | None = None
+
+    def among(self, n_tokens: int) -> AttentionVariant:
+        """The same attention over at most `n_tokens` tokens, where a longer window hides nothing."""
+        return self._replace(window=None) if self.window is not None and self.window >= n_tokens else self
+
+
 class Pass(Protocol):
     """Description of a pass, for the attention function."""
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, variant: AttentionVariant) -> Tensor:
         """Outputs [S, Hq, M, D] of one layer for the pass's M tokens."""
         ...
 
@@ -90,15 +102,19 @@ def _leaf(tensor: Tensor) -> Tensor:
 
 class _PrefixPass:
     def __init__(self, document_ids: Tensor) -> None:
-        self.mask = prefix_mask(document_ids)
+        self.document_ids = document_ids
+        self.masks: dict[int | None, Tensor | None] = {}
         self.keys_values: KeysValues = {}
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, variant: AttentionVariant) -> Tensor:
+        scaling, window, softcap = variant.among(self.document_ids.shape[1])
+        if window not in self.masks:
+            self.masks[window] = prefix_mask(self.document_ids, window)
         # Autocast leaves rotated keys in float32; cast here, they are not cast again in every pass against them.
         key = key.to(value.dtype)
         # Activation checkpointing runs a layer a second time; the first keys and values are the ones in use.
         self.keys_values.setdefault(layer, (key, value))
-        return prefix_attention(query, key, value, mask=self.mask, scaling=scaling)
+        return prefix_attention(query, key, value, mask=self.masks[window], scaling=scaling, softcap=softcap)
 
 
 def run_prefix(model: nn.Module, tokens: Tensor, document_ids: Tensor) -> Prefix:
@@ -116,7 +132,7 @@ class Blocks:
     """N completion blocks per sequence, each after its own context."""
 
     contexts: Contexts
-    _plans: dict[tuple[str, int], Any] = field(default_factory=dict)
+    _plans: dict[tuple[Any, ...], Any] = field(default_factory=dict)
 
     @staticmethod
     def of(document_ids: Tensor, anchors: Anchors, n_samples: int) -> Blocks:
@@ -129,9 +145,8 @@ class Blocks:
         first = self.contexts.end - self.contexts.start
         return (first[..., None] + start + torch.arange(length, device=first.device)).flatten(1)
 
-    def plan(self, kind: str, size: int, make: Any) -> Any:
-        """Cached mask or chunks, which depend on the contexts alone: made once for all layers."""
-        key = (kind, size)
+    def plan(self, key: tuple[Any, ...], make: Any) -> Any:
+        """Cached mask or chunks, which depend on the contexts and `key` alone: made once for all layers."""
         if key not in self._plans:
             self._plans[key] = make()
         return self._plans[key]
@@ -147,25 +162,36 @@ class _BlocksPass:
         self.prefix, self.blocks, self.backend = prefix, blocks, backend
         self.cache, self.position = cache, position
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, variant: AttentionVariant) -> Tensor:
         N = self.blocks.contexts.end.shape[1]
         q, k, v = (states.unflatten(2, (N, -1)) for states in (query, key, value))
         k, length = k.to(v.dtype), q.shape[3]
         if self.cache is not None:
             k, v = self.cache.extend(layer, k, v, self.position)
         prefix_key, prefix_value = self.prefix[layer]
+        T = prefix_key.shape[2]
+        scaling, window, softcap = variant.among(T + k.shape[3])
         backend = ("flex" if q.is_cuda and length > 1 else "chunked") if self.backend == "auto" else self.backend
         if backend == "flex" and self.cache is None:
-            T = prefix_key.shape[2]
-            mask = self.blocks.plan("flex", length, lambda: flex_mask(self.blocks.contexts, n_prefix=T, length=length))
-            output = flex_block_attention(q, prefix_key, prefix_value, k, v, mask=mask, scaling=scaling)
+            mask = self.blocks.plan(
+                ("flex", length, window),
+                lambda: flex_mask(self.blocks.contexts, n_prefix=T, length=length, window=window),
+            )
+            output = flex_block_attention(
+                q, prefix_key, prefix_value, k, v, mask=mask, scaling=scaling, softcap=softcap
+            )
         else:
-            rows = q.shape[1] * length
+            rows, first = q.shape[1] * length, k.shape[3] - length
             scores = _scores_at_once(q.device)
             chunks = self.blocks.plan(
-                "chunks", rows, lambda: plan_chunks(self.blocks.contexts, rows=rows, scores_at_once=scores)
+                ("chunks", rows, window, first if window else 0),
+                lambda: plan_chunks(
+                    self.blocks.contexts, rows=rows, scores_at_once=scores, window=window, first=first, length=length
+                ),
             )
-            output = block_attention(q, prefix_key, prefix_value, k, v, chunks=chunks, scaling=scaling)
+            output = block_attention(
+                q, prefix_key, prefix_value, k, v, chunks=chunks, scaling=scaling, window=window, softcap=softcap
+            )
         return output.flatten(2, 3)
 
 
@@ -195,8 +221,8 @@ class _BlockCache:
         if torch.is_grad_enabled():
             return self._join(layer, key, value, position)
         if layer not in self.buffers:
-            shape = (*key.shape[:3], self.capacity, key.shape[4])
-            self.buffers[layer] = (key.new_empty(shape), value.new_empty(shape))
+            shape = (*key.shape[:3], self.capacity)
+            self.buffers[layer] = (key.new_empty(*shape, key.shape[4]), value.new_empty(*shape, value.shape[4]))
         for buffer, token in zip(self.buffers[layer], (key, value), strict=True):
             buffer[:, :, :, position] = token[:, :, :, 0]
         keys, values = self.buffers[layer]
@@ -229,6 +255,17 @@ class Decoder:
 # --- through transformers --------------------------------------------------------------------------------------
 
 
+_WITHOUT_EFFECT = {
+    "use_cache",
+    "position_ids",
+    "cache_position",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+}
+"""Arguments that models pass on to their attention function and that change nothing in its output."""
+
+
 def _attention_forward(
     module: nn.Module,
     query: Tensor,
@@ -237,14 +274,31 @@ def _attention_forward(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     block_pass: Pass | None = None,
-    **kwargs: Any,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **others: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    if block_pass is None:
-        output, weights = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-        return output, weights
+    _refuse_unknown(others)
     factor = query.shape[-1] ** -0.5 if scaling is None else scaling
-    output = block_pass.attend(int(module.layer_idx), query, key, value, factor)  # type: ignore[arg-type]
+    if block_pass is None:  # an ordinary forward pass; a window is in its mask
+        if softcap is None:
+            plain, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=factor)
+            return plain, None
+        output = prefix_attention(query, key, value, mask=attention_mask, scaling=factor, softcap=softcap)
+        return output.transpose(1, 2).contiguous(), None
+    variant = AttentionVariant(factor, sliding_window, softcap)
+    output = block_pass.attend(int(module.layer_idx), query, key, value, variant)  # type: ignore[arg-type]
     return output.transpose(1, 2).contiguous(), None
+
+
+def _refuse_unknown(arguments: dict[str, Any]) -> None:
+    """Refuse a model whose attention depends on what block attention does not know; nothing is ignored silently."""
+    for name, value in arguments.items():
+        is_off = value is None or (isinstance(value, bool | int | float) and not value)
+        if name == "is_causal" and value is not None:
+            is_off = bool(value)
+        if not is_off and name not in _WITHOUT_EFFECT:
+            raise ModelError(f"its attention depends on {name!r}, which block attention does not support")
 
 
 AttentionInterface.register(ATTENTION, _attention_forward)
@@ -317,6 +371,19 @@ def mlp_only_at(layer: nn.Module, rows: Tensor) -> Iterator[None]:
 # --- the head --------------------------------------------------------------------------------------------------
 
 
+def _head(model: nn.Module, temperature: float) -> dict[str, Any]:
+    """Weights of the head, and the factor and bound that some models apply to their logits (Cohere, Granite, Gemma)."""
+    head, config = model.get_output_embeddings(), model.config  # type: ignore[operator]
+    factor = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return {
+        "weight": head.weight,
+        "bias": head.bias,
+        "temperature": temperature / factor,
+        "softcap": None if softcap is None else softcap / factor,
+    }
+
+
 def token_log_probs(model: nn.Module, states: Tensor, tokens: Tensor, *, temperature: float) -> Tensor:
     """`log softmax(head(states) / temperature)[tokens]` in float32.
 
@@ -324,15 +391,12 @@ def token_log_probs(model: nn.Module, states: Tensor, tokens: Tensor, *, tempera
         states: [..., H].
         tokens: [...], one token per state, or [..., m], several tokens of each state's distribution.
     """
-    head = model.get_output_embeddings()  # type: ignore[operator]
     several = tokens.dim() == states.dim()
     values = log_probs.token_log_probs(
         states.flatten(0, -2),
-        head.weight,
-        tokens.reshape(-1, tokens.shape[-1] if several else 1),
-        temperature=temperature,
+        tokens=tokens.reshape(-1, tokens.shape[-1] if several else 1),
         logits_at_once=logits_at_once(states.device),
-        bias=head.bias,
+        **_head(model, temperature),
     )
     return values.view(tokens.shape)
 
@@ -347,14 +411,11 @@ def sample_tokens(model: nn.Module, states: Tensor, noise: Tensor, *, temperatur
 
     The log-probabilities carry gradients where these are enabled.
     """
-    head = model.get_output_embeddings()  # type: ignore[operator]
     drawn = log_probs.sample_tokens(
         states.flatten(0, -2),
-        head.weight,
-        noise.flatten(0, -2),
-        temperature=temperature,
+        noise=noise.flatten(0, -2),
         logits_at_once=logits_at_once(states.device),
-        bias=head.bias,
+        **_head(model, temperature),
     )
     tokens, scored = (values.view(noise.shape) for values in drawn)
     return tokens, scored
@@ -392,50 +453,101 @@ def completion_log_probs(
 
 # --- the check -------------------------------------------------------------------------------------------------
 
-_verified: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-
 
 @torch.no_grad()
-def verify(model: nn.Module, *, name: str, backend: Backend = "auto") -> None:
-    """Refuse a model whose block passes differ from its plain forward pass (sliding windows, soft-capping, ...).
+def verify(model: nn.Module, *, name: str, n_tokens: int, completion_length: int, backend: Backend = "auto") -> None:
+    """Refuse a model whose block passes differ from its own forward pass over as many tokens as a run has.
+
+    One plain pass over `n_tokens + completion_length` tokens (or as many as the model has positions for), with the
+    model's own `eager` attention, shows the log-probabilities of the prefix, and of completions early, in the middle
+    and at the end of it. Block passes run in training mode, in which nothing may be random.
 
     Raises:
-        ModelError: naming the largest difference in log-probabilities.
+        ModelError: with the property of the architecture that is not supported, or the largest difference.
     """
-    if model in _verified:
-        return
-    device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(0)
-    vocabulary = model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
-    x = torch.randint(0, vocabulary, (1, 12), generator=generator).to(device)
-    completion = torch.randint(0, vocabulary, (1, 2, 2, 3), generator=generator).to(device)
-    anchors = Anchors(torch.tensor([[4, 7]], device=device), torch.ones(1, 2, dtype=torch.bool, device=device))
+    device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
+    x, anchors, completions = _probe(model, n_tokens, completion_length)
     try:
-        prefix = run_prefix(model, x, torch.zeros_like(x))
-        ours = completion_log_probs(model, prefix, anchors, completion, temperature=1.0, backend=backend)
-    except (TypeError, AttributeError, KeyError) as error:
-        raise ModelError(
-            f"model {name!r}: its architecture does not run with block-parallel rollouts ({error}). "
-            "Use a decoder-only model with standard attention, such as Qwen2, Qwen3, Llama or Mistral without windows"
-        ) from error
-    except RuntimeError as error:
-        if device.type == "cpu" or backend == "chunked":
-            raise
-        raise ModelError(
-            f"model {name!r}: FlexAttention cannot be compiled or run here ({str(error)[:200]}). "
-            "Use training.attention=chunked"
-        ) from error
-    worst = 0.0
-    for b, anchor in enumerate([4, 7]):
-        for j in range(2):
-            logits = model(torch.cat([x[:, :anchor], completion[:, b, j]], dim=1)).logits[0, anchor - 1 : -1]
-            plain = logits.float().log_softmax(-1).gather(-1, completion[0, b, j, :, None])[:, 0]
-            worst = max(worst, float((plain - ours[0, b, j]).abs().max() / plain.abs().max().clamp(min=1.0)))
-    tolerance = 1e-3 if next(model.parameters()).dtype == torch.float32 else 5e-2
+        _refuse_length_dependent_positions(model.config, x.shape[1])
+        with _mode(model, training=True):
+            prefix = run_prefix(model, x, torch.zeros_like(x))
+            scored = completion_log_probs(model, prefix, anchors, completions, temperature=1.0, backend=backend)
+            ours = torch.cat([next_token_log_probs(model, prefix.states, x)[0], scored[0, :, 0].flatten()])
+        with _mode(model, training=False), _own_attention(model):
+            logits = model(input_ids=x, use_cache=False).logits[0, :-1]
+    except ModelError as error:
+        raise ModelError(f"model {name!r}: {error}. {_SUPPORTED}") from None
+    except (TypeError, AttributeError, KeyError, IndexError, ValueError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and device.type != "cpu" and backend != "chunked":
+            raise ModelError(
+                f"model {name!r}: FlexAttention cannot be compiled or run here ({one_line(error)[:200]}). "
+                "Use training.attention=chunked"
+            ) from error
+        problem = f"its architecture does not run with block-parallel rollouts ({one_line(error)})"
+        raise ModelError(f"model {name!r}: {problem}. {_SUPPORTED}") from error
+    plain = torch.cat([part.float().log_softmax(-1) for part in logits.split(256)]).gather(-1, x[0, 1:, None])[:, 0]
+    of_completions = anchors.positions[0, :, None] + torch.arange(completion_length, device=device) - 1
+    expected = torch.cat([plain, plain[of_completions.flatten()]])
+    worst = float((expected - ours.float()).abs().max() / expected.abs().max().clamp(min=1.0))
+    tolerance = 1e-3 if dtype == torch.float32 else 5e-2
     if not worst <= tolerance:
         raise ModelError(
-            f"model {name!r}: block-parallel rollouts differ from a plain forward pass by {worst:.3g} in the "
-            "log-probabilities. Its attention (sliding window, soft-capping, sinks?) is not supported; use another "
-            "architecture"
+            f"model {name!r}: block-parallel rollouts differ from its own forward pass by {worst:.3g} of the largest "
+            f"log-probability over {x.shape[1]} tokens. {_SUPPORTED}"
         )
-    _verified.add(model)
+
+
+_SUPPORTED = (
+    "Use a decoder-only model with standard attention, such as Qwen2, Qwen3, Llama, Mistral or Gemma; "
+    "docs/architectures.md lists all"
+)
+
+
+def _probe(model: nn.Module, n_tokens: int, completion_length: int) -> tuple[Tensor, Anchors, Tensor]:
+    """Random tokens, anchors in them, and two completions of each: its true one, and a random one beside it."""
+    device, generator = next(model.parameters()).device, torch.Generator().manual_seed(0)
+    vocabulary = model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
+    G, longest = completion_length, getattr(model.config, "max_position_embeddings", None)
+    n_tokens = max(min(n_tokens, (longest or n_tokens + G) - G), 1)
+    x = torch.randint(0, vocabulary, (1, n_tokens + G), generator=generator)
+    positions = torch.tensor([[min(4, n_tokens), (n_tokens + 1) // 2, n_tokens]])
+    true = x[0, positions[0, :, None] + torch.arange(G)]
+    other = torch.randint(0, vocabulary, true.shape, generator=generator)
+    anchors = Anchors(positions.to(device), torch.ones_like(positions, dtype=torch.bool, device=device))
+    return x.to(device), anchors, torch.stack([true, other], dim=1)[None].to(device)
+
+
+@contextmanager
+def _mode(model: nn.Module, *, training: bool) -> Iterator[None]:
+    before = model.training
+    model.train(training)
+    try:
+        yield
+    finally:
+        model.train(before)
+
+
+@contextmanager
+def _own_attention(model: nn.Module) -> Iterator[None]:
+    """Context in which the model runs with the attention of its own code."""
+    before = model.config._attn_implementation  # type: ignore[union-attr]
+    model.set_attn_implementation("eager")  # type: ignore[operator]
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)  # type: ignore[operator]
+
+
+def _refuse_length_dependent_positions(config: Any, n_tokens: int) -> None:
+    """Refuse rotary frequencies that change with the length of a sequence, so that no prefix can be shared.
+
+    Those of `dynamic` change beyond `max_position_embeddings` only, which no run passes.
+    """
+    parameters = getattr(config, "rope_parameters", None) or {}
+    for rope in [parameters, *(value for value in parameters.values() if isinstance(value, dict))]:
+        limit = rope.get("original_max_position_embeddings")
+        if rope.get("rope_type") == "longrope" and limit and n_tokens > limit:
+            raise ModelError(
+                f"its longrope positions change beyond {limit} tokens, and the run needs {n_tokens}: contexts cannot be "
+                "shared there"
+            )

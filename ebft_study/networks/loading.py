@@ -44,11 +44,14 @@ def load_model(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     attention: Backend = "auto",
+    n_tokens: int = 128,
+    completion_length: int = 8,
 ) -> LoadedModel:
-    """A ladder model, hub model or local folder, with weights of type `dtype` and in evaluation mode.
+    """A ladder model, hub model or local folder, with weights of type `dtype`, in evaluation mode, without dropout.
 
     Args:
         random_weights: keep the architecture but draw the weights anew from a fixed seed (an ablation of the paper).
+        n_tokens, completion_length: the longest sequence and completion that it will see, for the check.
 
     Raises:
         ModelError: nothing usable at `name`, or an architecture that block-parallel rollouts cannot run.
@@ -69,8 +72,8 @@ def load_model(
         raise ModelError(_explain(name, error)) from error
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
         raise ModelError(f"model {name!r}: its tokenizer has neither a padding nor an end token. Add one and save it")
-    model = cast_weights(model, dtype).to(device).eval()
-    verify(model, name=name, backend=attention)
+    model = _without_dropout(cast_weights(model, dtype)).to(device).eval()
+    verify(model, name=name, n_tokens=n_tokens, completion_length=completion_length, backend=attention)
     return LoadedModel(
         model, tokenizer, name, fingerprint(model), sum(p.numel() for p in model.parameters()), str(Path(source).name)
     )
@@ -107,6 +110,17 @@ def cast_weights(model: ModuleT, dtype: torch.dtype) -> ModuleT:
     return model
 
 
+def _without_dropout(model: ModuleT) -> ModuleT:
+    """The model without dropout, in place: a completion is scored by the very policy that sampled it."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+    return model
+
+
 def fingerprint(model: nn.Module) -> str:
     """Sixteen hex digits of a hash over names, shapes and bytes of all weights, and the configuration.
 
@@ -140,6 +154,8 @@ def load_generator(config: RunConfig, *, device: torch.device | str = "cpu") -> 
         device=device,
         dtype=base_dtype(config),
         attention=config.training.attention,
+        n_tokens=config.data.sequence_length,
+        completion_length=config.longest_completion,
     )
     if config.lora.lora_rank > 0:
         dtype = getattr(torch, config.training.weight_dtype)

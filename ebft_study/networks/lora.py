@@ -79,6 +79,10 @@ class BaseModel(nn.Module):
         # A module would be registered as a part, and its weights counted twice; a tuple is not.
         self._adapted = (adapted,)
 
+    @property
+    def config(self) -> Any:
+        return self._adapted[0].config
+
     def get_decoder(self) -> Any:
         """Runs the decoder with the adapters disabled."""
 

@@ -136,7 +136,7 @@ def tokenized(config: RunConfig, text: TextDataset, base: LoadedModel) -> dict[s
         DataError: no sequence of a split is long enough for a single anchor.
     """
     positions = getattr(base.model.config, "max_position_embeddings", None)
-    longest = config.data.sequence_length + max(config.rollout.completion_length, *config.evaluation.profile_lengths)
+    longest = config.data.sequence_length + config.longest_completion
     if positions is not None and longest > positions:
         raise ConfigError(
             f"data.sequence_length={config.data.sequence_length}: with completions it reaches position {longest}, but "

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from ebft_study.algorithm import attention
-from ebft_study.algorithm.anchors import Contexts, contexts_of, find_anchors
-from ebft_study.algorithm.attention import block_attention, plan_chunks
+from ebft_study.algorithm.anchors import Contexts, contexts_of, document_positions, find_anchors
+from ebft_study.algorithm.attention import block_attention, plan_chunks, prefix_attention, prefix_mask
 from ebft_study.algorithm.flex_attention import TILE, flex_block_attention, flex_mask
 from tests.references.dense_attention import dense_block_attention
 
@@ -35,20 +35,28 @@ def tensors(where: Contexts, *, L: int, K: int, heads: tuple[int, int], dtype: t
     return [tensor.requires_grad_() for tensor in drawn]
 
 
-def chunked(inputs: list[Tensor], where: Contexts, scores_at_once: int = 10**6) -> Tensor:
-    rows = inputs[0].shape[1] * inputs[0].shape[3]
-    return block_attention(
-        *inputs, chunks=plan_chunks(where, rows=rows, scores_at_once=scores_at_once), scaling=SCALING
-    )
+def chunked(
+    inputs: list[Tensor],
+    where: Contexts,
+    scores_at_once: int = 10**6,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    length, first = inputs[0].shape[3], inputs[3].shape[3] - inputs[0].shape[3]
+    rows = inputs[0].shape[1] * length
+    chunks = plan_chunks(where, rows=rows, scores_at_once=scores_at_once, window=window, first=first, length=length)
+    return block_attention(*inputs, chunks=chunks, scaling=SCALING, window=window, softcap=softcap)
 
 
-def flex(inputs: list[Tensor], where: Contexts) -> Tensor:
-    mask = flex_mask(where, n_prefix=inputs[1].shape[2], length=inputs[0].shape[3])
-    return flex_block_attention(*inputs, mask=mask, scaling=SCALING)
+def flex(inputs: list[Tensor], where: Contexts, window: int | None = None, softcap: float | None = None) -> Tensor:
+    mask = flex_mask(where, n_prefix=inputs[1].shape[2], length=inputs[0].shape[3], window=window)
+    return flex_block_attention(*inputs, mask=mask, scaling=SCALING, softcap=softcap)
 
 
-def compare(ours: Tensor, inputs: list[Tensor], where: Contexts, tolerance: float = 1e-10) -> None:
-    expected = dense_block_attention(*inputs, start=where.start, end=where.end, scaling=SCALING)
+def compare(
+    ours: Tensor, inputs: list[Tensor], where: Contexts, tolerance: float = 1e-10, **variant: float | None
+) -> None:
+    expected = dense_block_attention(*inputs, start=where.start, end=where.end, scaling=SCALING, **variant)
     torch.testing.assert_close(ours, expected, atol=tolerance, rtol=tolerance)
     upstream = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1)).to(expected)
     ours_and_theirs = (torch.autograd.grad(output, inputs, upstream) for output in (ours, expected))
@@ -66,6 +74,42 @@ def test_chunked_attention_equals_a_dense_mask(
     where = contexts(layout, n_samples)
     inputs = tensors(where, L=L, K=K, heads=heads, dtype=torch.float64)
     compare(chunked(inputs, where), inputs, where)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("window", [1, 2, 5, 13, 41])
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize(("L", "K"), [(1, 3), (3, 3), (2, 3)])
+@pytest.mark.parametrize("scores_at_once", [200, 10**6])
+def test_chunked_attention_with_windows_and_bounded_scores_equals_a_dense_mask(
+    layout: str, window: int, softcap: float | None, L: int, K: int, scores_at_once: int
+) -> None:
+    where = contexts(layout, 2)
+    inputs = tensors(where, L=L, K=K, heads=(4, 2), dtype=torch.float64)
+    ours = chunked(inputs, where, scores_at_once, window, softcap)
+    compare(ours, inputs, where, window=window, softcap=softcap)
+
+
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("window", [None, 1, 6, 40])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_prefix_attention_equals_blocks_of_one_token_each(
+    layout: str, window: int | None, softcap: float | None
+) -> None:
+    documents = torch.tensor(LAYOUTS[layout])
+    S, T = documents.shape
+    drawn = torch.randn(3, S, 4, T, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    query, key, value = drawn[0].requires_grad_(), drawn[1][:, :2].requires_grad_(), drawn[2][:, :2].requires_grad_()
+    ours = prefix_attention(query, key, value, mask=prefix_mask(documents, window), scaling=0.3, softcap=softcap)
+    # Every token is a block that sees the tokens before it in its document, and itself.
+    end = torch.arange(T).expand(S, T)
+    start = end - document_positions(documents)
+    one_by_one = (query[:, :, :, None], key, value, key[:, :, :, None], value[:, :, :, None])
+    expected = dense_block_attention(
+        *one_by_one, start=start, end=end, scaling=0.3, window=window, softcap=softcap
+    ).squeeze(3)
+    real = (documents >= 0)[:, None, :, None]
+    torch.testing.assert_close(ours.masked_fill(~real, 0.0), expected.masked_fill(~real, 0.0))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -101,6 +145,24 @@ def test_flex_attention_equals_a_dense_mask(layout: str, heads: tuple[int, int],
     with torch.no_grad():  # gradients need a GPU, and are compared in tests/gpu
         expected = dense_block_attention(*inputs, start=where.start, end=where.end, scaling=SCALING)
         torch.testing.assert_close(flex([t.detach() for t in inputs], where), expected, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("window", [1, 2, 5, 41])
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("L", [1, 3])
+def test_flex_attention_with_windows_and_bounded_scores_equals_a_dense_mask(
+    layout: str, window: int, softcap: float | None, L: int
+) -> None:
+    where = contexts(layout, 2)
+    inputs = tensors(where, L=L, K=L, heads=(4, 2), dtype=torch.float32)
+    with torch.no_grad():
+        expected = dense_block_attention(
+            *inputs, start=where.start, end=where.end, scaling=SCALING, window=window, softcap=softcap
+        )
+        ours = flex([t.detach() for t in inputs], where, window, softcap)
+        torch.testing.assert_close(ours, expected, atol=2e-5, rtol=2e-5)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
-from transformers import MistralConfig, MistralForCausalLM
+from transformers import AutoModelForCausalLM, BloomConfig, GptOssConfig, LlamaConfig, MistralConfig
 
 from ebft_study.algorithm.anchors import Anchors, completions_at, find_anchors
 from ebft_study.algorithm.sampling import uniforms
@@ -166,17 +168,68 @@ def test_log_probs_computed_in_chunks_equal_those_computed_at_once(monkeypatch: 
     torch.testing.assert_close(torch.autograd.grad(chunked.sum(), states)[0], expected)
 
 
-def test_an_architecture_with_windows_is_refused_with_the_difference() -> None:
-    torch.manual_seed(0)
-    config = MistralConfig(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, sliding_window=3, max_position_embeddings=64, initializer_range=0.25,
-    )  # fmt: skip
-    model = MistralForCausalLM._from_config(config, attn_implementation=ATTENTION).eval()
-    with pytest.raises(ModelError, match="differ from a plain forward pass"):
-        verify(model, name="windowed")
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.25,
+}  # fmt: skip
+
+
+def built(config: Any, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION).eval()
+
+
+@pytest.mark.parametrize("window", [1, 3, 9, 30])
+def test_a_model_with_sliding_windows_passes_verification(window: int) -> None:
+    verify(built(MistralConfig(**SIZES, sliding_window=window)), name="windowed", n_tokens=40, completion_length=4)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_supported_architectures_pass_verification(architecture: str) -> None:
-    verify(small_model(architecture), name=architecture)
+    verify(small_model(architecture), name=architecture, n_tokens=40, completion_length=4)
+
+
+def test_a_difference_that_shows_only_in_long_sequences_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if block attention ignored the windows: 12 tokens, which were checked once, do not show it."""
+    model = built(MistralConfig(**SIZES, sliding_window=20))
+    monkeypatch.setattr(blocks.AttentionVariant, "among", lambda variant, n_tokens: variant._replace(window=None))
+    verify(model, name="windowed", n_tokens=12, completion_length=3)
+    with pytest.raises(ModelError, match="differ from its own forward pass by"):
+        verify(model, name="windowed", n_tokens=40, completion_length=3)
+
+
+@pytest.mark.parametrize(
+    ("rope", "limit"),
+    [
+        ({"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}, 64),
+        ({"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "rope_theta": 1e4,
+          "original_max_position_embeddings": 24}, 24),
+    ],
+)  # fmt: skip
+def test_rotary_positions_that_depend_on_the_length_are_equal_up_to_it(rope: dict[str, Any], limit: int) -> None:
+    verify(built(LlamaConfig(**SIZES, rope_parameters=rope)), name="long", n_tokens=limit - 4, completion_length=4)
+
+
+def test_longrope_is_refused_beyond_its_original_length() -> None:
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "rope_theta": 1e4,
+            "original_max_position_embeddings": 24}  # fmt: skip
+    with pytest.raises(ModelError, match="change beyond 24 tokens, and the run needs 30"):
+        verify(built(LlamaConfig(**SIZES, rope_parameters=rope)), name="long", n_tokens=26, completion_length=4)
+
+
+def test_attention_that_depends_on_something_unknown_is_refused_by_name() -> None:
+    config = GptOssConfig(**SIZES, head_dim=8, num_local_experts=2, num_experts_per_tok=1, sliding_window=16)
+    with pytest.raises(ModelError, match="depends on 's_aux', which block attention does not support"):
+        verify(built(config), name="gpt-oss", n_tokens=20, completion_length=4)
+
+
+def test_another_layout_of_a_decoder_is_refused_in_one_line() -> None:
+    config = BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4)
+    with pytest.raises(ModelError, match=r"^model 'bloom': .*docs/architectures.md lists all$"):
+        verify(built(config), name="bloom", n_tokens=20, completion_length=4)
+
+
+def test_dropout_is_refused_where_it_is_left() -> None:
+    model = built(LlamaConfig(**SIZES, attention_dropout=0.2))
+    with pytest.raises(ModelError, match="depends on 'dropout'"):
+        verify(model, name="dropout", n_tokens=20, completion_length=4)

@@ -18,6 +18,8 @@ def dense_block_attention(
     start: Tensor,
     end: Tensor,
     scaling: float,
+    window: int | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """[S, Hq, N, L, D] queries over [S, Hk, T, D] prefix keys and [S, Hk, N, K, D] block keys, query by query."""
     S, Hq, N, L, D = query.shape
@@ -30,9 +32,12 @@ def dense_block_attention(
         visible = torch.zeros(N * L, T + N * K, dtype=torch.bool)
         for b in range(N):
             for t in range(L):
-                visible[b * L + t, int(start[s, b]) : int(end[s, b])] = True
-                visible[b * L + t, T + b * K : T + b * K + K - L + t + 1] = True
+                # The query's own sequence: its context, then its block up to itself; a window is the end of it.
+                own = [*range(int(start[s, b]), int(end[s, b])), *range(T + b * K, T + b * K + K - L + t + 1)]
+                visible[b * L + t, own if window is None else own[-window:]] = True
         scores = query[s].reshape(Hq, N * L, D) @ keys.transpose(-1, -2) * scaling
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
         weights = scores.masked_fill(~visible, -math.inf).softmax(dim=-1)
         output.append((weights @ values).view(Hq, N, L, D))
     return torch.stack(output)

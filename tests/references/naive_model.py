@@ -1,9 +1,23 @@
-"""Rollouts, log-probabilities and features one context and one sample at a time, through plain forward passes."""
+"""Rollouts, log-probabilities and features one context and one sample at a time, through plain forward passes.
+
+The model runs with its own `eager` attention.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+
+
+def forward(model: nn.Module, tokens: Tensor, **options: Any) -> Any:
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        return model(tokens, use_cache=False, **options)
+    finally:
+        model.set_attn_implementation(before)
 
 
 @torch.no_grad()
@@ -11,7 +25,7 @@ def sample(model: nn.Module, context: Tensor, noise: Tensor, temperature: float)
     """One completion of `context` [c]: the whole sequence is run again for every token."""
     tokens, log_probs = context.tolist(), []
     for u in noise.tolist():
-        log_p = (model(torch.tensor([tokens])).logits[0, -1].float() / temperature).log_softmax(-1)
+        log_p = (forward(model, torch.tensor([tokens])).logits[0, -1].float() / temperature).log_softmax(-1)
         cumulative, token = 0.0, 0
         total = float(log_p.exp().double().sum())
         for token in range(len(log_p)):
@@ -25,7 +39,7 @@ def sample(model: nn.Module, context: Tensor, noise: Tensor, temperature: float)
 
 def completion_log_probs(model: nn.Module, context: Tensor, completion: Tensor, temperature: float) -> Tensor:
     """Log-probabilities [G] of a completion, with gradient."""
-    logits = model(torch.cat([context, completion])[None]).logits[0, len(context) - 1 : -1].float()
+    logits = forward(model, torch.cat([context, completion])[None]).logits[0, len(context) - 1 : -1].float()
     return (logits / temperature).log_softmax(-1).gather(-1, completion[:, None])[:, 0]
 
 
@@ -34,7 +48,7 @@ def features(
     model: nn.Module, context: Tensor, completion: Tensor, layers: list[int], pooling: str, normalize: str
 ) -> Tensor:
     """phi(c : y) from all hidden states of the whole network."""
-    states = model(torch.cat([context, completion])[None], output_hidden_states=True).hidden_states
+    states = forward(model, torch.cat([context, completion])[None], output_hidden_states=True).hidden_states
     parts = []
     for layer in layers:
         own = states[layer][0, len(context) :].float()
