@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup study test check bench chaos scale clean
+.PHONY: help setup study test check bench chaos scale architectures clean
 
 help: ## what can be made
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python >= 3.11 is needed; name one with: make PYTHON=python3.12 ..."; exit 2; }
@@ -46,6 +46,9 @@ chaos: $(STAMP) ## kill -9 at random in the middle of a real study, 20 times; en
 scale: $(STAMP) ## what a study of 2000 trials costs its driver and its readers, without processes for trials
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.scale.simulate
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.scale.snapshot
+
+architectures: $(STAMP) ## which model architectures run: each, tiny, against its own code; writes docs/architectures.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.architectures --write docs/architectures.md
 
 clean: ## remove the environment and build leftovers; studies stay
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -7,8 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ebft_study.config import RunConfig
+from ebft_study.errors import ModelError
 
 FLOAT32_BYTES = 4
+_INNER_SIZES = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
 LONGEST_GRAPH = 16
 """Tokens of the longest completions that are differentiated as they were sampled.
 
@@ -41,24 +43,36 @@ class ModelShape:
 
     @staticmethod
     def from_config(config: Any, *, trainable_parameters: int | None = None) -> ModelShape:
-        """The shape of a Hugging Face configuration (Qwen2, Qwen3, Llama, Mistral), or anything with its attributes."""
-        H, kind = config.hidden_size, getattr(config, "model_type", "")
-        head_dim = getattr(config, "head_dim", None) or H // config.num_attention_heads
+        """The shape of a Hugging Face configuration: exact for Qwen2, Qwen3, Llama and Mistral.
+
+        Of other families an estimate: a mixture of experts counts as the dense model of its `intermediate_size`.
+
+        Raises:
+            ModelError: it has no sizes of a transformer.
+        """
+        kind = getattr(config, "model_type", "")
+        for name in ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size"):
+            if not isinstance(getattr(config, name, None), int):
+                raise ModelError(f"model type {kind!r} has no {name}. Use a decoder-only transformer")
+        H, heads = config.hidden_size, config.num_attention_heads
+        head_dim = _optional(config, "head_dim") or H // heads
+        kv_heads = _optional(config, "num_key_value_heads") or heads
+        inner = next((size for name in _INNER_SIZES if (size := _optional(config, name))), 4 * H)
         small = 2 * H + (2 * head_dim if kind == "qwen3" else 0)
         if kind == "qwen2" or getattr(config, "attention_bias", False):
-            small += (config.num_attention_heads + 2 * config.num_key_value_heads) * head_dim
+            small += (heads + 2 * kv_heads) * head_dim
             small += 0 if kind == "qwen2" else H
         if getattr(config, "mlp_bias", False):
-            small += 2 * config.intermediate_size + H
+            small += 2 * inner + H
         return ModelShape(
             n_layers=config.num_hidden_layers,
             hidden_size=H,
-            intermediate_size=config.intermediate_size,
-            n_heads=config.num_attention_heads,
-            n_kv_heads=config.num_key_value_heads,
+            intermediate_size=inner,
+            n_heads=heads,
+            n_kv_heads=kv_heads,
             head_dim=head_dim,
             vocabulary_size=config.vocab_size,
-            tied_embeddings=bool(config.tie_word_embeddings),
+            tied_embeddings=bool(getattr(config, "tie_word_embeddings", False)),
             small_parameters_per_layer=small,
             trainable_parameters=trainable_parameters,
         )
@@ -141,6 +155,15 @@ class ModelShape:
     def backward_factor(self) -> int:
         """Products per matrix in the backward pass, relative to the one of the forward pass."""
         return 2 if self.trainable_parameters is None else 1
+
+
+def _optional(config: Any, name: str) -> int | None:
+    """A size that not every configuration has, or that differs from layer to layer (which raises, in Gemma 4)."""
+    try:
+        size = getattr(config, name)
+    except Exception:
+        return None
+    return size if isinstance(size, int) else None
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from ebft_study.features.cache import TieredCache
 from ebft_study.features.keys import FeatureSpec, Keys, sequence_keys
 from ebft_study.features.local import LocalFeatures
 from ebft_study.networks.blocks import Backend
+from ebft_study.networks.verification import verify
 
 
 @dataclass(frozen=True)
@@ -120,13 +121,19 @@ class Embedder:
         parameter = next(network.parameters())
         self.device, self.dtype = parameter.device, str(parameter.dtype)
         self._backends: dict[FeatureSpec, LocalFeatures] = {}
+        self._verified_tokens = 0
 
     def indices(self, spec: FeatureSpec) -> list[int]:
         """Return the layers at the depths of `spec`."""
         return self._local(spec).indices
 
     def embed(self, requests: Sequence[FeatureRequest]) -> list[FeatureReply]:
-        """Embed all requests; those of one spec and the same lengths share one pass."""
+        """Embed all requests; those of one spec and the same lengths share one pass.
+
+        Raises:
+            ModelError: the network is not exact over sequences as long as these (see `verify`).
+        """
+        self._verify(requests)
         groups: dict[tuple[FeatureSpec, tuple[int, ...], int], list[int]] = {}
         for index, request in enumerate(requests):
             groups.setdefault((request.spec, request.lengths, request.completions.shape[-1]), []).append(index)
@@ -134,6 +141,14 @@ class Embedder:
         for indices in groups.values():
             replies |= zip(indices, self._embed([requests[index] for index in indices]), strict=True)
         return [replies[index] for index in range(len(requests))]
+
+    def _verify(self, requests: Sequence[FeatureRequest]) -> None:
+        """Trials of a study may have longer sequences than the first one that the network served."""
+        n_tokens, length = (max(sizes) for sizes in zip(*(_lengths(request) for request in requests), strict=True))
+        if n_tokens + length > self._verified_tokens:
+            name = str(getattr(self.network.config, "name_or_path", ""))
+            verify(self.network, name=name, n_tokens=n_tokens, completion_length=length, backend=self.backend)
+            self._verified_tokens = n_tokens + length
 
     def _embed(self, requests: list[FeatureRequest]) -> list[FeatureReply]:
         jobs = [_Job(request, self._keys(request)) for request in requests]
@@ -215,6 +230,10 @@ class Embedder:
         hidden = int(self.network.get_output_embeddings().weight.shape[1])  # type: ignore[operator]
         d = hidden * len(self.indices(request.spec))
         return [d * length if request.spec.pooling == "concat" else d for length in request.lengths]
+
+
+def _lengths(request: FeatureRequest) -> tuple[int, int]:
+    return request.tokens.shape[-1], request.completions.shape[-1]
 
 
 def _missing_parts(jobs: list[_Job], rows: Mapping[bytes, np.ndarray]) -> list[_Part]:

@@ -21,7 +21,16 @@ from ebft_study.config import RunConfig
 from ebft_study.data import Batch
 from ebft_study.errors import ModelError
 from ebft_study.features import Features
-from ebft_study.networks.blocks import Backend, Blocks, Prefix, captured_layers, mlp_only_at, run_blocks, run_prefix
+from ebft_study.networks.blocks import (
+    Backend,
+    Blocks,
+    Prefix,
+    captured_layers,
+    decoder_names,
+    mlp_only_at,
+    run_blocks,
+    run_prefix,
+)
 from ebft_study.networks.loading import LoadedModel, frozen_copy, load_model
 from ebft_study.networks.lora import base_weights
 
@@ -51,8 +60,8 @@ class LocalFeatures:
         """
         self.network, self.pooling, self.normalize, self.backend = network, pooling, normalize, backend
         self.shared, self.fingerprint = shared, fingerprint
-        body = network.get_decoder()  # type: ignore[operator]
-        n_layers = len(body.layers)
+        self.names = decoder_names(network)
+        n_layers = len(getattr(network.get_decoder(), self.names.layers))  # type: ignore[operator]
         self.indices = layer_indices(depths, n_layers)
         self._last: tuple[Batch, Prefix, list[Tensor]] | None = None
         # hidden_states[L] is the state after the final norm; below it no norm applies.
@@ -93,7 +102,8 @@ class LocalFeatures:
     def _shorten(self) -> None:
         if not self.after_norm:
             body = self.network.get_decoder()  # type: ignore[operator]
-            body.layers, body.norm = body.layers[: self.indices[-1]], nn.Identity()
+            setattr(body, self.names.layers, getattr(body, self.names.layers)[: self.indices[-1]])
+            setattr(body, self.names.norm, nn.Identity())
 
     @contextmanager
     def _running(self) -> Iterator[None]:
@@ -102,13 +112,14 @@ class LocalFeatures:
             yield
             return
         body = self.network.get_decoder()  # type: ignore[operator]
-        layers, norm = body.layers, body.norm
+        before = {name: getattr(body, name) for name in self.names}
         with base_weights(self.network):
             self._shorten()
             try:
                 yield
             finally:
-                body.layers, body.norm = layers, norm
+                for name, module in before.items():
+                    setattr(body, name, module)
 
     def _prefix(self, batch: Batch, captured: dict[int, Tensor]) -> tuple[Prefix, list[Tensor]]:
         """Run the batch's sequences; the last batch's are reused, because its next call may have other anchors."""
@@ -142,7 +153,8 @@ class LocalFeatures:
         device = next(self.network.parameters()).device
         last = torch.tensor([length - 1 for length in lengths], device=device)
         rows = (torch.arange(n_blocks, device=device)[:, None] * G + last).flatten()
-        return mlp_only_at(self.network.get_decoder().layers[self.indices[-1] - 1], rows)  # type: ignore[operator]
+        layers = getattr(self.network.get_decoder(), self.names.layers)  # type: ignore[operator]
+        return mlp_only_at(layers[self.indices[-1] - 1], rows)
 
     def _layers(self, captured: dict[int, Tensor], last: Tensor) -> list[Tensor]:
         states = [captured[i] for i in self.indices]

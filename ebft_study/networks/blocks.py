@@ -28,7 +28,7 @@ from ebft_study.algorithm import log_probs
 from ebft_study.algorithm.anchors import Anchors, Contexts, contexts_of, document_positions, gather_rows
 from ebft_study.algorithm.attention import block_attention, plan_chunks, prefix_attention, prefix_mask
 from ebft_study.algorithm.flex_attention import flex_block_attention, flex_mask
-from ebft_study.errors import ModelError, one_line
+from ebft_study.errors import ModelError
 
 ATTENTION = "ebft_blocks"
 """Name under which the attention function is registered with transformers."""
@@ -286,9 +286,18 @@ def _attention_forward(
             return plain, None
         output = prefix_attention(query, key, value, mask=attention_mask, scaling=factor, softcap=softcap)
         return output.transpose(1, 2).contiguous(), None
-    variant = AttentionVariant(factor, sliding_window, softcap)
+    variant = AttentionVariant(factor, sliding_window or _window_of_layer(module), softcap)
     output = block_pass.attend(int(module.layer_idx), query, key, value, variant)  # type: ignore[arg-type]
     return output.transpose(1, 2).contiguous(), None
+
+
+def _window_of_layer(module: nn.Module) -> int | None:
+    """The window of a layer whose model describes it in its configuration alone, as Qwen2-MoE does."""
+    config: Any = module.config
+    kinds = getattr(config, "layer_types", None)
+    if kinds and kinds[int(module.layer_idx)] == "sliding_attention":  # type: ignore[arg-type]
+        return int(config.sliding_window)
+    return None
 
 
 def _refuse_unknown(arguments: dict[str, Any]) -> None:
@@ -321,10 +330,35 @@ def _hidden_states(model: nn.Module, tokens: Tensor, positions: Tensor, descript
     return output.last_hidden_state  # type: ignore[no-any-return]
 
 
+class DecoderNames(NamedTuple):
+    """Attributes of a decoder."""
+
+    layers: str
+    norm: str
+    """The norm after the last layer."""
+
+
+def decoder_names(model: nn.Module) -> DecoderNames:
+    """The names that an architecture gives to the list of its layers and to its last norm.
+
+    Raises:
+        ModelError: it has no such parts.
+    """
+    body = model.get_decoder()  # type: ignore[operator]
+    layers = next(
+        (name for name in ("layers", "h", "blocks") if isinstance(getattr(body, name, None), nn.ModuleList)), None
+    )
+    norms = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f")
+    norm = next((name for name in norms if isinstance(getattr(body, name, None), nn.Module)), None)
+    if layers is None or norm is None:
+        raise ModelError("its decoder is not a list of layers with a norm after them")
+    return DecoderNames(layers, norm)
+
+
 @contextmanager
 def captured_layers(model: nn.Module, indices: list[int]) -> Iterator[dict[int, Tensor]]:
     """Collect `hidden_states[i]` for the given indices (i >= 1: output of layer i - 1) of the last pass run inside."""
-    body = model.get_decoder()  # type: ignore[operator]
+    layers = getattr(model.get_decoder(), decoder_names(model).layers)  # type: ignore[operator]
     captured: dict[int, Tensor] = {}
     handles = []
     for index in indices:
@@ -332,7 +366,7 @@ def captured_layers(model: nn.Module, indices: list[int]) -> Iterator[dict[int, 
         def keep(_module: nn.Module, _inputs: Any, output: Any, index: int = index) -> None:
             captured[index] = output[0] if isinstance(output, tuple) else output
 
-        handles.append(body.layers[index - 1].register_forward_hook(keep))
+        handles.append(layers[index - 1].register_forward_hook(keep))
     try:
         yield captured
     finally:
@@ -357,8 +391,10 @@ def mlp_only_at(layer: nn.Module, rows: Tensor) -> Iterator[None]:
         shapes.append(inputs[0].shape)
         return (inputs[0][:, rows], *inputs[1:])
 
-    def put_back(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
-        return output.new_zeros(*shapes.pop()[:2], output.shape[-1]).index_copy_(1, rows, output)
+    def put_back(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+        states, *others = output if isinstance(output, tuple) else (output,)  # experts return their routing, too
+        states = states.new_zeros(*shapes.pop()[:2], states.shape[-1]).index_copy_(1, rows, states)
+        return (states, *others) if isinstance(output, tuple) else states
 
     handles = mlp.register_forward_pre_hook(choose), mlp.register_forward_hook(put_back)
     try:
@@ -449,105 +485,3 @@ def completion_log_probs(
     inputs = completions[..., :-1].flatten(1, 2)
     states = run_blocks(model, prefix, blocks, inputs, backend=backend).unflatten(1, (-1, n))
     return torch.cat([first, token_log_probs(model, states, completions[..., 1:], temperature=temperature)], dim=-1)
-
-
-# --- the check -------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def verify(model: nn.Module, *, name: str, n_tokens: int, completion_length: int, backend: Backend = "auto") -> None:
-    """Refuse a model whose block passes differ from its own forward pass over as many tokens as a run has.
-
-    One plain pass over `n_tokens + completion_length` tokens (or as many as the model has positions for), with the
-    model's own `eager` attention, shows the log-probabilities of the prefix, and of completions early, in the middle
-    and at the end of it. Block passes run in training mode, in which nothing may be random.
-
-    Raises:
-        ModelError: with the property of the architecture that is not supported, or the largest difference.
-    """
-    device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
-    x, anchors, completions = _probe(model, n_tokens, completion_length)
-    try:
-        _refuse_length_dependent_positions(model.config, x.shape[1])
-        with _mode(model, training=True):
-            prefix = run_prefix(model, x, torch.zeros_like(x))
-            scored = completion_log_probs(model, prefix, anchors, completions, temperature=1.0, backend=backend)
-            ours = torch.cat([next_token_log_probs(model, prefix.states, x)[0], scored[0, :, 0].flatten()])
-        with _mode(model, training=False), _own_attention(model):
-            logits = model(input_ids=x, use_cache=False).logits[0, :-1]
-    except ModelError as error:
-        raise ModelError(f"model {name!r}: {error}. {_SUPPORTED}") from None
-    except (TypeError, AttributeError, KeyError, IndexError, ValueError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and device.type != "cpu" and backend != "chunked":
-            raise ModelError(
-                f"model {name!r}: FlexAttention cannot be compiled or run here ({one_line(error)[:200]}). "
-                "Use training.attention=chunked"
-            ) from error
-        problem = f"its architecture does not run with block-parallel rollouts ({one_line(error)})"
-        raise ModelError(f"model {name!r}: {problem}. {_SUPPORTED}") from error
-    plain = torch.cat([part.float().log_softmax(-1) for part in logits.split(256)]).gather(-1, x[0, 1:, None])[:, 0]
-    of_completions = anchors.positions[0, :, None] + torch.arange(completion_length, device=device) - 1
-    expected = torch.cat([plain, plain[of_completions.flatten()]])
-    worst = float((expected - ours.float()).abs().max() / expected.abs().max().clamp(min=1.0))
-    tolerance = 1e-3 if dtype == torch.float32 else 5e-2
-    if not worst <= tolerance:
-        raise ModelError(
-            f"model {name!r}: block-parallel rollouts differ from its own forward pass by {worst:.3g} of the largest "
-            f"log-probability over {x.shape[1]} tokens. {_SUPPORTED}"
-        )
-
-
-_SUPPORTED = (
-    "Use a decoder-only model with standard attention, such as Qwen2, Qwen3, Llama, Mistral or Gemma; "
-    "docs/architectures.md lists all"
-)
-
-
-def _probe(model: nn.Module, n_tokens: int, completion_length: int) -> tuple[Tensor, Anchors, Tensor]:
-    """Random tokens, anchors in them, and two completions of each: its true one, and a random one beside it."""
-    device, generator = next(model.parameters()).device, torch.Generator().manual_seed(0)
-    vocabulary = model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
-    G, longest = completion_length, getattr(model.config, "max_position_embeddings", None)
-    n_tokens = max(min(n_tokens, (longest or n_tokens + G) - G), 1)
-    x = torch.randint(0, vocabulary, (1, n_tokens + G), generator=generator)
-    positions = torch.tensor([[min(4, n_tokens), (n_tokens + 1) // 2, n_tokens]])
-    true = x[0, positions[0, :, None] + torch.arange(G)]
-    other = torch.randint(0, vocabulary, true.shape, generator=generator)
-    anchors = Anchors(positions.to(device), torch.ones_like(positions, dtype=torch.bool, device=device))
-    return x.to(device), anchors, torch.stack([true, other], dim=1)[None].to(device)
-
-
-@contextmanager
-def _mode(model: nn.Module, *, training: bool) -> Iterator[None]:
-    before = model.training
-    model.train(training)
-    try:
-        yield
-    finally:
-        model.train(before)
-
-
-@contextmanager
-def _own_attention(model: nn.Module) -> Iterator[None]:
-    """Context in which the model runs with the attention of its own code."""
-    before = model.config._attn_implementation  # type: ignore[union-attr]
-    model.set_attn_implementation("eager")  # type: ignore[operator]
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)  # type: ignore[operator]
-
-
-def _refuse_length_dependent_positions(config: Any, n_tokens: int) -> None:
-    """Refuse rotary frequencies that change with the length of a sequence, so that no prefix can be shared.
-
-    Those of `dynamic` change beyond `max_position_embeddings` only, which no run passes.
-    """
-    parameters = getattr(config, "rope_parameters", None) or {}
-    for rope in [parameters, *(value for value in parameters.values() if isinstance(value, dict))]:
-        limit = rope.get("original_max_position_embeddings")
-        if rope.get("rope_type") == "longrope" and limit and n_tokens > limit:
-            raise ModelError(
-                f"its longrope positions change beyond {limit} tokens, and the run needs {n_tokens}: contexts cannot be "
-                "shared there"
-            )

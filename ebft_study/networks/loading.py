@@ -16,8 +16,9 @@ from transformers.utils import logging as transformers_logging
 
 from ebft_study.config import RunConfig
 from ebft_study.errors import ModelError
-from ebft_study.networks.blocks import ATTENTION, Backend, verify
+from ebft_study.networks.blocks import ATTENTION, Backend
 from ebft_study.networks.lora import BaseModel, add_adapters
+from ebft_study.networks.verification import SUPPORTED, verify
 from ebft_study.pretraining.ladder import LADDER, architecture, ensure_tiny_model
 
 transformers_logging.disable_progress_bar()
@@ -129,7 +130,7 @@ def fingerprint(model: nn.Module) -> str:
     digest = hashlib.sha256(json.dumps(_architecture(model), sort_keys=True, default=str).encode())
     for name, tensor in model.state_dict().items():
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
 
 
@@ -185,6 +186,9 @@ def frozen_copy(config: RunConfig, base: LoadedModel) -> nn.Module:
 
 def _explain(name: str, error: Exception) -> str:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if ATTENTION in reason:  # the architecture looks for its attention elsewhere than in the registry
+        problem = "its architecture has attention of its own, which block attention cannot replace"
+        return f"model {name!r}: {problem}. {SUPPORTED}"
     if name.startswith((".", "/", "~")) or Path(name).exists():
         return f"model {name!r}: no usable model in this folder ({reason}). Give a folder with config.json and weights"
     return (

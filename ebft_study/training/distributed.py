@@ -24,6 +24,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from ebft_study.networks.blocks import decoder_names
 from ebft_study.networks.loading import trained_parameters
 
 # --- sums ------------------------------------------------------------------------------------------------------
@@ -85,7 +86,7 @@ def shard(model: nn.Module, *, world_size: int, precision: str) -> None:
             cast_forward_inputs=False,
         ),
     }
-    for layer in model.get_decoder().layers:  # type: ignore[operator]
+    for layer in getattr(model.get_decoder(), decoder_names(model).layers):  # type: ignore[operator]
         fully_shard(layer, **options)
     # Embeddings and head, which may be one parameter, belong to the root.
     fully_shard(model, **options)

@@ -15,7 +15,8 @@ from ebft_study.data import Batch
 from ebft_study.errors import ModelError
 from ebft_study.features.local import LocalFeatures
 from ebft_study.networks import blocks
-from ebft_study.networks.blocks import ATTENTION, completion_log_probs, run_prefix, token_log_probs, verify
+from ebft_study.networks.blocks import ATTENTION, completion_log_probs, run_prefix, token_log_probs
+from ebft_study.networks.verification import verify
 from ebft_study.rollouts.strided import StridedRollouts
 from tests.references import naive_model
 from tests.small_models import ARCHITECTURES, VOCABULARY, small_batch, small_model

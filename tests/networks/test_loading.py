@@ -6,10 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import PhiConfig, PhiForCausalLM
 
+from ebft_study.algorithm.anchors import find_anchors
+from ebft_study.algorithm.sampling import uniforms
 from ebft_study.errors import ModelError
 from ebft_study.features.local import load_feature_network
+from ebft_study.networks.blocks import completion_log_probs, run_prefix
 from ebft_study.networks.loading import load_model
+from ebft_study.rollouts.strided import StridedRollouts
+from tests.small_models import small_batch
 from tests.tiny_run import tiny_config, write_model
 
 
@@ -25,6 +31,23 @@ def test_fingerprints_tell_weights_apart(tmp_path: Path) -> None:
         for name, seed in (("a", 0), ("b", 0), ("c", 1))
     )
     assert first == same != other
+
+
+def test_a_model_with_dropout_trains_without_it(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model")
+    config = PhiConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        initializer_range=0.25, attention_dropout=0.2, resid_pdrop=0.2, embd_pdrop=0.2,
+    )  # fmt: skip
+    PhiForCausalLM(config).save_pretrained(folder)
+    model = load_model(str(folder)).model.train()
+    batch = small_batch([[0] * 20])
+    anchors = find_anchors(batch.document_ids, completion_length=4, stride=4, first_context_length=3)
+    noise = uniforms((0,), [0], n_anchors=anchors.positions.shape[1], n_samples=3, length=4)
+    rollouts = StridedRollouts().sample(model, batch, anchors, noise=noise, temperature=1.0)
+    prefix = run_prefix(model, batch.tokens, batch.document_ids)
+    scored = completion_log_probs(model, prefix, anchors, rollouts.completions, temperature=1.0)
+    torch.testing.assert_close(rollouts.log_probs, scored, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "nobody/no-such-model"])

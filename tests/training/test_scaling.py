@@ -13,8 +13,9 @@ from ebft_study.algorithm.anchors import find_anchors
 from ebft_study.errors import ModelError
 from ebft_study.features.local import LocalFeatures
 from ebft_study.methods import MetricAccumulator
-from ebft_study.networks.blocks import completion_log_probs, run_prefix, token_log_probs, verify
+from ebft_study.networks.blocks import completion_log_probs, run_prefix, token_log_probs
 from ebft_study.networks.loading import load_model
+from ebft_study.networks.verification import verify
 from ebft_study.rollouts.strided import StridedRollouts
 from ebft_study.training.loop import start
 from ebft_study.training.setup import checkpoint_activations
