@@ -25,7 +25,7 @@ from ebft_study.algorithm.whitening import whitened_products
 from ebft_study.cost import ModelShape
 from ebft_study.features import local
 from tests.benchmarks import assert_refused, run_command
-from tests.small_models import ARCHITECTURES, small_batch, small_model
+from tests.small_models import small_batch, small_model
 
 TINY = Settings(
     model="tiny-1m",
@@ -80,7 +80,7 @@ def test_both_contenders_draw_embed_score_and_differentiate_alike(layout: str, c
     assert [name for name, row in rows.items() if row.failed] == []
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ["qwen2-tied", "llama-untied"])  # whose attention PyTorch's own kernel knows
 def test_both_contenders_agree_for_other_architectures(architecture: str) -> None:
     rows = compared(*contenders(LAYOUTS["packed"], architecture))
     assert rows["identical_completions"].value == 1
