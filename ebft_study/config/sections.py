@@ -128,8 +128,10 @@ class LossConfig(Section):
 
     gamma: float = Field(0.0, ge=0.0, description="weight of the cross-entropy term")
     aggregation: Literal["token_mean", "sum"] = "token_mean"
-    kl_coefficient: float = Field(0.0, ge=0.0, description="weight of the KL term to the base model")
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    kl_coefficient: float = Field(0.0, ge=0.0, description="weight of the KL term to the base model, 1/beta of (10)")
+    kl_estimator: Literal["sequence", "k1", "k2", "k3"] = Field(
+        "sequence", description="sequence: gradient of the KL of completions; k1, k2, k3: of single tokens, biased"
+    )
     ce_region: Literal["all", "answer"] = Field("all", description="tokens in the cross-entropy, in SFT too")
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ebft_study.algorithm.advantages import feature_matching_advantages
 from ebft_study.algorithm.anchors import Anchors
-from ebft_study.algorithm.losses import cross_entropy_loss, kl_penalty, policy_gradient_loss
+from ebft_study.algorithm.losses import cross_entropy_loss, kl_loss, kl_penalty, policy_gradient_loss
 from ebft_study.algorithm.metrics import conditional_feature_matching, duplicate_fraction, whitened_feature_matching
 from ebft_study.algorithm.rewards import Rewards, feature_matching_rewards
 from ebft_study.config import RunConfig
@@ -153,9 +153,9 @@ class Ebft:
             with torch.no_grad():
                 base_log_probs = self._score(self.base, base, anchors, rollouts.completions)
             penalty = kl_penalty(log_probs, base_log_probs, anchors.valid, estimator=self.loss.kl_estimator)
-            penalty = penalty * weights[..., None]
-            loss = loss + self.loss.kl_coefficient * penalty.sum() / (n_pairs * log_probs.shape[3])
-            accumulator.add("kl", penalty.detach().double().sum(), float(anchors.valid.sum()) * log_probs[0, 0].numel())
+            kl = kl_loss(penalty, weights, aggregation=self.loss.aggregation, denominator=n_pairs)
+            loss = loss + self.loss.kl_coefficient * kl
+            accumulator.add_valid("kl", weights[..., None] * penalty.detach(), anchors.valid)
         return differentiate(loss)
 
     def _score(self, model: nn.Module, prefix: Prefix, anchors: Anchors, completions: Tensor) -> Tensor:
