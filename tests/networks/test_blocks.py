@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import typing
+
 import pytest
 import torch
 from torch import nn
 from transformers import MistralConfig, MistralForCausalLM
 
 from ebft_study.algorithm.anchors import Anchors, completions_at, find_anchors
+from ebft_study.algorithm.features import Normalization
 from ebft_study.algorithm.sampling import uniforms
 from ebft_study.data import Batch
 from ebft_study.errors import ModelError
@@ -96,7 +99,7 @@ def _take_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("pooling", ["last_token", "mean", "concat"])
-@pytest.mark.parametrize("normalize", ["per_layer", "joint"])
+@pytest.mark.parametrize("normalize", typing.get_args(Normalization))
 @pytest.mark.parametrize("depths", [(0.25, 0.5, 0.75), (0.5, 1.0)])
 def test_features_equal_those_of_each_completion_alone(
     architecture: str, pooling: str, normalize: str, depths: tuple[float, ...]
