@@ -8,7 +8,8 @@
             backward    into the weights and the leaves
     prefix, backward, once, with what the leaves collected
 
-Every context's rewards depend on its own samples only, so the parts add up to the gradient of the whole, exactly.
+Every context's rewards depend on its own samples only, so the parts add up to the gradient of the whole: exactly, but
+for rounding.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ class Ebft:
         """
         Args:
             base: the frozen base model, needed only for the KL term.
-            anchors_at_once: anchors per scoring pass, to bound memory; the gradient is the same whatever it is.
+            anchors_at_once: anchors per pass, to bound memory. It changes neither the gradient of given completions nor
+                their distribution; rounding may change a draw (`algorithm.sampling`).
         """
         self.reward, self.loss, self.temperature = config.reward, config.loss, config.rollout.temperature
         self.rollouts, self.features, self.base = rollouts, features, base
