@@ -16,7 +16,7 @@ SYMBOLS = {
     "temperature": "τ",
     "learning_rate": "lr",
     "sequence_length": "T",
-    "kl_coefficient": "β",
+    "kl_coefficient": "1/β",
 }
 
 

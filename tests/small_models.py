@@ -14,10 +14,17 @@ ARCHITECTURES = ["qwen2-tied", "llama-untied", "gemma2-windows"]
 """Gemma 2 has sliding windows in every other layer, and bounds its scores and logits."""
 
 
-def small_model(architecture: str = "qwen2-tied", *, layers: int = 4, seed: int = 0, head_dim: int = 8) -> nn.Module:
+def small_model(
+    architecture: str = "qwen2-tied",
+    *,
+    layers: int = 4,
+    seed: int = 0,
+    head_dim: int = 8,
+    vocabulary: int = VOCABULARY,
+) -> nn.Module:
     """A model with grouped-query attention and weights large enough that attention matters."""
     sizes = {
-        "vocab_size": VOCABULARY,
+        "vocab_size": vocabulary,
         "hidden_size": 4 * head_dim,
         "intermediate_size": 48,
         "num_hidden_layers": layers,

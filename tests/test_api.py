@@ -81,6 +81,17 @@ def test_one_run_trains_from_a_mapping_or_from_settings(tmp_path: Path) -> None:
     assert ebft.write_report(tmp_path / "b").name == "report.html"
 
 
+def test_a_resumed_run_keeps_the_defaults_that_it_began_with(tmp_path: Path) -> None:
+    """A run of version 0.1 recorded k3, the default then."""
+    complete = tiny_config(tmp_path, name="tiny", steps=2, kl_coefficient=0.1).model_dump(mode="json")
+    settings = {**complete, "loss": {"kl_coefficient": 0.1}}
+    ebft.train({**settings, "kl_estimator": "k3"}, output=tmp_path / "a", console=quiet())
+    ebft.train(settings, output=tmp_path / "a", resume=True, console=quiet())
+    assert ebft.read_results(tmp_path / "a").trials["kl_estimator"].tolist() == ["k3"]
+    with pytest.raises(ResultsError, match="kl_estimator: k3 -> k1"):
+        ebft.train({**settings, "kl_estimator": "k1"}, output=tmp_path / "a", resume=True, console=quiet())
+
+
 def test_importing_it_is_instant() -> None:
     code = "import sys, ebft_study; assert not {'torch', 'ray', 'pandas', 'rich', 'pydantic'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=600)

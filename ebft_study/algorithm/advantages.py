@@ -34,12 +34,13 @@ def feature_matching_advantages(alignment: Tensor, diversity: Tensor, *, alpha: 
         centred = reward - reward.mean(dim=-1, keepdim=True)
         return torch.where(spread > 1e-8, centred / spread.clamp(min=1e-8), 0.0)
     if baseline == "naive":
-        return reward - _mean_of_others(reward)
-    others = _mean_of_others(alignment)
+        return reward - mean_of_others(reward)
+    others = mean_of_others(alignment)
     if n > 2:
         others = others - alpha * (diversity.sum(dim=-1, keepdim=True) - 2.0 * diversity) / (n - 2)
     return reward - others
 
 
-def _mean_of_others(values: Tensor) -> Tensor:
-    return (values.sum(dim=-1, keepdim=True) - values) / (values.shape[-1] - 1)
+def mean_of_others(values: Tensor, *, dim: int = -1) -> Tensor:
+    """For each of the n > 1 entries along `dim`, the mean of the others."""
+    return (values.sum(dim=dim, keepdim=True) - values) / (values.shape[dim] - 1)

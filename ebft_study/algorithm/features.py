@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Pooling = Literal["last_token", "mean", "concat"]
-Normalization = Literal["per_layer", "joint"]
+Normalization = Literal["per_layer", "joint", "token_per_layer", "token_joint"]
 
 
 def layer_indices(depths: Sequence[float], n_layers: int) -> list[int]:
@@ -30,12 +30,19 @@ def layer_indices(depths: Sequence[float], n_layers: int) -> list[int]:
 
 
 def feature_map(hidden: Sequence[Tensor], *, pooling: Pooling, normalize: Normalization) -> Tensor:
-    """phi from the hidden states of a completion's tokens, one tensor per layer.
+    """phi from the hidden states of a completion's tokens, one tensor per layer (section 2.1).
 
     Pooling reduces the completion's G tokens: `last_token` keeps the state at the last one, `mean` averages,
-    `concat` concatenates all G. Then `per_layer` divides each layer's vector by its own L2 norm and concatenates
-    (the paper; `|phi|^2` = number of layers), while `joint` concatenates and divides once (`|phi|^2` = 1), so that
-    layers with large activations dominate. A zero vector stays zero.
+    `concat` concatenates all G. Normalisation divides by an L2 norm, before or after pooling:
+
+    - `per_layer`: pools, then divides each layer's vector by its own norm (the paper; `|phi|^2` = number of layers).
+    - `joint`: pools, then divides the concatenated layers by one norm (`|phi|^2` = 1), so that layers with large
+      activations dominate.
+    - `token_per_layer`, `token_joint`: the same of every token's states, and then pools. `token_joint` is the authors'
+      code. With `mean`, `|phi|^2` is the mean cosine of all pairs of tokens times the above: smaller, the more a
+      completion's states differ. With `concat` it is G times the above.
+
+    The two orders differ for `mean` and `concat`, and agree for `last_token`. A zero vector stays zero.
 
     Args:
         hidden: per layer [..., G, H].
@@ -43,10 +50,20 @@ def feature_map(hidden: Sequence[Tensor], *, pooling: Pooling, normalize: Normal
     Returns:
         [..., d] float32 with d = layers * H (times G for `concat`).
     """
-    pooled = [_pool(states.float(), pooling) for states in hidden]
-    if normalize == "per_layer":
-        return torch.cat([F.normalize(layer, dim=-1) for layer in pooled], dim=-1)
-    return F.normalize(torch.cat(pooled, dim=-1), dim=-1)
+    states = [layer.float() for layer in hidden]
+    if normalize in ("token_per_layer", "token_joint"):
+        states = _normalized(states, jointly=normalize == "token_joint")
+        return torch.cat([_pool(layer, pooling) for layer in states], dim=-1)
+    pooled = [_pool(layer, pooling) for layer in states]
+    return torch.cat(_normalized(pooled, jointly=normalize == "joint"), dim=-1)
+
+
+def _normalized(layers: list[Tensor], *, jointly: bool) -> list[Tensor]:
+    """Layers [..., H], each divided by its own norm, or all by that of their concatenation."""
+    if not jointly:
+        return [F.normalize(layer, dim=-1) for layer in layers]
+    together = F.normalize(torch.cat(layers, dim=-1), dim=-1)
+    return list(together.tensor_split(len(layers), dim=-1))
 
 
 def _pool(states: Tensor, pooling: Pooling) -> Tensor:

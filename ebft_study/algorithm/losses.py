@@ -11,8 +11,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ebft_study.algorithm.advantages import mean_of_others
+
 Aggregation = Literal["token_mean", "sum"]
-KlEstimator = Literal["k1", "k2", "k3"]
+KlEstimator = Literal["sequence", "k1", "k2", "k3"]
 
 
 def policy_gradient_loss(
@@ -29,9 +31,13 @@ def policy_gradient_loss(
         valid: [S, B] bool, False for padded anchors.
         denominator: number of (context, sample) pairs over all workers.
     """
-    score = log_probs.mean(dim=-1) if aggregation == "token_mean" else log_probs.sum(dim=-1)
+    score = _over_tokens(log_probs, aggregation)
     weighted = advantages.detach().to(score.dtype) * score
     return -torch.where(valid[..., None], weighted, 0.0).sum() / denominator
+
+
+def _over_tokens(values: Tensor, aggregation: Aggregation) -> Tensor:
+    return values.mean(dim=-1) if aggregation == "token_mean" else values.sum(dim=-1)
 
 
 def importance_weights(log_probs: Tensor, sampled_log_probs: Tensor, *, clip: float) -> tuple[Tensor, Tensor]:
@@ -70,18 +76,55 @@ def next_token_mask(document_ids: Tensor, answer_mask: Tensor | None = None) -> 
 
 
 def kl_penalty(log_probs: Tensor, base_log_probs: Tensor, valid: Tensor, *, estimator: KlEstimator) -> Tensor:
-    """Per-token estimates of `KL(p_theta || p_base)` on sampled tokens, [S, B, n, G], 0 where not valid.
+    """Estimate `KL(p_theta || p_base)` of (10), (76) by token: [S, B, n, G] in nats, 0 where not valid.
 
-    With `u = log p_theta - log p_base`: k1 = `u`, k2 = `u^2 / 2`, k3 = `exp(-u) - 1 + u`. As a loss, k1 itself has a
-    gradient of mean zero, so its value is paired with the score-function gradient `u grad log p_theta`, the same that
-    k2 gives; k3 is differentiated as written (low variance, the gradient of the forward KL).
+    This is the KL of whole completions, `E[sum_t u_t]` with `u_t = log p_theta(y_t | y_<t) - log p_base(y_t | y_<t)`.
+    Its gradient is `E[sum_t (sum_{s >= t} u_s) grad log p_theta(y_t | y_<t)]`: a token also changes the ratios of the
+    tokens after it.
+
+    - `sequence`: value `u_t` and exactly this gradient in expectation. The reward-to-go `sum_{s >= t} u_s` has a
+      leave-one-out baseline, the mean reward-to-go at t of the context's other samples; for n = 1 it has none.
+
+    The estimators of Schulman (2020) differentiate each token with the distribution of the prefixes `y_<t` held fixed.
+    Only k1 and k2 at G = 1 have the gradient of (10); otherwise the tilt of Theorem D.3 is not their fixed point.
+
+    - `k1`: value `u_t`, gradient `E[sum_t u_t grad log p_theta(y_t | y_<t)]`, that of the KLs of single tokens
+      `sum_t E[KL(p_theta(. | y_<t) || p_base(. | y_<t))]`.
+    - `k2`: value `u_t^2 / 2`, which is biased; the gradient of k1.
+    - `k3`: value `exp(-u_t) - 1 + u_t`, which is never negative; the gradient of the other direction,
+      `sum_t E[KL(p_base(. | y_<t) || p_theta(. | y_<t))]`.
+
+    Args:
+        log_probs: [S, B, n, G], with gradient, of the tempered policy that sampled the tokens.
+        base_log_probs: [S, B, n, G], of the base model at the same temperature.
+        valid: [S, B] bool, False for padded anchors.
     """
     u = log_probs - base_log_probs.detach()
-    if estimator == "k1":
-        surrogate = u.detach() * log_probs
-        penalty = u.detach() + surrogate - surrogate.detach()
-    elif estimator == "k2":
+    if estimator == "k2":
         penalty = 0.5 * u.square()
-    else:
+    elif estimator == "k3":
         penalty = torch.expm1(-u) + u
+    else:
+        value = u.detach()
+        cost = value if estimator == "k1" else _minus_other_samples(value.flip(-1).cumsum(dim=-1).flip(-1))
+        penalty = value + cost * (log_probs - log_probs.detach())
     return torch.where(valid[..., None, None], penalty, 0.0)
+
+
+def _minus_other_samples(values: Tensor) -> Tensor:
+    """`values` [S, B, n, G] less their leave-one-out mean over the n samples; as they are for n = 1."""
+    return values if values.shape[-2] == 1 else values - mean_of_others(values, dim=-2)
+
+
+def kl_loss(penalty: Tensor, weights: Tensor, *, aggregation: Aggregation, denominator: float) -> Tensor:
+    """KL term of (10): `sum w_j agg_t penalty_t / denominator`, over the tokens as in `policy_gradient_loss`.
+
+    With `sum` it is the KL of whole completions, so that `policy_gradient_loss + kl_loss / beta` has the gradient of
+    (10); with `token_mean` both terms are divided by G, which leaves their balance and the optimum as they are.
+
+    Args:
+        penalty: [S, B, n, G] of `kl_penalty`.
+        weights: [S, B, n], `importance_weights` of the completions; 1 for samples of the trained policy itself.
+        denominator: number of (context, sample) pairs over all workers.
+    """
+    return (weights.detach().to(penalty.dtype) * _over_tokens(penalty, aggregation)).sum() / denominator

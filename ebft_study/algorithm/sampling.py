@@ -1,7 +1,9 @@
 """Drawing tokens by inverting the cumulative distribution, so that the noise is an argument.
 
-With the uniforms fixed, a sample is a deterministic function of the model: the same whatever the micro-batch or
-the number of workers, and comparable across models (common random numbers).
+The uniforms of a step depend on neither micro-batches nor workers, so samples are comparable across models (common
+random numbers). The probabilities depend on them by rounding: two ways to cut a step draw the same tokens, except where
+a uniform lies within rounding of a boundary of the cumulative distribution. From such a draw on, the completion is
+another one, and from the next update on the run.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ def uniforms(key: Sequence[int], sequence_ids: Sequence[int], *, n_anchors: int,
     """Noise in [0, 1) for a batch, [S, B, n, G] float32, one independent stream per sequence.
 
     The stream of a sequence depends on `key` (seed, step, ...) and its id alone. Anchor b, sample j, token t reads a
-    fixed position in it, so neither the batch's composition nor its padding changes any draw.
+    fixed position in it, so neither the batch's composition nor its padding changes any of it.
     """
     streams = [
         np.random.Generator(np.random.Philox(np.random.SeedSequence([*key, int(identity)]))).random(

@@ -5,6 +5,7 @@ code, Parquet and plots (`keys.short_names`).
 """
 
 from ebft_study.config.keys import (
+    EARLIER_DEFAULTS,
     all_keys,
     as_number,
     flatten,
@@ -35,6 +36,7 @@ from ebft_study.config.sections import (
 )
 
 __all__ = [
+    "EARLIER_DEFAULTS",
     "CheckpointConfig",
     "DataConfig",
     "EvaluationConfig",

@@ -13,6 +13,9 @@ from typing import Any
 from ebft_study.config.sections import RunConfig, Section
 from ebft_study.errors import ConfigError
 
+EARLIER_DEFAULTS: dict[str, Any] = {"loss.kl_estimator": "k3"}
+"""Dotted path -> default in version 0.1 of a setting that has another one now. Studies of that version keep it."""
+
 
 @functools.cache
 def all_keys() -> dict[str, Any]:

@@ -71,7 +71,9 @@ class FeaturesConfig(Section):
     random_weights: bool = Field(False, description="same architecture, random weights (an ablation)")
     depths: tuple[float, ...] = Field((0.25, 0.5, 0.75), min_length=1, description="relative depths in (0, 1]")
     pooling: Literal["last_token", "mean", "concat"] = "last_token"
-    normalize: Literal["per_layer", "joint"] = "per_layer"
+    normalize: Literal["per_layer", "joint", "token_per_layer", "token_joint"] = Field(
+        "per_layer", description="divide by the L2 norm of each layer or of all; token_*: each token's, before pooling"
+    )
     backend: Literal["auto", "local", "service"] = Field(
         "auto",
         description="local: a network per trial; service: one for all trials; auto: the better one by the plan",
@@ -128,8 +130,10 @@ class LossConfig(Section):
 
     gamma: float = Field(0.0, ge=0.0, description="weight of the cross-entropy term")
     aggregation: Literal["token_mean", "sum"] = "token_mean"
-    kl_coefficient: float = Field(0.0, ge=0.0, description="weight of the KL term to the base model")
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    kl_coefficient: float = Field(0.0, ge=0.0, description="weight of the KL term to the base model, 1/beta of (10)")
+    kl_estimator: Literal["sequence", "k1", "k2", "k3"] = Field(
+        "sequence", description="sequence: gradient of the KL of completions; k1, k2, k3: of single tokens, biased"
+    )
     ce_region: Literal["all", "answer"] = Field("all", description="tokens in the cross-entropy, in SFT too")
 
 

@@ -8,7 +8,8 @@
             backward    into the weights and the leaves
     prefix, backward, once, with what the leaves collected
 
-Every context's rewards depend on its own samples only, so the parts add up to the gradient of the whole, exactly.
+Every context's rewards depend on its own samples only, so the parts add up to the gradient of the whole: exactly, but
+for rounding.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from ebft_study.algorithm.advantages import feature_matching_advantages
 from ebft_study.algorithm.anchors import Anchors
-from ebft_study.algorithm.losses import cross_entropy_loss, kl_penalty, policy_gradient_loss
+from ebft_study.algorithm.losses import cross_entropy_loss, kl_loss, kl_penalty, policy_gradient_loss
 from ebft_study.algorithm.metrics import conditional_feature_matching, duplicate_fraction, whitened_feature_matching
 from ebft_study.algorithm.rewards import Rewards, feature_matching_rewards
 from ebft_study.config import RunConfig
@@ -48,7 +49,8 @@ class Ebft:
         """
         Args:
             base: the frozen base model, needed only for the KL term.
-            anchors_at_once: anchors per scoring pass, to bound memory; the gradient is the same whatever it is.
+            anchors_at_once: anchors per pass, to bound memory. It changes neither the gradient of given completions nor
+                their distribution; rounding may change a draw (`algorithm.sampling`).
         """
         self.reward, self.loss, self.temperature = config.reward, config.loss, config.rollout.temperature
         self.rollouts, self.features, self.base = rollouts, features, base
@@ -153,9 +155,9 @@ class Ebft:
             with torch.no_grad():
                 base_log_probs = self._score(self.base, base, anchors, rollouts.completions)
             penalty = kl_penalty(log_probs, base_log_probs, anchors.valid, estimator=self.loss.kl_estimator)
-            penalty = penalty * weights[..., None]
-            loss = loss + self.loss.kl_coefficient * penalty.sum() / (n_pairs * log_probs.shape[3])
-            accumulator.add("kl", penalty.detach().double().sum(), float(anchors.valid.sum()) * log_probs[0, 0].numel())
+            kl = kl_loss(penalty, weights, aggregation=self.loss.aggregation, denominator=n_pairs)
+            loss = loss + self.loss.kl_coefficient * kl
+            accumulator.add_valid("kl", weights[..., None] * penalty.detach(), anchors.valid)
         return differentiate(loss)
 
     def _score(self, model: nn.Module, prefix: Prefix, anchors: Anchors, completions: Tensor) -> Tensor:

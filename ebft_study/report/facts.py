@@ -15,8 +15,9 @@ from ebft_study.analysis.usage import Facts
 NOTABLE = (
     *("method", "model", "dataset", "sequence_length", "packing", "steps", "batch_size", "learning_rate", "schedule"),
     *("warm_start_steps", "n_samples", "completion_length", "stride", "temperature", "anchor_region", "alpha", "gamma"),
-    *("whitening", "baseline", "aggregation", "kl_coefficient", "ce_region", "feature_network", "depths", "pooling"),
-    *("normalize", "precision", "validation_sequences", "heldout_sequences", "cfm_samples", "evaluation_seed"),
+    *("whitening", "baseline", "aggregation", "kl_coefficient", "kl_estimator", "ce_region", "feature_network"),
+    *("depths", "pooling", "normalize", "precision", "validation_sequences", "heldout_sequences", "cfm_samples"),
+    "evaluation_seed",
 )
 MAX_VALUES = 8
 HASH_LENGTH = 32

@@ -66,10 +66,10 @@ METRICS: dict[str, Metric] = _by_name(
     Metric("cfm_standard_error", "squared feature norm", "standard error of cfm_loss over contexts"),
     Metric("evaluation_seconds", "s", "duration of the evaluation", "min"),
     # On training steps, on the training batch.
-    Metric("loss", "", "the differentiated sum: policy_loss + gamma * cross-entropy + kl_coefficient * kl"),
+    Metric("loss", "", "differentiated: policy_loss + gamma * cross-entropy + kl_coefficient * kl (* G with sum)"),
     Metric("policy_loss", "", "-advantage * log-probability, mean over contexts and samples"),
     Metric("train_ce_loss", "nats/token", "cross-entropy of the batch's ground-truth tokens", "min"),
-    Metric("kl", "nats/token", "estimated KL divergence from the base model"),
+    Metric("kl", "nats/token", "KL divergence of completions from the base model over G, by the value of kl_estimator"),
     Metric("reward", "", "alignment - alpha * diversity, mean over contexts and samples", "max"),
     Metric("alignment", "", "reward's agreement with the ground truth's features", "max"),
     Metric("diversity", "", "agreement with the other samples of the context, which the reward subtracts alpha times"),

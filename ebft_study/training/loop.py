@@ -5,8 +5,9 @@
     every log_every_steps a row of metrics, every eval_every_steps validation, every checkpoint_every_steps a checkpoint
     at the end: held-out evaluation
 
-Everything random is a function of (seed, step, row): a resumed run continues bit for bit (with a feature service, to
-rounding), and the number of workers changes nothing but rounding.
+All noise is a function of (seed, step, row): a resumed run continues bit for bit. Another number of workers, other
+micro-batches or a feature service change a step by rounding only. Sooner or later rounding also changes a drawn token
+(`algorithm.sampling`); from there on they are different runs.
 """
 
 from __future__ import annotations

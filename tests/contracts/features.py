@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import typing
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from ebft_study.algorithm.anchors import Anchors, completions_at, find_anchors
+from ebft_study.algorithm.features import Normalization
 from ebft_study.data import Batch
 from ebft_study.features import FeatureBackend, Features
 from tests.references import naive_model
@@ -45,7 +47,7 @@ class FeatureContract:
             torch.testing.assert_close(sampled, real, atol=1e-5, rtol=1e-5)
 
     @pytest.mark.parametrize("pooling", ["last_token", "mean", "concat"])
-    @pytest.mark.parametrize("normalize", ["per_layer", "joint"])
+    @pytest.mark.parametrize("normalize", typing.get_args(Normalization))
     def test_features_equal_a_plain_forward_pass_at_every_length(
         self, make: Make, pooling: str, normalize: str
     ) -> None:

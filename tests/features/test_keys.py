@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import typing
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from ebft_study.algorithm.anchors import find_anchors
+from ebft_study.algorithm.features import Normalization
 from ebft_study.data import Batch
 from ebft_study.features.cache import MemoryCache, TieredCache
 from ebft_study.features.embedder import Embedder, FeatureRequest
@@ -28,7 +30,10 @@ def test_every_part_of_what_features_are_changes_the_root() -> None:
     changed = [
         SPEC.root(**NETWORK),
         FeatureSpec(SPEC.depths, "mean", "per_layer").root(**NETWORK),
-        FeatureSpec(SPEC.depths, "last_token", "joint").root(**NETWORK),
+        *(
+            FeatureSpec(SPEC.depths, "last_token", other).root(**NETWORK)
+            for other in typing.get_args(Normalization)[1:]
+        ),
         *(SPEC.root(**(NETWORK | {key: [1, 2] if key == "indices" else "other"})) for key in NETWORK),
     ]
     assert len(set(changed)) == len(changed)

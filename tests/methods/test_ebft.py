@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
 import pytest
@@ -11,11 +12,13 @@ from torch import Tensor, nn
 
 from ebft_study.algorithm.anchors import Anchors, find_anchors
 from ebft_study.config import build_run, nest
+from ebft_study.data import Batch
 from ebft_study.features.local import LocalFeatures
 from ebft_study.methods import LossDenominators, MetricAccumulator
 from ebft_study.methods.ebft import Ebft
 from ebft_study.rollouts import Rollouts
 from ebft_study.rollouts.strided import StridedRollouts
+from tests.references import naive_model
 from tests.rollout_backends import WithoutGraph
 from tests.small_models import ARCHITECTURES, small_batch, small_model
 
@@ -139,3 +142,89 @@ def test_long_completions_are_scored_again_with_the_same_gradient(monkeypatch: p
     monkeypatch.setattr("ebft_study.cost.shapes.LONGEST_GRAPH", 3)
     assert_same(kept, gradients(gamma=0.1, kl_coefficient=0.05, rollouts=Watched()))
     assert sampled == [True, False]
+
+
+class Given(StridedRollouts):
+    """Returns completions that the test has chosen."""
+
+    rollouts: Rollouts
+
+    def sample(self, *args: Any, **kwargs: Any) -> Rollouts:
+        return self.rollouts
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"aggregation": "sum"},
+        {"aggregation": "token_mean"},
+        {"aggregation": "sum", "alpha": 0.0, "off_policy": True},
+        {"aggregation": "sum", "kl_estimator": "k1"},
+    ],
+    ids=["sum", "token_mean", "samples of another policy", "k1"],
+)
+def test_the_expected_gradient_is_that_of_the_kl_regularised_loss(settings: dict[str, Any]) -> None:
+    """Over all pairs of completions of two tokens of three words: (10) with 1/beta = 0.3, at the policy's temperature.
+
+    With `token_mean` it is half of that; k1 does not have it.
+    """
+    off_policy, settings = settings.get("off_policy", False), {"kl_coefficient": 0.3, "alpha": 1.0} | settings
+    settings.pop("off_policy", None)
+    model, network, base, other = (small_model(seed=seed, vocabulary=3) for seed in range(4))
+    base.requires_grad_(False)
+    tokens, context, truth = torch.tensor([[0, 2, 1, 1, 2, 0]]), slice(0, 4), slice(4, 6)
+    batch = Batch(tokens, torch.zeros_like(tokens), torch.ones_like(tokens, dtype=torch.bool), torch.arange(1))
+    anchors = Anchors(torch.tensor([[4]]), torch.tensor([[True]]))
+    completions = torch.tensor(list(itertools.product(range(3), repeat=2)))
+
+    def log_probs(of: nn.Module) -> Tensor:
+        return torch.stack([naive_model.completion_log_probs(of, tokens[0, context], y, 0.6) for y in completions])
+
+    def features(y: Tensor) -> Tensor:
+        return naive_model.features(network, tokens[0, context], y, [1, 2, 3], "last_token", "per_layer")
+
+    phi, psi = torch.stack([features(y) for y in completions]), features(tokens[0, truth])
+    log_p, log_q = log_probs(model).sum(dim=-1), log_probs(base).sum(dim=-1).detach()
+    mean = log_p.exp() @ phi
+    exact = settings["alpha"] * mean.square().sum() - 2 * mean @ psi + 0.3 * (log_p.exp() * (log_p - log_q)).sum()
+    expected = torch.autograd.grad(exact / (1 if settings["aggregation"] == "sum" else 2), list(model.parameters()))
+
+    backend, version = Given(), 0 if off_policy else None
+    config = build_run(
+        nest(
+            {
+                "n_samples": 2, "completion_length": 2, "temperature": 0.6, "sequence_length": 6, "stride": 4,
+                "profile_lengths": [1], "rollout.backend": "vllm", "importance_ratio_clip": 1e9,
+            } | settings,
+            source="test",
+        ),
+        source="test",
+    )  # fmt: skip
+    local = LocalFeatures(network, depths=(0.25, 0.5, 0.75), pooling="last_token", normalize="per_layer")
+    method = Ebft(config, rollouts=backend, features=local, base=base)
+    sampler = log_probs(other if off_policy else model).detach()
+    for i, j in itertools.combinations_with_replacement(range(9), 2):
+        backend.rollouts = Rollouts(completions[[i, j]][None, None], sampler[[i, j]][None, None], version)
+        probability = float(sampler[[i, j]].sum().exp()) * (1 if i == j else 2)
+        # One context with this weight in the expectation.
+        denominators = LossDenominators(contexts=1 / probability, ce_tokens=1.0)
+        method.backward(
+            model, batch, anchors, noise=torch.empty(1, 1, 2, 2), denominators=denominators,
+            accumulator=MetricAccumulator(),
+        )  # fmt: skip
+    found = [parameter.grad for parameter in model.parameters()]
+    size = max(float(gradient.abs().max()) for gradient in expected)
+    error = max(float((a - b).abs().max()) for a, b in zip(found, expected, strict=True))
+    assert (error > 1e-2 * size) if config.loss.kl_estimator == "k1" else (error < 1e-4 * size)
+
+
+def test_the_reported_kl_is_the_mean_ratio_of_a_token() -> None:
+    """Whatever the aggregation; with `sum`, the loss has G times as much of it."""
+    tallies = {}
+    for aggregation in ("token_mean", "sum"):
+        loss, _, tallies[aggregation] = gradients(aggregation=aggregation, kl_coefficient=0.5)
+        share = loss - tallies[aggregation].sums["policy_loss"]
+        scale = 4 if aggregation == "sum" else 1
+        assert share == pytest.approx(0.5 * scale * tallies[aggregation].mean("kl"), rel=1e-5)
+    assert tallies["sum"].mean("kl") == pytest.approx(tallies["token_mean"].mean("kl"))
+    assert tallies["sum"].mean("kl") == pytest.approx(gradients(kl_coefficient=0.5, kl_estimator="k1")[2].mean("kl"))

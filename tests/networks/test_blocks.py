@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BloomConfig, GptOssConfig, LlamaConfig, MistralConfig
 
 from ebft_study.algorithm.anchors import Anchors, completions_at, find_anchors
+from ebft_study.algorithm.features import Normalization
 from ebft_study.algorithm.sampling import uniforms
 from ebft_study.data import Batch
 from ebft_study.errors import ModelError
@@ -99,7 +100,7 @@ def _take_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("pooling", ["last_token", "mean", "concat"])
-@pytest.mark.parametrize("normalize", ["per_layer", "joint"])
+@pytest.mark.parametrize("normalize", get_args(Normalization))
 @pytest.mark.parametrize("depths", [(0.25, 0.5, 0.75), (0.5, 1.0)])
 def test_features_equal_those_of_each_completion_alone(
     architecture: str, pooling: str, normalize: str, depths: tuple[float, ...]

@@ -52,6 +52,10 @@ def features(
     parts = []
     for layer in layers:
         own = states[layer][0, len(context) :].float()
+        if normalize.startswith("token"):
+            each = [layer] if normalize == "token_per_layer" else layers
+            squares = sum(states[k][0, len(context) :].float().square().sum(dim=1) for k in each)
+            own = torch.stack([row / square**0.5 for row, square in zip(own, squares, strict=True)])
         vector = {"last_token": own[-1], "mean": own.mean(0), "concat": own.flatten()}[pooling]
         parts.append(vector / vector.norm() if normalize == "per_layer" else vector)
     joined = torch.cat(parts)

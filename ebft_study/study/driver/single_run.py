@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from ebft_study import results
-from ebft_study.config import RunConfig
+from ebft_study.config import EARLIER_DEFAULTS, RunConfig, build_run, with_paths
 from ebft_study.errors import ConfigError, EbftError, ResultsError
 from ebft_study.study.cluster import own
 from ebft_study.study.driver import services
@@ -20,7 +20,7 @@ from ebft_study.study.driver.monitor import Monitor
 from ebft_study.study.folder import attempts, study_yaml
 from ebft_study.study.folder.study_yaml import StudySource
 from ebft_study.study.resolving.service_plan import check_cache, plan_services
-from ebft_study.study.spec.study_spec import ObjectiveSpec, ResourcesSpec, StudySpec, nested
+from ebft_study.study.spec.study_spec import ObjectiveSpec, ResourcesSpec, StudySpec, nested, paths
 from ebft_study.study.spec.trials import Configuration, Trial
 from ebft_study.study.view.display import Lines
 from ebft_study.training import RunResult
@@ -35,6 +35,7 @@ def run_single(run: RunConfig, source: StudySource, *, folder: Path, resume: boo
     from ebft_study.training.prepare import prepare
 
     folder = folder.resolve()
+    run = _with_recorded_defaults(run, folder, source.name)
     question = f"A single run of {Path(source.name).name}."
     spec = StudySpec(study=run.name, question=question, run=nested(run), seeds=(run.seed,))
     _check_folder(folder, spec, resume)
@@ -112,6 +113,15 @@ def _train(run: RunConfig, folder: Path, monitor: Monitor) -> dict[str, Any]:
 
     this = Attempt(run.name, str(folder), TRIAL, run.name, attempt, str(start_from) if start_from else None)
     return train_recorded(run, this, on_report=on_report)
+
+
+def _with_recorded_defaults(run: RunConfig, folder: Path, source: str) -> RunConfig:
+    """A run that began with an earlier version, with that version's defaults where it gives no value."""
+    if not (folder / study_yaml.NAME).exists():
+        return run
+    given, recorded = paths(run.model_dump(exclude_unset=True)), paths(study_yaml.read(folder).run)
+    kept = {path: recorded[path] for path in EARLIER_DEFAULTS if path in recorded and path not in given}
+    return build_run(with_paths(run.model_dump(mode="json"), kept), source=source) if kept else run
 
 
 def _check_folder(folder: Path, spec: StudySpec, resume: bool) -> None:

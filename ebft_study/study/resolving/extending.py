@@ -34,12 +34,14 @@ def extended(old: StudySpec, study: ResolvedStudy) -> StudySpec:
     _check_steps(old, study)
     if not differences(old, new):
         raise ConfigError(f"{source}: --extend: nothing is added to the study. Add to {_MAY_GROW}, or use 'resume'")
-    return new.model_copy(update={"extended_from": (*old.extended_from, StudySize.from_spec(old))})
+    sizes = (*old.extended_from, StudySize.from_spec(old))
+    return new.model_copy(update={"extended_from": sizes, "defaults": old.defaults})
 
 
 def differences(recorded: StudySpec, asked: StudySpec) -> list[str]:
-    """Keys in which a study and a file differ; files do not contain `extended_from`."""
-    return study_yaml.differences(recorded, asked.model_copy(update={"extended_from": recorded.extended_from}))
+    """Keys in which a study and a file differ; files do not contain what a study records of its own history."""
+    history = {"extended_from": recorded.extended_from, "defaults": recorded.defaults}
+    return study_yaml.differences(recorded, asked.model_copy(update=history))
 
 
 def reopened(study: ResolvedStudy, past: History) -> History:

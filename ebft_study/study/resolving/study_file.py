@@ -75,8 +75,8 @@ def _source(study: Path | Mapping[str, Any], profile: str | None) -> StudySource
 def read_study(content: Mapping[str, Any], source: str, profile: str | None = None) -> StudySpec:
     """A study file's content with a profile applied, before it is checked as a whole."""
     spec = normalized(config.parse(StudySpec, dict(content), source=source), source)
-    if spec.extended_from:
-        raise ConfigError(f"{source}: extended_from: is written by --extend. Remove it from the study file")
+    for key in {"extended_from", "defaults"} & content.keys():
+        raise ConfigError(f"{source}: {key}: is written by the study itself. Remove it from the study file")
     _check_keys(spec, source)
     spec = _with_profile(spec, profile, source)
     _check_keys(spec, source)

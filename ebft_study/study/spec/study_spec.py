@@ -17,7 +17,7 @@ from pydantic import (
     model_validator,
 )
 
-from ebft_study.config import RunConfig, Section, flatten
+from ebft_study.config import EARLIER_DEFAULTS, RunConfig, Section, all_keys, flatten
 from ebft_study.study.spec.axis import Axis, as_axis, in_lists
 from ebft_study.study.spec.links import Link
 
@@ -325,6 +325,10 @@ class StudySpec(Section):
     resources: ResourcesSpec = ResourcesSpec()
     profiles: dict[str, Profile] = Field(default_factory=dict)
     extended_from: tuple[StudySize, ...] = Field((), description="its size before each --extend; not for study files")
+    defaults: dict[str, Any] = Field(
+        default_factory=lambda: {path: all_keys()[path] for path in EARLIER_DEFAULTS},
+        description="setting -> its default when the study began, where versions differ; not for study files",
+    )
 
     @field_validator("axes", mode="before")
     @classmethod

@@ -100,7 +100,7 @@ def build(
     spec: StudySpec, configuration: Configuration, *, seed: int, name: str = "trial", source: str = ""
 ) -> RunConfig:
     """The complete settings of a run; raises `ConfigError` naming the configuration that breaks a rule."""
-    run = {**spec.run, "seed": seed, "name": name}
+    run = config.merge(config.with_paths({}, spec.defaults), {**spec.run, "seed": seed, "name": name})
     return with_settings(spec, run, configuration.settings, source=f"{source or spec.study}: {configuration.label}")
 
 

@@ -10,6 +10,7 @@ from ebft_study.errors import ConfigError
 from ebft_study.study.folder.history import History
 from ebft_study.study.folder.trial_states import TrialResult
 from ebft_study.study.resolving import extending
+from ebft_study.study.resolving.study_file import read_study
 from ebft_study.study.spec import normalize, trials
 from ebft_study.study.spec.study_spec import StudySpec
 from tests.studies import resolved
@@ -87,6 +88,29 @@ def test_the_file_that_a_study_was_extended_to_asks_for_nothing_else() -> None:
     grown = extend(spec(), spec(seeds=[0, 1, 2]))
     assert extending.differences(grown, spec(seeds=[0, 1, 2])) == []
     assert extending.differences(grown, spec()) == ["seeds: [0, 1, 2] -> [0, 1]"]
+
+
+def estimators(study: StudySpec) -> set[str]:
+    return {trial.run.loss.kl_estimator for trial in trials.listed(study)}
+
+
+def test_a_study_keeps_the_defaults_that_it_began_with() -> None:
+    """Version 0.1 recorded none: its KL was k3 unless the file said otherwise."""
+    file = {**GRID, "run": {"steps": 40, "kl_coefficient": 0.1}}
+    new = read_study(file, "file")
+    old = normalize.from_record(file, source="study.yaml")
+    assert (estimators(new), estimators(old)) == ({"sequence"}, {"k3"})
+    for begun in (new, old):
+        assert estimators(normalize.from_record(normalize.dump(begun), source="study.yaml")) == estimators(begun)
+        assert extending.differences(begun, new) == []
+        longer = extend(begun, read_study({**file, "seeds": [0, 1, 2]}, "file"))
+        assert estimators(longer) == estimators(begun)
+    named = {**file, "run": {**file["run"], "kl_estimator": "k1"}}
+    assert estimators(normalize.from_record(named, source="study.yaml")) == {"k1"}
+    axis = {**file, "axes": {"kl_estimator": ["sequence", "k2"]}, "baselines": {}}
+    assert estimators(normalize.from_record(axis, source="study.yaml")) == {"sequence", "k2"}
+    with pytest.raises(ConfigError, match="defaults: is written by the study itself"):
+        read_study({**file, "defaults": {}}, "file")
 
 
 def test_all_trials_of_an_extended_study_have_its_steps() -> None:
