@@ -54,23 +54,28 @@ def step(device: str, architecture: str, backend: Backend) -> list[Tensor]:
 
 @pytest.mark.parametrize("backend", ["chunked", "flex"])
 @pytest.mark.parametrize("length", [1, 7])
-def test_attention_on_the_gpu_equals_a_dense_mask(backend: Backend, length: int) -> None:
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (40, None), (5, 2.0)])
+def test_attention_on_the_gpu_equals_a_dense_mask(
+    backend: Backend, length: int, window: int | None, softcap: float | None
+) -> None:
     documents = torch.tensor([[0] * 300, [0] * 100 + [1] * 150 + [-1] * 50])
     anchors = find_anchors(documents, completion_length=8, stride=8, first_context_length=8)
     where = Contexts(*(bound.repeat_interleave(4, 1) for bound in contexts_of(documents, anchors)))
     S, N = where.end.shape
     shapes = [(S, 4, N, length, 64), *[(S, 2, 300, 64)] * 2, *[(S, 2, N, length, 64)] * 2]
     inputs = [torch.randn(shape, generator=torch.Generator().manual_seed(0)).requires_grad_() for shape in shapes]
-    expected = dense_block_attention(*inputs, start=where.start, end=where.end, scaling=0.125)
+    expected = dense_block_attention(
+        *inputs, start=where.start, end=where.end, scaling=0.125, window=window, softcap=softcap
+    )
     gradients = torch.autograd.grad(expected.square().sum(), inputs)
     there = Contexts(*(bound.cuda() for bound in where))
     moved = [tensor.detach().cuda().requires_grad_() for tensor in inputs]
     if backend == "flex":
-        mask = flex_mask(there, n_prefix=300, length=length)
-        output = flex_block_attention(*moved, mask=mask, scaling=0.125)
+        mask = flex_mask(there, n_prefix=300, length=length, window=window)
+        output = flex_block_attention(*moved, mask=mask, scaling=0.125, softcap=softcap)
     else:
-        chunks = plan_chunks(there, rows=4 * length, scores_at_once=10**6)
-        output = block_attention(*moved, chunks=chunks, scaling=0.125)
+        chunks = plan_chunks(there, rows=4 * length, scores_at_once=10**6, window=window, length=length)
+        output = block_attention(*moved, chunks=chunks, scaling=0.125, window=window, softcap=softcap)
     torch.testing.assert_close(output.cpu(), expected, atol=1e-3, rtol=1e-3)
     for found, wanted in zip(torch.autograd.grad(output.square().sum(), moved), gradients, strict=True):
         torch.testing.assert_close(found.cpu(), wanted, atol=1e-2, rtol=1e-2)
