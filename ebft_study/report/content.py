@@ -10,7 +10,7 @@ import pandas as pd
 
 from ebft_study import text
 from ebft_study.analysis.settings import assignments
-from ebft_study.analysis.summary import HELDOUT, Configuration, StudySummary, best
+from ebft_study.analysis.summary import COMPARED, HELDOUT, Configuration, StudySummary, best
 from ebft_study.analysis.usage import PLAN_EVENT
 from ebft_study.results.lineage import EXPLOIT, lineage
 
@@ -18,7 +18,6 @@ ROUTINE_EVENTS = ("started", "finished", PLAN_EVENT, EXPLOIT)
 MAX_INCIDENTS = 30
 MAX_CONTEXT_CHARACTERS = 240
 SHOWN_METRICS = ("ce_loss", "ce_answer_loss", "cfm_loss")
-COMPARED_METRICS = ("ce_loss", "cfm_loss")
 
 
 def overview(study: StudySummary) -> str:
@@ -49,17 +48,17 @@ class ConfigurationRow:
 def configuration_rows(study: StudySummary) -> list[ConfigurationRow]:
     """The base model, then every configuration; "best" is EBFT's best by validation CFM."""
     sft, winner = best(study.sft), best(study.ebft)
-    nothing = dict.fromkeys(COMPARED_METRICS, text.NOTHING)
+    nothing = dict.fromkeys(COMPARED, text.NOTHING)
     base = {metric: text.number(study.base(metric)) for metric in SHOWN_METRICS}
     rows = [ConfigurationRow("base model", text.NOTHING, base, nothing, nothing, is_best=False)]
     for c in study.configurations:
-        to_sft = {m: c.versus(sft, m).as_difference() for m in COMPARED_METRICS} if sft and c is not sft else nothing
+        to_sft = {m: c.versus(sft, m).as_difference() for m in COMPARED} if sft and c is not sft else nothing
         rows.append(
             ConfigurationRow(
                 c.label,
                 f"{c.n_finished} of {len(c.trials)}",
                 {metric: c.level(metric).as_level() for metric in SHOWN_METRICS},
-                {metric: c.change(metric).as_difference() for metric in COMPARED_METRICS},
+                {metric: c.change(metric).as_difference() for metric in COMPARED},
                 to_sft,
                 is_best=c is winner,
             )
