@@ -119,13 +119,19 @@ class StudySummary:
 
     @property
     def not_comparable(self) -> tuple[str, ...]:
-        """Varying settings across which held-out values of cfm_loss must not be compared."""
+        """Varying settings across which values of cfm_loss must not be compared, at one completion length either."""
+        return self._varying_in({*METRICS["cfm_loss"].comparable_within} - {"completion_length"})
+
+    @property
+    def validated_at_other_lengths(self) -> tuple[str, ...]:
+        """Varying settings across which validation values, by which configurations are chosen, are not comparable."""
+        return self._varying_in({"completion_length"})
+
+    def _varying_in(self, names: set[str]) -> tuple[str, ...]:
         settings = {name: name for name in self.varying} | self.shown_as
-        # Held-out values are compared at one completion length.
-        within = set(METRICS["cfm_loss"].comparable_within) - {"completion_length"}
         if self.results.trials["evaluation_temperature"].notna().all():
-            within.discard("temperature")  # it is that of evaluations, too, unless they have their own
-        return tuple(dict.fromkeys(settings[name] for name in settings if name in within))
+            names = names - {"temperature"}  # evaluations follow it only where they have none of their own
+        return tuple(dict.fromkeys(settings[name] for name in settings if name in names))
 
     def base(self, metric: str, position: int | None = None) -> float:
         """The base model's held-out value, averaged over all trials (they agree where they share a base model)."""

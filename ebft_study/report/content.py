@@ -194,6 +194,12 @@ def missing(study: StudySummary, drawn: Sequence[str]) -> list[str]:
             f"The study varies {names}, which changes what CFM measures: compare each configuration's CFM with its "
             "own base model, not with other configurations."
         )
+    if study.validated_at_other_lengths:
+        names = text.listed([text.named(name) for name in study.validated_at_other_lengths])
+        notes.append(
+            f"The study varies {names}, and each trial measures validation CFM at its own length: which configuration "
+            "has the lowest one says nothing across lengths. The held-out CFM is at one length."
+        )
     notes += [note for name, note in NOT_DRAWN.items() if name not in drawn]
     return [*notes, *(f"Could not be read, left out: {problem}" for problem in study.results.problems)]
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from ebft_study.evaluation import Moments, _add, quantities
 from ebft_study.methods import MetricAccumulator
 from ebft_study.results import METRICS, metric
 from ebft_study.results.metrics import AGGREGATED, QUANTITIES, Aggregation
+from ebft_study.training.validation import _over_workers
 
 EVERYTHING = torch.ones(2, 3, dtype=torch.bool)
 STEPS, WORKERS = 4, 3
@@ -54,6 +57,14 @@ def test_a_column_is_measured_or_accumulated() -> None:
     measured = {name for name, entry in METRICS.items() if entry.aggregation == "measured"}
     assert accumulator.row().keys() == METRICS.keys() - measured
     assert all(entry.tables == ("metrics",) for entry in AGGREGATED)
+
+
+def test_workers_exchange_all_moments_of_all_quantities() -> None:
+    accumulator = MetricAccumulator()
+    for quantity in QUANTITIES:
+        accumulator.add_valid(quantity, torch.rand(2, 3) - 0.5, EVERYTHING)
+    alone: Any = SimpleNamespace(accumulator=accumulator, sum_over_workers=list, world_size=1, device="cpu")
+    assert _over_workers(alone).row() == accumulator.row()
 
 
 def test_what_has_no_observation_is_in_no_row() -> None:
