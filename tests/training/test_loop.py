@@ -139,8 +139,9 @@ def test_samples_show_context_completion_and_truth(tmp_path: Path) -> None:
 
 
 def test_samples_name_the_row_of_the_data_that_they_continue(tmp_path: Path) -> None:
-    config = tiny_config(tmp_path)
-    rows = run_tiny(config)[1].sampled[4]
+    larger = write_data(tmp_path / "larger.jsonl", examples=300)
+    config = tiny_config(tmp_path, dataset=str(larger), steps=1)
+    rows = run_tiny(config)[1].sampled[1]
     parts = Run(config).parts
     data, decode = parts.data["validation"], parts.base.tokenizer.decode
     assert {row["sequence"] for row in rows} == {0, len(data) - 1} != {0, 1}, "two rows, spread over the split"
