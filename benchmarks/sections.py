@@ -153,7 +153,7 @@ def _phase_rows(name: str, ours: Ours, ceiling: float) -> Iterator[Row]:
         "optimizer": ("optimizer_seconds", 0, 0),
     }
     for phase, (metric, n_tokens, flops) in phases.items():
-        taken = [accumulator.sums[metric] for accumulator in ours.accumulators[-ours.settings.repeats :]]
+        taken = [accumulator.of(metric).total for accumulator in ours.accumulators[-ours.settings.repeats :]]
         at = f"{name}/{phase}"
         yield measured(f"{at}/seconds", taken, "s", cell=True)
         if flops:

@@ -13,6 +13,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from ebft_study.config import RunConfig, build_run, nest
 from ebft_study.pretraining.ladder import train_tokenizer
+from ebft_study.results import metric
 from ebft_study.training import Report, RunResult
 from ebft_study.training.loop import train
 
@@ -76,6 +77,8 @@ class MemoryRecorder:
         self.events: list[tuple[str, str]] = []
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        for name in values:
+            metric(name, "metrics")
         self.rows.setdefault(step, {}).update(values)
 
     def evaluations(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:

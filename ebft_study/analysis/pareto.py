@@ -1,7 +1,8 @@
 """Pareto front of a study with several objectives: the configurations that no other one dominates.
 
-Values are those of the validation split that the search received, means over the seeds of finished trials: trials that
-were stopped early are not comparable. Baselines are listed, and are no part of the front.
+Values are those that the search received (of the validation split; `reward` of the training batches), means over the
+seeds of finished trials: trials that were stopped early are not comparable. Baselines are drawn, and are no part of the
+front.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ebft_study import text
-from ebft_study.analysis.summary import Configuration, StudySummary
+from ebft_study.analysis.summary import COMPARED, Configuration, StudySummary
 
 Objective = tuple[str, str]
 """Metric and mode."""
@@ -74,7 +75,7 @@ def rows(study: StudySummary) -> list[dict[str, Any]]:
         {
             "label": point.configuration.label,
             "values": [text.number(value) for value in point.values],
-            "heldout": [point.configuration.level(name).as_level() for name in ("ce_loss", "cfm_loss")],
+            "heldout": [point.configuration.level(name).as_level() for name in COMPARED],
         }
         for point in points(study)
         if point.on_front

@@ -27,14 +27,11 @@ from ebft_study.analysis.settings import (
     with_choices,
 )
 from ebft_study.analysis.statistics import Interval, mean_interval, paired_difference
-from ebft_study.results import Results, cell_value, schema
+from ebft_study.results import METRICS, Results, cell_value, schema
 
 HELDOUT = "heldout"
-# Settings that change what cfm_loss measures, so that its values are not comparable across them.
-MEASURES_CFM = (
-    *("model", "feature_network", "random_weights", "depths", "pooling", "normalize", "dataset", "sequence_length"),
-    *("packing", "stride", "first_context_length", "anchor_region", "evaluation_temperature", "cfm_samples"),
-)
+COMPARED = ("ce_loss", "cfm_loss")
+"""Metrics by which reports compare configurations."""
 BySeed = dict[int, float]
 Values = dict[tuple[str, int | None], BySeed]
 """(metric, position) -> seed -> value; ("cfm_loss", None) is the value at the completion length of comparisons."""
@@ -122,12 +119,19 @@ class StudySummary:
 
     @property
     def not_comparable(self) -> tuple[str, ...]:
-        """Varying settings across which values of cfm_loss must not be compared."""
+        """Varying settings across which values of cfm_loss must not be compared, at one completion length either."""
+        return self._varying_in({*METRICS["cfm_loss"].comparable_within} - {"completion_length"})
+
+    @property
+    def validated_at_other_lengths(self) -> tuple[str, ...]:
+        """Varying settings across which validation values, by which configurations are chosen, are not comparable."""
+        return self._varying_in({"completion_length"})
+
+    def _varying_in(self, names: set[str]) -> tuple[str, ...]:
         settings = {name: name for name in self.varying} | self.shown_as
-        # Unless it is set, the temperature of evaluations is that of training.
-        follows = bool(self.results.trials["evaluation_temperature"].isna().any())
-        measures_cfm = (*MEASURES_CFM, "temperature") if follows else MEASURES_CFM
-        return tuple(dict.fromkeys(settings[name] for name in settings if name in measures_cfm))
+        if self.results.trials["evaluation_temperature"].notna().all():
+            names = names - {"temperature"}  # evaluations follow it only where they have none of their own
+        return tuple(dict.fromkeys(settings[name] for name in settings if name in names))
 
     def base(self, metric: str, position: int | None = None) -> float:
         """The base model's held-out value, averaged over all trials (they agree where they share a base model)."""

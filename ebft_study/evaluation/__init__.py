@@ -20,6 +20,7 @@ from ebft_study.config import RunConfig
 from ebft_study.data import Batch, TokenDataset
 from ebft_study.features import FeatureBackend
 from ebft_study.networks.blocks import next_token_log_probs, run_prefix
+from ebft_study.results.metrics import in_table, metric
 from ebft_study.rollouts import RolloutBackend, anchors_of
 
 TOKENS_AT_ONCE = 2**14
@@ -86,7 +87,7 @@ class Evaluator:
 
         All lengths are measured on the same contexts: those with room for the longest one.
         """
-        measured: Measured = {}
+        measured: Measured = {key: Moments() for key in quantities(lengths, with_entropy=with_entropy)}
         rows = spread_rows(len(data), sequences)[rank::world_size]
         device = next(model.parameters()).device
         training = model.training
@@ -97,7 +98,7 @@ class Evaluator:
                 self._cross_entropy(model, batch, measured)
                 self._feature_matching(model, batch, lengths, with_entropy, measured)
         model.train(training)
-        return measured
+        return {key: moments for key, moments in measured.items() if moments.m}
 
     def _rows_at_once(self, data: TokenDataset, longest: int) -> int:
         """Sequences per pass, so that the hidden states of all blocks stay small."""
@@ -150,8 +151,19 @@ def spread_rows(size: int, wanted: int) -> Tensor:
     return torch.linspace(0, size - 1, min(size, wanted)).round().long()
 
 
+def quantities(lengths: Sequence[int], *, with_entropy: bool) -> list[tuple[str, int | None]]:
+    """Metric and position of everything that an evaluation measures: the registry's, in its order."""
+    positions: dict[str, Sequence[int | None]] = {
+        "": (None,),
+        "completion length": lengths,
+        "token": range(1, 1 + max(lengths)) if with_entropy else (),
+    }
+    return [(entry.name, at) for entry in in_table("evaluations").values() for at in positions[entry.position]]
+
+
 def _add(measured: Measured, key: tuple[str, int | None], values: Tensor, mask: Tensor) -> None:
-    measured.setdefault(key, Moments()).add(values.flatten(1).sum(dim=1), mask.flatten(1).sum(dim=1))
+    metric(key[0], "evaluations")
+    measured[key].add(values.flatten(1).sum(dim=1), mask.flatten(1).sum(dim=1))
 
 
 def rows_of(measured: Measured, benchmark: str) -> list[dict[str, Any]]:

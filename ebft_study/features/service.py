@@ -214,8 +214,8 @@ class ServiceFeatures:
             "ground_truth_hit_rate": (usage.truth_hits, usage.truths),
             "feature_queue_seconds": (reply.queue_seconds, 1),
             "feature_batch_requests": (reply.batch_requests, 1),
-            "feature_tokens_embedded": (usage.tokens_embedded, 0),
-            "feature_tokens_saved": (usage.tokens_saved, 0),
+            "feature_tokens_embedded": (usage.tokens_embedded, 1),
+            "feature_tokens_saved": (usage.tokens_saved, 1),
             "feature_cache_bytes": (reply.cache_bytes, 1),
         }
         for name, (total, count) in counted.items():

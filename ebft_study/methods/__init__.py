@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ebft_study.algorithm.anchors import Anchors
 from ebft_study.data import Batch
+from ebft_study.results.metrics import AGGREGATED, QUANTITIES, REGISTER, Aggregation, Metric, unknown
 
 
 @dataclass(frozen=True)
@@ -28,28 +29,68 @@ class LossDenominators:
     """Updates that the weights have seen."""
 
 
+@dataclass(frozen=True)
+class Observations:
+    """Moments of what was observed of one quantity; those of several parts add up to those of the whole."""
+
+    count: float = 0.0
+    total: float = 0.0
+    squares: float = 0.0
+    largest: float = -math.inf
+    smallest: float = math.inf
+
+    def __add__(self, other: Observations) -> Observations:
+        return Observations(
+            self.count + other.count,
+            self.total + other.total,
+            self.squares + other.squares,
+            max(self.largest, other.largest),
+            min(self.smallest, other.smallest),
+        )
+
+    def aggregated(self, how: Aggregation, *, steps: int, workers: int) -> float:
+        """The value of a metric of this quantity; see `Aggregation`."""
+        mean = self.total / self.count
+        values: dict[Aggregation, float] = {
+            "mean": mean,
+            "std": math.sqrt(max(self.squares / self.count - mean * mean, 0.0)),
+            "effective_fraction": self.total * mean / self.squares if self.squares else math.nan,
+            "min": self.smallest,
+            "max": self.largest,
+            "sum": self.total,
+            "per_step": self.total / steps,
+            "per_worker": self.total / steps / workers,
+        }
+        return values[how]
+
+
 @dataclass
 class MetricAccumulator:
-    """Sums and counts of logged quantities; they add up over micro-batches, steps and workers."""
+    """Observations of registered quantities (`results.metrics`): of micro-batches, steps and workers."""
 
-    sums: dict[str, float] = field(default_factory=dict)
-    counts: dict[str, float] = field(default_factory=dict)
-    peaks: dict[str, float] = field(default_factory=dict)
-    """Largest values."""
+    observed: dict[str, Observations] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in self.observed:
+            _metrics_of(name)
 
     def add(self, name: str, total: float | Tensor, count: float) -> None:
-        """Add `count` observations that sum to `total`."""
-        self.sums[name] = self.sums.get(name, 0.0) + float(total)
-        self.counts[name] = self.counts.get(name, 0.0) + count
+        """Add `count` observations that sum to `total`.
+
+        A number that the parts of a step add up to takes any positive count where the part has observations.
+        """
+        if any(entry.aggregation in _BY_VALUE for entry in _metrics_of(name)):
+            raise ValueError(f"{name}: a metric of it needs the single values. Use add_valid")
+        self._add(name, Observations(count, float(total)))
 
     def add_valid(self, name: str, values: Tensor, valid: Tensor) -> None:
         """Add the entries of `values` [S, B, ...] whose anchor is valid [S, B]."""
-        chosen = values[valid]
-        self.add(name, chosen.double().sum(), float(chosen.numel()))
-
-    def peak(self, name: str, value: float | Tensor) -> None:
-        """Keep the largest `value` seen."""
-        self.peaks[name] = max(self.peaks.get(name, -math.inf), float(value))
+        by_value, chosen = {entry.aggregation for entry in _metrics_of(name)} & _BY_VALUE, values[valid].double()
+        if not by_value or not chosen.numel():
+            self._add(name, Observations(float(chosen.numel()), float(chosen.sum())))
+            return
+        moments = torch.stack([chosen.sum(), chosen.square().sum(), chosen.max(), chosen.min()])
+        self._add(name, Observations(float(chosen.numel()), *moments.tolist()))
 
     @contextmanager
     def seconds(self, name: str, device: torch.device) -> Iterator[None]:
@@ -58,16 +99,37 @@ class MetricAccumulator:
         yield
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        self.add(name, time.perf_counter() - started, 0.0)
+        self.add(name, time.perf_counter() - started, 1.0)
 
-    def total(self, name: str) -> tuple[float, float]:
-        """Sum and count of the observations so far."""
-        return self.sums.get(name, 0.0), self.counts.get(name, 0.0)
+    def of(self, name: str) -> Observations:
+        """The observations of a quantity so far."""
+        return self.observed.get(name, Observations())
 
     def mean(self, name: str) -> float:
         """Mean of the observations; NaN if there were none."""
-        count = self.counts.get(name, 0.0)
-        return self.sums[name] / count if count else float("nan")
+        return self.of(name).total / self.of(name).count if self.of(name).count else math.nan
+
+    def row(self, *, steps: int = 1, workers: int = 1) -> dict[str, float]:
+        """The value of every metric with an observation in these steps of all workers."""
+        return {
+            entry.name: self.of(entry.quantity).aggregated(entry.aggregation, steps=steps, workers=workers)
+            for entry in AGGREGATED
+            if self.of(entry.quantity).count
+        }
+
+    def _add(self, name: str, more: Observations) -> None:
+        self.observed[name] = self.of(name) + more
+
+
+_BY_VALUE: frozenset[Aggregation] = frozenset({"std", "effective_fraction", "min", "max"})
+"""Aggregations that do not follow from sum and count."""
+
+
+def _metrics_of(quantity: str) -> tuple[Metric, ...]:
+    """The metrics that follow from a quantity; refuses a name from which none does, which no row would hold."""
+    if quantity not in QUANTITIES:
+        raise unknown("metric", quantity, QUANTITIES, REGISTER)
+    return QUANTITIES[quantity]
 
 
 class Method(Protocol):

@@ -149,8 +149,8 @@ class Ebft:
         loss = policy_gradient_loss(
             log_probs, advantages, anchors.valid, aggregation=self.loss.aggregation, denominator=n_pairs
         )
-        # A sum whose count is spread over the workers and micro-batches: the parts add up to the whole loss.
-        accumulator.add("policy_loss", loss.detach(), 0.0)
+        # The parts of all workers and micro-batches add up to the whole loss.
+        accumulator.add("policy_loss", loss.detach(), float(anchors.valid.sum()))
         if base is not None and self.base is not None:
             with torch.no_grad():
                 base_log_probs = self._score(self.base, base, anchors, rollouts.completions)
@@ -182,7 +182,6 @@ def _tally_rollouts(
     accumulator.add_valid("alignment", rewards.alignment, valid)
     accumulator.add_valid("diversity", rewards.diversity, valid)
     accumulator.add_valid("advantage", advantages, valid)
-    accumulator.add_valid("advantage_squared", advantages.square(), valid)
     accumulator.add_valid("duplicate_rate", duplicate_fraction(rollouts.completions), valid)
     # Minus the log-probability of a drawn token is an unbiased estimate of the entropy of its distribution.
     accumulator.add_valid("policy_entropy", -rollouts.log_probs.detach(), valid)

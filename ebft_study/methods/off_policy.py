@@ -17,7 +17,6 @@ THRESHOLDS = {"float32": 1e-4, "bfloat16": 0.3}
 """Largest mean differences of log-probabilities that two implementations of the same weights may have: fifty times what
 they have in float32, and five times in bfloat16, whose single tokens differ by 1 now and then."""
 DIFFERENCE = "parity_mean_difference"
-PEAKS = ("parity_max_difference", "importance_ratio_max", "importance_ratio_negative_min")
 
 
 @dataclass(frozen=True)
@@ -54,18 +53,15 @@ class OffPolicy:
             )
         n_valid = float(valid.sum())
         accumulator.add("policy_lag", lag * n_valid, n_valid)
-        accumulator.add("sync_seconds", rollouts.sync_seconds, 0.0)
+        if rollouts.sync_seconds:
+            accumulator.add("sync_seconds", rollouts.sync_seconds, 1.0)
         if lag == 0:
-            _tally_difference(accumulator, (log_probs.detach() - rollouts.log_probs).abs(), valid)
+            accumulator.add_valid(DIFFERENCE, (log_probs.detach() - rollouts.log_probs).abs(), valid)
         weights, ratios = importance_weights(log_probs, rollouts.log_probs, clip=self.clip)
-        _tally_ratios(accumulator, weights, ratios, valid)
+        accumulator.add_valid("importance_ratio", ratios, valid)
+        accumulator.add_valid("importance_weight", weights, valid)
+        accumulator.add_valid("importance_clipped_fraction", (weights < ratios).to(torch.float64), valid)
         return weights
-
-
-def _tally_difference(accumulator: MetricAccumulator, difference: Tensor, valid: Tensor) -> None:
-    if bool(valid.any()):
-        accumulator.add_valid(DIFFERENCE, difference, valid)
-        accumulator.peak("parity_max_difference", difference[valid].max())
 
 
 def check_parity(config: RunConfig, total: float, count: float, *, version: int) -> None:
@@ -83,24 +79,3 @@ def check_parity(config: RunConfig, total: float, count: float, *, version: int)
             "(rollout.parity_threshold). The engine does not compute the trained policy: check its precision, or use "
             "backend=strided"
         )
-
-
-def _tally_ratios(accumulator: MetricAccumulator, weights: Tensor, ratios: Tensor, valid: Tensor) -> None:
-    if not bool(valid.any()):
-        return
-    accumulator.add_valid("importance_ratio", ratios, valid)
-    accumulator.add_valid("importance_ratio_squared", ratios.square(), valid)
-    accumulator.add_valid("importance_weight", weights, valid)
-    accumulator.add_valid("importance_clipped_fraction", (weights < ratios).to(torch.float64), valid)
-    accumulator.peak("importance_ratio_max", ratios[valid].max())
-    accumulator.peak("importance_ratio_negative_min", -ratios[valid].min())
-
-
-def metrics(total: MetricAccumulator) -> dict[str, float]:
-    """Metrics that are no plain means: extremes and effective samples. Empty without rollouts of another engine."""
-    row = {name: total.peaks[name] for name in PEAKS[:2] if name in total.peaks}
-    if total.counts.get("importance_ratio"):
-        row["importance_ratio_min"] = -total.peaks["importance_ratio_negative_min"]
-        # Of n weighted samples, as many count as would have the same variance without weights.
-        row["effective_sample_fraction"] = total.mean("importance_ratio") ** 2 / total.mean("importance_ratio_squared")
-    return row

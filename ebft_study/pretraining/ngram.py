@@ -1,60 +1,94 @@
-"""An interpolated trigram model: the baseline that a pretrained tiny model must clearly beat."""
+"""A trigram model with modified Kneser-Ney smoothing: the baseline that a pretrained tiny model must clearly beat."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 
 ORDER = 3
-
-
-def _contexts(tokens: np.ndarray, order: int, vocabulary: int) -> tuple[np.ndarray, np.ndarray]:
-    """Packed (context, token) and context keys of every position >= ORDER - 1, for n-grams of `order`."""
-    key = np.zeros(len(tokens) - ORDER + 1, dtype=np.int64)
-    for back in range(order - 1, 0, -1):
-        key = key * vocabulary + tokens[ORDER - 1 - back : len(tokens) - back]
-    return key * vocabulary + tokens[ORDER - 1 :], key
+SMOOTHING = "modified Kneser-Ney"
+FALLBACK_DISCOUNTS = (0.5, 1.0, 1.5)
+"""For counts 1, 2 and more, where a text is too small or too regular to estimate them."""
 
 
 class TrigramModel:
-    """`p(w | u v) = sum_k lambda_k p_k(w | last k-1 tokens)` with a uniform floor (Jelinek-Mercer).
+    """Interpolated modified Kneser-Ney (Chen and Goodman, 1998, section 3).
 
-    The weights maximise the likelihood of held-back training tokens by expectation maximisation.
+    `p(w | h) = (c(h w) - D(c(h w))) / c(h) + (sum_v D(c(h v)) / c(h)) p(w | h')`, where h' is h without its first
+    token, and `p(w | h) = p(w | h')` for a context h that training has not seen. Below the highest order, c counts the
+    distinct tokens that precede an n-gram. The lowest order is interpolated with the uniform distribution.
     """
 
-    def __init__(self, train: np.ndarray, vocabulary: int, *, held_back: float = 0.05) -> None:
-        split = int(len(train) * (1 - held_back))
-        if split <= ORDER or len(train) - split <= ORDER:
+    def __init__(self, train: np.ndarray, vocabulary: int) -> None:
+        if len(train) <= ORDER:
             raise ValueError(f"a trigram model needs more than {ORDER} training tokens, but got {len(train)}")
         self.vocabulary = vocabulary
-        self.counts = []
-        for order in range(1, ORDER + 1):
-            pairs, contexts = _contexts(train[:split], order, vocabulary)
-            self.counts.append((np.unique(pairs, return_counts=True), np.unique(contexts, return_counts=True)))
-        self.weights = self._fit(self._estimates(train[split:]))
-
-    def _estimates(self, tokens: np.ndarray) -> np.ndarray:
-        """Relative frequencies of each order at every position, the uniform one first: [ORDER + 1, positions]."""
-        rows = [np.full(len(tokens) - ORDER + 1, 1.0 / self.vocabulary)]
-        for order in range(1, ORDER + 1):
-            pairs, contexts = _contexts(tokens, order, self.vocabulary)
-            joint, marginal = self.counts[order - 1]
-            numerator, denominator = _look_up(pairs, *joint), _look_up(contexts, *marginal)
-            rows.append(numerator / np.maximum(denominator, 1))
-        return np.stack(rows)
-
-    @staticmethod
-    def _fit(estimates: np.ndarray, iterations: int = 50) -> np.ndarray:
-        weights = np.full(len(estimates), 1.0 / len(estimates))
-        for _ in range(iterations):
-            shares = weights[:, None] * estimates
-            weights = (shares / shares.sum(axis=0)).mean(axis=1)
-        return weights
+        keys, counts = np.unique(_ngrams(train, ORDER, vocabulary), return_counts=True)
+        levels = [_Level.from_counts(keys, counts, vocabulary)]
+        for order in range(ORDER - 1, 0, -1):
+            keys, counts = np.unique(keys % vocabulary**order, return_counts=True)
+            levels.append(_Level.from_counts(keys, counts, vocabulary))
+        self._levels = levels[::-1]
 
     def cross_entropy(self, tokens: np.ndarray) -> float:
         """Mean negative log-probability in nats per token, from the third token on."""
-        return float(-np.log(self.weights @ self._estimates(tokens)).mean())
+        probabilities = np.full(len(tokens) - ORDER + 1, 1.0 / self.vocabulary)
+        for order, level in enumerate(self._levels, start=1):
+            probabilities = level.interpolated(_ngrams(tokens, order, self.vocabulary), probabilities)
+        return float(-np.log(probabilities).mean())
 
 
-def _look_up(keys: np.ndarray, counted: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    index = np.searchsorted(counted, keys).clip(max=len(counted) - 1)
-    return np.where(counted[index] == keys, counts[index], 0)
+@dataclass(frozen=True)
+class _Level:
+    """N-grams of one order, packed into integers, and their contexts; both sorted."""
+
+    vocabulary: int
+    ngrams: np.ndarray
+    discounted: np.ndarray
+    """Count of each n-gram minus its discount."""
+    contexts: np.ndarray
+    totals: np.ndarray
+    """Count of each context."""
+    left_over: np.ndarray
+    """Discounts of each context's n-grams, which the lower order shares out."""
+
+    @staticmethod
+    def from_counts(ngrams: np.ndarray, counts: np.ndarray, vocabulary: int) -> _Level:
+        discounts = np.take(_discounts(counts), np.minimum(counts, 3) - 1)
+        contexts, first = np.unique(ngrams // vocabulary, return_index=True)
+        totals, left_over = np.add.reduceat(counts, first), np.add.reduceat(discounts, first)
+        return _Level(vocabulary, ngrams, counts - discounts, contexts, totals, left_over)
+
+    def interpolated(self, ngrams: np.ndarray, lower: np.ndarray) -> np.ndarray:
+        """Probabilities of the last tokens of `ngrams`, given those of the order below."""
+        contexts = ngrams // self.vocabulary
+        totals = _look_up(contexts, self.contexts, self.totals)
+        mass = (
+            _look_up(ngrams, self.ngrams, self.discounted) + _look_up(contexts, self.contexts, self.left_over) * lower
+        )
+        return np.where(totals > 0, mass / np.maximum(totals, 1), lower)
+
+
+def _discounts(counts: np.ndarray) -> tuple[float, ...]:
+    """Discounts of counts 1, 2 and more: `k - (k + 1) Y n_{k+1} / n_k`, `Y = n_1 / (n_1 + 2 n_2)`, n_k: counts of k."""
+    n = [int((counts == k).sum()) for k in range(5)]
+    if not all(n[1:4]):
+        return FALLBACK_DISCOUNTS
+    y = n[1] / (n[1] + 2 * n[2])
+    estimated = tuple(k - (k + 1) * y * n[k + 1] / n[k] for k in (1, 2, 3))
+    return estimated if all(0 < d <= k for k, d in enumerate(estimated, start=1)) else FALLBACK_DISCOUNTS
+
+
+def _ngrams(tokens: np.ndarray, order: int, vocabulary: int) -> np.ndarray:
+    """The packed n-grams that end at every position >= ORDER - 1."""
+    packed = np.zeros(len(tokens) - ORDER + 1, dtype=np.int64)
+    for back in range(order - 1, -1, -1):
+        packed = packed * vocabulary + tokens[ORDER - 1 - back : len(tokens) - back]
+    return packed
+
+
+def _look_up(keys: np.ndarray, known: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """The values of keys; 0 for those that are not in `known`."""
+    index = np.searchsorted(known, keys).clip(max=len(known) - 1)
+    return np.where(known[index] == keys, values[index], 0)

@@ -10,7 +10,7 @@ import pandas as pd
 
 from ebft_study import text
 from ebft_study.analysis.settings import assignments
-from ebft_study.analysis.summary import HELDOUT, Configuration, StudySummary, best
+from ebft_study.analysis.summary import COMPARED, HELDOUT, Configuration, StudySummary, best
 from ebft_study.analysis.usage import PLAN_EVENT
 from ebft_study.results.lineage import EXPLOIT, lineage
 
@@ -18,7 +18,6 @@ ROUTINE_EVENTS = ("started", "finished", PLAN_EVENT, EXPLOIT)
 MAX_INCIDENTS = 30
 MAX_CONTEXT_CHARACTERS = 240
 SHOWN_METRICS = ("ce_loss", "ce_answer_loss", "cfm_loss")
-COMPARED_METRICS = ("ce_loss", "cfm_loss")
 
 
 def overview(study: StudySummary) -> str:
@@ -49,17 +48,17 @@ class ConfigurationRow:
 def configuration_rows(study: StudySummary) -> list[ConfigurationRow]:
     """The base model, then every configuration; "best" is EBFT's best by validation CFM."""
     sft, winner = best(study.sft), best(study.ebft)
-    nothing = dict.fromkeys(COMPARED_METRICS, text.NOTHING)
+    nothing = dict.fromkeys(COMPARED, text.NOTHING)
     base = {metric: text.number(study.base(metric)) for metric in SHOWN_METRICS}
     rows = [ConfigurationRow("base model", text.NOTHING, base, nothing, nothing, is_best=False)]
     for c in study.configurations:
-        to_sft = {m: c.versus(sft, m).as_difference() for m in COMPARED_METRICS} if sft and c is not sft else nothing
+        to_sft = {m: c.versus(sft, m).as_difference() for m in COMPARED} if sft and c is not sft else nothing
         rows.append(
             ConfigurationRow(
                 c.label,
                 f"{c.n_finished} of {len(c.trials)}",
                 {metric: c.level(metric).as_level() for metric in SHOWN_METRICS},
-                {metric: c.change(metric).as_difference() for metric in COMPARED_METRICS},
+                {metric: c.change(metric).as_difference() for metric in COMPARED},
                 to_sft,
                 is_best=c is winner,
             )
@@ -194,6 +193,12 @@ def missing(study: StudySummary, drawn: Sequence[str]) -> list[str]:
         notes.append(
             f"The study varies {names}, which changes what CFM measures: compare each configuration's CFM with its "
             "own base model, not with other configurations."
+        )
+    if study.validated_at_other_lengths:
+        names = text.listed([text.named(name) for name in study.validated_at_other_lengths])
+        notes.append(
+            f"The study varies {names}, and each trial measures validation CFM at its own length: which configuration "
+            "has the lowest one says nothing across lengths. The held-out CFM is at one length."
         )
     notes += [note for name, note in NOT_DRAWN.items() if name not in drawn]
     return [*notes, *(f"Could not be read, left out: {problem}" for problem in study.results.problems)]

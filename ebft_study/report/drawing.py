@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 
 from ebft_study.analysis.settings import sort_key
 from ebft_study.analysis.summary import Configuration, StudySummary, best
+from ebft_study.results import METRICS
 
 INK = "#222222"
 QUIET = "#6b6b6b"
@@ -159,7 +160,7 @@ def most_relevant(configurations: Sequence[Configuration], limit: int) -> tuple[
 
 
 def unit_of(metric: str) -> str:
-    return "nats/token" if metric == "ce_loss" else "squared feature norm"
+    return METRICS[metric].unit or metric
 
 
 def panel_title(study: StudySummary, metric: str) -> str:

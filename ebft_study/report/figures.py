@@ -53,21 +53,20 @@ def _band(axes: Axes, x: ArrayLike, low: ArrayLike, high: ArrayLike, style: Styl
 
 def learning_curves(study: StudySummary) -> ReportFigure | None:
     """CE, CFM (validation) and reward (training batch) over steps."""
-    panels = [
-        ("ce_loss", "Validation CE", "nats/token"),
-        ("cfm_loss", "Validation CFM loss", "squared feature norm"),
-        ("reward", "Reward of the training rollouts", "reward"),
-    ]
-    metrics = study.results.metrics
-    panels = [panel for panel in panels if metrics[panel[0]].notna().any()]
+    titles = {
+        "ce_loss": "Validation CE",
+        "cfm_loss": "Validation CFM loss",
+        "reward": "Reward of the training rollouts",
+    }
+    panels = [metric for metric in titles if study.results.metrics[metric].notna().any()]
     if not panels:
         return None
     shown, omitted = drawing.most_relevant(study.configurations, MAX_LINES)
     figure = Figure(figsize=(8.4, 0.5 + 2.55 * len(panels)), layout="constrained")
-    for axes, (metric, title, unit) in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True):
+    for axes, metric in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True):
         _learning_curve(axes, study, shown, metric)
-        axes.set_title(title)
-        axes.set_ylabel(unit)
+        axes.set_title(titles[metric])
+        axes.set_ylabel(drawing.unit_of(metric))
     axes.set_xlabel("optimizer step")
     drawing.add_legend(figure)
     caption = (
@@ -149,7 +148,7 @@ def length_profile(study: StudySummary) -> ReportFigure | None:
         _curve(gains, study.lengths, [change.mean for change in changes], style, label, style.marker)
         _band(gains, study.lengths, [change.low for change in changes], [change.high for change in changes], style)
     levels.set_title("Held-out CFM")
-    levels.set_ylabel("squared feature norm")
+    levels.set_ylabel(drawing.unit_of("cfm_loss"))
     gains.set_title("Difference to the base model")
     for axes in (levels, gains):
         _length_axis(axes, study)

@@ -1,4 +1,4 @@
-"""Results of studies: their tables (schema), writing them (writer, study_recorder), reading them (reader).
+"""Results of studies: tables (schema), metrics (metrics), writing (writer, study_recorder), reading (reader).
 
     results = ebft_study.results.load("quickstart")     # a name in ./studies, a folder, or a URL
     results.trials, results.metrics, results.evaluations, results.samples, results.events    # pandas data frames
@@ -7,8 +7,9 @@ Importing this package imports neither pandas nor pyarrow: they are loaded when 
 """
 
 from ebft_study.results.compaction import compact
+from ebft_study.results.metrics import METRICS, Metric, metric
 from ebft_study.results.reader import Results, cell_value, find_study, load, read_table
-from ebft_study.results.schema import METRICS, TABLES, Metric, metric
+from ebft_study.results.schema import TABLES
 from ebft_study.results.study_recorder import StudyRecorder
 from ebft_study.results.writer import TrialRecorder
 

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ebft_study.results import copies, reader, schema
+from ebft_study.results.metrics import unknown
 from ebft_study.results.writer import Clock, FileSequence, as_parquet, build_table, checked_name
 from ebft_study.storage import Location, StoragePath, storage_path
 
@@ -145,12 +146,12 @@ def _flat(row: Mapping[str, Any]) -> Row:
     setting_names, state_names = _trial_columns()
     for key in state:
         if key not in state_names:
-            raise schema.unknown("trials column", key, state_names, "Settings go under 'hyperparameters'")
+            raise unknown("trials column", key, state_names, "Settings go under 'hyperparameters'")
     for key in settings:
         if key not in setting_names:
-            raise schema.unknown("setting", key, setting_names, "Use the short names of config.flatten")
+            raise unknown("setting", key, setting_names, "Use the short names of config.flatten")
     if state.get("status", "pending") not in schema.STATUSES:
-        raise schema.unknown("trial status", str(state["status"]), schema.STATUSES, "Use one of them")
+        raise unknown("trial status", str(state["status"]), schema.STATUSES, "Use one of them")
     return {**state, **settings}
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ebft_study.errors import ResultsError
 from ebft_study.results import schema
+from ebft_study.results.metrics import metric, unknown
 from ebft_study.storage import Location, StoragePath, storage_path
 
 if TYPE_CHECKING:
@@ -36,13 +37,13 @@ class TrialRecorder:
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """One row of `metrics`. Several calls at one step are merged when read; unregistered names are refused."""
         for name in values:
-            schema.metric(name, schema.METRICS)
+            metric(name, "metrics")
         self._at_step("metrics", step, [{name: float(value) for name, value in values.items()}])
 
     def evaluations(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Rows with benchmark, metric, position (or None), value, standard_error (or None), count."""
         for row in rows:
-            schema.metric(str(row.get("metric")), schema.EVALUATION_METRICS)
+            metric(str(row.get("metric")), "evaluations")
         self._at_step("evaluations", step, rows)
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -122,7 +123,7 @@ def build_table(table: str, rows: Iterable[Mapping[str, Any]]) -> pyarrow.Table:
     for row in rows:
         for key in row:
             if key not in columns:
-                raise schema.unknown(f"column of {table}", key, columns, "See ebft_study/results/schema.py")
+                raise unknown(f"column of {table}", key, columns, "See ebft_study/results/schema.py")
         missing = [name for name in required if row.get(name) is None]
         if missing:
             raise ResultsError(f"results: a row of {table} lacks {', '.join(missing)}. Give every required column")

@@ -7,6 +7,7 @@ resume with another number of workers, sharded or not, and a checkpoint of adapt
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ebft_study.errors import CheckpointError
-from ebft_study.methods import MetricAccumulator
+from ebft_study.methods import MetricAccumulator, Observations
 from ebft_study.networks.loading import trained_parameters
 from ebft_study.training import checkpoint
 from ebft_study.training.distributed import full_tensor, shard_like
@@ -64,9 +65,7 @@ def restore(run: Run, folder: Path) -> None:
     if "tensors" not in saved:
         raise CheckpointError(f"{folder}: an older version wrote it. Continue with that one, or start from scratch")
     run.step, run.tokens_seen, run.latest = saved["step"], saved["tokens_seen"], saved["latest"]
-    tally = saved["tally"]
-    run.accumulator = MetricAccumulator(tally["sums"], tally["counts"], tally.get("peaks", {}))
-    run.accumulated_steps = tally["steps"]
+    run.accumulator, run.accumulated_steps = _accumulator(saved["tally"]), saved["tally"]["steps"]
     tensors, parameters = saved["tensors"], trained_parameters(run.model)
     _check(tensors["weights"], parameters)
     for name, parameter in parameters.items():
@@ -80,6 +79,27 @@ def restore(run: Run, folder: Path) -> None:
     for name, average in run.average.weights.items():
         # A run may begin to average where its checkpoint did not: it starts from the weights, as every average does.
         average.copy_(shard_like(tensors["average"].get(name, tensors["weights"][name]), average))
+
+
+def _accumulator(tally: dict[str, Any]) -> MetricAccumulator:
+    """Observations since the last row of metrics; version 0.1 saved sums, counts and peaks under names of their own."""
+    if "observed" in tally:
+        return MetricAccumulator({name: Observations(**moments) for name, moments in tally["observed"].items()})
+    sums, counts, peaks = tally["sums"], tally["counts"], tally.get("peaks", {})
+    peaks = {**peaks, "parity_mean_difference_max": peaks.get("parity_max_difference", -math.inf)}
+    return MetricAccumulator(
+        {
+            name: Observations(
+                count=counts[name] or 1.0,
+                total=total,
+                squares=sums.get(f"{name}_squared", 0.0),
+                largest=peaks.get(f"{name}_max", -math.inf),
+                smallest=-peaks.get(f"{name}_negative_min", -math.inf),
+            )
+            for name, total in sums.items()
+            if not name.endswith("_squared")
+        }
+    )
 
 
 def _optimizer_state(saved: Tensor, parameter: Tensor) -> Tensor:

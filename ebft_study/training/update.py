@@ -19,7 +19,7 @@ from ebft_study.algorithm.sampling import uniforms
 from ebft_study.config import OptimizerConfig, RunConfig
 from ebft_study.data import Batch, batch_indices
 from ebft_study.errors import ConfigError, NonFiniteError
-from ebft_study.methods import LossDenominators, Method, MetricAccumulator, off_policy
+from ebft_study.methods import LossDenominators, Method, MetricAccumulator, Observations, off_policy
 from ebft_study.networks.loading import trained_parameters
 from ebft_study.rollouts import anchors_of
 from ebft_study.training.distributed import full_tensor, sum_gradients, sum_over_workers, unsharded
@@ -89,7 +89,7 @@ class Run:
             with unsharded(self.model):
                 self.parts.rollouts.update_weights(self.model, self.step)
         batch, anchors, noise, denominators = self.batch()
-        loss, difference = 0.0, self.accumulator.total(off_policy.DIFFERENCE)
+        loss, difference = 0.0, self.accumulator.of(off_policy.DIFFERENCE)
         with unsharded(self.model):
             for rows in torch.arange(len(batch.indices)).split(self.parts.memory_plan.micro_batch_size):
                 loss += self._backward(batch, anchors, noise, denominators, rows)
@@ -103,7 +103,7 @@ class Run:
         self.tokens_seen += int(self.sum_over_workers([float((batch.document_ids >= 0).sum())])[0])
         for name, (total, count) in self.parts.features.drain_usage().items():
             self.accumulator.add(name, total, count)
-        self.accumulator.add("step_seconds", time.perf_counter() - started, 0.0)
+        self.accumulator.add("step_seconds", time.perf_counter() - started, 1.0)
         self.accumulated_steps += 1
 
     def batch(self) -> tuple[Batch, Anchors, Tensor, LossDenominators]:
@@ -137,13 +137,13 @@ class Run:
                 denominators=denominators,
                 accumulator=self.accumulator,
             )
-        self.accumulator.add("loss", loss, 0.0)
+        self.accumulator.add("loss", loss, float(len(rows)))
         return loss
 
-    def _check_parity(self, before: tuple[float, float]) -> None:
+    def _check_parity(self, before: Observations) -> None:
         """Check the engine's differences of this step, before the weights change."""
-        now = self.accumulator.total(off_policy.DIFFERENCE)
-        total, count = self.sum_over_workers(later - earlier for later, earlier in zip(now, before, strict=True))
+        now = self.accumulator.of(off_policy.DIFFERENCE)
+        total, count = self.sum_over_workers((now.total - before.total, now.count - before.count))
         off_policy.check_parity(self.config, total, count, version=self.step)
 
     def _apply_gradients(self, loss: float) -> None:

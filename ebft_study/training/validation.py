@@ -23,24 +23,12 @@ from ebft_study.algorithm.rewards import feature_matching_rewards
 from ebft_study.algorithm.sampling import uniforms
 from ebft_study.errors import NonFiniteError
 from ebft_study.evaluation import Measured, Moments, base
-from ebft_study.methods import MetricAccumulator, off_policy
+from ebft_study.methods import MetricAccumulator, Observations
+from ebft_study.results.metrics import QUANTITIES
 from ebft_study.rollouts import anchors_of
 from ebft_study.training.distributed import is_sharded, max_over_workers, unsharded
 from ebft_study.training.update import Run
 
-PHASES = ("sync_seconds", "rollout_seconds", "feature_seconds", "scoring_seconds", "optimizer_seconds", "step_seconds")
-AVERAGED = (
-    *("train_ce_loss", "kl", "reward", "alignment", "diversity", "zero_variance_fraction", "duplicate_rate"),
-    *("policy_entropy", "train_cfm_loss", "fm_whitened", "grad_norm", "policy_lag", "parity_mean_difference"),
-    *("importance_ratio", "importance_weight", "importance_clipped_fraction", "feature_hit_rate_memory"),
-    *("feature_hit_rate_disk", "sample_hit_rate", "ground_truth_hit_rate", "feature_queue_seconds"),
-    *("feature_batch_requests", "feature_cache_bytes"),
-)
-SUMMED = ("feature_tokens_embedded", "feature_tokens_saved")
-LOSSES = ("loss", "policy_loss")
-SQUARES = ("advantage", "advantage_squared", "importance_ratio_squared")
-ACCUMULATED = sorted((*AVERAGED, *SUMMED, *PHASES, *LOSSES, *SQUARES))
-"""All names that training steps add to their accumulator: workers exchange them in this order."""
 SAMPLED_SEQUENCES, SAMPLED_CONTEXTS = 2, 2
 """Sequences, and contexts of each, whose completions are shown."""
 
@@ -50,20 +38,12 @@ SAMPLED_SEQUENCES, SAMPLED_CONTEXTS = 2, 2
 
 def training_metrics(run: Run) -> dict[str, float]:
     """Metrics of the steps since the last call, over all workers."""
-    steps, workers, total = run.accumulated_steps, run.world_size, _sum_accumulators(run)
-    row = {name: total.mean(name) for name in AVERAGED if total.counts.get(name)}
-    if total.counts.get("advantage"):
-        mean = total.mean("advantage")
-        row["advantage_std"] = math.sqrt(max(total.mean("advantage_squared") - mean * mean, 0.0))
-        row["policy_loss"] = total.sums["policy_loss"] / steps
-    row |= off_policy.metrics(total)
-    row |= {name: total.sums[name] for name in SUMMED if total.sums[name] > 0}
-    row["loss"] = total.sums["loss"] / steps
-    row |= {name: total.sums[name] / steps / workers for name in PHASES if total.sums[name] > 0}
+    steps = run.accumulated_steps
+    row = _over_workers(run).row(steps=steps, workers=run.world_size)
     tokens = run.tokens_seen - run.latest.get("tokens_seen", 0.0)
     row |= {
         "learning_rate": run.latest.get("learning_rate", float("nan")),
-        "tokens_per_second": tokens / max(total.sums["step_seconds"] / workers, 1e-9),
+        "tokens_per_second": tokens / max(row["step_seconds"] * steps, 1e-9),
         "peak_memory_bytes": float(peak_memory_bytes(run.device)),
         "sequences_seen": float(run.step * run.config.training.batch_size),
         "tokens_seen": float(run.tokens_seen),
@@ -73,13 +53,17 @@ def training_metrics(run: Run) -> dict[str, float]:
     return row
 
 
-def _sum_accumulators(run: Run) -> MetricAccumulator:
-    sums, counts, peaks = run.accumulator.sums, run.accumulator.counts, run.accumulator.peaks
-    largest = max_over_workers([peaks.get(name, -math.inf) for name in off_policy.PEAKS], run.world_size, run.device)
+def _over_workers(run: Run) -> MetricAccumulator:
+    """The observations of all workers, which exchange them in the order of the registry."""
+    own = [run.accumulator.of(name) for name in QUANTITIES]
+    sums = run.sum_over_workers(number for o in own for number in (o.count, o.total, o.squares))
+    peaks = max_over_workers([number for o in own for number in (o.largest, -o.smallest)], run.world_size, run.device)
+    moments = zip(QUANTITIES, sums[::3], sums[1::3], sums[2::3], peaks[::2], peaks[1::2], strict=True)
     return MetricAccumulator(
-        dict(zip(ACCUMULATED, run.sum_over_workers(sums.get(name, 0.0) for name in ACCUMULATED), strict=True)),
-        dict(zip(ACCUMULATED, run.sum_over_workers(counts.get(name, 0.0) for name in ACCUMULATED), strict=True)),
-        {name: value for name, value in zip(off_policy.PEAKS, largest, strict=True) if value > -math.inf},
+        {
+            name: Observations(count, total, squares, largest, -negated)
+            for name, count, total, squares, largest, negated in moments
+        }
     )
 
 
@@ -154,9 +138,7 @@ def _measure(run: Run, split: str, sequences: int, lengths: Sequence[int], *, wi
             rank=run.rank,
             world_size=run.world_size,
         )
-    keys: list[tuple[str, int | None]] = [(evaluation.CE, None), (evaluation.CE_ANSWER, None)]
-    keys += [(evaluation.CFM, length) for length in lengths]
-    keys += [(evaluation.ENTROPY, k + 1) for k in range(max(lengths) if with_entropy else 0)]
+    keys = evaluation.quantities(lengths, with_entropy=with_entropy)
     sums = {key: Moments(*run.sum_over_workers(dataclasses.astuple(measured.get(key, Moments())))) for key in keys}
     return {key: moments for key, moments in sums.items() if moments.m}
 
@@ -210,7 +192,7 @@ def _sample_rows(run: Run) -> list[dict[str, Any]]:
             for j in range(rollout.n_samples):
                 rows.append(
                     {
-                        "sequence": s,
+                        "sequence": int(batch.indices[s]),
                         "anchor": position,
                         "sample": j,
                         "context": decode(batch.tokens[s, :position]),

@@ -9,7 +9,8 @@ import pandas as pd
 import pytest
 
 from ebft_study.analysis.summary import StudySummary, best, summarize
-from ebft_study.results import TrialRecorder, load
+from ebft_study.report.content import missing
+from ebft_study.results import METRICS, TrialRecorder, load
 from tests.synthetic_study import BASE_CE, BASE_CFM, LENGTHS, PAPER_LIKE, write_study
 
 
@@ -66,6 +67,16 @@ def test_list_settings_can_vary(tmp_path: Path) -> None:
 def test_the_temperature_of_evaluation_follows_that_of_training_unless_set(tmp_path: Path) -> None:
     summary = summary_of(tmp_path / "s", effects={0.6: (0, 0), 1.0: (0, 0)}, settings=lambda key: {"temperature": key})
     assert summary.not_comparable == ("temperature",)
+
+
+def test_validation_cfm_at_other_lengths_chooses_nothing(tmp_path: Path) -> None:
+    """Held-out values are compared at one length, but each trial's validation is at its own."""
+    lengths = {4: (0.0, -0.01), 8: (0.0, -0.02)}
+    study = summary_of(tmp_path / "s", effects=lengths, settings=lambda key: {"completion_length": key}, seeds=(0, 1))
+    assert study.not_comparable == ()
+    (note,) = [note for note in missing(study, []) if "validation CFM at its own length" in note]
+    assert "G (completion_length)" in note
+    assert "completion_length" in METRICS["cfm_loss"].comparable_within
 
 
 def test_trials_of_unequal_attempts_count_once(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
 from typing import Any
 
@@ -80,9 +81,10 @@ def assert_same(
     assert one[0] == pytest.approx(other[0], rel=1e-5, abs=1e-6)
     for name, expected in one[1].items():
         torch.testing.assert_close(other[1][name], expected, atol=2e-5 * float(expected.abs().max()), rtol=1e-4)
-    for name in set(one[2].sums) - {key for key in one[2].sums if key.endswith("seconds")}:
-        assert one[2].sums[name] == pytest.approx(other[2].sums[name], rel=1e-4, abs=1e-5), name
-        assert one[2].counts[name] == other[2].counts[name], name
+    assert one[2].observed.keys() == other[2].observed.keys()
+    for name in {name for name in one[2].observed if not name.endswith("seconds")}:
+        first, second = (dataclasses.astuple(accumulator.of(name)) for accumulator in (one[2], other[2]))
+        assert first == pytest.approx(second, rel=1e-4, abs=1e-5), name
 
 
 @pytest.mark.parametrize("layout", ["whole", "ragged", "packed"])
@@ -123,8 +125,8 @@ def test_edge_cases_have_the_same_gradient_in_parts_and_scored_again(settings: d
 
 def test_a_batch_without_anchors_has_the_gradient_of_cross_entropy_alone() -> None:
     loss, found, accumulator = gradients(gamma=0.5, layout="short", first_context_length=20)
-    assert accumulator.sums["train_ce_loss"] / accumulator.counts["train_ce_loss"] == pytest.approx(2 * loss, rel=1e-5)
-    assert "reward" not in accumulator.sums
+    assert accumulator.mean("train_ce_loss") == pytest.approx(2 * loss, rel=1e-5)
+    assert "reward" not in accumulator.observed
     assert float(found["model.embed_tokens.weight"].abs().max()) > 0
 
 

@@ -12,7 +12,7 @@ from ebft_study.algorithm.losses import importance_weights
 from ebft_study.config import RunConfig, build_run, nest
 from ebft_study.errors import ParityError, ServiceError
 from ebft_study.methods import MetricAccumulator
-from ebft_study.methods.off_policy import OffPolicy, check_parity, metrics
+from ebft_study.methods.off_policy import OffPolicy, check_parity
 from ebft_study.rollouts import Rollouts
 
 
@@ -79,16 +79,16 @@ def test_only_anchors_that_count_and_only_the_newest_weights_are_compared() -> N
     theirs[0, 2] += 1.0
     OffPolicy(0, 2.0).weights(log_probs(), rollouts(theirs, 3), VALID, 3, accumulator)
     OffPolicy(1, 2.0).weights(log_probs(), rollouts(older, 2), VALID, 3, accumulator)
-    assert accumulator.sums["parity_mean_difference"] == pytest.approx(0.25)
-    assert accumulator.counts["parity_mean_difference"] == 16
-    assert accumulator.peaks["parity_max_difference"] == pytest.approx(0.25)
+    observed = accumulator.of("parity_mean_difference")
+    assert (observed.total, observed.count) == (pytest.approx(0.25), 16)
+    assert accumulator.row()["parity_max_difference"] == pytest.approx(0.25)
 
 
 def test_records_are_those_of_their_definitions() -> None:
     ours, theirs, accumulator = log_probs(0), log_probs(1), MetricAccumulator()
     OffPolicy(1, 2.0).weights(ours, rollouts(theirs, 2), VALID, 3, accumulator)
     ratios = [math.exp(float(ours[0, b, j].sum() - theirs[0, b, j].sum())) for b in range(2) for j in range(4)]
-    row = metrics(accumulator)
+    row = accumulator.row()
     assert row["importance_ratio_min"] == pytest.approx(min(ratios))
     assert row["importance_ratio_max"] == pytest.approx(max(ratios))
     assert row["effective_sample_fraction"] == pytest.approx(sum(ratios) ** 2 / sum(r * r for r in ratios) / 8)
@@ -101,4 +101,4 @@ def test_records_are_those_of_their_definitions() -> None:
 def test_without_any_valid_anchor_nothing_is_recorded_as_a_number() -> None:
     accumulator = MetricAccumulator()
     OffPolicy(0, 2.0).weights(log_probs(), rollouts(log_probs(1), 0), torch.zeros_like(VALID), 0, accumulator)
-    assert metrics(accumulator) == {}
+    assert accumulator.row() == {"sync_seconds": 0.5}

@@ -13,8 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ebft_study.data import Example, TextDataset
+from ebft_study.config import DataConfig
+from ebft_study.data import Example, TextDataset, load_text
 from ebft_study.networks.loading import load_model, read_config
+from ebft_study.paths import cache_folder
 from ebft_study.pretraining import ladder
 from ebft_study.pretraining.ladder import LADDER, Recipe, recipe_digest, train_tokenizer
 from ebft_study.pretraining.ngram import TrigramModel
@@ -33,37 +35,87 @@ def corpus() -> TextDataset:
     return TextDataset("tiny", False, splits, {"source": "test"}, "abc123")
 
 
-def test_trigram_probabilities_sum_to_one_over_the_vocabulary() -> None:
-    rng = np.random.default_rng(0)
-    model = TrigramModel(rng.integers(0, 6, 500), 6)
-    for context in itertools.product(range(6), repeat=2):
-        total = sum(math.exp(-model.cross_entropy(np.array([*context, token]))) for token in range(6))
-        assert total == pytest.approx(1.0)
+def kneser_ney(train: list[int], vocabulary: int, u: int, v: int, w: int) -> float:
+    """`p(w | u v)` by the definition (Chen and Goodman, 1998): sets and dictionaries, nothing shared with the model."""
+    trigrams = Counter(zip(train, train[1:], train[2:], strict=False))
+    bigrams = Counter((b, c) for _, b, c in trigrams)  # how many tokens precede each, not how often it occurs
+    unigrams = Counter((c,) for _, c in bigrams)
+
+    def discount(counts: Counter[Any], count: int) -> float:
+        n, k = Counter(counts.values()), min(count, 3)
+        if not (n[1] and n[2] and n[3]):
+            return k / 2
+        return k - (k + 1) * n[1] / (n[1] + 2 * n[2]) * n[k + 1] / n[k]
+
+    def probability(levels: list[Counter[Any]], context: tuple[int, ...]) -> float:
+        if not levels:
+            return 1 / vocabulary
+        counts, lower = levels[0], probability(levels[1:], context[1:])
+        following = {gram: count for gram, count in counts.items() if gram[:-1] == context}
+        if not following:
+            return lower
+        left_over = sum(discount(counts, count) for count in following.values())
+        count = counts[(*context, w)]
+        kept = count - discount(counts, count) if count else 0.0
+        return (kept + left_over * lower) / sum(following.values())
+
+    return probability([trigrams, bigrams, unigrams], (u, v))
 
 
-def test_trigram_estimates_equal_counting() -> None:
-    rng = np.random.default_rng(1)
-    train = rng.integers(0, 4, 400)
-    model = TrigramModel(train, 4, held_back=0.1)
-    counted = train[:360].tolist()
-    trigrams = Counter(zip(counted, counted[1:], counted[2:], strict=False))
-    bigrams = Counter(itertools.pairwise(counted[1:]))
-    u, v, w = 1, 2, 3
-    p3 = trigrams[u, v, w] / sum(trigrams[u, v, x] for x in range(4))
-    p2 = bigrams[v, w] / sum(bigrams[v, x] for x in range(4))
-    p1 = Counter(counted[2:])[w] / len(counted[2:])
-    expected = model.weights @ np.array([1 / 4, p1, p2, p3])
-    assert model.cross_entropy(np.array([u, v, w])) == pytest.approx(-math.log(expected))
+def zipf_tokens(seed: int, vocabulary: int, size: int) -> np.ndarray:
+    """Tokens of which some are rare, as words are; the last two numbers of the vocabulary never occur."""
+    weights = 1.0 / np.arange(1, vocabulary - 1)
+    return np.random.default_rng(seed).choice(vocabulary - 2, size, p=weights / weights.sum())
+
+
+def probability(model: TrigramModel, *trigram: int) -> float:
+    return math.exp(-model.cross_entropy(np.array(trigram)))
+
+
+@pytest.mark.parametrize("size", [60, 600, 20_000])
+def test_trigram_probabilities_sum_to_one_for_seen_and_unseen_contexts(size: int) -> None:
+    train = zipf_tokens(0, 14, size)
+    seen = set(itertools.pairwise(train.tolist()))
+    model = TrigramModel(train, 14)
+    contexts = list(itertools.product(range(14), repeat=2))
+    assert not seen.issuperset(contexts), "tokens 12 and 13 are in no context that training has seen"
+    for context in contexts:
+        assert sum(probability(model, *context, token) for token in range(14)) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("vocabulary", [14, 100])
+def test_trigram_probabilities_are_those_of_the_definition(vocabulary: int) -> None:
+    """With 100 tokens the discounts of all orders are estimated, with 14 those of the lowest cannot be."""
+    train = zipf_tokens(1, vocabulary, 1000)
+    model, last = TrigramModel(train, vocabulary), vocabulary - 1
+    for trigram in [(0, 1, 2), (0, 0, 0), (9, 8, 7), (0, 1, last), (3, last, 2), (last - 1, last, 1), (last, 0, 11)]:
+        assert probability(model, *trigram) == pytest.approx(kneser_ney(train.tolist(), vocabulary, *trigram)), trigram
+
+
+def test_a_trigram_model_gives_every_token_a_chance() -> None:
+    assert np.isfinite(TrigramModel(np.tile(np.arange(3), 50), 5).cross_entropy(np.array([4, 4, 4, 0, 1, 2])))
 
 
 def test_a_trigram_model_learns_a_deterministic_sequence() -> None:
     cycle = np.tile(np.arange(5), 200)
-    assert TrigramModel(cycle, 5).cross_entropy(cycle) < 0.01
+    assert TrigramModel(cycle, 5).cross_entropy(cycle) < 0.02
 
 
 def test_a_trigram_model_refuses_too_little_text() -> None:
     with pytest.raises(ValueError, match="training tokens"):
         TrigramModel(np.arange(3), 5)
+
+
+def test_the_tiny_models_of_this_machine_beat_the_trigram_model() -> None:
+    """The models are those that earlier runs have pretrained; this test pretrains none."""
+    corpus, models = load_text(DataConfig(dataset="stdlib")), cache_folder() / "models"
+    folders = {name: models / f"{name}-{recipe_digest(recipe, corpus)}" for name, recipe in LADDER.items()}
+    pretrained = [name for name, folder in folders.items() if (folder / "pretraining.json").exists()]
+    if not pretrained:
+        pytest.skip("no tiny model has been pretrained here")
+    for name in pretrained:
+        record = json.loads((ladder.ensure_tiny_model(name) / "pretraining.json").read_text())
+        assert record["perplexity"] < 0.95 * record["trigram_perplexity"], record
 
 
 def test_the_tokenizer_returns_every_text_unchanged() -> None:
@@ -111,3 +163,11 @@ def test_pretraining_learns_and_leaves_a_model_that_loads(
     assert load_model("tiny-test").fingerprint == loaded.fingerprint
     assert capsys.readouterr().out == "", "the second load finds the model in the cache"
     assert not list((tmp_path / "models").glob(".*.tmp"))
+    measured = record["trigram_perplexity"]
+    weights = (folder / "model.safetensors").stat().st_mtime_ns
+    del record["trigram_smoothing"]
+    (folder / "pretraining.json").write_text(json.dumps(record | {"trigram_perplexity": 99}))
+    assert load_model("tiny-test").fingerprint == loaded.fingerprint
+    record = json.loads((folder / "pretraining.json").read_text())
+    assert record["trigram_perplexity"] == measured, "a record of version 0.1 had another trigram model's"
+    assert (folder / "model.safetensors").stat().st_mtime_ns == weights

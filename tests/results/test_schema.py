@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
 
 from ebft_study import config
-from ebft_study.errors import ResultsError
 from ebft_study.results import METRICS, metric, schema
+from ebft_study.study.folder import attempts
 
 
 def test_every_setting_is_a_typed_column_of_trials() -> None:
@@ -64,16 +65,19 @@ def test_metrics_have_the_agreed_names() -> None:
         "feature_tokens_saved feature_queue_seconds feature_batch_requests feature_cache_bytes"
     )
     progress = "peak_memory_bytes sequences_seen tokens_seen"
-    assert list(METRICS) == f"{evaluation} {training} {engine} {service} {progress}".split()
+    columns = "study trial_id attempt step", evaluation, training, engine, service, progress, "written_at"
+    assert [column.name for column in schema.columns("metrics")] == " ".join(columns).split()
+    assert METRICS.keys() - {column.name for column in schema.columns("metrics")} == {"entropy"}
     assert metric("ce_loss").direction == "min"
     assert metric("reward").direction == "max"
     assert metric("learning_rate").direction is None
     assert metric("entropy").unit == "nats/token"
 
 
-def test_an_unknown_metric_is_refused_with_the_nearest_name() -> None:
-    with pytest.raises(ResultsError, match="Did you mean 'cfm_loss'"):
-        metric("cfm_los")
+def test_attempts_are_numbered_as_the_column_says(tmp_path: Path) -> None:
+    (column,) = [column for column in schema.columns("metrics") if column.name == "attempt"]
+    assert "from 1" in column.description
+    assert [attempts.begin(tmp_path, "t0001") for _ in range(2)] == [1, 2]
 
 
 def test_reading_modules_import_nothing_heavy() -> None:

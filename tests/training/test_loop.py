@@ -138,6 +138,19 @@ def test_samples_show_context_completion_and_truth(tmp_path: Path) -> None:
     assert row["reward"] == pytest.approx(row["alignment"] - 1.0 * row["diversity"])
 
 
+def test_samples_name_the_row_of_the_data_that_they_continue(tmp_path: Path) -> None:
+    larger = write_data(tmp_path / "larger.jsonl", examples=300)
+    config = tiny_config(tmp_path, dataset=str(larger), steps=1)
+    rows = run_tiny(config)[1].sampled[1]
+    parts = Run(config).parts
+    data, decode = parts.data["validation"], parts.base.tokenizer.decode
+    assert {row["sequence"] for row in rows} == {0, len(data) - 1} != {0, 1}, "two rows, spread over the split"
+    for row in rows:
+        tokens, anchor = data.tokens[row["sequence"]], row["anchor"]
+        assert row["context"] == decode(tokens[:anchor])
+        assert row["ground_truth"] == decode(tokens[anchor : anchor + config.rollout.completion_length])
+
+
 def test_answers_only_settings_work_on_pairs_and_are_refused_on_raw_text(tmp_path: Path) -> None:
     pairs = write_data(tmp_path / "pairs.jsonl", answers=True)
     changes = {"anchor_region": "answer", "ce_region": "answer", "steps": 1}
@@ -173,3 +186,25 @@ def test_a_checkpoint_of_another_format_is_refused_in_words(tmp_path: Path) -> N
     checkpoint.save(folder, {"step": 1, "tokens_seen": 0, "latest": {}, "model": {}}, step=1)
     with pytest.raises(CheckpointError, match="older version"):
         run_tiny(tiny_config(tmp_path), start_from=folder)
+
+
+def test_a_checkpoint_of_version_0_1_within_a_row_of_metrics_loses_nothing(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, log_every_steps=3, steps=3)
+    _, whole = run_tiny(config, on_report=keep_checkpoints(tmp_path))
+    saved = checkpoint.load(tmp_path / "step-2")
+    observed = saved["tally"]["observed"]
+    without_count = ("loss", "policy_loss", *(name for name in observed if name.endswith("_seconds")))
+    sums = {name: moments["total"] for name, moments in observed.items()}
+    saved["tally"] = {
+        "sums": sums | {"advantage_squared": observed["advantage"]["squares"]},
+        "counts": {name: 0.0 if name in without_count else moments["count"] for name, moments in observed.items()}
+        | {"advantage_squared": observed["advantage"]["count"]},
+        "peaks": {},
+        "steps": saved["tally"]["steps"],
+    }
+    folder = tmp_path / "old"
+    folder.mkdir()
+    checkpoint.save(folder, saved, step=2)
+    _, rest = run_tiny(config, start_from=folder)
+    for name in (*DETERMINISTIC, "policy_loss", "duplicate_rate", "policy_entropy"):
+        assert rest.rows[3][name] == whole.rows[3][name], name

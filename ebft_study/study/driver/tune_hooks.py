@@ -137,7 +137,9 @@ class StudyStopper(Stopper):  # type: ignore[misc]
         if self._rules is None or "outcome" in result:
             return False
         task = TrialTask.from_config(result["config"])
-        return not task.is_baseline and self._rules.should_stop(task.trial_id, result, total_steps=task.total_steps)
+        return not task.is_baseline and self._rules.should_stop(
+            task.trial_id, result, total_steps=task.total_steps, n_samples=task.run["rollout"]["n_samples"]
+        )
 
     def stop_all(self) -> bool:
         if self._deadline is not None and time.monotonic() >= self._deadline:

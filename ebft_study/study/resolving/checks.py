@@ -21,7 +21,7 @@ from ebft_study.study.spec import enumeration
 from ebft_study.study.spec.study_spec import StudySpec, key_matches
 from ebft_study.study.spec.trials import Trial
 
-OBJECTIVES = ("cfm_loss", "ce_loss", "ce_answer_loss", "perplexity", "reward")
+OBJECTIVES = tuple(entry.name for entry in METRICS.values() if entry.is_objective)
 
 
 def check_search(spec: StudySpec, source: str) -> None:

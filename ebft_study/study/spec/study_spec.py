@@ -133,7 +133,12 @@ class DivergenceRule(Section):
 class CollapseRule(Section):
     """Samples that are all alike."""
 
-    duplicate_rate: float = Field(0.9, gt=0.0, le=1.0, description="samples that repeat another of their context")
+    duplicate_rate: float = Field(
+        0.9,
+        gt=0.0,
+        le=1.0,
+        description="metric duplicate_rate over its largest possible value, 1 - 1/n_samples",
+    )
     entropy: float = Field(0.05, ge=0.0, description="of the policy, nats/token")
     evaluations: PositiveInt = Field(2, description="in a row")
 
@@ -146,7 +151,7 @@ class StagnationRule(Section):
 
 
 class RewardHackingRule(Section):
-    """A reward that rises with the held-out feature-matching loss."""
+    """A reward that rises with the validation feature-matching loss."""
 
     evaluations: PositiveInt = Field(3, description="rises in a row")
 

@@ -39,6 +39,7 @@ class RecordedTrial:
     seed: int
     is_baseline: bool
     total_steps: int
+    n_samples: int
     steps_done: int
     evaluations: tuple[Evaluation, ...]
     elapsed: tuple[float, ...]
@@ -184,7 +185,7 @@ class _EarlyStopping:
             return ""
         report = {**evaluation.metrics, "step": step, "evaluated_step": step}
         # The scheduler also sees a trial that a rule stops: others are compared with it.
-        ruled_out = self._rules.should_stop(trial_id, report, total_steps=total)
+        ruled_out = self._rules.should_stop(trial_id, report, total_steps=total, n_samples=trial.n_samples)
         behind = self._scheduler is not None and self._scheduler.should_stop(
             trial_id, step, evaluation.get(self._metric), total_steps=total
         )
@@ -231,6 +232,7 @@ def _recorded(
         seed=int(row["seed"]),
         is_baseline=isinstance(row["named_baseline"], str),
         total_steps=int(row["steps"] + row["warm_start_steps"]),
+        n_samples=int(row["n_samples"]),
         steps_done=int(row["steps_done"]) if row["steps_done"] > 0 else 0,
         evaluations=tuple(evaluations),
         elapsed=elapsed,

@@ -8,18 +8,21 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-import operator
 from collections.abc import Callable, Mapping, Sequence
 
 from ebft_study.study.folder.trial_states import Evaluation
 from ebft_study.study.spec.study_spec import ObjectiveSpec, StoppingSpec
 
+_ROUNDING = 1e-9  # of a mean over contexts that are all at the largest possible rate
 
-def reason_to_stop(history: Sequence[Evaluation], rules: StoppingSpec, objective: ObjectiveSpec) -> str:
+
+def reason_to_stop(
+    history: Sequence[Evaluation], rules: StoppingSpec, objective: ObjectiveSpec, *, n_samples: int
+) -> str:
     """The reason of the first rule that stops the trial; '' if it continues."""
     checks: dict[str, Callable[..., str]] = {
         "divergence": diverged,
-        "collapse": collapsed,
+        "collapse": functools.partial(collapsed, n_samples=n_samples),
         "stagnation": functools.partial(stagnated, objective=objective),
         "reward_hacking": hacked,
     }
@@ -47,17 +50,23 @@ def diverged(history: Sequence[Evaluation], *, margin: float, evaluations: int) 
     )
 
 
-def collapsed(history: Sequence[Evaluation], *, duplicate_rate: float, entropy: float, evaluations: int) -> str:
-    """More than `duplicate_rate` of the samples repeat another of their context, or the policy's entropy is below
-    `entropy` nats/token, in the last `evaluations` ones."""
+def collapsed(
+    history: Sequence[Evaluation], *, duplicate_rate: float, entropy: float, evaluations: int, n_samples: int
+) -> str:
+    """Samples repeat each other, or the policy's entropy is below `entropy` nats/token, in the last `evaluations` ones.
+
+    Of n equal samples n - 1 repeat an earlier one, so the rate of duplicates is at most 1 - 1/n: `duplicate_rate` is
+    the fraction of that from which the samples count as collapsed. One sample per context repeats nothing.
+    """
     last = _last(history, evaluations)
-    for metric, side, limit, is_beyond in (
-        ("duplicate_rate", "above", duplicate_rate, operator.gt),
-        ("policy_entropy", "below", entropy, operator.lt),
-    ):
-        if last and all(is_beyond(evaluation.get(metric), limit) for evaluation in last):
-            value = last[-1].get(metric)
-            return f"collapsed: {metric} {value:.3g} is {side} {limit:g} for {evaluations} evaluations"
+    rates, entropies = ([e.get(name) for e in last] for name in ("duplicate_rate", "policy_entropy"))
+    limit = duplicate_rate * (1 - 1 / n_samples)
+    if last and n_samples > 1 and all(rate >= limit - _ROUNDING for rate in rates):
+        share = f"{duplicate_rate:g} of the largest possible with n_samples={n_samples}"
+        is_alike = f"duplicate_rate {rates[-1]:.3g} is at least {limit:.3g} ({share})"
+        return f"collapsed: {is_alike} for {evaluations} evaluations"
+    if last and all(value < entropy for value in entropies):
+        return f"collapsed: policy_entropy {entropies[-1]:.3g} is below {entropy:g} for {evaluations} evaluations"
     return ""
 
 
@@ -76,7 +85,7 @@ def stagnated(history: Sequence[Evaluation], objective: ObjectiveSpec, *, improv
 
 
 def hacked(history: Sequence[Evaluation], *, evaluations: int) -> str:
-    """Reward and held-out feature-matching loss both rise from each of the last evaluations to the next.
+    """Reward and validation feature-matching loss both rise from each of the last evaluations to the next.
 
     The reward is meant to lower that loss: what raises both serves the feature network, not the data. `evaluations`
     counts the rises.
@@ -104,7 +113,7 @@ class RuleMonitor:
         self.reasons: dict[str, str] = {}
         """Trial -> reason why it was stopped."""
 
-    def should_stop(self, trial_id: str, metrics: Mapping[str, float], *, total_steps: int) -> bool:
+    def should_stop(self, trial_id: str, metrics: Mapping[str, float], *, total_steps: int, n_samples: int) -> bool:
         """Whether a trial that has just reported should stop.
 
         Ignores a report that repeats an evaluation (`evaluated_step` is below `step`), and one of a step that was
@@ -114,7 +123,7 @@ class RuleMonitor:
         if metrics.get("evaluated_step") != step or (history and step <= history[-1].step) or step >= total_steps:
             return False
         history.append(Evaluation(step, dict(metrics)))
-        reason = reason_to_stop(history, self._rules, self._objective)
+        reason = reason_to_stop(history, self._rules, self._objective, n_samples=n_samples)
         if reason:
             self.reasons[trial_id] = f"{reason}; {steps_saved(step, total_steps)}"
         return bool(reason)

@@ -39,7 +39,7 @@ def trial(
     steps = [every * index for index in range(len(values))]
     settings = {
         "trial_id": f"t{number:04d}", "configuration": f"c{number}", "seed": 0, "is_baseline": False,
-        "total_steps": steps[-1], "steps_done": steps[-1],
+        "total_steps": steps[-1], "n_samples": 4, "steps_done": steps[-1],
         "evaluations": tuple(
             Evaluation(step, {"cfm_loss": value, "ce_loss": value}) for step, value in zip(steps, values, strict=True)
         ),
@@ -173,7 +173,7 @@ def test_several_slots_are_a_clock_that_ticks(kind: str, concurrency: int) -> No
             due = [e for e, at in zip(one.evaluations, one.elapsed, strict=True) if began + at == clock]
             for evaluation in due:
                 report = {**evaluation.metrics, "step": evaluation.step, "evaluated_step": evaluation.step}
-                ruled = watch.should_stop(name, report, total_steps=32)
+                ruled = watch.should_stop(name, report, total_steps=32, n_samples=one.n_samples)
                 behind = live.should_stop(name, evaluation.step, evaluation.get("cfm_loss"), total_steps=32)
                 if ruled or behind:
                     expected.append((name, evaluation.step, clock))

@@ -7,14 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from ebft_study import results
+from ebft_study.algorithm.metrics import duplicate_fraction
+from ebft_study.errors import ConfigError
+from ebft_study.methods import MetricAccumulator
 from ebft_study.study.driver.tune_hooks import StudyStopper
 from ebft_study.study.folder import history
 from ebft_study.study.folder.trial_states import Evaluation
-from ebft_study.study.spec.study_spec import ObjectiveSpec, StoppingSpec
+from ebft_study.study.spec.study_spec import CollapseRule, ObjectiveSpec, StoppingSpec
 from ebft_study.study.stopping.rules import RuleMonitor, collapsed, diverged, hacked, reason_to_stop, stagnated
-from tests.studies import task
+from tests.studies import resolved, task
 from tests.synthetic_study import PAPER_LIKE, write_study
 
 CFM = ObjectiveSpec()
@@ -49,14 +53,39 @@ def test_without_the_base_model_nothing_diverges() -> None:
     assert diverged(curve(ce_loss=[4.0, 9.0, 9.0, 9.0])[1:], margin=0.1, evaluations=3) == ""
 
 
-def test_samples_that_are_all_alike_are_a_collapse_by_either_sign() -> None:
-    rules = {"duplicate_rate": 0.9, "entropy": 0.1, "evaluations": 2}
-    alike = curve(duplicate_rate=[0.0, 0.95, 0.96], policy_entropy=[1.0, 1.0, 1.0])
+COLLAPSE = CollapseRule().model_dump()
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 7, 10, 11, 16])
+@pytest.mark.parametrize("threshold", [0.5, 0.9, 1.0])
+def test_samples_that_are_all_alike_are_a_collapse_whatever_their_number(n: int, threshold: float) -> None:
+    """By the metric itself, averaged over contexts as a row of metrics is."""
+    alike, varied = torch.zeros(1, 7, n, 5), torch.arange(7.0 * n * 5).view(1, 7, n, 5)
+    rates = []
+    for completions in (varied, alike, alike):
+        accumulator = MetricAccumulator()
+        accumulator.add_valid("duplicate_rate", duplicate_fraction(completions), torch.ones(1, 7, dtype=torch.bool))
+        rates.append(accumulator.row()["duplicate_rate"])
+    said = collapsed(curve(duplicate_rate=rates), **COLLAPSE | {"duplicate_rate": threshold}, n_samples=n)
+    assert said.startswith(f"collapsed: duplicate_rate {1 - 1 / n:.3g} is at least {threshold * (1 - 1 / n):.3g}")
+    assert collapsed(curve(duplicate_rate=rates[:2]), **COLLAPSE, n_samples=n) == ""
+    pairs = [0.0, *2 * [threshold * (1 - 1 / n) - 0.01]]
+    assert collapsed(curve(duplicate_rate=pairs), **COLLAPSE | {"duplicate_rate": threshold}, n_samples=n) == ""
+
+
+def test_a_policy_without_entropy_is_a_collapse_and_one_sample_is_none() -> None:
     certain = curve(duplicate_rate=[0.0, 0.1, 0.1], policy_entropy=[1.0, 0.05, 0.04])
-    assert collapsed(alike, **rules).startswith("collapsed: duplicate_rate 0.96")  # type: ignore[arg-type]
-    assert collapsed(certain, **rules).startswith("collapsed: policy_entropy 0.04")  # type: ignore[arg-type]
-    assert collapsed(alike[:2], **rules) == ""  # type: ignore[arg-type]
-    assert collapsed(curve(ce_loss=[1.0, 1.0, 1.0]), **rules) == ""  # type: ignore[arg-type]
+    said = collapsed(certain, **COLLAPSE | {"entropy": 0.06}, n_samples=4)
+    assert said == "collapsed: policy_entropy 0.04 is below 0.06 for 2 evaluations"
+    alone = curve(duplicate_rate=[0.0, 0.0, 0.0], policy_entropy=[1.0, 1.0, 1.0])
+    assert collapsed(alone, **COLLAPSE, n_samples=1) == ""
+    assert collapsed(curve(ce_loss=[1.0, 1.0, 1.0]), **COLLAPSE, n_samples=4) == ""
+
+
+def test_a_threshold_that_no_rate_can_reach_is_refused() -> None:
+    content = {"study": "s", "question": "?", "stopping": {"collapse": {"duplicate_rate": 1.1}}}
+    with pytest.raises(ConfigError, match=r"stopping\.collapse\.duplicate_rate=1\.1.*less than or equal to 1"):
+        resolved(content)
 
 
 @pytest.mark.parametrize(
@@ -86,9 +115,9 @@ def test_reward_that_rises_with_the_loss_it_should_lower_is_hacking() -> None:
 
 def test_no_rule_applies_unless_it_is_named() -> None:
     bad = curve(ce_loss=[1.0, 9.0, 9.0, 9.0], cfm_loss=[1.0, 2.0, 3.0, 4.0], reward=[0.0, 1.0, 2.0, 3.0])
-    assert reason_to_stop(bad, StoppingSpec(), CFM) == ""
-    assert reason_to_stop(bad, StoppingSpec.model_validate({"divergence": {}}), CFM).startswith("diverged")
-    assert reason_to_stop(bad, StoppingSpec.model_validate({"reward_hacking": {"evaluations": 2}}), CFM)
+    assert reason_to_stop(bad, StoppingSpec(), CFM, n_samples=4) == ""
+    assert reason_to_stop(bad, StoppingSpec.model_validate({"divergence": {}}), CFM, n_samples=4).startswith("diverged")
+    assert reason_to_stop(bad, StoppingSpec.model_validate({"reward_hacking": {"evaluations": 2}}), CFM, n_samples=4)
 
 
 CONFIG = task(trial_id="t0", total_steps=100).to_config()
@@ -97,6 +126,14 @@ CONFIG = task(trial_id="t0", total_steps=100).to_config()
 def report(step: int, ce: float, *, evaluated: int | None = None, **more: Any) -> dict[str, Any]:
     seen = step if evaluated is None else evaluated
     return {"step": step, "evaluated_step": float(seen), "ce_loss": ce, "config": {**CONFIG}, **more}
+
+
+def test_the_rule_knows_the_number_of_samples_of_a_trial() -> None:
+    monitor = RuleMonitor(StoppingSpec.model_validate({"collapse": {"evaluations": 1}}), CFM)
+    stopper, n = StudyStopper(None, rules=monitor), CONFIG["run"]["rollout"]["n_samples"]
+    assert n < 10, "the rate is below 0.9 even where all samples are equal"
+    assert not stopper("tune-id", report(10, 4.0, duplicate_rate=0.5 * (1 - 1 / n)))
+    assert stopper("tune-id", report(20, 4.0, duplicate_rate=1 - 1 / n))
 
 
 def build_stopper(past: dict[str, list[Evaluation]] | None = None) -> StudyStopper:

@@ -1,0 +1,187 @@
+"""The registry of metrics: a line for everything that runs measure. Imports neither torch nor pandas.
+
+All else follows from a line: the column of the table `metrics`, the place in `evaluations`, how training combines the
+observations of micro-batches, steps and workers, the units in reports, the metrics that a search may optimize. A name
+that has no line is refused wherever it is accumulated or recorded. To add a metric, add its line and report it.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from ebft_study.errors import ResultsError
+
+Aggregation = Literal["measured", "mean", "std", "effective_fraction", "min", "max", "sum", "per_step", "per_worker"]
+"""How a row of training metrics follows from the observations since the row before, over all workers.
+
+measured            not at all: the value is that of the row's step
+mean, std, min, max of all observations
+effective_fraction  Kish's effective sample size of weights over their number: (mean w)^2 / mean w^2
+sum                 of all observations
+per_step            sum of all observations over the number of steps: parts that add up to a step's value
+per_worker          per_step over the number of workers: a duration that all workers spend concurrently
+"""
+FEATURE_MAP = (
+    *("model", "feature_network", "random_weights", "depths", "pooling", "normalize", "dataset", "sequence_length"),
+    *("packing", "stride", "first_context_length", "anchor_region", "evaluation_temperature", "cfm_samples"),
+    *("temperature", "completion_length"),
+)
+"""Settings that change what feature matching measures: the feature map, the contexts, length and temperature."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One measured number.
+
+    Args:
+        direction: the better side; None where neither is.
+        of: the quantity whose observations are aggregated, `name` by default; several metrics may share one.
+        tables: where it is recorded: in `metrics` as a column, in `evaluations` as rows.
+        position: the meaning of `position` in `evaluations`; '' for one value per evaluation.
+        is_objective: whether searches, schedulers and stopping rules can ask for it: trials report it when evaluated.
+        comparable_within: settings that two configurations must share for their values to be compared.
+    """
+
+    name: str
+    unit: str
+    description: str
+    direction: Literal["min", "max"] | None = None
+    aggregation: Aggregation = "measured"
+    of: str = ""
+    tables: tuple[Literal["metrics", "evaluations"], ...] = ("metrics",)
+    position: Literal["", "completion length", "token"] = ""
+    is_objective: bool = False
+    comparable_within: tuple[str, ...] = ()
+
+    @property
+    def quantity(self) -> str:
+        """Name under which observations are accumulated."""
+        return self.of or self.name
+
+
+def _by_name(*metrics: Metric) -> dict[str, Metric]:
+    return {entry.name: entry for entry in metrics}
+
+
+_BOTH: tuple[Literal["metrics", "evaluations"], ...] = ("metrics", "evaluations")
+
+METRICS: dict[str, Metric] = _by_name(
+    # On evaluation steps, on the validation split; in `evaluations` on the held-out split.
+    Metric(
+        "ce_loss", "nats/token", "cross-entropy of all ground-truth tokens at temperature 1", "min",
+        tables=_BOTH, is_objective=True,
+    ),
+    Metric(
+        "ce_answer_loss", "nats/token", "cross-entropy of the answer's tokens at temperature 1", "min",
+        tables=_BOTH, is_objective=True,
+    ),
+    Metric("perplexity", "", "exp(ce_loss)", "min", is_objective=True),
+    Metric(
+        "cfm_loss", "squared feature norm", "unbiased conditional feature-matching loss, unwhitened, at G", "min",
+        tables=_BOTH, position="completion length", is_objective=True, comparable_within=FEATURE_MAP,
+    ),
+    Metric("cfm_standard_error", "squared feature norm", "standard error of cfm_loss over contexts"),
+    Metric("evaluation_seconds", "s", "duration of the evaluation", "min"),
+    # On training steps, on the training batch.
+    Metric("loss", "", "differentiated: policy_loss + gamma * cross-entropy + kl_coefficient * kl (* G with sum)",
+           aggregation="per_step"),
+    Metric("policy_loss", "", "-advantage * log-probability, mean over contexts and samples", aggregation="per_step"),
+    Metric("train_ce_loss", "nats/token", "cross-entropy of the batch's ground-truth tokens", "min", "mean"),
+    Metric("kl", "nats/token", "KL divergence of completions from the base model over G, by the value of kl_estimator",
+           aggregation="mean"),
+    Metric("reward", "", "alignment - alpha * diversity, mean over contexts and samples", "max", "mean",
+           is_objective=True),
+    Metric("alignment", "", "reward's agreement with the ground truth's features", "max", "mean"),
+    Metric("diversity", "", "agreement with the other samples of the context, which the reward subtracts alpha times",
+           aggregation="mean"),
+    Metric("advantage_std", "", "standard deviation of the advantages", aggregation="std", of="advantage"),
+    Metric("zero_variance_fraction", "", "fraction of contexts whose samples all have the same reward", "min", "mean"),
+    Metric("duplicate_rate", "", "fraction of samples that repeat an earlier one of their context, at most 1 - 1/n",
+           "min", "mean"),
+    Metric("policy_entropy", "nats/token", "entropy of the tempered policy at sampled positions", aggregation="mean"),
+    Metric("train_cfm_loss", "squared feature norm", "cfm_loss of the batch's rollouts", "min", "mean"),
+    Metric("fm_whitened", "", "whitened feature-matching objective with the sign of a loss", "min", "mean"),
+    Metric("grad_norm", "", "global norm of the gradient before clipping", aggregation="mean"),
+    Metric("learning_rate", "", "learning rate of this update"),
+    Metric("tokens_per_second", "tokens/s", "training tokens, prefix and sampled, per second", "max"),
+    Metric("step_seconds", "s", "duration of the optimizer step", "min", "per_worker"),
+    Metric("rollout_seconds", "s", "part of step_seconds spent sampling", "min", "per_worker"),
+    Metric("feature_seconds", "s", "part of step_seconds spent in the feature network and on rewards", "min",
+           "per_worker"),
+    Metric("scoring_seconds", "s", "part of step_seconds spent on log-probabilities and the backward pass", "min",
+           "per_worker"),
+    Metric("optimizer_seconds", "s", "part of step_seconds spent on the update", "min", "per_worker"),
+    Metric("sync_seconds", "s", "time to hand new weights to the rollout engine, its reading of them included", "min",
+           "per_worker"),
+    # With rollouts from an engine.
+    Metric("policy_lag", "updates", "updates by which the sampling weights were behind, mean over contexts", "min",
+           "mean"),
+    Metric("parity_mean_difference", "nats/token", "mean |log-probability of the engine - of the trainer|", "min",
+           "mean"),
+    Metric("parity_max_difference", "nats/token", "largest such difference since the row before", "min",
+           "max", of="parity_mean_difference"),
+    Metric("importance_ratio", "", "probability of a completion under the trainer over that under the engine, mean",
+           aggregation="mean"),
+    Metric("importance_ratio_min", "", "smallest such ratio since the row before",
+           aggregation="min", of="importance_ratio"),
+    Metric("importance_ratio_max", "", "largest such ratio since the row before",
+           aggregation="max", of="importance_ratio"),
+    Metric("importance_weight", "", "mean ratio after truncation at importance_ratio_clip", aggregation="mean"),
+    Metric("importance_clipped_fraction", "", "completions whose ratio was truncated", "min", "mean"),
+    Metric("effective_sample_fraction", "", "effective over actual number of completions, by their ratios", "max",
+           "effective_fraction", of="importance_ratio"),
+    # With features from a service; a feature counts once per request, however often the request contains it.
+    Metric("feature_hit_rate_memory", "", "features that the service had in memory", "max", "mean"),
+    Metric("feature_hit_rate_disk", "", "features that the service had on disk", "max", "mean"),
+    Metric("sample_hit_rate", "", "features of samples that the service had", "max", "mean"),
+    Metric("ground_truth_hit_rate", "", "features of the ground truth that the service had", "max", "mean"),
+    Metric("feature_tokens_embedded", "tokens", "run through the service's network since the row before", "min", "sum"),
+    Metric("feature_tokens_saved", "tokens", "that the cache, or another trial's request, made unnecessary", "max",
+           "sum"),
+    Metric("feature_queue_seconds", "s", "wait for the service's turn, mean over requests", "min", "mean"),
+    Metric("feature_batch_requests", "requests", "requests that the service embedded in one pass, mean",
+           aggregation="mean"),
+    Metric("feature_cache_bytes", "B", "size of the service's cache, both tiers", aggregation="mean"),
+    Metric("peak_memory_bytes", "B", "largest memory of the process so far (of the device, on a GPU)", "min"),
+    Metric("sequences_seen", "sequences", "training sequences consumed so far"),
+    Metric("tokens_seen", "tokens", "ground-truth training tokens consumed so far"),
+    # In `evaluations` alone.
+    Metric(
+        "entropy", "nats/token", "entropy of the k-th generated token's distribution; position is k, from 1",
+        tables=("evaluations",), position="token",
+    ),
+)  # fmt: skip
+
+
+def metric(name: str, table: Literal["metrics", "evaluations"] | None = None) -> Metric:
+    """The registered metric `name`, of `table` if that is given; refuses others with the nearest name."""
+    known = METRICS if table is None else in_table(table)
+    if name not in known:
+        raise unknown("metric" if table is None else f"metric of {table}", name, known, REGISTER)
+    return known[name]
+
+
+def in_table(table: str) -> dict[str, Metric]:
+    """The metrics of a table, in the order of its columns or rows."""
+    return {name: entry for name, entry in METRICS.items() if table in entry.tables}
+
+
+REGISTER = "Register new metrics, with their aggregation, in ebft_study/results/metrics.py"
+AGGREGATED = tuple(entry for entry in METRICS.values() if entry.aggregation != "measured")
+"""Metrics that training steps accumulate."""
+QUANTITIES: dict[str, tuple[Metric, ...]] = {
+    quantity: tuple(entry for entry in AGGREGATED if entry.quantity == quantity)
+    for quantity in dict.fromkeys(entry.quantity for entry in AGGREGATED)
+}
+"""What training steps observe -> the metrics that follow from it."""
+
+
+def unknown(what: str, name: str, known: Iterable[str], remedy: str) -> ResultsError:
+    """The error for a name that no schema holds: one line with the nearest known name."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(names)}."
+    return ResultsError(f"results: unknown {what} {name!r}. {hint} {remedy}")
