@@ -225,7 +225,7 @@ def test_the_reported_kl_is_the_mean_ratio_of_a_token() -> None:
     tallies = {}
     for aggregation in ("token_mean", "sum"):
         loss, _, tallies[aggregation] = gradients(aggregation=aggregation, kl_coefficient=0.5)
-        share = loss - tallies[aggregation].sums["policy_loss"]
+        share = loss - tallies[aggregation].of("policy_loss").total
         scale = 4 if aggregation == "sum" else 1
         assert share == pytest.approx(0.5 * scale * tallies[aggregation].mean("kl"), rel=1e-5)
     assert tallies["sum"].mean("kl") == pytest.approx(tallies["token_mean"].mean("kl"))
