@@ -108,3 +108,7 @@ def test_the_largest_noise_draws_a_token_of_positive_probability() -> None:
     logits = torch.tensor([0.0, 0.0, float("-inf")])
     tokens = draw(logits.softmax(-1), torch.tensor([1 - 2**-24, 0.0]))
     assert tokens.tolist() == [1, 0]
+
+
+def test_no_noise_at_all_draws_a_token_of_positive_probability() -> None:
+    assert draw(torch.tensor([0.0, 0.0, 0.5, 0.5]), torch.tensor([0.0])).tolist() == [2]

@@ -12,11 +12,11 @@ def sample(model: nn.Module, context: Tensor, noise: Tensor, temperature: float)
     tokens, log_probs = context.tolist(), []
     for u in noise.tolist():
         log_p = (model(torch.tensor([tokens])).logits[0, -1].float() / temperature).log_softmax(-1)
-        cumulative, token = 0.0, 0
-        total = float(log_p.exp().double().sum())
-        for token in range(len(log_p)):
-            cumulative += float(log_p[token].exp())
-            if cumulative > u * total:
+        probabilities = log_p.exp().double().tolist()
+        cumulative, token, target = 0.0, 0, u * sum(probabilities)
+        for token, probability in enumerate(probabilities):
+            cumulative += probability
+            if cumulative > target:
                 break
         tokens.append(token)
         log_probs.append(float(log_p[token]))

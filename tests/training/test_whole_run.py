@@ -20,7 +20,7 @@ from tests.tiny_run import WORDS, MemoryRecorder, report_nothing, tiny_config
 
 SETTINGS: dict[str, Any] = {
     "text_column": None, "prompt_column": "prompt", "answer_column": "answer", "packing": True, "sequence_length": 30,
-    "completion_length": 3, "stride": 3, "first_context_length": 2, "n_samples": 4, "temperature": 0.8, "seed": 3,
+    "completion_length": 3, "stride": 5, "first_context_length": 2, "n_samples": 4, "temperature": 0.8, "seed": 3,
     "alpha": 0.5, "gamma": 0.1, "kl_coefficient": 0.7, "kl_estimator": "k2", "batch_size": 3, "micro_batch_size": 2,
     "warm_start_steps": 2, "warm_start_learning_rate": 4e-4, "steps": 3, "learning_rate": 2e-4, "weight_decay": 2.0,
     "betas": [0.7, 0.8], "max_grad_norm": 0.3, "schedule": "cosine", "warmup_fraction": 0.3, "ema_decay": 0.6,
@@ -81,8 +81,8 @@ def test_weights_after_several_updates_are_those_of_the_definitions(tmp_path: Pa
 def test_everything_that_a_run_measures_is_as_defined(tmp_path: Path) -> None:
     """The base model first, then the averaged weights; validation at the run's length, the held-out split in full."""
     config = config_of(
-        tmp_path, examples=500, steps=1, batch_size=2, learning_rate=5e-3, evaluation_temperature=1.3, evaluation_seed=7,
-        cfm_samples=3, profile_lengths=[1, 4], validation_sequences=5, heldout_sequences=6, eval_every_steps=1,
+        tmp_path, examples=500, steps=1, batch_size=2, learning_rate=5e-3, eval_every_steps=1, evaluation_seed=7,
+        evaluation_temperature=1.3, cfm_samples=3, profile_lengths=[1, 4], validation_sequences=5, heldout_sequences=6,
     )  # fmt: skip
     run, recorder = Run(config), MemoryRecorder()
     start(run, recorder, report_nothing)
