@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor, nn
 
@@ -12,12 +14,8 @@ def sample(model: nn.Module, context: Tensor, noise: Tensor, temperature: float)
     tokens, log_probs = context.tolist(), []
     for u in noise.tolist():
         log_p = (model(torch.tensor([tokens])).logits[0, -1].float() / temperature).log_softmax(-1)
-        probabilities = log_p.exp().double().tolist()
-        cumulative, token, target = 0.0, 0, u * sum(probabilities)
-        for token, probability in enumerate(probabilities):
-            cumulative += probability
-            if cumulative > target:
-                break
+        cumulative = list(itertools.accumulate(log_p.exp().double().tolist()))
+        token = next(token for token, reached in enumerate(cumulative) if reached > u * cumulative[-1])
         tokens.append(token)
         log_probs.append(float(log_p[token]))
     return tokens[len(context) :], log_probs

@@ -171,7 +171,7 @@ class AdamW:
             self.v[name] = beta2 * self.v[name] + (1 - beta2) * g * g
             m, v = self.m[name] / (1 - beta1**self.t), self.v[name] / (1 - beta2**self.t)
             decay = self.config.weight_decay if w.dim() > 1 else 0.0
-            w -= rate * (m / (v.sqrt() + 1e-8) + decay * w)
+            w.sub_(rate * (m / (v.sqrt() + 1e-8) + decay * w))
 
 
 def learning_rate(config: RunConfig, peak: float, number: int, updates: int) -> float:

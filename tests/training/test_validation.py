@@ -17,10 +17,13 @@ from tests.references.whole_update import advantages
 from tests.tiny_run import run_tiny, tiny_config
 
 
-def test_what_a_row_says_about_rollouts_is_as_defined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("baseline", ["rloo", "none"])
+def test_what_a_row_says_about_rollouts_is_as_defined(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, baseline: str
+) -> None:
     """Means over the contexts of all steps since the last row; at this temperature, many samples are equal."""
     alpha = 0.5
-    run = Run(tiny_config(tmp_path, alpha=alpha, n_samples=4, temperature=0.1))
+    run = Run(tiny_config(tmp_path, alpha=alpha, baseline=baseline, n_samples=4, temperature=0.1))
     method: Any = run.parts.method
     sampled = watched(monkeypatch, method.rollouts, "sample")
     embedded = watched(monkeypatch, method.features, "embed")
@@ -48,7 +51,7 @@ def test_what_a_row_says_about_rollouts_is_as_defined(tmp_path: Path, monkeypatc
             }
             for name, value in context.items():
                 expected[name].append(value)
-            used += advantages(phi, psi, alpha=alpha, whitening="none").tolist()
+            used += (reward if baseline == "none" else advantages(phi, psi, alpha=alpha, whitening="none")).tolist()
     row = validation.training_metrics(run)
     for name, values in expected.items():
         assert row[name] == pytest.approx(np.mean(values), rel=1e-5), name
@@ -105,22 +108,28 @@ def test_tokens_are_counted_without_padding_and_their_rate_is_that_of_the_steps_
 
 @pytest.mark.parametrize("whitening", ["none", "variant_ii"])
 @pytest.mark.parametrize("baseline", ["rloo", "naive"])
-def test_a_samples_parts_fit_together(tmp_path: Path, whitening: str, baseline: str) -> None:
-    """(7) and the baseline from the alignment and the diversity of a context's samples."""
+def test_a_sample_has_its_text_and_the_parts_of_its_reward(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whitening: str, baseline: str
+) -> None:
     alpha, n = 0.5, 4
-    config = tiny_config(tmp_path, n_samples=n, alpha=alpha, whitening=whitening, baseline=baseline)
-    rows = validation.sample_rows(Run(config))
+    run = Run(tiny_config(tmp_path, n_samples=n, alpha=alpha, whitening=whitening, baseline=baseline))
+    embedded = watched(monkeypatch, run.parts.features, "embed")
+    rows = validation.sample_rows(run)
+    data, decode = run.parts.data["validation"], run.parts.base.tokenizer.decode
+    tokens = data.tokens[[0, len(data) - 1]].tolist()
     contexts = [list(group) for _, group in groupby(rows, key=lambda row: (row["sequence"], row["anchor"]))]
-    assert {len(context) for context in contexts} == {n}
+    assert len(contexts) == 4
     for context in contexts:
-        t1, t2 = (np.array([row[name] for row in context]) for name in ("alignment", "diversity"))
-        assert [row["reward"] for row in context] == pytest.approx(t1 - alpha * t2)
+        s, a = context[0]["sequence"], context[0]["anchor"]
+        assert {row["context"] for row in context} == {decode(tokens[s][:a])}
+        assert {row["ground_truth"] for row in context} == {decode(tokens[s][a : a + 3])}
+        phi, psi = ((part[s, a // 4 - 1]).double().numpy() for part in (embedded[0][0].phi, embedded[0][0].psi))
+        t1, t2 = terms(phi, psi, whitening)
         for j, row in enumerate(context):
             others = [i for i in range(n) if i != j]
-            expected = np.mean(t1[others])
-            if baseline == "rloo":
-                expected -= alpha * (sum(t2[others]) - t2[j]) / (n - 2)
-            else:
-                expected -= alpha * np.mean(t2[others])
-            assert row["advantage"] == pytest.approx(row["reward"] - expected)
-    assert max(row["alignment"] for row in rows) <= (2.0 if whitening == "variant_ii" else 4.0) + 1e-9
+            # (94), or the mean of the other rewards
+            diversity = (sum(t2[others]) - t2[j]) / (n - 2) if baseline == "rloo" else np.mean(t2[others])
+            expected = {"sample": j, "alignment": t1[j], "diversity": t2[j], "reward": t1[j] - alpha * t2[j]}
+            expected["advantage"] = expected["reward"] - (np.mean(t1[others]) - alpha * diversity)
+            for name, value in expected.items():
+                assert row[name] == pytest.approx(value, abs=1e-4), name

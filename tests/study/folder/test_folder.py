@@ -94,8 +94,22 @@ def test_what_came_before_a_lineage_is_no_longer_the_best_but_stays_in_reserve(t
     assert attempts.newest_checkpoint(tmp_path, "t0000", since=2) == tmp_path / "train/t0000-2/checkpoint_00000020"
     best = attempts.prune(tmp_path, "t0000", config, ObjectiveSpec(), since=2)
     assert best == "train/t0000-2/checkpoint_00000015"
-    left = sorted(path.parent.name[-1] + path.name[-2:] for path in (tmp_path / "train").glob("*/checkpoint_*"))
-    assert left == ["130", "215", "220"]
+    assert stay(tmp_path) == ["130", "215", "220"]
+
+
+def stay(folder: Path) -> list[str]:
+    """Attempt and step of every checkpoint that is left."""
+    return sorted(path.parent.name[-1] + path.name[-2:] for path in (folder / "train").glob("*/checkpoint_*"))
+
+
+def test_the_best_is_the_largest_where_more_is_better(tmp_path: Path) -> None:
+    own = attempts.folder(tmp_path, "t0000", attempts.begin(tmp_path, "t0000"))
+    for step, value in {10: 1.0, 20: 3.0, 30: 2.0}.items():
+        attempts.keep_checkpoint(own, save(tmp_path / f"{step}", step, reward=value), step=step)
+    config = CheckpointConfig(keep_checkpoints=1, keep_best=1)
+    best = attempts.prune(tmp_path, "t0000", config, ObjectiveSpec(metric="reward", mode="max"))
+    assert best == "train/t0000-1/checkpoint_00000020"
+    assert stay(tmp_path) == ["120", "130"]
 
 
 def test_attempts_and_checkpoints_in_a_store(tmp_path: Path, s3_query: str) -> None:
