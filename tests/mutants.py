@@ -136,7 +136,7 @@ def try_one(mutant: Mutant, trees: queue.Queue[Path]) -> tuple[str, float, str]:
 
 
 def run_tests(tree: Path, tests: Sequence[str]) -> tuple[int, str]:
-    """Exit code of pytest (-1 without one), and the end of its output. Its caches and temporary files are its own."""
+    """Exit code of pytest (negative without one) and the end of its output; its temporary files are its own."""
     with tempfile.TemporaryDirectory(dir=tree.parent) as own:
         process = PROCESSES.Process(target=pytest_in, args=(tree, tests, Path(own)))
         process.start()
@@ -145,7 +145,8 @@ def run_tests(tree: Path, tests: Sequence[str]) -> tuple[int, str]:
             process.kill()
             process.join()
         output = Path(own) / "output"
-        return process.exitcode or 0, output.read_text()[-3000:] if output.exists() else ""
+        code = -1 if process.exitcode is None else process.exitcode
+        return code, output.read_text()[-3000:] if output.exists() else ""
 
 
 def pytest_in(tree: Path, tests: Sequence[str], own: Path) -> None:

@@ -52,6 +52,12 @@ def test_whatever_changes_the_numbers_changes_the_key_and_nothing_else_does(tmp_
     other_model, other_data = write_model(tmp_path / "other", seed=1), write_data(tmp_path / "o.jsonl", examples=50)
     assert key_of(tmp_path, model=str(other_model)) != same
     assert key_of(tmp_path, feature_network=str(other_model)) != same
+    # The same features, and as many rows.
+    network = str(tmp_path / "model")
+    assert key_of(tmp_path, model=str(other_model), feature_network=network) != key_of(
+        tmp_path, feature_network=network
+    )
+    assert key_of(tmp_path, sequence_length=18) != key_of(tmp_path, sequence_length=19)
     assert key_of(tmp_path, dataset=str(other_data)) != same
 
 

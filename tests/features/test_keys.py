@@ -50,7 +50,7 @@ def plainly(root: bytes, context: np.ndarray, completion: np.ndarray) -> bytes:
 
 def test_keys_of_nested_contexts_are_those_of_each_context_alone() -> None:
     tokens = np.arange(100, 120)
-    contexts = [(0, 4), (0, 8), (10, 12), (0, 0), (10, 15), (3, 6)]
+    contexts = [(0, 4), (0, 8), (10, 12), (0, 0), (10, 15), (3, 6), (3, 5)]
     completions = np.random.default_rng(0).integers(0, 50, (len(contexts), 2, 4))
     for length in (1, 3, 4):
         keys = sequence_keys(b"root", tokens, contexts, completions, length=length)
@@ -111,5 +111,6 @@ def test_a_sequence_of_which_everything_is_known_is_not_run(embedder: Embedder) 
     changed[1, 0, 0] = (changed[1, 0, 0] + 1) % 40
     (reply,) = embedder.embed([request(batch, changed)])
     assert reply.usage.tokens_embedded == 16 + 4
+    assert reply.usage.tokens_saved == 16 + 6 * 4 + 5 * 4
     assert reply.usage.truth_hits == reply.usage.truths == 6
     assert reply.usage.sample_hits == reply.usage.samples - 1

@@ -82,7 +82,7 @@ def test_everything_that_a_run_measures_is_as_defined(tmp_path: Path) -> None:
     """The base model first, then the averaged weights; validation at the run's length, the held-out split in full."""
     config = config_of(
         tmp_path, examples=500, steps=1, batch_size=2, learning_rate=5e-3, eval_every_steps=1, evaluation_seed=7,
-        evaluation_temperature=1.3, cfm_samples=3, profile_lengths=[1, 4], validation_sequences=5, heldout_sequences=6,
+        evaluation_temperature=1.3, cfm_samples=3, profile_lengths=[1, 6], validation_sequences=5, heldout_sequences=6,
     )  # fmt: skip
     run, recorder = Run(config), MemoryRecorder()
     start(run, recorder, report_nothing)
@@ -103,7 +103,7 @@ def test_everything_that_a_run_measures_is_as_defined(tmp_path: Path) -> None:
                 assert recorder.rows[step]["cfm_standard_error"] == pytest.approx(error, rel=1e-3)
         assert recorder.rows[step]["perplexity"] == pytest.approx(math.exp(validation["ce_loss", None][0]), rel=1e-4)
         rows = {(row["metric"], row["position"]): row for row in recorder.evaluated[step]}
-        heldout = measured(model, base, run, "heldout", 6, [1, 3, 4])
+        heldout = measured(model, base, run, "heldout", 6, [1, 3, 6])
         assert rows.keys() == heldout.keys()
         for key, (value, error, count) in heldout.items():
             assert rows[key]["benchmark"] == "heldout"
