@@ -7,6 +7,7 @@ fail. Everything happens in copies of the tree. The exit code is 1 if a mutant s
 from __future__ import annotations
 
 import argparse
+import functools
 import multiprocessing
 import os
 import queue
@@ -78,9 +79,11 @@ def main() -> int:
         copy_tree(original)
         tests = sorted({test for mutant in mutants for test in mutant.tests})
         say(f"{len(mutants)} mutants; first {' '.join(tests)} without any")
-        code, output = run_tests(original, tests)
-        if code != 0:
-            say(f"{output}\nthe tests fail without any mutation, or there are none")
+        with ThreadPoolExecutor(options.jobs) as pool:
+            shares = filter(None, (tests[job :: options.jobs] for job in range(options.jobs)))
+            ran = list(pool.map(functools.partial(run_tests, original), shares))
+        if not ran or any(code != 0 for code, _ in ran):
+            say("\n".join([*(output for code, output in ran if code), "the tests fail without any mutation"]))
             return 2
         verdicts = try_all(mutants, original, jobs=options.jobs)
     counts = Counter(verdicts.values())
