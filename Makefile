@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup study test check bench chaos scale architectures clean
+.PHONY: help setup study test check bench chaos mutants scale architectures clean
 
 help: ## what can be made
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -42,6 +42,9 @@ bench: $(STAMP) ## time of an EBFT step, against the published way; writes bench
 chaos: $(STAMP) ## kill -9 at random in the middle of a real study, 20 times; ends with a line of JSON
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos --kills 20
+
+mutants: $(STAMP) ## small mutations of the package, one at a time: the tests of each must fail
+	$(BIN)/python -m tests.mutants
 
 scale: $(STAMP) ## what a study of 2000 trials costs its driver and its readers, without processes for trials
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.scale.simulate

@@ -17,7 +17,10 @@ from ebft_study.results import metric
 from ebft_study.training import Report, RunResult
 from ebft_study.training.loop import train
 
-DETERMINISTIC = ("loss", "ce_loss", "cfm_loss", "reward", "advantage_std", "grad_norm", "train_ce_loss")
+DETERMINISTIC = (
+    *("loss", "ce_loss", "cfm_loss", "reward", "advantage_std", "grad_norm", "train_ce_loss"),
+    *("learning_rate", "tokens_seen", "sequences_seen"),
+)
 """Metrics that depend on nothing but the configuration."""
 WORDS = [
     *("def", "return", "value", "index", "self", "list", "of", "the", "name", "and", "for", "in", "range"),

@@ -108,3 +108,11 @@ def test_the_largest_noise_draws_a_token_of_positive_probability() -> None:
     logits = torch.tensor([0.0, 0.0, float("-inf")])
     tokens = draw(logits.softmax(-1), torch.tensor([1 - 2**-24, 0.0]))
     assert tokens.tolist() == [1, 0]
+
+
+def test_no_noise_at_all_draws_a_token_of_positive_probability() -> None:
+    assert draw(torch.tensor([0.0, 0.0, 0.5, 0.5]), torch.tensor([0.0])).tolist() == [2]
+
+
+def test_probabilities_need_not_sum_to_one() -> None:
+    assert draw(torch.tensor([2.0, 2.0, 4.0]), torch.tensor([0.2, 0.3, 0.6, 0.99])).tolist() == [0, 1, 2, 2]

@@ -1,4 +1,4 @@
-"""The feature map: poolings, norms, and the order of the two."""
+"""Depths to layers by hand; the feature map: poolings, norms, and the order of the two."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import typing
 import pytest
 import torch
 
-from ebft_study.algorithm.features import Normalization, Pooling, feature_map
+from ebft_study.algorithm.features import Normalization, Pooling, feature_map, layer_indices
 from ebft_study.config import FeaturesConfig
 
 LAYERS, G, H = 3, 4, 16
+QUARTERS = (0.25, 0.5, 0.75)
 
 
 def states(seed: int = 0) -> list[torch.Tensor]:
@@ -67,3 +68,25 @@ def test_settings_offer_what_the_map_computes() -> None:
     fields = FeaturesConfig.model_fields
     assert typing.get_args(fields["normalize"].annotation) == typing.get_args(Normalization)
     assert typing.get_args(fields["pooling"].annotation) == typing.get_args(Pooling)
+
+
+@pytest.mark.parametrize(
+    ("depths", "n_layers", "expected"),
+    [
+        (QUARTERS, 28, [7, 14, 21]),
+        (QUARTERS, 6, [1, 3, 4]),
+        (QUARTERS, 2, [1]),
+        ((0.1, 1.0), 3, [1, 3]),
+        ((0.7,), 10, [7]),
+        ((0.29,), 100, [29]),
+    ],
+    ids=["the paper's", "rounded down", "never the embeddings", "the ends", "binary rounding", "binary rounding, too"],
+)
+def test_depths_are_layers_rounded_down(depths: tuple[float, ...], n_layers: int, expected: list[int]) -> None:
+    assert layer_indices(depths, n_layers) == expected
+
+
+@pytest.mark.parametrize("depth", [0.0, -0.5, 1.01])
+def test_depths_outside_the_network_are_refused(depth: float) -> None:
+    with pytest.raises(ValueError, match="depths must lie"):
+        layer_indices((depth,), 4)

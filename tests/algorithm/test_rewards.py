@@ -90,10 +90,27 @@ def test_zero_features_give_zero_rewards_not_nan() -> None:
         assert torch.equal(rewards.reward, torch.zeros(4, dtype=torch.float64))
 
 
-def test_reference_code_whitens_rows_by_an_svd_and_scales_copies_of_the_ground_truth() -> None:
+@pytest.mark.parametrize("whitening", PAPER[1:])
+def test_a_direction_counts_above_a_hundred_thousandth_of_the_largest_singular_value(whitening: str) -> None:
+    """These two samples have singular values of about 1.4 and 0.7 times their distance."""
+    psi = torch.tensor([0.3, 0.2, 0.5], dtype=torch.float64)
+    for distance, n_directions in ((1e-3, 2), (1e-4, 2), (1e-6, 1)):
+        phi = torch.tensor([[1.0, 0.0, 0.0], [1.0, distance, 0.0]], dtype=torch.float64)
+        rewards = feature_matching_rewards(phi, psi, alpha=0.5, whitening=whitening)
+        t1, t2 = reference.terms(phi.numpy(), psi.numpy(), whitening)
+        np.testing.assert_allclose(rewards.alignment, t1, atol=1e-4)
+        np.testing.assert_allclose(rewards.diversity, t2, atol=1e-4)
+        assert torch.linalg.matrix_rank(whitened_products(phi @ phi.T, phi @ psi).samples, rtol=1e-3) == n_directions
+
+
+@pytest.mark.parametrize("common", [0.0, 5.0])
+def test_reference_code_whitens_rows_by_an_svd_and_scales_copies_of_the_ground_truth(common: float) -> None:
+    """With much in common, some samples have a negative row sum in the whitening matrix."""
     phi, psi = features(4, 10, seed=5)
+    phi = phi + common * torch.tensor([[0.2], [0.5], [1.0], [2.0]], dtype=torch.float64)
     U, S, _ = np.linalg.svd(phi.numpy(), full_matrices=False)
     W = U @ np.diag(1 / S) @ U.T
+    assert (W.sum(axis=1).min() < 0) == (common > 0)
     white, truth = W @ phi.numpy(), W @ np.tile(psi.numpy(), (4, 1))
     expected = [2 * reference.cosine(white[j], truth[j]) for j in range(4)]
     rewards = feature_matching_rewards(phi, psi, alpha=1.0, whitening="reference_code")

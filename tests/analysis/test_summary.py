@@ -10,7 +10,7 @@ import pytest
 
 from ebft_study.analysis.summary import StudySummary, best, summarize
 from ebft_study.report.content import missing
-from ebft_study.results import METRICS, TrialRecorder, load
+from ebft_study.results import METRICS, StudyRecorder, TrialRecorder, load
 from tests.synthetic_study import BASE_CE, BASE_CFM, LENGTHS, PAPER_LIKE, write_study
 
 
@@ -96,6 +96,26 @@ def test_unfinished_trials_have_base_values_but_no_final_ones(tmp_path: Path) ->
     assert configuration.final == {}
     assert summary.base("ce_loss") == pytest.approx(BASE_CE)
     assert best(summary.configurations) is None
+
+
+def test_only_finished_trials_are_compared_though_a_longer_study_has_earlier_ends(tmp_path: Path) -> None:
+    """A trial that an extended study continues has the held-out values of its former end."""
+    folder = write_study(tmp_path / "s", effects={(1.0, 0.0): (-0.02, -0.03)}, seeds=(0, 1))
+    StudyRecorder(folder, study="s").trial({"trial_id": "t001", "status": "running", "attempt": 1})
+    (configuration,) = summarize(load(folder)).configurations
+    assert list(configuration.final["ce_loss", None]) == [0]
+
+
+def test_the_rise_of_cross_entropy_begins_after_the_warm_start(tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "s", effects={(1.0, 0.0): (0.4, 0.0)}, seeds=(0,), settings=_warm_started)
+    (configuration,) = summarize(load(folder)).configurations
+    metrics = load(folder).metrics.set_index("step")["ce_loss"]
+    assert list(metrics.index) == [0, 20, 40]
+    assert configuration.ce_rise == {0: pytest.approx(metrics[40] - metrics[20])}
+
+
+def _warm_started(key: tuple[float, float]) -> dict[str, object]:
+    return {"alpha": key[0], "gamma": key[1], "warm_start_steps": 20}
 
 
 def test_no_trials_at_all(tmp_path: Path) -> None:

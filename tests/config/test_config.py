@@ -32,8 +32,10 @@ BROKEN = [
     ({"depths": [0.5, 0.5]}, "depths must differ"),
     ({"depths": []}, "features.depths"),
     ({"n_samples": 1}, "rollout.n_samples=1: the diversity term (alpha=1.0) compares samples"),
+    ({"n_samples": 1, "alpha": 0.1}, "rollout.n_samples=1: the diversity term (alpha=0.1) compares samples"),
     ({"n_samples": 1, "alpha": 0}, "reward.baseline='rloo': with n_samples=1 there are no other samples"),
     ({"completion_length": 200}, "rollout.completion_length=200: a sequence of 128 tokens"),
+    ({"completion_length": 121}, "rollout.completion_length=121: a sequence of 128 tokens"),
     (
         {"first_context_length": 128},
         "must hold the first context (128) and one completion. Use a longer sequence_length",
@@ -68,6 +70,10 @@ def test_a_broken_rule_is_one_line_naming_file_and_key(settings: dict[str, Any],
 def test_a_single_sample_is_allowed_without_diversity_and_baseline() -> None:
     assert build(n_samples=1, alpha=0, baseline="none").rollout.n_samples == 1
     assert build(n_samples=1, method="sft").rollout.n_samples == 1
+
+
+def test_a_completion_may_fill_the_sequence() -> None:
+    assert build(completion_length=120, profile_lengths=[120]).rollout.completion_length == 120
 
 
 def test_one_target_of_adapters_needs_no_list() -> None:

@@ -357,6 +357,15 @@ def test_needed_is_never_more_than_executed() -> None:
         assert 0.7 * executed.total.flops < needed.total.flops <= executed.total.flops
 
 
+def test_completions_that_repeat_another_are_embedded_once() -> None:
+    shape, step = ModelShape.from_config(Qwen2Config(**SIZES)), Case().step()
+    none, half, every = (step_cost(shape, shape, step, duplicate_rate=rate).features for rate in (0.0, 0.5, 1.0))
+    completions = step.n_blocks * step.completion_length
+    assert none.token_forwards == step.batch_size * (step.sequence_length + completions)
+    assert half.token_forwards == step.batch_size * (step.sequence_length + completions / 2)
+    assert half.flops == pytest.approx((none.flops + every.flops) / 2)
+
+
 def test_a_plan_changes_no_needed_flops() -> None:
     shape = ModelShape.from_config(Qwen2Config(**SIZES))
     step = replace(Case(T=128, n=2, G=4).step(), batch_size=8)

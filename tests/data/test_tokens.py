@@ -175,6 +175,14 @@ def test_no_two_packed_rows_would_fit_into_one(tokenizer):
         assert all(before + first_document[row] > 64 for before in used[:row])
 
 
+def test_examples_that_fill_a_row_exactly_are_packed_into_it(tokenizer):
+    examples = [Example("ask", "say", "0")] * 4
+    loose = tokenize(examples, tokenizer, sequence_length=64, packing=False, has_answers=True)
+    length = int((loose.document_ids[0] >= 0).sum())
+    packed = tokenize(examples, tokenizer, sequence_length=2 * length, packing=True, has_answers=True)
+    assert packed.document_ids.tolist() == [[0] * length + [1] * length] * 2
+
+
 def test_the_answer_continues_in_a_packed_row_after_its_own_prompt(tokenizer):
     packed = tokenize(
         pairs(count=20, prompt=12, answer=16), tokenizer, sequence_length=64, packing=True, has_answers=True

@@ -55,7 +55,7 @@ def plainly(root: bytes, context: np.ndarray, completion: np.ndarray) -> bytes:
 
 def test_keys_of_nested_contexts_are_those_of_each_context_alone() -> None:
     tokens = np.arange(100, 120)
-    contexts = [(0, 4), (0, 8), (10, 12), (0, 0), (10, 15), (3, 6)]
+    contexts = [(0, 4), (0, 8), (10, 12), (0, 0), (10, 15), (3, 6), (3, 5)]
     completions = np.random.default_rng(0).integers(0, 50, (len(contexts), 2, 4))
     for length in (1, 3, 4):
         keys = sequence_keys(b"root", tokens, contexts, completions, length=length)
@@ -108,6 +108,17 @@ def test_what_two_requests_of_one_pass_have_in_common_is_embedded_once(embedder:
     assert not np.array_equal(first.phi[0][0, 1, 1], second.phi[0][0, 1, 1])
 
 
+def test_a_completion_known_at_one_length_is_run_for_the_others(embedder: Embedder) -> None:
+    batch = small_batch([[0] * 16])
+    drawn = torch.randint(0, 40, (1, 3, 2, 4), generator=torch.Generator().manual_seed(0))
+    anchors = find_anchors(batch.document_ids, completion_length=4, stride=4, first_context_length=4)
+    fresh = Embedder(small_model(), TieredCache(MemoryCache(2**24), None), fingerprint="f")
+    embedder.embed([FeatureRequest.from_batch(SPEC, batch, anchors, drawn, [2])])
+    both = FeatureRequest.from_batch(SPEC, batch, anchors, drawn, [2, 4])
+    for known, computed in zip(embedder.embed([both])[0].phi, fresh.embed([both])[0].phi, strict=True):
+        np.testing.assert_allclose(known, computed, atol=1e-6)
+
+
 def test_a_sequence_of_which_everything_is_known_is_not_run(embedder: Embedder) -> None:
     batch = small_batch([[0] * 16, [0] * 16])
     drawn = torch.randint(0, 40, (2, 3, 2, 4), generator=torch.Generator().manual_seed(0))
@@ -116,5 +127,6 @@ def test_a_sequence_of_which_everything_is_known_is_not_run(embedder: Embedder) 
     changed[1, 0, 0] = (changed[1, 0, 0] + 1) % 40
     (reply,) = embedder.embed([request(batch, changed)])
     assert reply.usage.tokens_embedded == 16 + 4
+    assert reply.usage.tokens_saved == 16 + 6 * 4 + 5 * 4
     assert reply.usage.truth_hits == reply.usage.truths == 6
     assert reply.usage.sample_hits == reply.usage.samples - 1

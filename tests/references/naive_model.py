@@ -5,6 +5,7 @@ The model runs with its own `eager` attention.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -26,12 +27,8 @@ def sample(model: nn.Module, context: Tensor, noise: Tensor, temperature: float)
     tokens, log_probs = context.tolist(), []
     for u in noise.tolist():
         log_p = (forward(model, torch.tensor([tokens])).logits[0, -1].float() / temperature).log_softmax(-1)
-        cumulative, token = 0.0, 0
-        total = float(log_p.exp().double().sum())
-        for token in range(len(log_p)):
-            cumulative += float(log_p[token].exp())
-            if cumulative > u * total:
-                break
+        cumulative = list(itertools.accumulate(log_p.exp().double().tolist()))
+        token = next(token for token, reached in enumerate(cumulative) if reached > u * cumulative[-1])
         tokens.append(token)
         log_probs.append(float(log_p[token]))
     return tokens[len(context) :], log_probs

@@ -40,8 +40,9 @@ def test_of_a_step_reported_twice_the_highest_attempt_wins(tmp_path: Path) -> No
 def test_reports_of_one_step_complete_each_other(tmp_path: Path) -> None:
     recorder = record(tmp_path)
     recorder.metrics(10, {"loss": 1.0})
+    recorder.metrics(10, {"ce_loss": 2.0, "kl": 0.5})
     recorder.metrics(10, {"ce_loss": 3.0})
-    assert read_table(tmp_path, "metrics").loc[0, ["loss", "ce_loss"]].tolist() == [1.0, 3.0]
+    assert read_table(tmp_path, "metrics").loc[0, ["loss", "ce_loss", "kl"]].tolist() == [1.0, 3.0, 0.5]
 
 
 def test_profile_rows_differ_by_position_and_all_stay(tmp_path: Path) -> None:

@@ -126,6 +126,15 @@ def test_a_folder_that_cannot_be_put_in_place_leaves_the_old_one(small_disk: Pat
     assert os.listdir(small_disk) == ["target"]
 
 
+def test_a_link_to_a_folder_is_removed_and_the_folder_stays(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "file").write_bytes(b"x")
+    (tmp_path / "link").symlink_to(tmp_path / "folder")
+    storage_path(tmp_path / "link").delete()
+    assert storage_path(tmp_path).names() == ["folder"]
+    assert (tmp_path / "folder" / "file").exists()
+
+
 def test_an_absolute_path_does_not_depend_on_the_current_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -53,7 +53,7 @@ def _is_better(values: dict[int, float], one: int, other: int, mode: str) -> boo
 
 
 def test_the_newest_always_stays() -> None:
-    assert to_keep({3: NAN}, newest=0) == {3}
+    assert to_keep({2: NAN, 3: NAN}, newest=0) == {3}
     assert to_keep({}, newest=2, best=1) == set()
 
 

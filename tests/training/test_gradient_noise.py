@@ -21,6 +21,11 @@ def test_signal_and_noise_are_those_of_a_known_gaussian() -> None:
     assert noise == pytest.approx(40.0, rel=0.02)
 
 
+def test_two_draws_by_hand() -> None:
+    """Of draws 1 and 3 the product, 3, is the squared expectation without bias; their mean square is 5."""
+    assert signal_and_noise(torch.tensor([[1.0], [3.0]])) == pytest.approx((3.0, 2.0))
+
+
 def test_shared_noise_does_not_pass_for_agreement() -> None:
     generator = torch.Generator().manual_seed(1)
     shared = 5.0 * torch.randn(20_000, 4, generator=generator)

@@ -130,6 +130,13 @@ def test_every_report_holds_the_step_and_the_latest_evaluation(tmp_path: Path) -
     assert all({"ce_loss", "cfm_loss", "perplexity"} <= report.keys() for report in reports)
 
 
+def test_the_end_of_a_warm_start_is_evaluated(tmp_path: Path) -> None:
+    settings = {"warm_start_steps": 1, "steps": 4, "eval_every_steps": 3, "log_every_steps": 3}
+    _, recorder = run_tiny(tiny_config(tmp_path, **settings))
+    assert list(recorder.curve("ce_loss")) == [0, 1, 3, 5]
+    assert list(recorder.curve("loss")) == [3, 5]
+
+
 def test_samples_show_context_completion_and_truth(tmp_path: Path) -> None:
     _, recorder = run_tiny(tiny_config(tmp_path))
     row = recorder.sampled[2][0]

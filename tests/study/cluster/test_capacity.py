@@ -7,7 +7,7 @@ from fractions import Fraction
 import pytest
 
 from ebft_study.study.cluster.capacity import ClusterCapacity, Node
-from ebft_study.study.cluster.requests import ResourceRequest
+from ebft_study.study.cluster.requests import ResourceRequest, shared_gpus
 from tests.studies import resolved
 
 
@@ -41,6 +41,23 @@ def test_services_take_whole_gpus_of_the_largest_machines() -> None:
     assert sorted(node.gpus for node in left.nodes) == [2, 2]
     assert left.cpus == 16
     assert capacity((8, 1)).without_gpus(3).gpus == 0
+
+
+def test_trials_that_can_share_an_engine_need_one_set_of_gpus() -> None:
+    """Engines differ by model and by what they reserve; how long a trial waits and its longest request are its own."""
+    content = {
+        "study": "s",
+        "question": "?",
+        "run": {"rollout_backend": "vllm", "engine_scope": "study", "tensor_parallel_size": 2},
+        "resources": {"gpus_per_worker": 1},
+    }
+    for axis, values, expected in (
+        ("longest_request_tokens", [200, 300], 2),
+        ("engine_timeout_seconds", [100, 200], 2),
+        ("gpu_memory_utilization", [0.2, 0.3], 4),
+    ):
+        trials = resolved({**content, "axes": {axis: values}}, capacity((64, 8))).trials
+        assert shared_gpus(trials[0].resources, trials) == expected, axis
 
 
 def test_the_smallest_kind_decides_how_many_run_at_most() -> None:

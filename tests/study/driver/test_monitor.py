@@ -365,6 +365,7 @@ def test_an_early_stop_says_what_it_saved_at_the_trials_own_pace(
     session.monitor.ended("t0003", {"status": "stopped", "reason": f"{EARLY_STOP}: behind"})
     session.monitor.ended("t0000", {"status": "stopped", "reason": "loss became nan at step 3"})
     table = results.read_table(tmp_path, "trials").set_index("trial_id")
+    assert table.loc[["t0001", "t0002", "t0003"], "steps_done"].tolist() == [4, 6, 8]
     assert table.loc[["t0001", "t0002", "t0003"], "steps_saved"].tolist() == [6, 4, 2]
     assert table.loc[["t0001", "t0002", "t0003"], "seconds_saved"].tolist() == [12.0, 40.0, 6.0]
     assert pd.isna(table.loc["t0000", "steps_saved"])

@@ -20,6 +20,7 @@ from ebft_study.study.search.listed import ListedSearch
 from ebft_study.study.spec import normalize, trials
 from ebft_study.study.spec.study_spec import ResourcesSpec
 from ebft_study.study.spec.trial_task import TrialTask
+from ebft_study.study.stopping.rules import RuleMonitor
 from tests.studies import task, task_of
 
 # --- relay -----------------------------------------------------------------------------------------------------
@@ -180,6 +181,18 @@ def test_the_first_request_to_stop_counts() -> None:
     assert stopper.stop_all()
     assert stopper.reason == "Ctrl-C"
     assert not stopper("t", {})
+
+
+def test_rules_stop_trials_on_the_axes_and_no_baseline() -> None:
+    spec = normalize.from_record({"study": "s", "question": "q", "stopping": {"divergence": {}}}, source="test")
+    stopper = StudyStopper(None, rules=RuleMonitor(spec.stopping, spec.objective))
+    for trial_id, is_baseline in (("t0000", True), ("t0001", False)):
+        config = task(trial_id=trial_id, is_baseline=is_baseline, total_steps=100).to_config()
+        reports = [
+            {"step": step, "evaluated_step": step, "ce_loss": float(step), "config": config} for step in range(9)
+        ]
+        assert any(stopper(trial_id, report) for report in reports) != is_baseline
+    assert list(stopper.rule_reasons) == ["t0001"]
 
 
 def test_a_budget_of_time_ends_the_study() -> None:

@@ -82,6 +82,36 @@ def test_the_best_and_regular_checkpoints_of_all_attempts_stay(tmp_path: Path) -
     assert best == "train/t0000-1/checkpoint_00000002"
 
 
+def test_what_came_before_a_lineage_is_no_longer_the_best_but_stays_in_reserve(tmp_path: Path) -> None:
+    """Attempt 2 begins a new lineage at an earlier step: attempt 1 was better, and further."""
+    config = CheckpointConfig(keep_checkpoints=1, keep_best=1)
+    curves = {1: {10: 1.0, 20: 2.0, 30: 3.0}, 2: {10: 5.0, 15: 4.0, 20: 6.0}}
+    for curve in curves.values():
+        own = attempts.folder(tmp_path, "t0000", attempts.begin(tmp_path, "t0000"))
+        for step, value in curve.items():
+            attempts.keep_checkpoint(own, save(tmp_path / f"{own.name}-{step}", step, cfm_loss=value), step=step)
+    assert attempts.newest_checkpoint(tmp_path, "t0000") == tmp_path / "train/t0000-1/checkpoint_00000030"
+    assert attempts.newest_checkpoint(tmp_path, "t0000", since=2) == tmp_path / "train/t0000-2/checkpoint_00000020"
+    best = attempts.prune(tmp_path, "t0000", config, ObjectiveSpec(), since=2)
+    assert best == "train/t0000-2/checkpoint_00000015"
+    assert stay(tmp_path) == ["130", "215", "220"]
+
+
+def stay(folder: Path) -> list[str]:
+    """Attempt and step of every checkpoint that is left."""
+    return sorted(path.parent.name[-1] + path.name[-2:] for path in (folder / "train").glob("*/checkpoint_*"))
+
+
+def test_the_best_is_the_largest_where_more_is_better(tmp_path: Path) -> None:
+    own = attempts.folder(tmp_path, "t0000", attempts.begin(tmp_path, "t0000"))
+    for step, value in {10: 1.0, 20: 3.0, 30: 2.0}.items():
+        attempts.keep_checkpoint(own, save(tmp_path / f"{step}", step, reward=value), step=step)
+    config = CheckpointConfig(keep_checkpoints=1, keep_best=1)
+    best = attempts.prune(tmp_path, "t0000", config, ObjectiveSpec(metric="reward", mode="max"))
+    assert best == "train/t0000-1/checkpoint_00000020"
+    assert stay(tmp_path) == ["120", "130"]
+
+
 def test_attempts_and_checkpoints_in_a_store(tmp_path: Path, s3_query: str) -> None:
     study = storage_path(f"s3://studies/attempts?{s3_query}")
     assert [attempts.begin(study, "t0001") for _ in range(2)] == [1, 2]

@@ -54,6 +54,14 @@ def test_moved_settings_are_neighbours_within_their_range() -> None:
     assert {settings["reward.alpha"] for settings in found} == {0.0, 0.5}
 
 
+def test_a_number_is_moved_by_a_fifth_and_a_list_ends_at_its_ends() -> None:
+    study = spec(scheduler={"resample_probability": 0.0})
+    for alpha, neighbours in ((0.0, {0.0, 0.25}), (1.0, {0.5, 1.0})):
+        found = explored(study, {"optimizer.learning_rate": 1e-3, "rollout.n_samples": 5, "reward.alpha": alpha})
+        assert {settings["reward.alpha"] for settings in found} == neighbours
+        assert {settings["optimizer.learning_rate"] for settings in found} == {8e-4, 1.2e-3}
+
+
 def test_settings_drawn_anew_come_from_the_whole_axis() -> None:
     found = explored(spec(scheduler={"resample_probability": 1.0}), DONOR)
     assert {settings["rollout.n_samples"] for settings in found} == set(range(2, 9))

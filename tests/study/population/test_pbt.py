@@ -18,7 +18,7 @@ from ebft_study.results.lineage import EXPLOIT, lineage
 from ebft_study.study.folder import attempts
 from ebft_study.study.folder.trial_states import TrialResult
 from ebft_study.study.population import exploit
-from ebft_study.study.population.exploit import Lineage
+from ebft_study.study.population.exploit import LastScore, Lineage
 from ebft_study.study.population.pbt import Populations
 from ebft_study.study.search.listed import PopulationSearch
 from ebft_study.study.spec import normalize, trials
@@ -331,6 +331,21 @@ def test_a_resumed_population_is_where_it_was(folder: Path) -> None:
     # Everybody was measured before, so the first report is judged.
     assert second.report("t0003", 2 * INTERVAL, 9.0) == EXPLOITS
     assert second.taken()[-1]["trial_id"] == "t0003"
+
+
+def test_a_trial_that_went_back_is_compared_at_the_next_interval_and_its_former_steps_are_not_its_own(
+    folder: Path,
+) -> None:
+    """The worst is at step 20, the donor's checkpoint of step 15."""
+    cluster = Cluster(folder, spec())
+    for i in range(1, 4):
+        cluster.report(f"t000{i}", INTERVAL, float(i))
+    cluster.trials["t0001"].save(15)
+    assert cluster.report("t0004", 2 * INTERVAL, 4.0) == EXPLOITS
+    scores = exploit.last_scores(folder, metric="cfm_loss", interval=INTERVAL, after=0)
+    assert scores["t0004"] == LastScore(15, 4.0)
+    assert cluster.trials["t0004"].start() == 15
+    assert cluster.report("t0004", 2 * INTERVAL, 5.0) == EXPLOITS
 
 
 def test_no_exploit_is_drawn_again(folder: Path) -> None:

@@ -80,6 +80,16 @@ def test_random_draws_are_those_of_the_grid_and_can_be_all_of_them() -> None:
     assert enumeration.number_of_choices(grid) == len(everything)
 
 
+def test_another_seed_of_the_search_draws_others() -> None:
+    axes = {"gamma": {"distribution": "uniform", "low": 0.0, "high": 1.0}}
+    drawn = [
+        labels(spec(axes=axes, search={"algorithm": "random", "num_configurations": 5, "search_seed": seed}))
+        for seed in (0, 0, 1)
+    ]
+    assert drawn[0] == drawn[1]
+    assert not set(drawn[0]) & set(drawn[2])
+
+
 def test_the_last_of_very_unlikely_configurations_is_found() -> None:
     """Of ten conditions in a row, the deepest configuration is drawn once in 2^10 * 40 times."""
     names = ["alpha", "gamma", "temperature", "weight_decay", "ema_decay", "max_grad_norm", "kl_coefficient"]

@@ -69,6 +69,13 @@ def test_one_slot_one_stop_by_hand() -> None:
     assert (stops(nothing), nothing.seconds, nothing.chosen, nothing.regret) == ([], 90.0, "c1", 0.0)
 
 
+def test_regret_is_a_loss_whichever_way_is_better() -> None:
+    """The same study with all values negated, and the largest one wanted."""
+    ran = [trial(0, [-3, -2, -1, -1, -1]), trial(1, [-3, -2.5, -1, -1, -0.5])]
+    found = replay(ran, spec("max", scheduler=ASHA), concurrency=1)
+    assert (found.winner, found.chosen, found.regret) == ("c1", "c0", 0.5)
+
+
 def test_a_stop_frees_its_slot_for_the_next_trial() -> None:
     """Two slots: t0 and t1 until t1 stops at 20 s; t2 then runs from 20 s to 30 s, where it stops, and t3 to 70 s."""
     ran = [trial(0, [3, 1, 1, 1, 1]), trial(1, [3, 2, 2, 2, 2], pace=2.0), trial(2, [3, 2.5, 0, 0, 0])]

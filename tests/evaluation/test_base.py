@@ -1,0 +1,73 @@
+"""The key of the base model's evaluation: all that could change its numbers, and nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ebft_study.evaluation import Moments, base
+from ebft_study.training.setup import build_parts
+from tests.tiny_run import tiny_config, write_data, write_model
+
+CHANGES: list[dict[str, Any]] = [
+    {"temperature": 0.9},
+    {"evaluation_temperature": 0.9},
+    {"evaluation_seed": 1},
+    {"cfm_samples": 5},
+    {"profile_lengths": [1, 2]},
+    {"validation_sequences": 3},
+    {"heldout_sequences": 3},
+    {"completion_length": 2},
+    {"stride": 5},
+    {"first_context_length": 3},
+    {"sequence_length": 20},
+    {"packing": True},
+    {"max_examples": 20},
+    {"depths": [1.0]},
+    {"pooling": "mean"},
+    {"normalize": "joint"},
+    {"precision": "bfloat16"},
+]
+IRRELEVANT: list[dict[str, Any]] = [
+    *({"alpha": 0.5}, {"gamma": 0.1}, {"learning_rate": 1.0}, {"seed": 5}, {"n_samples": 7}, {"eval_every_steps": 9}),
+    *({"steps": 9}, {"method": "sft"}, {"kl_coefficient": 0.1}, {"batch_size": 2}),
+]
+
+
+def key_of(folder: Path, **changes: Any) -> str:
+    config = tiny_config(folder, **changes)
+    parts = build_parts(config)
+    return base.key(config, parts.base, parts.features, parts.text, parts.data)
+
+
+def test_whatever_changes_the_numbers_changes_the_key_and_nothing_else_does(tmp_path: Path) -> None:
+    keys = {str(changes): key_of(tmp_path, **changes) for changes in CHANGES}
+    same = key_of(tmp_path)
+    assert len({same, *keys.values()}) == 1 + len(CHANGES), keys
+    for changes in IRRELEVANT:
+        assert key_of(tmp_path, **changes) == same, changes
+    other_model, other_data = write_model(tmp_path / "other", seed=1), write_data(tmp_path / "o.jsonl", examples=50)
+    assert key_of(tmp_path, model=str(other_model)) != same
+    assert key_of(tmp_path, feature_network=str(other_model)) != same
+    # The same features, and as many rows.
+    network = str(tmp_path / "model")
+    assert key_of(tmp_path, model=str(other_model), feature_network=network) != key_of(
+        tmp_path, feature_network=network
+    )
+    assert key_of(tmp_path, sequence_length=18) != key_of(tmp_path, sequence_length=19)
+    assert key_of(tmp_path, dataset=str(other_data)) != same
+
+
+def test_what_is_stored_is_read_back_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EBFT_STUDY_CACHE", str(tmp_path))
+    moments = Moments()
+    moments.add(torch.tensor([1 / 3, 0.1]), torch.tensor([2, 3]))
+    measured = ({("ce_loss", None): moments}, {("cfm_loss", 8): Moments(), ("entropy", 1): moments})
+    base.put("entry", measured)
+    assert base.get("entry") == measured
+    assert base.get("other") is None
+    (tmp_path / "base_evaluations" / "entry.json").write_text("{half")
+    assert base.get("entry") is None

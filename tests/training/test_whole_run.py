@@ -1,0 +1,121 @@
+"""Weights and evaluations of a whole run against references that share no code with it."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from ebft_study.config import RunConfig
+from ebft_study.data import Batch
+from ebft_study.training.loop import finish, observe, start
+from ebft_study.training.update import Run
+from tests.references import whole_evaluation, whole_update
+from tests.tiny_run import WORDS, MemoryRecorder, report_nothing, tiny_config
+
+SETTINGS: dict[str, Any] = {
+    "text_column": None, "prompt_column": "prompt", "answer_column": "answer", "packing": True, "sequence_length": 30,
+    "completion_length": 3, "stride": 5, "first_context_length": 2, "n_samples": 4, "temperature": 0.8, "seed": 3,
+    "alpha": 0.5, "gamma": 0.1, "kl_coefficient": 0.7, "kl_estimator": "k2", "batch_size": 3, "micro_batch_size": 2,
+    "warm_start_steps": 2, "warm_start_learning_rate": 4e-4, "steps": 3, "learning_rate": 2e-4, "weight_decay": 2.0,
+    "betas": [0.7, 0.8], "max_grad_norm": 0.3, "schedule": "cosine", "warmup_fraction": 0.3, "ema_decay": 0.6,
+    "depths": [0.4, 1.0], "eval_every_steps": 100, "sample_every_steps": 100, "checkpoint_every_steps": 100,
+}  # fmt: skip
+RUNS: dict[str, dict[str, Any]] = {
+    "rewards as they are": {"anchor_region": "answer", "ce_region": "answer"},
+    "whitened, other terms": {"whitening": "variant_i", "alpha": 1.0, "aggregation": "sum", "kl_estimator": "k3"},
+}
+
+
+def pairs(path: Path, examples: int) -> Path:
+    """A file of prompts and answers of a few words each, so that a row of tokens holds two of them and some padding."""
+    generator = torch.Generator().manual_seed(2)
+
+    def words(low: int, high: int) -> str:
+        count = int(torch.randint(low, high, (1,), generator=generator))
+        return " ".join(WORDS[i] for i in torch.randint(0, len(WORDS), (count,), generator=generator).tolist())
+
+    rows = [{"prompt": words(2, 5), "answer": " " + words(4, 9)} for _ in range(examples)]
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return path
+
+
+def config_of(folder: Path, *, examples: int, **changes: Any) -> RunConfig:
+    return tiny_config(folder, **SETTINGS | {"dataset": str(pairs(folder / "pairs.jsonl", examples))} | changes)
+
+
+def rows_of(batch: Batch) -> list[whole_update.Row]:
+    columns = (batch.indices, batch.tokens, batch.document_ids, batch.answer_mask)
+    return [whole_update.Row(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
+
+
+def plain_model(config: RunConfig) -> torch.nn.Module:
+    """The base model with an attention that is not the package's."""
+    return AutoModelForCausalLM.from_pretrained(config.model, attn_implementation="eager").eval()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("changes", RUNS.values(), ids=RUNS)
+def test_weights_after_several_updates_are_those_of_the_definitions(tmp_path: Path, changes: dict[str, Any]) -> None:
+    config = config_of(tmp_path, examples=120, **changes)
+    run, batches, norms = Run(config), [], []
+    for _ in range(config.total_steps):
+        batches.append(rows_of(run.batch()[0]))
+        before = run.accumulator.total("grad_norm")[0]
+        run.update()
+        norms.append(run.accumulator.total("grad_norm")[0] - before)
+    assert any(set(row.documents) >= {-1, 0, 1} for rows in batches for row in rows)
+    assert min(norms) > 0.3, "clipping is active in every update"
+
+    model = plain_model(config)
+    average = whole_update.train(model, config, batches)
+    for name, weight in model.named_parameters():
+        torch.testing.assert_close(run.model.get_parameter(name), weight, atol=1e-5, rtol=0.0)
+        torch.testing.assert_close(run.average.weights[name], average[name], atol=1e-5, rtol=0.0)
+
+
+def test_everything_that_a_run_measures_is_as_defined(tmp_path: Path) -> None:
+    """The base model first, then the averaged weights; validation at the run's length, the held-out split in full."""
+    config = config_of(
+        tmp_path, examples=500, steps=1, batch_size=2, learning_rate=5e-3, eval_every_steps=1, evaluation_seed=7,
+        evaluation_temperature=1.3, cfm_samples=3, profile_lengths=[1, 6], validation_sequences=5, heldout_sequences=6,
+    )  # fmt: skip
+    run, recorder = Run(config), MemoryRecorder()
+    start(run, recorder, report_nothing)
+    while run.step < config.total_steps:
+        run.update()
+        observe(run, recorder, report_nothing)
+    finish(run, recorder)
+    base, averaged = plain_model(config), plain_model(config)
+    for name, weight in averaged.named_parameters():
+        weight.data.copy_(run.average.weights[name])
+        assert not torch.equal(run.model.get_parameter(name), weight)
+    for model, step in ((base, 0), (averaged, config.total_steps)):
+        validation = measured(model, base, run, "validation", 5, [3])
+        for name in ("ce_loss", "ce_answer_loss", "cfm_loss"):
+            value, error, _ = validation[name, 3 if name == "cfm_loss" else None]
+            assert recorder.rows[step][name] == pytest.approx(value, rel=1e-4), (name, step)
+            if name == "cfm_loss":
+                assert recorder.rows[step]["cfm_standard_error"] == pytest.approx(error, rel=1e-3)
+        assert recorder.rows[step]["perplexity"] == pytest.approx(math.exp(validation["ce_loss", None][0]), rel=1e-4)
+        rows = {(row["metric"], row["position"]): row for row in recorder.evaluated[step]}
+        heldout = measured(model, base, run, "heldout", 6, [1, 3, 6])
+        assert rows.keys() == heldout.keys()
+        for key, (value, error, count) in heldout.items():
+            assert rows[key]["benchmark"] == "heldout"
+            assert rows[key]["value"] == pytest.approx(value, rel=1e-4), key
+            assert rows[key]["standard_error"] == pytest.approx(error, rel=1e-3), key
+            assert rows[key]["count"] == count, key
+
+
+def measured(
+    model: torch.nn.Module, base: torch.nn.Module, run: Run, split: str, sequences: int, lengths: list[int]
+) -> whole_evaluation.Estimates:
+    data = run.parts.data[split]
+    rows = rows_of(data.rows(torch.tensor(whole_evaluation.chosen(len(data), sequences))))
+    assert len(data) > sequences + 2
+    return whole_evaluation.evaluate(model, base, run.config, rows, lengths, entropy=split == "heldout")
