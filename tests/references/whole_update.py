@@ -83,7 +83,17 @@ def advantages(phi: np.ndarray, psi: np.ndarray, *, alpha: float, whitening: str
 
 # --- the loss of a step ----------------------------------------------------------------------------------------
 
+
+def reward_to_go(p: Tensor, q: Tensor) -> Tensor:
+    """Every token's log-probability times the log-ratios from it on, less their mean in the other samples."""
+    ratios, (n, G) = (p - q).detach(), p.shape
+    to_go = torch.stack([ratios[:, t:].sum(dim=1) for t in range(G)], dim=1)
+    others = torch.stack([to_go[[i for i in range(n) if i != j]].mean(dim=0) for j in range(n)])
+    return (to_go - others) * p
+
+
 KL: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "sequence": reward_to_go,
     "k1": lambda p, q: (p - q).detach() * p,
     "k2": lambda p, q: 0.5 * (p - q) ** 2,
     "k3": lambda p, q: (q - p).exp() - 1 + (p - q),
@@ -142,7 +152,8 @@ def ebft_loss(model: nn.Module, base: nn.Module, config: RunConfig, rows: list[R
             )
             score = log_p.mean(dim=1) if config.loss.aggregation == "token_mean" else log_p.sum(dim=1)
             policy.append(-torch.from_numpy(gains).float() * score)
-            divergence.append(KL[config.loss.kl_estimator](log_p, log_q.detach()))
+            kl = KL[config.loss.kl_estimator](log_p, log_q.detach())
+            divergence.append(kl.mean(dim=1) if config.loss.aggregation == "token_mean" else kl.sum(dim=1))
     loss = torch.cat(policy).mean() + config.loss.gamma * cross_entropy(model, rows, config.loss.ce_region)
     return loss + config.loss.kl_coefficient * torch.cat(divergence).mean()
 
