@@ -29,8 +29,10 @@ LONGEST_SECONDS = 1800.0
 PROCESSES = multiprocessing.get_context("forkserver")
 """Processes that begin with the libraries loaded: that takes longer than most tests."""
 LIBRARIES = ["torch", "transformers.models.auto.modeling_auto", "pandas", "pyarrow.parquet", "pydantic", "pytest"]
-VERDICTS = {0: "survived", 1: "caught"}
-"""Exit code of pytest -> verdict; any other code is an error: the tests did not run."""
+RAN = 100
+"""Added to pytest's exit code, so that a process that ends for another reason is not taken for tests that failed."""
+VERDICTS = {RAN: "survived", RAN + 1: "caught"}
+"""Any other exit code is an error: the tests did not run."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +84,8 @@ def main() -> int:
         with ThreadPoolExecutor(options.jobs) as pool:
             shares = filter(None, (tests[job :: options.jobs] for job in range(options.jobs)))
             ran = list(pool.map(functools.partial(run_tests, original), shares))
-        if not ran or any(code != 0 for code, _ in ran):
-            say("\n".join([*(output for code, output in ran if code), "the tests fail without any mutation"]))
+        if not ran or any(code != RAN for code, _ in ran):
+            say("\n".join([*(output for code, output in ran if code != RAN), "the tests fail without any mutation"]))
             return 2
         verdicts = try_all(mutants, original, jobs=options.jobs)
     counts = Counter(verdicts.values())
@@ -139,7 +141,7 @@ def try_one(mutant: Mutant, trees: queue.Queue[Path]) -> tuple[str, float, str]:
 
 
 def run_tests(tree: Path, tests: Sequence[str]) -> tuple[int, str]:
-    """Exit code of pytest (negative without one) and the end of its output; its temporary files are its own."""
+    """Exit code of `pytest_in` and the end of its output; its temporary files are its own."""
     with tempfile.TemporaryDirectory(dir=tree.parent) as own:
         process = PROCESSES.Process(target=pytest_in, args=(tree, tests, Path(own)))
         process.start()
@@ -153,7 +155,7 @@ def run_tests(tree: Path, tests: Sequence[str]) -> tuple[int, str]:
 
 
 def pytest_in(tree: Path, tests: Sequence[str], own: Path) -> None:
-    """Run pytest on a copy of the tree and exit with its code; in a process of its own."""
+    """Run pytest on a copy of the tree and exit with `RAN` and its code; in a process of its own."""
     for descriptor in (1, 2):
         os.dup2(os.open(own / "output", os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     os.chdir(tree)
@@ -167,7 +169,7 @@ def pytest_in(tree: Path, tests: Sequence[str], own: Path) -> None:
 
     options = ["-x", "-q", "-p", "no:cacheprovider", "--no-header", "--basetemp", str(own / "tests")]
     options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # a library with a plugin is loaded already
-    sys.exit(int(pytest.main([*options, *tests])))
+    sys.exit(RAN + int(pytest.main([*options, *tests])))
 
 
 def say(line: str) -> None:
