@@ -105,6 +105,9 @@ def plan(
 @app.command()
 def resume(
     name: StudyName,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Another budget, for example [bold]budget.max_hours=8[/bold]")
+    ] = None,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Also run trials again that failed.")] = False,
     storage: Storage = api.STUDIES,
     address: Address = None,
@@ -112,9 +115,14 @@ def resume(
     """Continue a study that was interrupted or killed.
 
     [dim]ebft-study resume alpha_gamma[/dim]
+
+    [dim]ebft-study resume alpha_gamma budget.max_hours=8[/dim]
     """
     console = Console()
-    _finish(api.resume(name, storage=storage, retry_failed=retry_failed, address=address, console=console), console)
+    resumed = api.resume(
+        name, overrides or [], storage=storage, retry_failed=retry_failed, address=address, console=console
+    )
+    _finish(resumed, console)
 
 
 @app.command()
@@ -211,7 +219,7 @@ def _finish(ended: StudyResult, console: Console) -> None:
     if ended.report:
         lines.append(f"report: {ended.report}")
     if ended.reason:
-        lines.append(f"{ended.reason}; resume with: ebft-study resume {ended.address}")
+        lines.append(ended.how_to_resume)
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     raise typer.Exit(ended.exit_code)

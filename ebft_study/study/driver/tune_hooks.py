@@ -17,6 +17,7 @@ from ray.tune.search import Searcher
 from ebft_study.storage import filesystems
 from ebft_study.study.cluster.own import CLUSTER_DIED
 from ebft_study.study.driver.monitor import Monitor
+from ebft_study.study.folder.history import BUDGET_USED
 from ebft_study.study.folder.trial_states import EARLY_STOP
 from ebft_study.study.search.listed import Search
 from ebft_study.study.spec.trial_task import TrialTask
@@ -119,10 +120,14 @@ class StudyStopper(Stopper):  # type: ignore[misc]
     def __init__(
         self, max_hours: float | None, is_alive: Callable[[], bool] = lambda: True, rules: RuleMonitor | None = None
     ) -> None:
-        """`is_alive`: whether there still is a cluster to run on; called every few seconds."""
+        """
+        Args:
+            max_hours: left of the study's budget.
+            is_alive: whether there still is a cluster to run on; called every few seconds.
+        """
         self.reason, self._rules = "", rules
         self._is_alive, self._asked_at = is_alive, time.monotonic()
-        self._deadline = time.monotonic() + max_hours * 3600 if max_hours else None
+        self._deadline = None if max_hours is None else time.monotonic() + max_hours * 3600
 
     @property
     def rule_reasons(self) -> dict[str, str]:
@@ -143,7 +148,7 @@ class StudyStopper(Stopper):  # type: ignore[misc]
 
     def stop_all(self) -> bool:
         if self._deadline is not None and time.monotonic() >= self._deadline:
-            self.request_stop("budget.max_hours is used up")
+            self.request_stop(BUDGET_USED)
         if time.monotonic() - self._asked_at > _ALIVE_SECONDS:
             self._asked_at = time.monotonic()
             if not self._is_alive():

@@ -184,7 +184,9 @@ class ObjectiveSpec(Section):
 
 class BudgetSpec(Section):
     max_concurrent_trials: PositiveInt | None = Field(None, description="default: as many as the machine holds")
-    max_hours: PositiveFloat | None = Field(None, description="trials that run then are stopped, and can be resumed")
+    max_hours: PositiveFloat | None = Field(
+        None, description="of all sessions together; trials that run then are stopped, and can be resumed"
+    )
 
 
 class TrialResources(Section):

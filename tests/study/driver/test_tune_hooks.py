@@ -187,6 +187,7 @@ def test_a_budget_of_time_ends_the_study() -> None:
     over = StudyStopper(1e-15)
     assert over.stop_all()
     assert over.reason == "budget.max_hours is used up"
+    assert StudyStopper(0.0).stop_all(), "nothing is left of it"
 
 
 # --- trial -----------------------------------------------------------------------------------------------------
