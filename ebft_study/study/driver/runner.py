@@ -196,7 +196,8 @@ def _history(folder: StoragePath, study: ResolvedStudy) -> History:
 
 
 def _is_over(folder: StoragePath, study: ResolvedStudy, past: History) -> bool:
-    if any(trial.trial_id not in past.trial_results for trial in study.trials):
+    known = {*(trial.trial_id for trial in study.trials), *past.states}
+    if known - set(past.trial_results):
         return False
     return study.spec.search.algorithm != "optuna" or journal.is_over(study.spec, folder)
 

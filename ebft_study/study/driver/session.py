@@ -114,7 +114,7 @@ def _search(folder: StoragePath, study: ResolvedStudy, past: History, monitor: M
             monitor.note("refused", f"{label}: {problem}")
 
         working = journal.download(folder)
-        repaired = journal.repair(spec, working, results.read_table(folder, "trials"))
+        repaired = journal.repair(spec, working, results.read_table(folder, "trials"), past.trial_results)
         if repaired:
             monitor.note("damaged", repaired)
         search: Search = OptunaSearch(spec, working, past.trial_results, refused, lambda: journal.upload(folder))

@@ -15,12 +15,15 @@ import yaml
 from rich.console import Console
 
 from ebft_study import results
-from ebft_study.config import CheckpointConfig
+from ebft_study.config import CheckpointConfig, flatten
 from ebft_study.errors import ConfigError, EbftError, ResultsError
 from ebft_study.storage import storage_path
 from ebft_study.study.driver import runner
 from ebft_study.study.folder import attempts, history, study_yaml
 from ebft_study.study.folder.study_yaml import StudySource
+from ebft_study.study.folder.trial_states import TrialResult
+from ebft_study.study.search import journal
+from ebft_study.study.search.optuna_search import OptunaSearch
 from ebft_study.study.spec import normalize
 from ebft_study.study.spec.study_spec import BudgetSpec, ObjectiveSpec, StudySpec
 from ebft_study.study.view import status
@@ -300,6 +303,27 @@ def test_failed_trials_count_as_over_unless_asked_for(existing: Path, monkeypatc
     monkeypatch.setattr(runner, "_prepare", lambda study, console: {})
     runner.resume(existing, console=quiet(), retry_failed=True)
     assert left == [{"t0001"}]
+
+
+def test_failed_trials_of_optuna_are_run_again_when_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """Every configuration has its result, so that nothing but the table knows of something to do."""
+    study = spec(search={"algorithm": "optuna", "num_configurations": 2, "sampler": "random"})
+    folder = tmp_path / "studies" / "s"
+    study_yaml.write(folder, study, SOURCE, provenance={})
+    search = OptunaSearch(study, journal.working_copy(storage_path(folder)), {})
+    recorder = results.StudyRecorder(folder, study="s")
+    while (trial := search.next()) is not None:
+        row = {"trial_id": trial.trial_id, "status": "failed", "attempt": 1, "label": trial.label}
+        recorder.trial(row | {"configuration": trial.configuration.label, "hyperparameters": flatten(trial.run)})
+        search.ended(trial.trial_id, TrialResult("failed"))
+    sessions = request.getfixturevalue("sessions")
+    assert runner.resume(folder, console=quiet()).exit_code == 1
+    assert sessions == []
+    runner.resume(folder, console=quiet(), retry_failed=True)
+    ((_, past),) = sessions
+    assert past.trial_results == {}
 
 
 @pytest.mark.parametrize(
