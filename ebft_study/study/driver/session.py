@@ -82,6 +82,9 @@ def run_session(
                 _tune(folder, study, past, search, monitor, stopper)
         except StorageError as error:  # of the driver itself; those of trials come as stop requests
             stopper.request_stop(f"{STORAGE_FAILED}: {error}")
+        except KeyboardInterrupt:  # a second signal, or one while Ray was starting
+            stopper.request_stop("Ctrl-C")
+            raise
         except BaseException as error:
             stopper.request_stop(f"the driver failed: {type(error).__name__}: {error}")
             raise
@@ -91,9 +94,7 @@ def run_session(
     return "" if is_over and stopper.reason == BUDGET_USED else str(stopper.reason)
 
 
-def _wind_up(
-    folder: StoragePath, monitor: Monitor, recorder: results.StudyRecorder, stopper: StudyStopper
-) -> None:
+def _wind_up(folder: StoragePath, monitor: Monitor, recorder: results.StudyRecorder, stopper: StudyStopper) -> None:
     """Leave a study that can be resumed, as far as its storage still accepts anything."""
     try:
         monitor.interrupted(stopper.reason or "the driver ended")
@@ -187,8 +188,7 @@ def _tune(
     services = StudyServices(spec.resources)
     is_population = spec.scheduler.kind == "pbt"
     lineages = exploit.lineages(folder) if is_population else {}
-    # Ray's start replaces our handler for SIGTERM with one that ends the process immediately.
-    with _ray(study) as slot, _signals(stopper.request_stop):
+    with _ray(study) as slot:
         monitor.say(own.dashboard_line())
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
         mailboxes = relay.start()
