@@ -1,4 +1,4 @@
-"""The `ebft-study` command, and `python -m ebft_study`: the command line, which a signal may end while it is imported."""
+"""The command `ebft-study`, also as `python -m ebft_study`; a signal ends it in order even while it is imported."""
 
 import signal
 import sys

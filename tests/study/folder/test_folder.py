@@ -19,7 +19,7 @@ from ebft_study.config import CheckpointConfig, flatten
 from ebft_study.errors import ConfigError, EbftError, ResultsError
 from ebft_study.storage import storage_path
 from ebft_study.study.driver import runner
-from ebft_study.study.folder import attempts, history, study_yaml
+from ebft_study.study.folder import attempts, history, lock, study_yaml
 from ebft_study.study.folder.study_yaml import StudySource
 from ebft_study.study.folder.trial_states import TrialResult
 from ebft_study.study.search import journal
@@ -383,7 +383,7 @@ def test_a_study_that_used_its_hours_is_continued_with_more_of_them_only(
     study_yaml.change_budget(existing, BudgetSpec(max_hours=1.0))
     record_sessions(existing, monkeypatch, (0.0, 0.4), (10.0, 10.6))
     sessions = request.getfixturevalue("sessions")
-    with pytest.raises(ConfigError, match="took 1 h 0 min so far, and 1 of its 2 trials are over. Raise it"):
+    with pytest.raises(ConfigError, match="took 1 h 0 min so far, and 1 of its 2 trials"):
         runner.resume(existing, console=quiet())
     runner.resume(existing, ["budget.max_hours=3"], console=quiet())
     runner.resume(existing, console=quiet())
@@ -418,7 +418,7 @@ def test_status_notices_that_the_driver_is_gone(existing: Path) -> None:
 
 def test_status_of_a_running_study(existing: Path) -> None:
     console = quiet()
-    with filelock.FileLock(existing / ".lock"):
+    with lock.hold(storage_path(existing), record=study_yaml.NAME):
         status.show(existing, console)
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert "1 of 2 trials finished, 1 running" in shown
