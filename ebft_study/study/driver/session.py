@@ -230,9 +230,10 @@ def _tune(
                         released,
                         reasons,
                         lambda reason: stopper.request_stop(f"{STORAGE_FAILED}: {reason}"),
+                        max_failures=spec.resources.max_failures,
                     )
                 ],
-                failure_config=ray.tune.FailureConfig(max_failures=spec.resources.max_failures),
+                failure_config=ray.tune.FailureConfig(max_failures=-1),  # the observer counts, without lost nodes
                 checkpoint_config=ray.tune.CheckpointConfig(num_to_keep=3),
             ),
         )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import textwrap
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,13 @@ from ebft_study.study.spec.trials import Trial
 from ebft_study.study.stopping.rules import RuleMonitor
 
 _ALIVE_SECONDS = 3.0
+_NODE_LOST = ("its node has died", "the node it was running on is dead", "is temporarily unavailable")
+"""Parts of Ray's errors when the node of an actor is gone; it says the last one before it knows why an actor is silent.
+
+Of a process that ended by itself it says that "its worker process has died".
+"""
+_MOST_NODES_LOST = 5
+"""Lost nodes of one trial in a session that are not its failures: a trial that takes its nodes down is to end, too."""
 
 
 class StudySearcher(Searcher):  # type: ignore[misc]
@@ -70,15 +78,20 @@ class Observer(Callback):  # type: ignore[misc]
         released: Callable[[str, int], None],
         reasons: Mapping[str, str] | None = None,
         give_up: Callable[[str], None] = lambda reason: None,
+        *,
+        max_failures: int = 0,
     ) -> None:
         """
         Args:
             released: called with a trial and its attempt once it has ended.
+            max_failures: how often a trial may crash and be started again; Tune itself has no limit.
             reasons: trial -> why it was stopped early.
             give_up: called with the reason when nothing can be written any more.
         """
         self._search, self._monitor, self._released = search, monitor, released
         self._reasons, self._give_up = {} if reasons is None else reasons, give_up
+        self._max_failures = max_failures
+        self._crashes, self._nodes_lost = Counter[str](), Counter[str]()
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._monitor.resumed(_id(trial))
@@ -90,7 +103,20 @@ class Observer(Callback):  # type: ignore[misc]
             self._monitor.reported(_id(trial), result)
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._monitor.retried(_id(trial), _problem(trial))
+        """Tune starts the trial again; after too many crashes only to end it, because it has no other way to."""
+        trial_id, problem = _id(trial), _problem(trial)
+        if any(sign in _last_error(trial) for sign in _NODE_LOST) and self._nodes_lost[trial_id] < _MOST_NODES_LOST:
+            self._nodes_lost[trial_id] += 1
+            self._monitor.retried(trial_id, f"its node was lost: {problem}")
+            return
+        self._crashes[trial_id] += 1
+        if self._crashes[trial_id] <= self._max_failures:
+            self._monitor.retried(trial_id, problem)
+        elif _failed(problem)["status"] == "interrupted":
+            self._give_up(problem)
+        else:
+            trial.set_config({**trial.config, "failed": problem})
+            trial.max_failures = 0  # should it not even start
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         last = trial.last_result or {}
@@ -99,9 +125,7 @@ class Observer(Callback):  # type: ignore[misc]
         self._end(trial, last.get("outcome", stopped_early))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        problem = _problem(trial)
-        status = "interrupted" if any(sign in problem for sign in filesystems.FULL_SIGNS) else "failed"
-        self._end(trial, {"status": status, "reason": problem})
+        self._end(trial, _failed(trial.config["failed"] or _problem(trial)))
 
     def _end(self, trial: Any, outcome: dict[str, Any]) -> None:
         if outcome["status"] == "interrupted":  # stays open, for `resume`
@@ -163,9 +187,21 @@ def _id(trial: Any) -> str:
     return TrialTask.from_config(trial.config).trial_id
 
 
-def _problem(trial: Any) -> str:
-    """The last line of Tune's error file: the exception and its message."""
+def _failed(problem: str) -> dict[str, str]:
+    """The outcome of a trial that is not started again; a full disk is no fault of its own."""
+    is_full = any(sign in problem for sign in filesystems.FULL_SIGNS)
+    return {"status": "interrupted" if is_full else "failed", "reason": problem}
+
+
+def _last_error(trial: Any) -> str:
+    """The last error in Tune's error file, to which it adds each failure of a trial."""
     path = trial.error_file
-    lines = Path(path).read_text(errors="replace").split("\n") if path and Path(path).is_file() else []
-    last = next((line.strip() for line in reversed(lines) if line.strip()), "the trial's process died")
+    text = Path(path).read_text(errors="replace") if path and Path(path).is_file() else ""
+    return text.rpartition("\nFailure # ")[2]
+
+
+def _problem(trial: Any) -> str:
+    """The last line of the last error: the exception and its message."""
+    lines = reversed(_last_error(trial).split("\n"))
+    last = next((line.strip() for line in lines if line.strip()), "the trial's process died")
     return textwrap.shorten(last, 200, placeholder="…")

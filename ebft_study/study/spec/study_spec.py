@@ -204,7 +204,11 @@ class ResourcesSpec(Section):
     cpus_per_worker: PositiveInt = 1
     gpus_per_worker: float = Field(0.0, ge=0.0)
     feature_gpus: float = Field(0.0, ge=0.0, description="GPUs of a feature service, if trials are on GPUs")
-    max_failures: int = Field(1, ge=0, description="how often a crashed trial is started again from its checkpoint")
+    max_failures: int = Field(
+        1,
+        ge=0,
+        description="how often a crashed trial is started again from its checkpoint; a lost node is no crash",
+    )
     by: dict[str, dict[str, TrialResources]] = Field(
         default_factory=dict,
         description="setting -> value -> the resources of trials with it, e.g. larger models more GPUs",
