@@ -50,7 +50,9 @@ def test_a_trial_continues_elsewhere_when_its_machine_is_lost(tmp_path: Path, mo
     trials, events = (results.read_table(folder, table) for table in ("trials", "events"))
     assert trials["status"].tolist() == ["finished"] * 2, said
     assert said.endswith("exit code 0"), said
-    assert events.loc[events["kind"] == "retry", "message"].str.startswith("its node was lost: ").tolist() == [True]
+    assert events.loc[events["kind"] == "retry", "message"].str.startswith(
+        "its node or a service was lost: "
+    ).tolist() == [True]
     assert _steps(folder).tolist() == [150, 150]
 
 

@@ -231,6 +231,7 @@ def _tune(
                         reasons,
                         lambda reason: stopper.request_stop(f"{STORAGE_FAILED}: {reason}"),
                         max_failures=spec.resources.max_failures,
+                        may_lose_nodes=study.capacity.is_existing,
                     )
                 ],
                 failure_config=ray.tune.FailureConfig(max_failures=-1),  # the observer counts, without lost nodes

@@ -80,17 +80,19 @@ class Observer(Callback):  # type: ignore[misc]
         give_up: Callable[[str], None] = lambda reason: None,
         *,
         max_failures: int = 0,
+        may_lose_nodes: bool = True,
     ) -> None:
         """
         Args:
             released: called with a trial and its attempt once it has ended.
-            max_failures: how often a trial may crash and be started again; Tune itself has no limit.
             reasons: trial -> why it was stopped early.
             give_up: called with the reason when nothing can be written any more.
+            max_failures: how often a trial may crash and be started again; Tune itself has no limit.
+            may_lose_nodes: whether the study survives the loss of a node.
         """
         self._search, self._monitor, self._released = search, monitor, released
         self._reasons, self._give_up = {} if reasons is None else reasons, give_up
-        self._max_failures = max_failures
+        self._max_failures, self._may_lose_nodes = max_failures, may_lose_nodes
         self._crashes, self._nodes_lost = Counter[str](), Counter[str]()
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
@@ -105,9 +107,10 @@ class Observer(Callback):  # type: ignore[misc]
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Tune starts the trial again; after too many crashes only to end it, because it has no other way to."""
         trial_id, problem = _id(trial), _problem(trial)
-        if any(sign in _last_error(trial) for sign in _NODE_LOST) and self._nodes_lost[trial_id] < _MOST_NODES_LOST:
+        is_lost = self._may_lose_nodes and any(sign in _last_error(trial) for sign in _NODE_LOST)
+        if is_lost and self._nodes_lost[trial_id] < _MOST_NODES_LOST:
             self._nodes_lost[trial_id] += 1
-            self._monitor.retried(trial_id, f"its node was lost: {problem}")
+            self._monitor.retried(trial_id, f"its node or a service was lost: {problem}")
             return
         self._crashes[trial_id] += 1
         if self._crashes[trial_id] <= self._max_failures:

@@ -75,7 +75,7 @@ def _session_seconds(events: pd.DataFrame, metrics: pd.DataFrame) -> float:
     starts = events.loc[events["kind"] == SESSION, "time"].sort_values().tolist()
     moments = sorted([*events["time"].dropna(), *metrics["written_at"].dropna()])
     last = [moments[bisect.bisect_left(moments, start) - 1] for start in starts[1:]] + moments[-1:]
-    return sum(max((end - start).total_seconds(), 0.0) for start, end in zip(starts, last, strict=False))
+    return float(sum(max((end - start).total_seconds(), 0.0) for start, end in zip(starts, last, strict=False)))
 
 
 def _state(row: dict[Any, Any], measured: pd.DataFrame | None) -> TrialState:

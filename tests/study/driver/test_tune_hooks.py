@@ -188,12 +188,12 @@ LOST = (
 class Crashing:
     """A trial of which each failure is added to one file, as Tune does; `retries` are those that were recorded."""
 
-    def __init__(self, folder: Path, max_failures: int) -> None:
+    def __init__(self, folder: Path, max_failures: int, **options: Any) -> None:
         self.monitor: Any = Recorded()
         self.given_up = list[str]()
         self.file = folder / "error.txt"
         self.trial = tune_trial(str(self.file))
-        self.watching, _ = observer(self.monitor, max_failures=max_failures, give_up=self.given_up.append)
+        self.watching, _ = observer(self.monitor, max_failures=max_failures, give_up=self.given_up.append, **options)
 
     def fail(self, *errors: str) -> None:
         for error in errors:
@@ -223,9 +223,19 @@ def test_a_trial_is_started_again_as_often_as_it_may_crash(max_failures: int, tm
 def test_a_lost_node_is_not_the_trials_failure(error: str, tmp_path: Path) -> None:
     crashing = Crashing(tmp_path, 1)
     crashing.fail(error, KILLED, error)
-    assert [problem.startswith("its node was lost: ") for problem in crashing.retries] == [True, False, True]
+    assert [problem.startswith("its node or a service was lost: ") for problem in crashing.retries] == [
+        True,
+        False,
+        True,
+    ]
     assert not crashing.trial.config["failed"]
     crashing.fail(KILLED)
+    assert crashing.trial.config["failed"]
+
+
+def test_on_its_only_node_a_silent_actor_has_crashed(tmp_path: Path) -> None:
+    crashing = Crashing(tmp_path, 0, may_lose_nodes=False)
+    crashing.fail(LOST[0])
     assert crashing.trial.config["failed"]
 
 
