@@ -81,7 +81,7 @@ def run(
 
     Args:
         storage: a folder or a URL (`s3://bucket/studies`) that holds the studies.
-        resume: continue a study of this name that stopped earlier.
+        resume: continue a study of this name that stopped earlier; its budget may be another one now.
         address: of an existing Ray cluster (`auto`, `host:port`); default: one of the study's own on this machine.
         console: where progress is shown; default: the terminal.
 
@@ -108,6 +108,7 @@ def extend(
 
 def resume(
     study: Location,
+    overrides: Sequence[str] = (),
     *,
     storage: Location = STUDIES,
     retry_failed: bool = False,
@@ -117,12 +118,14 @@ def resume(
     """Continue a study that was interrupted or killed, given its name, folder or URL; `run` has the arguments.
 
     Args:
+        overrides: another budget: `budget.max_hours=8`.
         retry_failed: also run trials again that failed.
     """
     from ebft_study.study.driver import runner
 
     folder = find(study, storage)
-    return runner.resume(folder, console=_console(console), retry_failed=retry_failed, address=address)
+    console = _console(console)
+    return runner.resume(folder, overrides, console=console, retry_failed=retry_failed, address=address)
 
 
 def replay(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -72,13 +75,15 @@ def study(
             raise ConfigError("command line: --what-if: runs nothing. Drop it, or --resume and --extend")
         replay_table.show(api.replay(file, profile, overrides or [], name=name, storage=storage), Console())
         return
-    loaded = api.load(file, profile, overrides or [], name=name)
     if extend and resume:
         raise ConfigError("command line: --extend: changes a study and continues it. Drop --resume")
     console = Console()
-    if extend:
-        _finish(api.extend(loaded, storage=storage, address=address, console=console), console)
-    _finish(api.run(loaded, storage=storage, resume=resume, address=address, console=console), console)
+    again = "repeat the command" if extend or resume else "add --resume to the same command"
+    with _interruptible(again):
+        loaded = api.load(file, profile, overrides or [], name=name)
+        if extend:
+            _finish(api.extend(loaded, storage=storage, address=address, console=console), console)
+        _finish(api.run(loaded, storage=storage, resume=resume, address=address, console=console), console)
 
 
 @app.command()
@@ -105,6 +110,9 @@ def plan(
 @app.command()
 def resume(
     name: StudyName,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Another budget, for example [bold]budget.max_hours=8[/bold]")
+    ] = None,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Also run trials again that failed.")] = False,
     storage: Storage = api.STUDIES,
     address: Address = None,
@@ -112,9 +120,15 @@ def resume(
     """Continue a study that was interrupted or killed.
 
     [dim]ebft-study resume alpha_gamma[/dim]
+
+    [dim]ebft-study resume alpha_gamma budget.max_hours=8[/dim]
     """
     console = Console()
-    _finish(api.resume(name, storage=storage, retry_failed=retry_failed, address=address, console=console), console)
+    with _interruptible("repeat the command"):
+        resumed = api.resume(
+            name, overrides or [], storage=storage, retry_failed=retry_failed, address=address, console=console
+        )
+        _finish(resumed, console)
 
 
 @app.command()
@@ -148,11 +162,8 @@ def train(
 
     [dim]ebft-study train run.yaml method=sft steps=100[/dim]
     """
-    try:
+    with _interruptible("add --resume to the same command"):
         result = api.train(file, overrides or [], output=output, resume=resume)
-    except KeyboardInterrupt:
-        typer.echo("interrupted; add --resume to the same command to continue", err=True)
-        raise typer.Exit(130) from None
     raise typer.Exit(0 if result.status == "finished" else 1)
 
 
@@ -202,6 +213,19 @@ def _table(title: str, columns: list[str], rows: list[dict[str, Any]]) -> None:
     Console().print(table)
 
 
+@contextlib.contextmanager
+def _interruptible(remedy: str) -> Iterator[None]:
+    """Context in which Ctrl-C and SIGTERM end the command with a line that says how to continue.
+
+    A session of a study has its own handlers: they end it in order.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo(f"interrupted; {remedy} to continue", err=True)
+        raise typer.Exit(130) from None
+
+
 def _finish(ended: StudyResult, console: Console) -> None:
     """Print the result of a session, and end the process with its exit code."""
     from ebft_study.study.view import display
@@ -211,7 +235,7 @@ def _finish(ended: StudyResult, console: Console) -> None:
     if ended.report:
         lines.append(f"report: {ended.report}")
     if ended.reason:
-        lines.append(f"{ended.reason}; resume with: ebft-study resume {ended.address}")
+        lines.append(ended.how_to_resume)
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     raise typer.Exit(ended.exit_code)
@@ -222,6 +246,7 @@ def main() -> None:
     # Threads that wait spinning for long make everything several times slower as soon as another process wants the
     # cores; this many rounds are enough to lose nothing when they are free.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         app()
     except EbftError as error:

@@ -24,6 +24,7 @@ class Ran:
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> object:
     """Run a command in this process, in an empty folder."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli.signal, "signal", lambda number, handler: None)  # pytest keeps its own
     monkeypatch.setenv("EBFT_STUDY_CACHE", str(tmp_path / "cache"))
 
     def command(*arguments: object) -> Ran:

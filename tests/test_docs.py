@@ -1,4 +1,4 @@
-"""Every study file in docs/studies.md loads, under each of its profiles, and has as many trials as the text says."""
+"""Every study file in docs/studies.md and README.md loads, under each profile, with as many trials as the text says."""
 
 from __future__ import annotations
 
@@ -10,9 +10,19 @@ import yaml
 
 from ebft_study.study.resolving.study_file import load_study
 
-PAGE = (Path(__file__).parent.parent / "docs" / "studies.md").read_text()
-EXAMPLES = {yaml.safe_load(block)["study"]: block for block in re.findall(r"```yaml\n(.*?)```", PAGE, flags=re.DOTALL)}
-NUMBERS = {"axes": 20, "choices": 4, "conditions": 12, "linked": 3, "exclusions": 6, "baselines": 9, "profiles": 3}
+ROOT = Path(__file__).parent.parent
+PAGES = (ROOT / "docs" / "studies.md").read_text() + (ROOT / "README.md").read_text()
+EXAMPLES = {yaml.safe_load(block)["study"]: block for block in re.findall(r"```yaml\n(.*?)```", PAGES, flags=re.DOTALL)}
+NUMBERS = {
+    "temperature": 21,
+    "axes": 20,
+    "choices": 4,
+    "conditions": 12,
+    "linked": 3,
+    "exclusions": 6,
+    "baselines": 9,
+    "profiles": 3,
+}
 
 
 def test_these_are_all_the_examples() -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 import shlex
+import signal
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import typer
 import yaml
@@ -73,6 +78,56 @@ def test_the_slurm_script_runs_our_command_on_a_file_that_loads() -> None:
     assert arguments["resume"]
     spec = study_file.load_study(ROOT / str(arguments["file"]), arguments["profile"]).spec
     assert spec.resources.gpus_per_worker
+
+
+STUB = """#!/bin/bash
+echo "$(basename "$0") $*" >> "$LOG"
+case "$(basename "$0") $1" in
+  "$BLOCKED") trap 'exit "$CODE"' TERM; echo blocked >> "$LOG"; for _ in {1..3000}; do sleep 0.1; done ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("blocked", "code", "requeued"),
+    [
+        ("ebft-study study", 130, True),
+        ("ebft-study study", 143, True),  # it was not yet there to handle the signal
+        ("ebft-study study", 0, False),
+        ("ebft-study study", 1, False),
+        ("ray status", 1, True),  # the cluster is still starting
+    ],
+)
+def test_the_slurm_script_requeues_a_job_that_was_stopped(
+    blocked: str, code: int, requeued: bool, tmp_path: Path
+) -> None:
+    """With stubs for all commands; SIGTERM arrives while one of them waits, and so does the script."""
+    for name in ("srun", "scontrol", "ray", "python", "hostname", "ebft-study"):
+        (tmp_path / "bin").mkdir(exist_ok=True)
+        (tmp_path / "bin" / name).write_text(STUB)
+        (tmp_path / "bin" / name).chmod(0o755)
+    (tmp_path / "bin" / "activate").write_text("")
+    log = tmp_path / "log"
+    log.write_text("")
+    environment = {
+        "PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin", "VIRTUAL_ENV": str(tmp_path), "LOG": str(log), "CODE": str(code),
+        "BLOCKED": blocked, "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURMD_NODENAME": "n",
+    }  # fmt: skip
+    job = subprocess.Popen(["bash", SBATCH], env=environment, start_new_session=True)
+    try:
+        while "blocked" not in log.read_text().splitlines():
+            assert job.poll() is None
+            time.sleep(0.05)
+        # SLURM signals the batch script alone; bash handles it when the command in the foreground has ended.
+        job.terminate()
+        if blocked == "ray status":
+            for child in psutil.Process(job.pid).children():
+                child.terminate()
+        job.wait(timeout=300)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(job.pid, signal.SIGKILL)
+    assert ("scontrol requeue 7" in log.read_text().splitlines()) == requeued
 
 
 def check_fields(fields: dict[str, Any], known: dict[str, Any], required: set[str]) -> None:

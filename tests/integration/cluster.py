@@ -1,4 +1,7 @@
-"""A Ray cluster of two machines, both of them this one, which ends when its input ends; run as a process of its own."""
+"""A Ray cluster of two machines, both of them this one, which ends when its input ends; run as a process of its own.
+
+A line on its input kills the second machine with everything on it.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,9 @@ if __name__ == "__main__":
             "object_store_memory": 80_000_000,
         },
     )
-    cluster.add_node(num_cpus=1, object_store_memory=80_000_000)
+    second = cluster.add_node(num_cpus=1, object_store_memory=80_000_000)
     print(cluster.address, flush=True)
-    sys.stdin.read()
+    if sys.stdin.readline():
+        cluster.remove_node(second, allow_graceful=False)
+        sys.stdin.read()
     cluster.shutdown()

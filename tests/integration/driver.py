@@ -16,6 +16,6 @@ preparing.prepare = fake_training.prepare  # type: ignore[attr-defined]
 sys.modules[preparing.__name__] = preparing
 
 if __name__ == "__main__":
-    from ebft_study.cli import main
+    from ebft_study.__main__ import main
 
     main()

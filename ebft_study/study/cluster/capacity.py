@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from dataclasses import dataclass
+from pathlib import Path
+
+_CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -56,8 +60,19 @@ def this_machine(*, gpus: bool) -> ClusterCapacity:
 
 
 def cpu_count() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """CPU cores that this process may use: those it is bound to, or the whole cores of a container's quota if fewer."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores, int(_quota(_CGROUP) or cores)))
+
+
+def _quota(cgroup: Path) -> float | None:
+    """CPU cores' worth of time that the control group of a container may use, in version 1 or 2; None without limit."""
+    files = (cgroup / "cpu.max",), (cgroup / "cpu" / "cpu.cfs_quota_us", cgroup / "cpu" / "cpu.cfs_period_us")
+    for version in files:
+        with contextlib.suppress(OSError, ValueError):  # "max": no limit
+            quota, period = map(float, " ".join(file.read_text() for file in version).split())
+            return quota / period if quota > 0 else None
+    return None
 
 
 def gpu_count() -> int:

@@ -16,7 +16,7 @@ from typing import Any
 from ebft_study.errors import ConfigError, rule_broken
 from ebft_study.paths import cache_folder
 from ebft_study.study.cluster.capacity import ClusterCapacity, Node
-from ebft_study.study.cluster.own import ENVIRONMENT, dashboard_line, set_environment
+from ebft_study.study.cluster.own import ENVIRONMENT, dashboard_line, keeping_sigterm, set_environment
 
 OPTION = "--address"
 TRIAL_PROCESS_BYTES = 512 * 2**20
@@ -66,14 +66,15 @@ def connection(address: str | None, *, study: str) -> Iterator[ClusterCapacity |
     set_environment()
     os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")  # the job's own environment stays, with ours added
     try:
-        ray.init(
-            address=address,
-            # Two studies of one name may run on one cluster.
-            namespace=f"ebft-{study}-{secrets.token_hex(3)}",
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            runtime_env={"env_vars": _environment()},
-        )
+        with keeping_sigterm():
+            ray.init(
+                address=address,
+                # Two studies of one name may run on one cluster.
+                namespace=f"ebft-{study}-{secrets.token_hex(3)}",
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                runtime_env={"env_vars": _environment()},
+            )
     except (ConnectionError, RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise rule_broken(

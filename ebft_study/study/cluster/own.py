@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import socket
+import threading
 from collections.abc import Iterator
 
 import psutil
@@ -73,7 +75,7 @@ def running(*, namespace: str, slots: int, dashboard: bool, travelling_bytes: fl
     import ray
 
     most = _MOST_MEMORY * psutil.virtual_memory().total
-    with _known_to_its_processes():
+    with _known_to_its_processes(), keeping_sigterm():
         ray.init(
             address="local",
             num_cpus=cpu_count(),
@@ -88,6 +90,25 @@ def running(*, namespace: str, slots: int, dashboard: bool, travelling_bytes: fl
         yield
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def keeping_sigterm() -> Iterator[None]:
+    """Keep this process's handler of SIGTERM, which Ray's start replaces with one that ends the process with code 15.
+
+    Raises:
+        KeyboardInterrupt: SIGTERM arrived during the start.
+    """
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    except SystemExit as ended:
+        if ended.code != signal.SIGTERM:
+            raise
+        raise KeyboardInterrupt from None
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler or signal.SIG_DFL)
 
 
 @contextlib.contextmanager

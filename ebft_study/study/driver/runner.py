@@ -8,27 +8,25 @@ from __future__ import annotations
 
 import contextlib
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
 
-from ebft_study import report
-from ebft_study.errors import EbftError, ResultsError, rule_broken
+from ebft_study import report, text
+from ebft_study.errors import ConfigError, EbftError, ResultsError, rule_broken
 from ebft_study.results import copies
 from ebft_study.storage import Location, StoragePath, absolute, storage_path
 from ebft_study.study.cluster import existing
-from ebft_study.study.cluster.own import CLUSTER_DIED
-from ebft_study.study.cluster.watchdog import CLUSTER_GONE
-from ebft_study.study.driver.session import STORAGE_FAILED, run_session
+from ebft_study.study.driver.session import run_session
 from ebft_study.study.folder import history, lock, study_yaml
-from ebft_study.study.folder.history import History
+from ebft_study.study.folder.history import BUDGET_USED, History
 from ebft_study.study.folder.study_yaml import StudySource
 from ebft_study.study.folder.trial_states import TrialState
 from ebft_study.study.resolving import checks, extending
 from ebft_study.study.resolving.resolved import ResolvedStudy
-from ebft_study.study.resolving.study_file import resolve
+from ebft_study.study.resolving.study_file import resolve, section_of, with_sections
 from ebft_study.study.search import journal
 from ebft_study.study.spec.study_spec import StudySpec
 
@@ -52,12 +50,19 @@ class StudyResult:
 
     @property
     def exit_code(self) -> int:
-        """130 after Ctrl-C, 1 when a trial failed or the cluster did, else 0."""
+        """130 after Ctrl-C or SIGTERM, 1 when the session ended early for another reason or a trial failed, else 0."""
         if self.reason.startswith("Ctrl-C"):
             return INTERRUPTED
-        if self.reason.startswith((CLUSTER_DIED, CLUSTER_GONE, STORAGE_FAILED)):
-            return 1
-        return int(any(state.status == "failed" for state in self.states.values()))
+        return int(bool(self.reason) or any(state.status == "failed" for state in self.states.values()))
+
+    @property
+    def how_to_resume(self) -> str:
+        """Why the session ended early, and the command that continues the study; '' when every trial is over."""
+        if not self.reason:
+            return ""
+        if self.reason == BUDGET_USED:
+            return f"{self.reason}; raise it: ebft-study resume {self.address} budget.max_hours=HOURS"
+        return f"{self.reason}; resume with: ebft-study resume {self.address}"
 
 
 def run(
@@ -82,7 +87,7 @@ def run(
         shown = "; ".join(different[:3]) + (f"; and {len(different) - 3} more" if len(different) > 3 else "")
         raise ResultsError(f"{folder}: holds a study of this name with other settings ({shown}). Choose another --name")
     if resume_existing:
-        return _run(folder, _recorded(folder, spec), console, address)
+        return _run(folder, _recorded(folder, spec.model_copy(update={"budget": study.spec.budget})), console, address)
     study = _recorded(folder, spec)
     past = _history(folder, study)
     name = StudyResult(folder, past.states).address
@@ -92,11 +97,23 @@ def run(
 
 
 def resume(
-    location: Location, *, console: Console, retry_failed: bool = False, address: str | None = None
+    location: Location,
+    overrides: Sequence[str] = (),
+    *,
+    console: Console,
+    retry_failed: bool = False,
+    address: str | None = None,
 ) -> StudyResult:
-    """Continue a study from its folder alone."""
+    """Continue a study from its folder alone; `overrides` may change its budget."""
     folder = absolute(storage_path(location))
-    return _run(folder, _recorded(folder, study_yaml.read(folder)), console, address, retry_failed=retry_failed)
+    for override in overrides:
+        if section_of(override) != "budget":
+            raise ConfigError(
+                f"command line: {override!r}: a study keeps its settings when it is resumed, except for its budget. "
+                "Write budget.max_hours=HOURS, or start another study"
+            )
+    spec = with_sections(study_yaml.read(folder), overrides)
+    return _run(folder, _recorded(folder, spec), console, address, retry_failed=retry_failed)
 
 
 def extend(study: ResolvedStudy, *, storage: Location, console: Console, address: str | None = None) -> StudyResult:
@@ -148,6 +165,9 @@ def _run(
                 )
             for change in study_yaml.changed_versions(folder):
                 console.print(f"note: the study was started with {change}", markup=False, highlight=False)
+        _check_budget(study, past)
+        if not is_new and study_yaml.read(folder).budget != study.spec.budget:
+            study_yaml.change_budget(folder, study.spec.budget)
         provenance = _prepare(study, console)
         if is_new:
             study_yaml.write(folder, study.spec, study.source, provenance=provenance)
@@ -176,9 +196,24 @@ def _history(folder: StoragePath, study: ResolvedStudy) -> History:
 
 
 def _is_over(folder: StoragePath, study: ResolvedStudy, past: History) -> bool:
-    if any(trial.trial_id not in past.trial_results for trial in study.trials):
+    known = {*(trial.trial_id for trial in study.trials), *past.states}
+    if known - set(past.trial_results):
         return False
     return study.spec.search.algorithm != "optuna" or journal.is_over(study.spec, folder)
+
+
+def _check_budget(study: ResolvedStudy, past: History) -> None:
+    """Refuse to continue a study whose earlier sessions took all of its hours."""
+    hours = study.spec.budget.max_hours
+    if hours is not None and past.session_seconds >= hours * 3600:
+        raise rule_broken(
+            source=study.name,
+            key="budget.max_hours",
+            given=hours,
+            rule=f"the sessions of this study took {text.duration(past.session_seconds)} so far, and "
+            f"{len(past.trial_results)} of its {study.n_trials} trials are over",
+            remedy="Raise it: add budget.max_hours=HOURS to the command",
+        )
 
 
 def _prepare(study: ResolvedStudy, console: Console) -> dict[str, object]:

@@ -23,8 +23,9 @@ from ebft_study.study.cluster.watchdog import CLUSTER_GONE, watching_the_cluster
 from ebft_study.study.driver.background_compaction import compacting
 from ebft_study.study.driver.monitor import Monitor
 from ebft_study.study.driver.services import StudyServices
-from ebft_study.study.folder.history import History
+from ebft_study.study.folder.history import BUDGET_USED, SESSION, History
 from ebft_study.study.folder.lock import LockHandle
+from ebft_study.study.folder.trial_states import OPEN
 from ebft_study.study.forecast import prediction
 from ebft_study.study.population import exploit, explore
 from ebft_study.study.resolving.resolved import ResolvedStudy
@@ -63,35 +64,41 @@ def run_session(
         exploit.remove_unfinished(folder.local)
     spec = study.spec
     recorder = results.StudyRecorder(folder, study=study.name)
+    recorder.event(SESSION, display.summary(list(past.states.values()), display.Plan(study.n_trials)))
     monitor = Monitor(recorder, past.states, spec.objective.metric, spec.objective.further_metrics)
     search = _search(folder, study, past, monitor)
     plan = display.Plan(study.n_trials, study.concurrency, _announce(folder, study, recorder, console))
     columns = tuple(dict.fromkeys(("ce_loss", "cfm_loss", *(one.metric for one in spec.objective.all))))
     is_alive = (lambda: True) if study.capacity.is_existing else own.node_is_alive
-    stopper = StudyStopper(
-        spec.budget.max_hours, is_alive, RuleMonitor(spec.stopping, spec.objective, past.evaluations)
-    )
+    hours = spec.budget.max_hours
+    hours_left = None if hours is None else hours - past.session_seconds / 3600
+    stopper = StudyStopper(hours_left, is_alive, RuleMonitor(spec.stopping, spec.objective, past.evaluations))
     lock_handle.on_lost(stopper.request_stop)
     with _signals(stopper.request_stop):
         monitor.display = display.display(console, columns, past.states, title=study.name, plan=plan)
-        monitor.note("session", f"{study.name}: {display.summary(list(past.states.values()), plan)}")
+        monitor.say(f"{study.name}: {display.summary(list(past.states.values()), plan)}")
         try:
             with _watchdog(study, stopper, monitor, folder), compacting(folder, monitor.number_ended):
                 _tune(folder, study, past, search, monitor, stopper)
         except StorageError as error:  # of the driver itself; those of trials come as stop requests
             stopper.request_stop(f"{STORAGE_FAILED}: {error}")
+        except KeyboardInterrupt:  # a second signal, or one while Ray was starting
+            stopper.request_stop("Ctrl-C")
+            raise
         except BaseException as error:
             stopper.request_stop(f"the driver failed: {type(error).__name__}: {error}")
             raise
         finally:
-            _wind_up(folder, monitor, stopper)
-    return str(stopper.reason)
+            _wind_up(folder, monitor, recorder, stopper)
+    is_over = search.exhausted and not any(state.status in OPEN for state in past.states.values())
+    return "" if is_over and stopper.reason == BUDGET_USED else str(stopper.reason)
 
 
-def _wind_up(folder: StoragePath, monitor: Monitor, stopper: StudyStopper) -> None:
+def _wind_up(folder: StoragePath, monitor: Monitor, recorder: results.StudyRecorder, stopper: StudyStopper) -> None:
     """Leave a study that can be resumed, as far as its storage still accepts anything."""
     try:
         monitor.interrupted(stopper.reason or "the driver ended")
+        recorder.event("interrupted" if stopper.reason else "finished", stopper.reason or "every trial is over")
         results.compact(folder)
     except StorageError as error:
         stopper.request_stop(f"{STORAGE_FAILED}: {error}")
@@ -108,7 +115,7 @@ def _search(folder: StoragePath, study: ResolvedStudy, past: History, monitor: M
             monitor.note("refused", f"{label}: {problem}")
 
         working = journal.download(folder)
-        repaired = journal.repair(spec, working, results.read_table(folder, "trials"))
+        repaired = journal.repair(spec, working, results.read_table(folder, "trials"), past.trial_results)
         if repaired:
             monitor.note("damaged", repaired)
         search: Search = OptunaSearch(spec, working, past.trial_results, refused, lambda: journal.upload(folder))
@@ -181,8 +188,7 @@ def _tune(
     services = StudyServices(spec.resources)
     is_population = spec.scheduler.kind == "pbt"
     lineages = exploit.lineages(folder) if is_population else {}
-    # Ray's start replaces our handler for SIGTERM with one that ends the process immediately.
-    with _ray(study) as slot, _signals(stopper.request_stop):
+    with _ray(study) as slot:
         monitor.say(own.dashboard_line())
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
         mailboxes = relay.start()
@@ -224,9 +230,11 @@ def _tune(
                         released,
                         reasons,
                         lambda reason: stopper.request_stop(f"{STORAGE_FAILED}: {reason}"),
+                        max_failures=spec.resources.max_failures,
+                        may_lose_nodes=study.capacity.is_existing,
                     )
                 ],
-                failure_config=ray.tune.FailureConfig(max_failures=spec.resources.max_failures),
+                failure_config=ray.tune.FailureConfig(max_failures=-1),  # the observer counts, without lost nodes
                 checkpoint_config=ray.tune.CheckpointConfig(num_to_keep=3),
             ),
         )

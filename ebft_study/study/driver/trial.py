@@ -8,8 +8,8 @@
 
 The loop waits in `ray.train.report` until the controller has polled it, the controller in `put` until the trial has
 taken the item before, the trial in `ray.tune.report` until Tune has decided. A crash anywhere ends `fit`, the trial
-raises, and Tune starts it again, as a new attempt from the newest checkpoint. An error of the user (`EbftError`)
-is not a crash: the trial ends normally and reports the failure.
+raises, and Tune starts it again, as a new attempt from the newest checkpoint, until `tune_hooks.Observer` has counted
+too many crashes. An error of the user (`EbftError`) is not a crash: the trial ends normally and reports the failure.
 """
 
 from __future__ import annotations
@@ -63,8 +63,12 @@ class ReportForwarder(ray.train.UserCallback):  # type: ignore[misc]
 
 def run_trial(config: dict[str, Any]) -> None:
     """The Tune trainable; `config` is a `TrialTask`. The last report holds `outcome`."""
+    task = TrialTask.from_config(config)
+    if task.failed:
+        ray.tune.report({"step": 0, "attempt": 0, "outcome": {"status": "failed", "reason": task.failed}})
+        return
     try:
-        _run_attempt(TrialTask.from_config(config))
+        _run_attempt(task)
     except StorageError as error:
         ray.tune.report({"step": 0, "attempt": 0, "outcome": _failed(error)})
 

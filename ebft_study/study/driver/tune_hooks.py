@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import textwrap
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from ray.tune.search import Searcher
 from ebft_study.storage import filesystems
 from ebft_study.study.cluster.own import CLUSTER_DIED
 from ebft_study.study.driver.monitor import Monitor
+from ebft_study.study.folder.history import BUDGET_USED
 from ebft_study.study.folder.trial_states import EARLY_STOP
 from ebft_study.study.search.listed import Search
 from ebft_study.study.spec.trial_task import TrialTask
@@ -24,6 +26,13 @@ from ebft_study.study.spec.trials import Trial
 from ebft_study.study.stopping.rules import RuleMonitor
 
 _ALIVE_SECONDS = 3.0
+_NODE_LOST = ("its node has died", "the node it was running on is dead", "is temporarily unavailable")
+"""Parts of Ray's errors when the node of an actor is gone; it says the last one before it knows why an actor is silent.
+
+Of a process that ended by itself it says that "its worker process has died".
+"""
+_MOST_NODES_LOST = 5
+"""Lost nodes of one trial in a session that are not its failures: a trial that takes its nodes down is to end, too."""
 
 
 class StudySearcher(Searcher):  # type: ignore[misc]
@@ -69,15 +78,22 @@ class Observer(Callback):  # type: ignore[misc]
         released: Callable[[str, int], None],
         reasons: Mapping[str, str] | None = None,
         give_up: Callable[[str], None] = lambda reason: None,
+        *,
+        max_failures: int = 0,
+        may_lose_nodes: bool = True,
     ) -> None:
         """
         Args:
             released: called with a trial and its attempt once it has ended.
             reasons: trial -> why it was stopped early.
             give_up: called with the reason when nothing can be written any more.
+            max_failures: how often a trial may crash and be started again; Tune itself has no limit.
+            may_lose_nodes: whether the study survives the loss of a node.
         """
         self._search, self._monitor, self._released = search, monitor, released
         self._reasons, self._give_up = {} if reasons is None else reasons, give_up
+        self._max_failures, self._may_lose_nodes = max_failures, may_lose_nodes
+        self._crashes, self._nodes_lost = Counter[str](), Counter[str]()
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._monitor.resumed(_id(trial))
@@ -89,7 +105,21 @@ class Observer(Callback):  # type: ignore[misc]
             self._monitor.reported(_id(trial), result)
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._monitor.retried(_id(trial), _problem(trial))
+        """Tune starts the trial again; after too many crashes only to end it, because it has no other way to."""
+        trial_id, problem = _id(trial), _problem(trial)
+        is_lost = self._may_lose_nodes and any(sign in _last_error(trial) for sign in _NODE_LOST)
+        if is_lost and self._nodes_lost[trial_id] < _MOST_NODES_LOST:
+            self._nodes_lost[trial_id] += 1
+            self._monitor.retried(trial_id, f"its node or a service was lost: {problem}")
+            return
+        self._crashes[trial_id] += 1
+        if self._crashes[trial_id] <= self._max_failures:
+            self._monitor.retried(trial_id, problem)
+        elif _failed(problem)["status"] == "interrupted":
+            self._give_up(problem)
+        else:
+            trial.set_config({**trial.config, "failed": problem})
+            trial.max_failures = 0  # should it not even start
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         last = trial.last_result or {}
@@ -98,9 +128,7 @@ class Observer(Callback):  # type: ignore[misc]
         self._end(trial, last.get("outcome", stopped_early))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        problem = _problem(trial)
-        status = "interrupted" if any(sign in problem for sign in filesystems.FULL_SIGNS) else "failed"
-        self._end(trial, {"status": status, "reason": problem})
+        self._end(trial, _failed(trial.config["failed"] or _problem(trial)))
 
     def _end(self, trial: Any, outcome: dict[str, Any]) -> None:
         if outcome["status"] == "interrupted":  # stays open, for `resume`
@@ -119,10 +147,14 @@ class StudyStopper(Stopper):  # type: ignore[misc]
     def __init__(
         self, max_hours: float | None, is_alive: Callable[[], bool] = lambda: True, rules: RuleMonitor | None = None
     ) -> None:
-        """`is_alive`: whether there still is a cluster to run on; called every few seconds."""
+        """
+        Args:
+            max_hours: left of the study's budget.
+            is_alive: whether there still is a cluster to run on; called every few seconds.
+        """
         self.reason, self._rules = "", rules
         self._is_alive, self._asked_at = is_alive, time.monotonic()
-        self._deadline = time.monotonic() + max_hours * 3600 if max_hours else None
+        self._deadline = None if max_hours is None else time.monotonic() + max_hours * 3600
 
     @property
     def rule_reasons(self) -> dict[str, str]:
@@ -143,7 +175,7 @@ class StudyStopper(Stopper):  # type: ignore[misc]
 
     def stop_all(self) -> bool:
         if self._deadline is not None and time.monotonic() >= self._deadline:
-            self.request_stop("budget.max_hours is used up")
+            self.request_stop(BUDGET_USED)
         if time.monotonic() - self._asked_at > _ALIVE_SECONDS:
             self._asked_at = time.monotonic()
             if not self._is_alive():
@@ -158,9 +190,21 @@ def _id(trial: Any) -> str:
     return TrialTask.from_config(trial.config).trial_id
 
 
-def _problem(trial: Any) -> str:
-    """The last line of Tune's error file: the exception and its message."""
+def _failed(problem: str) -> dict[str, str]:
+    """The outcome of a trial that is not started again; a full disk is no fault of its own."""
+    is_full = any(sign in problem for sign in filesystems.FULL_SIGNS)
+    return {"status": "interrupted" if is_full else "failed", "reason": problem}
+
+
+def _last_error(trial: Any) -> str:
+    """The last error in Tune's error file, to which it adds each failure of a trial."""
     path = trial.error_file
-    lines = Path(path).read_text(errors="replace").split("\n") if path and Path(path).is_file() else []
-    last = next((line.strip() for line in reversed(lines) if line.strip()), "the trial's process died")
+    text = Path(path).read_text(errors="replace") if path and Path(path).is_file() else ""
+    return text.rpartition("\nFailure # ")[2]
+
+
+def _problem(trial: Any) -> str:
+    """The last line of the last error: the exception and its message."""
+    lines = reversed(_last_error(trial).split("\n"))
+    last = next((line.strip() for line in lines if line.strip()), "the trial's process died")
     return textwrap.shorten(last, 200, placeholder="…")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,15 +18,23 @@ if TYPE_CHECKING:
 
 Curve = list[tuple[float, float]]
 
+BUDGET_USED = "budget.max_hours is used up"
+SESSION = "session"
+"""Event that begins a session; written before everything else that a session records."""
+
 
 @dataclass(frozen=True)
 class History:
-    """Per trial: its state, how it ended (if it did), its (step, objective) before its last step, its evaluations."""
+    """Per trial: its state, how it ended (if it did), its (step, objective) before its last step, its evaluations.
+
+    `session_seconds` is the duration of all sessions of the study so far.
+    """
 
     states: dict[str, TrialState]
     trial_results: dict[str, TrialResult]
     curves: dict[str, Curve]
     evaluations: dict[str, list[Evaluation]] = field(default_factory=dict)
+    session_seconds: float = 0.0
 
 
 def read(study_folder: Location, objective: str, further: Sequence[str] = ()) -> History:
@@ -34,7 +43,8 @@ def read(study_folder: Location, objective: str, further: Sequence[str] = ()) ->
     `objective` is the metric of schedulers and stopping rules, `further` are those of a search with several objectives.
     """
     rows = results.read_table(study_folder, "trials")
-    by_trial = dict(list(results.read_table(study_folder, "metrics").groupby("trial_id")))
+    metrics = results.read_table(study_folder, "metrics")
+    by_trial = dict(list(metrics.groupby("trial_id")))
     states: dict[str, TrialState] = {}
     trial_results: dict[str, TrialResult] = {}
     curves: dict[str, Curve] = {}
@@ -48,7 +58,8 @@ def read(study_folder: Location, objective: str, further: Sequence[str] = ()) ->
         if measured is not None and _text(row["named_baseline"]) == "":
             evaluations[state.trial_id] = _evaluations(measured)
             curves[state.trial_id] = _curve(evaluations[state.trial_id], objective, state.total_steps)
-    return History(states, trial_results, curves, evaluations)
+    seconds = _session_seconds(results.read_table(study_folder, "events"), metrics)
+    return History(states, trial_results, curves, evaluations, seconds)
 
 
 def problems(folder: Location) -> list[str]:
@@ -57,6 +68,14 @@ def problems(folder: Location) -> list[str]:
     for table in results.TABLES:
         results.read_table(folder, table, messages)
     return messages
+
+
+def _session_seconds(events: pd.DataFrame, metrics: pd.DataFrame) -> float:
+    """Duration of all sessions: from the first to the last moment on record of each, as a killed one has no end."""
+    starts = events.loc[events["kind"] == SESSION, "time"].sort_values().tolist()
+    moments = sorted([*events["time"].dropna(), *metrics["written_at"].dropna()])
+    last = [moments[bisect.bisect_left(moments, start) - 1] for start in starts[1:]] + moments[-1:]
+    return float(sum(max((end - start).total_seconds(), 0.0) for start, end in zip(starts, last, strict=False)))
 
 
 def _state(row: dict[Any, Any], measured: pd.DataFrame | None) -> TrialState:

@@ -1,10 +1,13 @@
 """The lock of a study: one driver at a time.
 
-On a disk, it is a file lock, which the system releases when its process ends, however it ends. In a store, it is an
-object that names its owner and is rewritten every few seconds (a heartbeat). Another driver takes the lock over when
-the last heartbeat is `STALE_SECONDS` old, or when the owner was a process of this machine that has ended. pyarrow has
-no "create unless it exists", so each owner reads back what it wrote, and again before every heartbeat: of two drivers
-that start simultaneously, one may run for at most a heartbeat until it notices and stops.
+On a disk, it is a file lock, which the system releases when its process ends, however it ends. A file beside it names
+its owner to those who only look: trying the lock would keep a driver that starts at that moment from getting it.
+
+In a store, it is an object that names its owner. Either record is rewritten every few seconds (a heartbeat). Another
+driver takes the lock of a store over when the last heartbeat is `STALE_SECONDS` old, or when the owner was a process of
+this machine that has ended. pyarrow has no "create unless it exists", so each owner reads back what it wrote, and again
+before every heartbeat: of two drivers that start simultaneously, one may run for at most a heartbeat until it notices
+and stops.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ import psutil
 from ebft_study.errors import ResultsError, StorageError
 from ebft_study.storage import StoragePath, storage_errors
 
-NAME = ".lock"
+NAME, OWNER = ".lock", ".owner"
 BEAT_SECONDS, STALE_SECONDS, SETTLE_SECONDS = 10.0, 60.0, 1.0
 
 
@@ -58,19 +61,8 @@ def hold(folder: StoragePath, *, record: str) -> contextlib.AbstractContextManag
 
 def is_held(folder: StoragePath) -> bool:
     """Whether a driver holds the study's lock, as far as reading alone can show."""
-    if folder.local is None:
-        owner = _owner(folder / NAME)
-        return owner is not None and not _has_ended(owner) and _seconds_since(owner) < STALE_SECONDS
-    path = folder.local / NAME
-    if not path.exists():
-        return False
-    try:
-        with filelock.FileLock(path, timeout=0):
-            return False
-    except filelock.Timeout:
-        return True
-    except OSError:  # a folder that may only be read
-        return False
+    owner = _owner(folder / (OWNER if folder.local else NAME))
+    return owner is not None and not _has_ended(owner) and _seconds_since(owner) < STALE_SECONDS
 
 
 def _refusal(folder: StoragePath, more: str = "") -> ResultsError:
@@ -93,7 +85,8 @@ def _hold_file(folder: StoragePath, path: Path, record: str) -> Iterator[LockHan
         except filelock.Timeout:
             raise _refusal(folder) from None
     try:
-        yield LockHandle()
+        with _heartbeat(folder / OWNER):
+            yield LockHandle()
     finally:
         if new and not (path / record).exists():
             with contextlib.suppress(OSError):  # another process put something there
@@ -101,6 +94,28 @@ def _hold_file(folder: StoragePath, path: Path, record: str) -> Iterator[LockHan
                 path.rmdir()
                 path.parent.rmdir()
         lock.release()
+
+
+@contextlib.contextmanager
+def _heartbeat(path: StoragePath) -> Iterator[None]:
+    """Name this process in `path`, and rewrite that every few seconds, as it may be another machine that looks."""
+    released = threading.Event()
+
+    def beat() -> None:
+        while not released.wait(BEAT_SECONDS):
+            with contextlib.suppress(StorageError):
+                _write(path, "")
+
+    _write(path, "")
+    thread = threading.Thread(target=beat, daemon=True, name="heartbeat")
+    thread.start()
+    try:
+        yield
+    finally:
+        released.set()
+        thread.join()
+        with contextlib.suppress(StorageError):
+            path.delete()
 
 
 # --- in a store ------------------------------------------------------------------------------------------------

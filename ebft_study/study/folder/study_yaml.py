@@ -23,7 +23,7 @@ from ebft_study.results import copies
 from ebft_study.results.copies import read_mapping
 from ebft_study.storage import Location, storage_path
 from ebft_study.study.spec import normalize
-from ebft_study.study.spec.study_spec import StudySpec
+from ebft_study.study.spec.study_spec import BudgetSpec, StudySpec
 
 NAME = "study.yaml"
 PACKAGES = ("ebft-study", "torch", "ray", "transformers", "optuna", "tokenizers", "numpy", "pandas", "pyarrow")
@@ -56,7 +56,16 @@ def write(folder: Location, spec: StudySpec, source: StudySource, *, provenance:
         "git_revision": git_revision(),
         "provenance": json.loads(json.dumps(provenance, default=str)),  # plain values only
     }
-    text = yaml.safe_dump(new, sort_keys=False, allow_unicode=True, width=110)
+    _write(folder, new)
+
+
+def change_budget(folder: Location, budget: BudgetSpec) -> None:
+    """Record another budget of an existing study; everything else stays."""
+    _write(folder, {**content(folder), "budget": budget.model_dump(mode="json")})
+
+
+def _write(folder: Location, record: Mapping[str, Any]) -> None:
+    text = yaml.safe_dump(dict(record), sort_keys=False, allow_unicode=True, width=110)
     copies.write(storage_path(folder) / NAME, text.encode())
 
 

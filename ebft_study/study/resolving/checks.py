@@ -6,12 +6,13 @@ Functions named `*_rules` yield broken rules as (key, given, rule, remedy); the 
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib.util
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ebft_study import config
+from ebft_study import config, text
 from ebft_study.config import RunConfig
 from ebft_study.errors import Broken, ConfigError, refuse
 from ebft_study.results import METRICS
@@ -57,6 +58,15 @@ def check_stopping(spec: StudySpec, *, n_trials: int, total_steps: Iterable[int]
     refuse(_comparison_rules(spec, n_trials), source=source)
     for steps in total_steps:
         refuse(_scheduler_rules(spec, steps), source=source)
+
+
+def check_comparable(spec: StudySpec, runs: Sequence[RunConfig], source: str) -> None:
+    """Refuse to search or to stop trials by an objective that each of their configurations measures in its own way.
+
+    Args:
+        runs: the settings of trials on the axes; baselines are compared with none.
+    """
+    refuse(_comparable_rules(spec, runs), source=source)
 
 
 def check_capacity(study: ResolvedStudy) -> None:
@@ -116,6 +126,40 @@ def _comparison_rules(spec: StudySpec, n_trials: int) -> Iterator[Broken]:
     if spec.scheduler.kind == "median" and required >= compared:
         rule = f"the study has {compared} trials on its axes, so none would ever be stopped"
         yield "scheduler.min_samples_required", required, rule, f"Use at most {max(compared - 1, 1)}, or kind: none"
+
+
+def _comparable_rules(spec: StudySpec, runs: Sequence[RunConfig]) -> Iterator[Broken]:
+    if spec.search.algorithm == "optuna":
+        decides, remedy, objectives = "search.algorithm=optuna", "use a grid or random search", spec.objective.all
+    elif spec.scheduler.kind != "none":
+        decides, remedy, objectives = (
+            f"scheduler.kind={spec.scheduler.kind}",
+            "use scheduler.kind: none",
+            spec.objective.all[:1],
+        )
+    else:
+        return
+    for metric in (objective.metric for objective in objectives):
+        different = _different(METRICS[metric].comparable_within, runs)
+        if different:
+            names = text.listed(different)
+            rule = f"{decides} compares trials by it, but its values at different {names} measure different things"
+            fixed = "set evaluation_temperature, " if different == ["temperature"] else ""
+            other = f"Use a comparable objective such as ce_loss, {fixed}{remedy}, or run a study for each {names}"
+            yield "objective.metric", metric, rule, other
+
+
+def _different(names: Sequence[str], runs: Sequence[RunConfig]) -> list[str]:
+    """Those of the settings that are not the same in all runs, as far as they have an effect."""
+
+    def values(name: str) -> set[str]:
+        path = config.short_names()[name].split(".")
+        return {repr(functools.reduce(getattr, path, run)) for run in runs}
+
+    different = [name for name in names if len(values(name)) > 1]
+    if all(run.evaluation.evaluation_temperature is not None for run in runs):
+        different = [name for name in different if name != "temperature"]  # it is sampled at, not measured at
+    return different
 
 
 def _scheduler_rules(spec: StudySpec, total_steps: int) -> Iterator[Broken]:

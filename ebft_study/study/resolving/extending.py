@@ -39,8 +39,11 @@ def extended(old: StudySpec, study: ResolvedStudy) -> StudySpec:
 
 
 def differences(recorded: StudySpec, asked: StudySpec) -> list[str]:
-    """Keys in which a study and a file differ; files do not contain what a study records of its own history."""
-    history = {"extended_from": recorded.extended_from, "defaults": recorded.defaults}
+    """Keys in which a study and a file differ; files do not contain what a study records of its own history.
+
+    The budget is no part of what is studied: each session may have another.
+    """
+    history = {"extended_from": recorded.extended_from, "defaults": recorded.defaults, "budget": recorded.budget}
     return study_yaml.differences(recorded, asked.model_copy(update=history))
 
 

@@ -45,7 +45,11 @@ def load_study(
     spec = with_overrides(read_study(content, source.name, profile), overrides)
     if name is not None:
         spec = config.parse(StudySpec, {**dump(spec), "study": name}, source="command line")
-    return resolve(spec, source)
+    resolved = resolve(spec, source)
+    # Not in `resolve`: a study that another version has begun can still be resumed.
+    on_axes = [trial.run for trial in resolved.examples if trial.configuration.baseline is None]
+    checks.check_comparable(spec, on_axes, source.name)
+    return resolved
 
 
 def resolve(spec: StudySpec, source: StudySource, capacity: ClusterCapacity | None = None) -> ResolvedStudy:

@@ -14,7 +14,7 @@ import json
 import random
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Container, Mapping, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -221,12 +221,16 @@ def _value(axis: Axis, stored: Any) -> Any:
 # --- repair ----------------------------------------------------------------------------------------------------
 
 
-def repair(spec: StudySpec, path: Path, rows: pd.DataFrame) -> str:
-    """Rebuild a journal that contradicts the table of trials; returns the contradiction, '' for none."""
+def repair(spec: StudySpec, path: Path, rows: pd.DataFrame, ended: Container[str]) -> str:
+    """Rebuild a journal that contradicts the table of trials; returns the contradiction, '' for none.
+
+    Args:
+        ended: trials that do not run again. A failed one may, and Optuna takes no result back.
+    """
     with storage_errors(storage_path(path)):
         chosen = {configuration_number(spec, row["trial_id"]): row for row in rows.to_dict("records")}
         chosen = {number: row for number, row in chosen.items() if number >= 0}
-        problem = _problem(spec, path, chosen)
+        problem = _problem(spec, path, chosen, {name for name in rows["trial_id"] if name not in ended})
         if not problem:
             return ""
         if path.exists():
@@ -235,8 +239,12 @@ def repair(spec: StudySpec, path: Path, rows: pd.DataFrame) -> str:
     return f"{path.name} {problem}; rebuilt from the results tables"
 
 
-def _problem(spec: StudySpec, path: Path, chosen: Mapping[int, dict[Any, Any]]) -> str:
-    """`chosen`: Optuna's number of a configuration -> the row of one of its trials."""
+def _problem(spec: StudySpec, path: Path, chosen: Mapping[int, dict[Any, Any]], left: Set[str]) -> str:
+    """
+    Args:
+        chosen: Optuna's number of a configuration -> the row of one of its trials.
+        left: the trials that are not over.
+    """
     if not path.exists():
         return "is missing" if chosen else ""
     try:
@@ -246,7 +254,11 @@ def _problem(spec: StudySpec, path: Path, chosen: Mapping[int, dict[Any, Any]]) 
         return "is damaged"
     labels = {number: trials.on_axes(spec, values).label for number, values in assignments.items() if values}
     differs = any(labels.get(number) != row["configuration"] for number, row in chosen.items())
-    return "does not hold the configurations of the trials" if differs else ""
+    if differs:
+        return "does not hold the configurations of the trials"
+    told = {name for frozen in asked if frozen.state.is_finished() for name in trial_ids(spec, frozen.number)}
+    again = sorted(told & left)
+    return f"holds the results of {', '.join(again)}, which run again" if again else ""
 
 
 def _rebuild(spec: StudySpec, study: optuna.Study, chosen: Mapping[int, dict[Any, Any]]) -> None:

@@ -184,7 +184,9 @@ class ObjectiveSpec(Section):
 
 class BudgetSpec(Section):
     max_concurrent_trials: PositiveInt | None = Field(None, description="default: as many as the machine holds")
-    max_hours: PositiveFloat | None = Field(None, description="trials that run then are stopped, and can be resumed")
+    max_hours: PositiveFloat | None = Field(
+        None, description="of all sessions together; trials that run then are stopped, and can be resumed"
+    )
 
 
 class TrialResources(Section):
@@ -202,7 +204,11 @@ class ResourcesSpec(Section):
     cpus_per_worker: PositiveInt = 1
     gpus_per_worker: float = Field(0.0, ge=0.0)
     feature_gpus: float = Field(0.0, ge=0.0, description="GPUs of a feature service, if trials are on GPUs")
-    max_failures: int = Field(1, ge=0, description="how often a crashed trial is started again from its checkpoint")
+    max_failures: int = Field(
+        1,
+        ge=0,
+        description="how often a crashed trial is started again from its checkpoint; a lost node is no crash",
+    )
     by: dict[str, dict[str, TrialResources]] = Field(
         default_factory=dict,
         description="setting -> value -> the resources of trials with it, e.g. larger models more GPUs",

@@ -35,6 +35,8 @@ class TrialTask:
     """The training loop, as `module:function`."""
     lineage: dict[str, Any] | None = None
     """The checkpoint that the trial continues after an exploit of population-based training (`exploit.Lineage`)."""
+    failed: str = ""
+    """Why the trial is not to be tried again; its process only reports it."""
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> TrialTask:

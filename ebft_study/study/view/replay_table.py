@@ -73,6 +73,8 @@ def study_with(folder: Location, file: Path, profile: str | None, overrides: Seq
     runs = [trials.build(spec, configuration, seed=spec.seeds[0]) for configuration in trials.enumerated(spec)]
     n_trials = len(spec.seeds) * len(runs)
     checks.check_stopping(spec, n_trials=n_trials, total_steps=[run.total_steps for run in runs], source=str(file))
+    compared = spec if _describe(spec) else spec.model_copy(update={"scheduler": SchedulerSpec(kind="asha")})
+    checks.check_comparable(compared, runs[len(spec.baselines) :], str(file))
     return spec
 
 

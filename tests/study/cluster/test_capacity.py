@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
+from ray._private import utils
 
+from ebft_study.study.cluster import capacity as capacities
 from ebft_study.study.cluster.capacity import ClusterCapacity, Node
 from ebft_study.study.cluster.requests import ResourceRequest, shared_gpus
 from tests.studies import resolved
@@ -34,6 +38,34 @@ def capacity(*nodes: tuple[float, float]) -> ClusterCapacity:
 def test_trials_side_by_side(need: ResourceRequest, nodes: list[tuple[float, float]], expected: int) -> None:
     assert need.fit(capacity(*nodes)) == expected
     assert need.share(capacity(*nodes)) == Fraction(1, max(1, expected))
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"cpu.max": "150000 100000\n"}, 1),
+        ({"cpu.max": "300000 100000\n"}, 3),
+        ({"cpu.max": "6400000 100000\n"}, 4),  # no more than the process is bound to
+        ({"cpu.max": "max 100000\n"}, 4),
+        ({"cpu/cpu.cfs_quota_us": "200000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 2),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 4),
+        ({"cpu.max": "50000 100000\n"}, 1),  # Ray rounds it to none
+        ({}, 4),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")  # Ray's
+def test_the_quota_of_a_container_counts_as_ray_counts_it(
+    files: dict[str, str], expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(4)))
+    monkeypatch.setattr(capacities, "_CGROUP", tmp_path)
+    assert capacities.cpu_count() == expected
+    paths = [str(tmp_path / name) for name in ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us", "cpuset", "cpu.max")]
+    rays = utils._get_docker_cpus(*paths)
+    assert expected == max(1, min(4, int(rays if rays is not None else 4)))
 
 
 def test_services_take_whole_gpus_of_the_largest_machines() -> None:

@@ -112,12 +112,15 @@ def listed() -> ListedSearch:
 
 
 def tune_trial(error_file: str | None = None, **last_result: Any) -> Any:
-    return SimpleNamespace(config=task(trial_id="t0007").to_config(), last_result=last_result, error_file=error_file)
+    made = SimpleNamespace(config=task(trial_id="t0007").to_config(), last_result=last_result, error_file=error_file)
+    made.set_config = lambda config: setattr(made, "config", config)
+    return made
 
 
-def observer(monitor: Any) -> tuple[Observer, list[tuple[str, int]]]:
+def observer(monitor: Any, **options: Any) -> tuple[Observer, list[tuple[str, int]]]:
     released: list[tuple[str, int]] = []
-    return Observer(listed(), monitor, lambda trial_id, attempt: released.append((trial_id, attempt))), released
+    watching = Observer(listed(), monitor, lambda trial_id, attempt: released.append((trial_id, attempt)), **options)
+    return watching, released
 
 
 def test_the_searcher_hands_out_trials_and_then_says_that_is_all() -> None:
@@ -157,13 +160,107 @@ def test_a_crash_is_told_by_its_last_line(tmp_path: Path) -> None:
     monitor: Any = Recorded()
     noted = tmp_path / "error.txt"
     noted.write_text("Traceback\n  File\nRuntimeError: out of memory\n\n")
-    watching, _ = observer(monitor)
+    watching, _ = observer(monitor, max_failures=1)
     watching.on_trial_recover(1, [], tune_trial(str(noted)))
     watching.on_trial_error(1, [], tune_trial(None))
     assert monitor.calls == [
         ("retried", "t0007", "RuntimeError: out of memory"),
         ("ended", "t0007", "failed", "the trial's process died"),
     ]
+
+
+# As Ray 2.60 says them, of an actor whose process was killed and of processes whose node was.
+KILLED = """ray.exceptions.ActorDiedError: The actor died unexpectedly before finishing this task.
+The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR Worker exit detail: Worker \
+unexpectedly exits with a connection error code 2. End of file. consider enabling resource isolation via \
+--enable-resource-isolation to prevent node deaths by resource contention"""
+LOST = (
+    "ray.exceptions.ActorUnavailableError: The actor bd56 is unavailable: The actor is temporarily unavailable: "
+    "RpcError: RPC error: Socket closed rpc_code: 14. The task may or may not have been executed on the actor.",
+    "ray.exceptions.ActorDiedError: The actor died unexpectedly before finishing this task.\n\tclass_name: Func\n"
+    "The actor died because its node has died. Node Id: 2c01\n\tthe actor's node was terminated unexpectedly: silent",
+    "ray.train.WorkerGroupError: Training failed due to worker errors:\n[Rank 0 Error Snippet]:\nA worker health check "
+    "failed.\nThe actor 9942 is unavailable: The actor is temporarily unavailable: RpcError: RPC error: recvmsg:"
+    "Connection reset by peer rpc_code: 14.\n[Rank 1 Error Snippet]:\nRuntimeError: Connection closed",
+    "ray.exceptions.NodeDiedError: Task failed because the node it was running on is dead or unavailable. Node IP: x",
+)
+
+
+class Crashing:
+    """A trial of which each failure is added to one file, as Tune does; `retries` are those that were recorded."""
+
+    def __init__(self, folder: Path, max_failures: int, **options: Any) -> None:
+        self.monitor: Any = Recorded()
+        self.given_up = list[str]()
+        self.file = folder / "error.txt"
+        self.trial = tune_trial(str(self.file))
+        self.watching, _ = observer(self.monitor, max_failures=max_failures, give_up=self.given_up.append, **options)
+
+    def fail(self, *errors: str) -> None:
+        for error in errors:
+            with self.file.open("a") as file:
+                file.write(f"Failure # 1 (occurred at 2026-01-01)\n{error}\n")
+            self.watching.on_trial_recover(1, [], self.trial)
+
+    @property
+    def retries(self) -> list[str]:
+        assert {call[0] for call in self.monitor.calls} <= {"retried"}
+        return [problem for _, _, problem in self.monitor.calls]
+
+
+@pytest.mark.parametrize("max_failures", [0, 1, 2])
+def test_a_trial_is_started_again_as_often_as_it_may_crash(max_failures: int, tmp_path: Path) -> None:
+    crashing = Crashing(tmp_path, max_failures)
+    crashing.fail(*[KILLED] * max_failures)
+    assert len(crashing.retries) == max_failures
+    assert not crashing.trial.config["failed"]
+    crashing.fail("RuntimeError: out of memory")
+    assert len(crashing.retries) == max_failures
+    assert TrialTask.from_config(crashing.trial.config).failed == "RuntimeError: out of memory"
+    assert crashing.trial.max_failures == 0, "Tune ends it if it crashes once more"
+
+
+@pytest.mark.parametrize("error", LOST)
+def test_a_lost_node_is_not_the_trials_failure(error: str, tmp_path: Path) -> None:
+    crashing = Crashing(tmp_path, 1)
+    crashing.fail(error, KILLED, error)
+    assert [problem.startswith("its node or a service was lost: ") for problem in crashing.retries] == [
+        True,
+        False,
+        True,
+    ]
+    assert not crashing.trial.config["failed"]
+    crashing.fail(KILLED)
+    assert crashing.trial.config["failed"]
+
+
+def test_on_its_only_node_a_silent_actor_has_crashed(tmp_path: Path) -> None:
+    crashing = Crashing(tmp_path, 0, may_lose_nodes=False)
+    crashing.fail(LOST[0])
+    assert crashing.trial.config["failed"]
+
+
+def test_a_trial_that_loses_node_after_node_fails(tmp_path: Path) -> None:
+    crashing = Crashing(tmp_path, 0)
+    crashing.fail(*[LOST[0]] * 5)
+    assert not crashing.trial.config["failed"]
+    crashing.fail(LOST[0])
+    assert crashing.trial.config["failed"]
+
+
+def test_a_full_disk_is_not_the_trials_failure(tmp_path: Path) -> None:
+    crashing = Crashing(tmp_path, 0)
+    crashing.fail("OSError: [Errno 28] No space left on device")
+    assert crashing.given_up == ["OSError: [Errno 28] No space left on device"]
+    assert not crashing.trial.config["failed"]
+
+
+def test_a_trial_that_is_not_tried_again_only_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    reported: list[dict[str, Any]] = []
+    monkeypatch.setattr(trial.ray.tune, "report", reported.append)
+    trial.run_trial(task(failed="RuntimeError: out of memory").to_config())
+    (last,) = reported
+    assert last["outcome"] == {"status": "failed", "reason": "RuntimeError: out of memory"}
 
 
 def test_what_tune_pickles_holds_nothing() -> None:
@@ -200,6 +297,7 @@ def test_a_budget_of_time_ends_the_study() -> None:
     over = StudyStopper(1e-15)
     assert over.stop_all()
     assert over.reason == "budget.max_hours is used up"
+    assert StudyStopper(0.0).stop_all(), "nothing is left of it"
 
 
 # --- trial -----------------------------------------------------------------------------------------------------

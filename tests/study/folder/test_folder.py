@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import io
 import os
 from pathlib import Path
@@ -14,14 +15,17 @@ import yaml
 from rich.console import Console
 
 from ebft_study import results
-from ebft_study.config import CheckpointConfig
-from ebft_study.errors import EbftError, ResultsError
+from ebft_study.config import CheckpointConfig, flatten
+from ebft_study.errors import ConfigError, EbftError, ResultsError
 from ebft_study.storage import storage_path
 from ebft_study.study.driver import runner
-from ebft_study.study.folder import attempts, study_yaml
+from ebft_study.study.folder import attempts, history, lock, study_yaml
 from ebft_study.study.folder.study_yaml import StudySource
+from ebft_study.study.folder.trial_states import TrialResult
+from ebft_study.study.search import journal
+from ebft_study.study.search.optuna_search import OptunaSearch
 from ebft_study.study.spec import normalize
-from ebft_study.study.spec.study_spec import ObjectiveSpec, StudySpec
+from ebft_study.study.spec.study_spec import BudgetSpec, ObjectiveSpec, StudySpec
 from ebft_study.study.view import status
 from ebft_study.training import checkpoint
 from tests.studies import SOURCE, resolved
@@ -331,9 +335,104 @@ def test_failed_trials_count_as_over_unless_asked_for(existing: Path, monkeypatc
     assert left == [{"t0001"}]
 
 
-@pytest.mark.parametrize(("reason", "code"), [("", 0), ("Ctrl-C", 130), ("budget.max_hours is used up", 0)])
+def test_failed_trials_of_optuna_are_run_again_when_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """Every configuration has its result, so that nothing but the table knows of something to do."""
+    study = spec(search={"algorithm": "optuna", "num_configurations": 2, "sampler": "random"})
+    folder = tmp_path / "studies" / "s"
+    study_yaml.write(folder, study, SOURCE, provenance={})
+    search = OptunaSearch(study, journal.working_copy(storage_path(folder)), {})
+    recorder = results.StudyRecorder(folder, study="s")
+    while (trial := search.next()) is not None:
+        row = {"trial_id": trial.trial_id, "status": "failed", "attempt": 1, "label": trial.label}
+        recorder.trial(row | {"configuration": trial.configuration.label, "hyperparameters": flatten(trial.run)})
+        search.ended(trial.trial_id, TrialResult("failed"))
+    sessions = request.getfixturevalue("sessions")
+    assert runner.resume(folder, console=quiet()).exit_code == 1
+    assert sessions == []
+    runner.resume(folder, console=quiet(), retry_failed=True)
+    ((_, past),) = sessions
+    assert past.trial_results == {}
+
+
+@pytest.mark.parametrize(
+    ("reason", "code"),
+    [
+        ("", 0),
+        ("Ctrl-C", 130),
+        ("Ctrl-C (terminated)", 130),
+        ("budget.max_hours is used up", 1),
+        ("Ray's node process died", 1),
+        ("process 1 on far has taken this study over", 1),
+    ],
+)
 def test_exit_codes(tmp_path: Path, reason: str, code: int) -> None:
-    assert runner.StudyResult(tmp_path, {}, reason).exit_code == code
+    assert runner.StudyResult(storage_path(tmp_path), {}, reason).exit_code == code
+
+
+# --- the budget ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sessions(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The (study, history) of each session that a command would run."""
+    seen: list[Any] = []
+
+    def session(folder: Path, study: Any, past: Any, *rest: Any) -> str:
+        seen.append((study, past))
+        return ""
+
+    monkeypatch.setattr(runner, "run_session", session)
+    monkeypatch.setattr(runner, "_prepare", lambda study, console: {})
+    return seen
+
+
+def record_sessions(folder: Path, monkeypatch: pytest.MonkeyPatch, *sessions: tuple[float, ...]) -> None:
+    """Write the events of sessions at these hours; the first of each is its start."""
+    began, hour = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC), [0.0]
+    monkeypatch.setattr("ebft_study.results.writer.now", lambda: began + datetime.timedelta(hours=hour[0]))
+    recorder = results.StudyRecorder(folder, study="s")
+    for moments in sessions:
+        for index, hour[0] in enumerate(moments):
+            recorder.event("retry" if index else "session", "something")
+    monkeypatch.undo()
+
+
+def test_hours_of_all_sessions_count_and_those_between_them_do_not(
+    existing: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert history.read(existing, "cfm_loss").session_seconds == 0
+    record_sessions(existing, monkeypatch, (0.0, 0.5, 0.25), (10.0,), (20.0, 21.0))
+    assert history.read(existing, "cfm_loss").session_seconds == pytest.approx(1.5 * 3600)
+
+
+def test_a_study_that_used_its_hours_is_continued_with_more_of_them_only(
+    existing: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    study_yaml.change_budget(existing, BudgetSpec(max_hours=1.0))
+    record_sessions(existing, monkeypatch, (0.0, 0.4), (10.0, 10.6))
+    sessions = request.getfixturevalue("sessions")
+    with pytest.raises(ConfigError, match="took 1 h 0 min so far, and 1 of its 2 trials"):
+        runner.resume(existing, console=quiet())
+    runner.resume(existing, ["budget.max_hours=3"], console=quiet())
+    runner.resume(existing, console=quiet())
+    start(existing, spec(budget={"max_hours": 4.0}), resume_existing=True)
+    assert [study.spec.budget.max_hours for study, _ in sessions] == [3.0, 3.0, 4.0]
+    assert study_yaml.read(existing).budget.max_hours == 4.0
+    assert study_yaml.changes(existing) == [], "the study itself has recorded it"
+    with pytest.raises(ResultsError, match="other settings"):
+        start(existing, spec(run={"steps": 8}), resume_existing=True)
+
+
+def test_a_resumed_study_takes_no_other_settings(existing: Path) -> None:
+    with pytest.raises(ConfigError, match="'steps=8': a study keeps its settings"):
+        runner.resume(existing, ["steps=8"], console=quiet())
+
+
+def test_the_end_of_a_budget_says_what_to_do(tmp_path: Path) -> None:
+    ended = runner.StudyResult(storage_path(tmp_path / "s"), {}, history.BUDGET_USED)
+    assert ended.how_to_resume.endswith(f"raise it: ebft-study resume {tmp_path / 's'} budget.max_hours=HOURS")
 
 
 # --- status ----------------------------------------------------------------------------------------------------
@@ -349,7 +448,7 @@ def test_status_notices_that_the_driver_is_gone(existing: Path) -> None:
 
 def test_status_of_a_running_study(existing: Path) -> None:
     console = quiet()
-    with filelock.FileLock(existing / ".lock"):
+    with lock.hold(storage_path(existing), record=study_yaml.NAME):
         status.show(existing, console)
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert "1 of 2 trials finished, 1 running" in shown

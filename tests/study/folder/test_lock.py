@@ -1,4 +1,4 @@
-"""The lock of a study in a store: owners, heartbeats, and taking a stale lock over."""
+"""The lock of a study: who holds it; in a store: owners, heartbeats, and taking a stale lock over."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import json
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+import filelock
 import pytest
 
 from ebft_study.errors import ResultsError
@@ -30,6 +32,62 @@ def folder(s3_query: str, request: pytest.FixtureRequest) -> StoragePath:
 def owner(**changes: object) -> bytes:
     content = {"token": "other", "pid": 1, "host": "far", "machine": "another", "time": "2020-01-01T00:00:00+00:00"}
     return json.dumps({**content, **changes}).encode()
+
+
+# --- on a disk -------------------------------------------------------------------------------------------------
+
+
+def test_looking_at_a_lock_does_not_take_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of drivers that started while `status` looked, some were refused."""
+    folder = storage_path(tmp_path)
+
+    def take(*_: object, **__: object) -> None:
+        raise AssertionError("the lock was taken")
+
+    with lock.hold(folder, record=RECORD):
+        monkeypatch.setattr(filelock.FileLock, "acquire", take)
+        assert lock.is_held(folder)
+    before = sorted(tmp_path.iterdir())
+    assert not lock.is_held(folder)
+    assert not lock.is_held(folder / "nothing")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_killed_driver_holds_nothing(tmp_path: Path) -> None:
+    program = (
+        "import sys\nfrom ebft_study.storage import storage_path\nfrom ebft_study.study.folder import lock\n"
+        "with lock.hold(storage_path(sys.argv[1]), record='study.yaml'):\n    print('held', flush=True)\n"
+        "    sys.stdin.read()\n"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as driver:
+        assert driver.stdout is not None
+        assert driver.stdout.readline() == "held\n"
+        assert lock.is_held(storage_path(tmp_path))
+        driver.kill()
+    assert not lock.is_held(storage_path(tmp_path))
+    with lock.hold(storage_path(tmp_path), record=RECORD):
+        assert lock.is_held(storage_path(tmp_path))
+
+
+def test_a_driver_on_another_machine_is_known_by_its_heartbeat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two machines see one folder, and no process of the other's."""
+    folder = storage_path(tmp_path)
+    with lock.hold(folder, record=RECORD):
+        first = (tmp_path / lock.OWNER).read_bytes()
+        here, elsewhere = lock._machine(), "another"
+        monkeypatch.setattr(lock, "_machine", lambda: elsewhere)
+        assert lock.is_held(folder)
+        deadline = time.monotonic() + 100
+        while (tmp_path / lock.OWNER).read_bytes() == first:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        monkeypatch.setattr(lock, "_machine", lambda: here)
+    (tmp_path / lock.OWNER).write_bytes(owner(machine="another", time="2020-01-01T00:00:00+00:00"))
+    assert not lock.is_held(folder)
+
+
+# --- in a store ------------------------------------------------------------------------------------------------
 
 
 def test_a_second_driver_is_refused_with_the_name_of_the_first(folder: StoragePath) -> None:

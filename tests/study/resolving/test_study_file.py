@@ -338,6 +338,60 @@ def test_engines_stay_on_one_machine_with_their_trial(tmp_path: Path) -> None:
             checks.check_capacity(study)
 
 
+FEATURES = {"depths": [[0.5], [0.25, 0.75]]}
+LENGTHS = {"completion_length": [2, 4], "alpha": [0.0, 1.0]}
+SIZES = {"size": {"choices": {"small": {"model": "tiny-1m"}, "large": {"model": "tiny-4m"}}}}
+TEMPERATURES = {"temperature": [0.6, 1.0]}
+ASHA, MEDIAN = {"kind": "asha", "grace_period_steps": 5}, {"kind": "median", "grace_period_steps": 5}
+HYPERBAND = {"kind": "hyperband", "grace_period_steps": 5}
+OPTUNA = {"algorithm": "optuna", "num_configurations": 4}
+RANDOM = {"algorithm": "random", "num_configurations": 3}
+CFM, CE = {"metric": "cfm_loss", "mode": "min"}, {"metric": "ce_loss", "mode": "min"}
+
+
+@pytest.mark.parametrize(
+    ("axes", "decides", "setting"),
+    [
+        (FEATURES, {"scheduler": ASHA}, "depths"),
+        (FEATURES, {"scheduler": ASHA, "search": RANDOM, "axes": FEATURES | TEMPERATURES}, "depths and temperature"),
+        (LENGTHS, {"scheduler": MEDIAN}, "completion_length"),
+        (SIZES, {"scheduler": HYPERBAND}, "model"),
+        (SIZES, {"search": OPTUNA}, "model"),
+        (FEATURES, {"search": OPTUNA, "objective": [CE, CFM]}, "depths"),
+        (TEMPERATURES, {"scheduler": ASHA}, "temperature"),
+    ],
+)
+def test_nothing_is_decided_by_a_cfm_that_each_configuration_measures_in_its_own_way(
+    tmp_path: Path, axes: dict[str, Any], decides: dict[str, Any], setting: str
+) -> None:
+    message = refusal(tmp_path, None, **{"axes": axes, "profiles": None, **decides})
+    assert "objective.metric='cfm_loss'" in message
+    assert f"at different {setting} measure different things. Use a comparable objective such as ce_loss" in message
+    assert ("set evaluation_temperature" in message) == (setting == "temperature")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"axes": FEATURES},
+        {"axes": FEATURES, "search": RANDOM | {"num_configurations": 2}},
+        {"axes": FEATURES, "scheduler": ASHA, "objective": CE},
+        {"axes": FEATURES, "search": OPTUNA | {"num_configurations": 2}, "objective": CE},
+        {"axes": FEATURES, "stopping": {"stagnation": {}}},
+        {"axes": TEMPERATURES, "scheduler": ASHA, "run": {"steps": 20, "evaluation_temperature": 0.6}},
+        {"scheduler": ASHA},
+        {"scheduler": ASHA, "baselines": {"deeper": {"depths": [0.25]}}},  # compared with none
+    ],
+)
+def test_a_cfm_that_decides_nothing_or_can_be_compared_is_an_objective(tmp_path: Path, changes: dict[str, Any]) -> None:
+    load_study(write(tmp_path, **changes), "cpu")
+
+
+def test_a_study_that_an_earlier_version_has_begun_can_be_resumed() -> None:
+    content = {"study": "s", "question": "q", "run": {"steps": 20}, "axes": FEATURES, "scheduler": ASHA}
+    assert resolved(content).n_trials == 2
+
+
 def test_objectives_are_metrics_with_a_direction() -> None:
     from ebft_study.results import METRICS
 

@@ -14,6 +14,7 @@ from ebft_study.study.search import journal
 from ebft_study.study.search.optuna_search import OptunaSearch
 from ebft_study.study.spec import normalize
 from ebft_study.study.spec.study_spec import StudySpec
+from ebft_study.study.spec.trials import Trial
 
 SPEC: dict[str, Any] = {
     "study": "s",
@@ -64,8 +65,8 @@ def begin(folder: StoragePath, *, trials: int = 8, **changes: Any) -> tuple[Path
 
 def resume(folder: StoragePath, **changes: Any) -> tuple[str, dict[str, Any]]:
     working = journal.download(folder)
-    problem = journal.repair(spec(**changes), working, results.read_table(folder, "trials"))
     trial_results = {trial_id: TrialResult("finished", 1.0, 4) for trial_id in ("t0000", "t0001", "t0002", "t0003")}
+    problem = journal.repair(spec(**changes), working, results.read_table(folder, "trials"), trial_results)
     again = OptunaSearch(spec(**changes), working, trial_results)
     left = {}
     while (trial := again.next()) is not None:
@@ -142,6 +143,45 @@ def test_a_journal_that_ends_with_an_enqueued_trial_continues(tmp_path: Path) ->
     states = [frozen.state.name for frozen in journal.open_study(spec(), working).get_trials()]
     assert states == ["COMPLETE", "FAIL", "RUNNING", "RUNNING", "RUNNING"]
     assert len(left) == 2 * 3
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "nsga2", "random"])
+def test_failed_trials_run_again_and_optuna_gets_their_new_results(tmp_path: Path, sampler: str) -> None:
+    """Optuna takes no result back, so the journal is rebuilt; the results of all others stay as they were."""
+    search = {**SPEC["search"], "sampler": sampler, **({"population_size": 4} if sampler == "nsga2" else {})}
+    objectives = [{"metric": name, "mode": "min"} for name in ("ce_loss", "cfm_loss")]
+    study = spec(search=search, objective=objectives if sampler == "nsga2" else objectives[0])
+    folder, seen, handed = storage_path(tmp_path), dict[str, TrialResult](), dict[str, Trial]()
+
+    def result(trial: Trial, value: float = 1.0) -> TrialResult:
+        return TrialResult("finished", value, 4, (2.0,) if sampler == "nsga2" else ())
+
+    first = OptunaSearch(study, journal.download(folder), seen)
+    recorder = results.StudyRecorder(folder, study="s")
+    while (trial := first.next()) is not None:
+        handed[trial.trial_id] = trial
+        seen[trial.trial_id] = TrialResult("failed") if trial.trial_id == "t0005" else result(trial)
+        row = {"trial_id": trial.trial_id, "status": "finished", "attempt": 1}
+        recorder.trial(row | {"configuration": trial.configuration.label, "hyperparameters": config.flatten(trial.run)})
+        first.ended(trial.trial_id, seen[trial.trial_id])
+    rows, path = results.read_table(folder, "trials"), journal.working_copy(folder)
+    assert not journal.repair(study, path, rows, seen), "nothing runs again"
+    assert [t.state.name for t in journal.open_study(study, path).get_trials()] == [
+        "COMPLETE", "FAIL", "COMPLETE", "COMPLETE", "COMPLETE"
+    ]  # fmt: skip
+
+    del seen["t0005"]
+    assert "holds the results of t0005" in journal.repair(study, path, rows, seen)
+    again = OptunaSearch(study, path, seen)
+    left = again.next()
+    assert left is not None
+    assert (left.trial_id, left.configuration) == ("t0005", handed["t0005"].configuration)
+    assert again.next() is None
+    again.ended("t0005", result(left, 3.0))
+    asked = journal.open_study(study, path).get_trials()
+    assert [frozen.values[0] for frozen in asked] == [1.0, 2.0, 1.0, 1.0, 1.0]
+    assert journal.is_over(study, folder)
+    assert not journal.repair(study, path, rows, seen | {"t0005": result(left, 3.0)})
 
 
 def test_a_garbled_journal_is_not_over(tmp_path: Path) -> None:

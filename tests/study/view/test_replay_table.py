@@ -235,3 +235,15 @@ def test_a_search_that_learns_from_results_is_refused(folder: Path) -> None:
     (folder / "study.yaml").write_text(yaml.safe_dump(content))
     with pytest.raises(EbftError, match="Optuna chose its trials by their results"):
         asked(folder)
+
+
+def test_a_replay_compares_no_cfm_that_each_configuration_measures_in_its_own_way(tmp_path: Path) -> None:
+    content = {**CONTENT, "axes": {"depths": [[0.5], [0.25, 0.75]]}, "profiles": {}}
+    file, folder = tmp_path / "grid.yaml", tmp_path / "studies" / "grid"
+    file.write_text(yaml.safe_dump(content))
+    study = study_file.load_study(file)
+    study_yaml.write(folder, study.spec, study.source, provenance={})
+    with pytest.raises(EbftError, match="kind=asha compares trials by it"):
+        study_with(folder, file, None, [])
+    assert study_with(folder, file, None, ["objective.metric=ce_loss"]).objective.metric == "ce_loss"
+    assert study_with(folder, file, None, ["stopping.divergence={}"]).stopping.divergence is not None
