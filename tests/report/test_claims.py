@@ -36,7 +36,7 @@ def test_a_study_like_the_paper_agrees_where_it_was_made_to(paper_like: dict[str
 
 
 def test_sentences_carry_the_constructed_numbers(paper_like: dict[str, Verdict]) -> None:
-    assert "base 2.648" in paper_like["ebft_lowers_cfm"].sentence
+    assert "from 2.648 at the base model" in paper_like["ebft_lowers_cfm"].sentence
     assert "3 seeds" in paper_like["ebft_lowers_cfm"].sentence
     assert "each after 320 sequences" in paper_like["ebft_beats_sft_on_cfm"].sentence
     assert "α=1, γ=0.1 against α=1, γ=0" in paper_like["gamma_lowers_ce_and_keeps_the_gain"].sentence
@@ -114,11 +114,11 @@ def test_sft_with_other_data_is_no_comparison(tmp_path: Path) -> None:
 
 
 def test_trials_that_did_not_finish_are_left_out_and_named(tmp_path: Path) -> None:
-    statuses = {((1.0, 0.0), 2): "stopped", ((0.0, 0.0), 0): "failed", ((0.0, 0.0), 1): "stopped"}
+    statuses = {((1.0, 0.0), 2): "failed", ((0.0, 0.0), 0): "failed", ((0.0, 0.0), 1): "stopped"}
     judged = verdicts(write_study(tmp_path / "s", effects=FEW, seeds=(0, 1, 2, 3, 4), statuses=statuses))
     assert judged["ebft_lowers_cfm"].ruling == "agrees"
     assert "4 seeds" in judged["ebft_lowers_cfm"].sentence
-    assert "Left out: α=1, γ=0: 1 stopped" in judged["ebft_lowers_cfm"].sentence
+    assert "Left out: α=1, γ=0: 1 failed" in judged["ebft_lowers_cfm"].sentence
     assert "1 failed, 1 stopped" in judged["small_alpha_raises_ce"].sentence
 
 
