@@ -102,6 +102,10 @@ class Configuration:
         """Held-out value after training minus the base model's, paired by seed."""
         return paired_difference(self.final.get((metric, position), {}), self.base.get((metric, position), {}))
 
+    def since_start(self, metric: str) -> Interval:
+        """Validation value after training minus that where the method began, paired by seed."""
+        return paired_difference(self.validation.get(metric, {}), self.start.get(metric, {}))
+
     def versus(self, other: Configuration, metric: str, position: int | None = None) -> Interval:
         """Held-out value minus that of `other`, paired by seed."""
         return paired_difference(self.final.get((metric, position), {}), other.final.get((metric, position), {}))

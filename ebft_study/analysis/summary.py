@@ -38,6 +38,7 @@ __all__ = ["COMPARED", "HELDOUT", "Configuration", "StudySummary", "best", "summ
 HELDOUT = "heldout"
 COMPARED = ("ce_loss", "cfm_loss")
 """Metrics by which reports compare configurations."""
+MAX_GROUPS = 6
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,11 @@ class StudySummary:
         return tuple(c for c in self.configurations if c.is_sft)
 
     def best_by_method(self) -> list[Configuration]:
-        """SFT's and EBFT's best by the objective on the validation split, within each group that it can compare."""
-        groups = [group for each in (self.sft, self.ebft) for group in comparable(each, self.objective[0])]
+        """SFT's and EBFT's best by the objective on the validation split, within each group that it can compare.
+
+        Of many groups the first `MAX_GROUPS` of each method.
+        """
+        groups = [group for each in (self.sft, self.ebft) for group in comparable(each, self.objective[0])[:MAX_GROUPS]]
         return [c for group in groups if (c := best(group))]
 
     @property

@@ -25,7 +25,7 @@ from ebft_study import text
 from ebft_study.analysis.configuration import Configuration, Map
 from ebft_study.analysis.selection import Selected, select
 from ebft_study.analysis.statistics import CONFIDENCE, Interval, holm
-from ebft_study.analysis.summary import StudySummary
+from ebft_study.analysis.summary import MAX_GROUPS, StudySummary
 
 Side = Literal["below", "above"]
 Ruling = Literal["agrees", "disagrees", "cannot tell"]
@@ -114,9 +114,12 @@ def _in_all(findings: Sequence[tuple[str, Finding]]) -> Finding | None:
     agree = max(f.p_value if f.ruling == "agrees" else 1.0 for _, f in tested)
     disagree = min(f.p_value if f.ruling == "disagrees" else 1.0 for _, f in tested)
     ruling, p_value = _stronger(agree, disagree * len(tested))
-    untested = [f"[{label}]" for label, f in findings if math.isnan(f.p_value)]
-    note = f" Not tested, as trials are lacking: {text.listed(untested)}." if untested else ""
-    return Finding(ruling, p_value, " ".join(f"[{label}] {f.sentence}" for label, f in tested) + note)
+    shown = " ".join(f"[{label}] {f.sentence}" for label, f in tested[:MAX_GROUPS])
+    more = f" And {len(tested) - MAX_GROUPS} more parts." if len(tested) > MAX_GROUPS else ""
+    lacking = (
+        f" Not tested in {len(findings) - len(tested)} more, which lack trials." if len(tested) < len(findings) else ""
+    )
+    return Finding(ruling, p_value, shown + more + lacking)
 
 
 @_claim(
@@ -310,9 +313,9 @@ def _against_sft(study: StudySummary, metric: str) -> Finding:
     sentence = (
         f"Held-out {_name(study, metric)}: {_label(sft)} {sft.mean(sft.final(metric)).as_level()}, "
         f"{_named(pure)} {pure.mean(pure.final(metric)).as_level()}; difference {gap.in_words()}, each after {seen} "
-        f"sequences.{_choice_note(pure, sft)}"
+        "sequences."
     )
-    return _decide([(gap, "below")], sentence + _left_out(sft), pure)
+    return _decide([(gap, "below")], sentence, pure, sft)
 
 
 def _rival(pure: Selected, finished: Sequence[Configuration], metric: str) -> Selected | None:
@@ -348,19 +351,18 @@ def _stronger(agree: float, disagree: float, *, nothing: bool = False) -> tuple[
     return ("agrees", min(1.0, agree)) if agree <= disagree else ("disagrees", min(1.0, disagree))
 
 
-def _decide(tests: Sequence[tuple[Interval, Side]], sentence: str, about: Selected | None = None) -> Finding:
+def _decide(tests: Sequence[tuple[Interval, Side]], sentence: str, *about: Selected) -> Finding:
     """Agreement when every interval lies on its expected side of zero, disagreement when one lies on the other.
 
     All must agree, so the largest p-value counts. One disagreement is enough, so the smallest counts, times their
-    number.
+    number. `about` are the configurations that the sentence is about, first those that agreement would praise.
     """
     opposite: dict[Side, Side] = {"below": "above", "above": "below"}
     agree = max(_p(interval, side) for interval, side in tests)
     disagree = len(tests) * min(_p(interval, opposite[side]) for interval, side in tests)
     ruling, p_value = _stronger(agree, disagree, nothing=all(interval.n < 2 for interval, _ in tests))
-    if about is None:
-        return Finding(ruling, p_value, sentence)
-    return _unless_stopped(Finding(ruling, p_value, sentence + _choice_note(about) + _left_out(about)), about)
+    notes = _choice_note(*about) + _left_out(*about)
+    return _unless_stopped(Finding(ruling, p_value, sentence + notes), *about[:1])
 
 
 def _unless_stopped(finding: Finding, *about: Selected) -> Finding:

@@ -38,6 +38,7 @@ def overview(study: StudySummary) -> str:
 class ConfigurationRow:
     """A line of the configurations table: held-out means, and differences to the base model and to SFT, by metric.
 
+    `since_start` has differences to the end of the warm start, on the validation split; empty without a warm start.
     `validation` is the mean of the objective on the validation split, by which the lines are ordered.
     """
 
@@ -46,6 +47,7 @@ class ConfigurationRow:
     validation: str
     levels: dict[str, str]
     to_base: dict[str, str]
+    since_start: dict[str, str]
     to_sft: dict[str, str]
     is_best: bool
 
@@ -54,9 +56,10 @@ def configuration_rows(study: StudySummary) -> list[ConfigurationRow]:
     """The base models, the configurations on the axes from the best to the worst, and the baselines.
 
     The order is that of the objective on the validation split, with incomplete configurations after complete ones.
-    "Best" is EBFT's best, within each feature map where the objective compares no further.
+    "Best" is EBFT's best, within each feature map where the objective compares no further; one alone is no best.
     """
-    winners = {c.name for group in comparable(study.ebft, study.objective[0]) if (c := best(group))}
+    groups = comparable(study.ebft, study.objective[0])
+    winners = {c.name for group in groups if len(group) > 1 or len(groups) == 1 if (c := best(group))}
     order = ranked(study.on_axes)
     unmeasured = [c for c in study.on_axes if not c.is_measured]
     baselines = [c for c in study.configurations if c.baseline is not None]
@@ -72,7 +75,9 @@ def _base_rows(study: StudySummary) -> list[ConfigurationRow]:
         part = replace(study, configurations=tuple(group))
         label = f"base model, {study.map_label(group[0].base_of('cfm_loss'))}" if len(groups) > 1 else "base model"
         levels = {metric: text.number(part.base(metric)) for metric in SHOWN_METRICS}
-        rows.append(ConfigurationRow(label, text.NOTHING, text.NOTHING, levels, nothing, nothing, is_best=False))
+        rows.append(
+            ConfigurationRow(label, text.NOTHING, text.NOTHING, levels, nothing, nothing, nothing, is_best=False)
+        )
     return rows
 
 
@@ -85,6 +90,7 @@ def _configuration_row(study: StudySummary, c: Configuration, is_best: bool) -> 
         text.number(c.validated()),
         {metric: c.level(metric).as_level() for metric in SHOWN_METRICS},
         {metric: c.change(metric).as_difference() for metric in COMPARED},
+        {m: c.since_start(m).as_difference() if c.warm_start_steps else text.NOTHING for m in COMPARED},
         {m: c.versus(sft, m).as_difference() if sft and sft is not c else text.NOTHING for m, sft in rivals.items()},
         is_best,
     )
@@ -218,6 +224,11 @@ def missing(study: StudySummary, drawn: Sequence[str]) -> list[str]:
         notes.append("One seed only: there are no intervals, and no claim can be judged.")
     if len(statuses) and not study.sft:
         notes.append("No SFT trial: differences to SFT are empty.")
+    if any(c.warm_start_steps for c in study.configurations):
+        notes.append(
+            "Differences to the base model, in the tables and figures too, include the warm start. What a method did "
+            "after it is the difference to its end, which was measured on the validation split only."
+        )
     incomplete = [c.label for c in study.configurations if c.n_finished and not c.is_complete]
     if incomplete:
         notes.append(

@@ -16,9 +16,9 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ebft_study.analysis.selection import ranked
+from ebft_study.analysis.selection import comparable, ranked
 from ebft_study.analysis.settings import sort_key
-from ebft_study.analysis.summary import Configuration, StudySummary
+from ebft_study.analysis.summary import MAX_GROUPS, Configuration, StudySummary
 from ebft_study.results import METRICS
 
 INK = "#222222"
@@ -149,7 +149,10 @@ def compared_configurations(study: StudySummary) -> list[tuple[str, Configuratio
 
 def choice_note(study: StudySummary) -> str:
     """How `compared_configurations` chooses, for captions."""
-    within = " of each feature map" if len(study.of_one_base("cfm_loss")) > 1 else ""
+    groups = len(comparable(study.ebft, study.objective[0]))
+    within = (f" of each of the first {MAX_GROUPS} feature maps" if groups > MAX_GROUPS else " of each feature map") * (
+        groups > 1
+    )
     return f"Drawn are the best SFT and EBFT configurations{within} by validation {study.objective[0]}."
 
 
