@@ -193,7 +193,7 @@ def gamma_lowers_ce_and_keeps_the_gain(study: StudySummary) -> Finding:
     sentence = (
         f"{_label(strongest)} against {_label(pure)}: held-out CE {ce.in_words()}. Change of CFM{_at(study)} from "
         f"{_origin(pure)}: {gain.in_words()}{share}; minus {KEPT:.0%} of that at γ={_gammas(pure)}: {kept.in_words()}."
-        f"{also}{_left_out(strongest, pure)}"
+        f"{also}{_choice_note(pure)}{_left_out(strongest, pure)}"
     )
     return _unless_stopped(Finding(ruling, p_value, sentence), strongest, pure)
 
