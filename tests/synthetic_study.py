@@ -47,14 +47,16 @@ def write_study(
     log_every: int = 20,
     statuses: Mapping[tuple[Any, int], str] | None = None,
     growth: float = 0.4,
+    warm: Effect = (0.0, 0.0),
 ) -> Path:
     """Write a study whose configuration `key` changes CE and CFM by `effects[key]`; the key None is the SFT baseline.
 
     `settings(key)` gives a configuration's settings as short names; by default the key is (alpha, gamma). The change
-    of CFM at length L is `effect * (1 + growth * log2(L / 8))`. `statuses[key, seed]` ends a trial differently.
+    of CFM at length L is `effect * (1 + growth * log2(L / 8))`. Where `settings(key)` has warm_start_steps, they change
+    CE and CFM by `warm` before the effect begins. `statuses[key, seed]` ends a trial differently.
     """
     with mock.patch("os.fsync"):  # thousands of small files that need not survive a power cut
-        return _write(folder, effects, settings, seeds, noise, steps, log_every, statuses or {}, growth)
+        return _write(folder, effects, settings, seeds, noise, steps, log_every, statuses or {}, growth, warm)
 
 
 def _write(
@@ -67,6 +69,7 @@ def _write(
     log_every: int,
     statuses: Mapping[tuple[Any, int], str],
     growth: float,
+    warm: Effect,
 ) -> Path:
     settings = settings or (lambda key: {"alpha": key[0], "gamma": key[1]})
     study = StudyRecorder(folder, study=folder.name)
@@ -80,10 +83,12 @@ def _write(
         random = np.random.default_rng([seed, number])
         shared = np.random.default_rng(seed).normal(0, 3 * noise, 2)
         effect = np.array(effects[key]) + shared + random.normal(0, noise, 2)
-        done = steps if status == "finished" else 0 if status in ("failed", "pending") else steps // 2
+        done = (
+            run.total_steps if status == "finished" else 0 if status in ("failed", "pending") else run.total_steps // 2
+        )
         if status != "pending":
             recorder = TrialRecorder(folder, study=folder.name, trial_id=trial_id, attempt=0)
-            _record(recorder, run, effect, growth, random, done=done, steps=steps, log_every=log_every, noise=noise)
+            _record(recorder, run, effect, growth, random, done=done, log_every=log_every, noise=noise, warm=warm)
         start = STARTED + datetime.timedelta(seconds=31.5 * number)
         study.trial(
             {
@@ -120,26 +125,28 @@ def _record(
     random: np.random.Generator,
     *,
     done: int,
-    steps: int,
     log_every: int,
     noise: float,
+    warm: Effect,
 ) -> None:
-    g = run.rollout.completion_length
-    for step in range(0, done + 1, log_every):
-        part = (1 - math.exp(-3 * step / steps)) / (1 - math.exp(-3))
+    g, first, steps = run.rollout.completion_length, run.training.warm_start_steps, run.training.steps
+    moved = np.array(warm) * (first > 0)
+    for step in sorted({*range(0, done + 1, log_every), *([first] if first <= done else [])}):
+        part = (1 - math.exp(-3 * max(0, step - first) / steps)) / (1 - math.exp(-3))
+        change = part * effect + moved * (min(step / first, 1.0) if first else 0.0)
         values = {
-            "ce_loss": BASE_CE + 0.004 + part * effect[0] + random.normal(0, noise) * (step > 0),
-            "cfm_loss": BASE_CFM[g] + 0.01 + part * effect[1] + random.normal(0, noise) * (step > 0),
+            "ce_loss": BASE_CE + 0.004 + change[0] + random.normal(0, noise) * (step > 0),
+            "cfm_loss": BASE_CFM[g] + 0.01 + change[1] + random.normal(0, noise) * (step > 0),
         }
         if step > 0 and run.method == "ebft":
             start = 0.52 + 0.9 * (1 - run.reward.alpha)
             values |= {"reward": start - 2 * part * effect[1] + random.normal(0, 0.02), "loss": 0.1}
         recorder.metrics(step, values)
-    for step in (0, done) if done == steps else (0,):
-        part = 0.0 if step == 0 else 1.0
-        rows = [_row("ce_loss", None, BASE_CE + part * effect[0], 60_000)]
+    for step in (0, done) if done == run.total_steps else (0,):
+        part, total = 0.0 if step == 0 else 1.0, moved + effect
+        rows = [_row("ce_loss", None, BASE_CE + part * total[0], 60_000)]
         for length in LENGTHS:
-            change = effect[1] * (1 + growth * math.log2(length / 8))
+            change = total[1] * (1 + growth * math.log2(length / 8))
             rows.append(_row("cfm_loss", length, BASE_CFM[length] + part * change, 1_920))
         for k in range(1, max(LENGTHS) + 1):
             drift = (0.004 if run.method == "sft" else 0.001) * part - 0.006

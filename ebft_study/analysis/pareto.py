@@ -2,23 +2,21 @@
 
 Values are those that the search received (of the validation split; `reward` of the training batches), means over the
 seeds of finished trials: trials that were stopped early are not comparable. Baselines are drawn, and are no part of the
-front.
+front, nor are configurations that lack seeds where others have them all. Each feature map has a front of its own.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from ebft_study import text
+from ebft_study.analysis.settings import Objective, objectives
 from ebft_study.analysis.summary import COMPARED, Configuration, StudySummary
-
-Objective = tuple[str, str]
-"""Metric and mode."""
 
 
 @dataclass(frozen=True)
@@ -28,13 +26,6 @@ class Point:
     configuration: Configuration
     values: tuple[float, ...]
     on_front: bool
-
-
-def objectives(spec: Mapping[str, Any]) -> list[Objective]:
-    """Metric and mode of each objective in study.yaml, which has one of them or a list."""
-    entry = spec.get("objective")
-    entries = entry if isinstance(entry, list) else [entry]
-    return [(str(each.get("metric")), str(each.get("mode"))) for each in entries if isinstance(each, Mapping)]
 
 
 def front(values: Sequence[Sequence[float]], modes: Sequence[str]) -> list[bool]:
@@ -49,14 +40,29 @@ def points(study: StudySummary) -> list[Point]:
     goals = objectives(study.results.spec)
     measured = {c.name: _last_values(study, c, [metric for metric, _ in goals]) for c in study.configurations}
     complete = [c for c in study.configurations if all(map(math.isfinite, measured[c.name]))]
-    on_axes = [c.name for c in complete if c.baseline is None]
-    chosen = front([measured[name] for name in on_axes], [mode for _, mode in goals])
-    on_front = {name for name, is_best in zip(on_axes, chosen, strict=True) if is_best}
+    on_front = {name for group in _rivals(complete, goals) for name in _front_of(group, measured, goals)}
     sign = 1.0 if goals and goals[0][1] == "min" else -1.0
     return sorted(
         (Point(c, measured[c.name], c.name in on_front) for c in complete),
         key=lambda p: (p.configuration.baseline is not None, not p.on_front, sign * p.values[0]),
     )
+
+
+def _rivals(configurations: Sequence[Configuration], goals: Sequence[Objective]) -> list[list[Configuration]]:
+    """Configurations on the axes, in groups whose values of every objective may be compared."""
+    on_axes = [c for c in configurations if c.baseline is None]
+    eligible = [c for c in on_axes if c.is_complete] or on_axes
+    groups: dict[Hashable, list[Configuration]] = {}
+    for c in eligible:
+        groups.setdefault(tuple(c.map_of(metric) for metric, _ in goals), []).append(c)
+    return list(groups.values())
+
+
+def _front_of(
+    group: Sequence[Configuration], measured: Mapping[str, tuple[float, ...]], goals: Sequence[Objective]
+) -> list[str]:
+    chosen = front([measured[c.name] for c in group], [mode for _, mode in goals])
+    return [c.name for c, is_best in zip(group, chosen, strict=True) if is_best]
 
 
 def _last_values(study: StudySummary, configuration: Configuration, metrics: Sequence[str]) -> tuple[float, ...]:

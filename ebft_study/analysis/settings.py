@@ -18,6 +18,17 @@ from ebft_study.results import cell_value, schema
 NOT_AN_AXIS = ("name", "seed")
 
 
+Objective = tuple[str, str]
+"""Metric and mode."""
+
+
+def objectives(spec: Mapping[str, Any]) -> list[Objective]:
+    """Metric and mode of each objective in study.yaml, which has one of them or a list."""
+    entry = spec.get("objective")
+    entries = entry if isinstance(entry, list) else [entry]
+    return [(str(each.get("metric")), str(each.get("mode"))) for each in entries if isinstance(each, Mapping)]
+
+
 class Choice(str):
     """The name of a choice, which sorts as the study file lists it."""
 
@@ -60,10 +71,44 @@ def _value_in_name(configuration: Any, axis: str) -> str:
 
 
 def varying_settings(trials: pd.DataFrame) -> tuple[str, ...]:
-    """Settings that differ between trials on the axes (named baselines and seeds aside), in schema order."""
+    """Settings that differ between trials on the axes (named baselines and seeds aside), in schema order.
+
+    Only trials whose method reads a setting count.
+    """
     on_axes = trials[trials["named_baseline"].isna()]
     names = [c.name for c in schema.hyperparameters() if c.name not in NOT_AN_AXIS]
-    return tuple(name for name in names if len({repr(cell_value(value)) for value in on_axes[name]}) > 1)
+    return tuple(
+        name for name in names if len({repr(cell_value(v)) for v in on_axes.loc[_reads(on_axes, name), name]}) > 1
+    )
+
+
+def _reads(trials: pd.DataFrame, name: str) -> pd.Series:
+    """Whether the method of each trial reads a setting."""
+    return ~trials["method"].isin(
+        [method for method in trials["method"].dropna().unique() if name in config.unread_settings(method)]
+    )
+
+
+def unread(method: Any, spec: Mapping[str, Any], shown_as: Mapping[str, str]) -> frozenset[str]:
+    """Settings and axes that `method` does not read; one that also stands for a setting that it reads is read."""
+    names = config.unread_settings(method) if isinstance(method, str) else frozenset[str]()
+    axes = {
+        axis: {name for settings in choices.values() for name in settings} for axis, choices in choices_of(spec).items()
+    }
+    members = {shown: {name for name, other in shown_as.items() if other == shown} for shown in shown_as.values()}
+    ignored = {axis for axis, inner in axes.items() if inner and inner <= names}
+    read = {shown for shown, inner in members.items() if not inner <= names}
+    return frozenset({*names, *ignored} - read)
+
+
+def without_unread(trials: pd.DataFrame, spec: Mapping[str, Any], shown_as: Mapping[str, str]) -> pd.DataFrame:
+    """Trials without the values of settings that their method does not read."""
+    trials = trials.copy()
+    for method in trials["method"].dropna().unique():
+        names = [name for name in trials.columns if name in unread(method, spec, shown_as)]
+        trials[names] = trials[names].astype(object)
+        trials.loc[trials["method"] == method, names] = None
+    return trials
 
 
 def grouped_settings(spec: Mapping[str, Any], varying: Sequence[str]) -> dict[str, str]:
@@ -88,14 +133,30 @@ def configuration_names(trials: pd.DataFrame, varying: Sequence[str]) -> pd.Seri
     """The configuration of each trial; a trial without one is a separate configuration.
 
     Names hold rounded numbers, so two configurations of a search can share one: their exact settings distinguish them.
+    SFT at two values of alpha, which it does not read, is one configuration.
     """
     names = trials["configuration"].fillna(trials["label"]).fillna(trials["trial_id"])
+    names = names.where(~_has_unread(trials) | trials["configuration"].isna(), _first_of_equals(trials, names))
     exact = [
         repr([cell_value(value) for value in row]) for row in trials[list(varying)].to_numpy(dtype=object).tolist()
     ]
     distinct = names.to_frame("name").assign(exact=exact).drop_duplicates()["name"].value_counts()
     shared = names.map(distinct) > 1
     return names.where(~shared, names + " " + pd.Series(exact, index=trials.index, dtype="str"))
+
+
+def _has_unread(trials: pd.DataFrame) -> pd.Series:
+    """Trials on the axes whose method does not read every setting."""
+    methods = [m for m in trials["method"].dropna().unique() if config.unread_settings(m)]
+    return trials["named_baseline"].isna() & trials["method"].isin(methods)
+
+
+def _first_of_equals(trials: pd.DataFrame, names: pd.Series) -> pd.Series:
+    """For each trial, the name of the first one with the same settings but for the seed."""
+    columns = [c.name for c in schema.hyperparameters() if c.name not in NOT_AN_AXIS]
+    rows = trials[columns].to_numpy(dtype=object).tolist()
+    exact = pd.Series([repr([cell_value(value) for value in row]) for row in rows], index=trials.index, dtype="str")
+    return names.groupby(exact).transform("first")
 
 
 def assignments(settings: Mapping[str, Any], names: Sequence[str]) -> str:

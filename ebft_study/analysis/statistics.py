@@ -2,12 +2,16 @@
 
 Seeds are the units: an interval says how far the mean would move with other seeds of the same study. Trials of
 one seed share data order and the random numbers of the evaluation, hence differences are paired by seed.
+
+Where a configuration is chosen without the seed that scores it (`analysis.selection`), the scores have no bias, but
+each score takes part in the choices for the other seeds: they are dependent. Their mean is then as uncertain as one
+of them (`dependent=True`), which holds for every correlation.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -38,6 +42,22 @@ class Interval:
     def half_width(self) -> float:
         return (self.high - self.low) / 2
 
+    @property
+    def p_value(self) -> float:
+        """Two-sided p-value of a mean of zero, that of the t-test which the interval inverts; NaN without interval."""
+        from scipy.special import stdtr
+
+        if self.n < 2:
+            return math.nan
+        if self.half_width == 0:
+            return float(self.mean == 0)
+        t = self.mean / self.half_width * _t_quantile(self.n)
+        return float(2 * stdtr(self.n - 1, -abs(t)))
+
+    def minus(self, amount: float) -> Interval:
+        """The interval of the mean less `amount`, for a test against a margin."""
+        return Interval(self.mean - amount, self.low - amount, self.high - amount, self.n)
+
     def as_level(self) -> str:
         """2.613 ± 0.004, a mean with the half-width of its interval; alone where one seed allows none."""
         if self.n == 0:
@@ -63,19 +83,39 @@ class Interval:
         return text.decimals_of(self.mean, self.half_width)
 
 
-def mean_interval(values: Iterable[float]) -> Interval:
-    """Mean of independent `values` with its t-interval: mean ± t(0.975, n-1) * s / sqrt(n)."""
-    from scipy.special import stdtrit  # the quantile of `scipy.stats.t`, whose module takes half a second to import
+def mean_interval(values: Iterable[float], *, dependent: bool = False) -> Interval:
+    """Mean of `values` with its t-interval: mean ± t(0.975, n-1) * s / sqrt(n); s instead if they are `dependent`.
 
+    The standard error of a mean of n values, each of standard deviation s, is at most s, whatever their correlation.
+    """
     sample = np.array([value for value in values if math.isfinite(value)], dtype=float)
     n = len(sample)
     mean = float(sample.mean()) if n else math.nan
     if n < 2:
         return Interval(mean, math.nan, math.nan, n)
-    margin = float(stdtrit(n - 1, (1 + CONFIDENCE) / 2) * sample.std(ddof=1) / math.sqrt(n))
+    margin = float(_t_quantile(n) * sample.std(ddof=1) / (1 if dependent else math.sqrt(n)))
     return Interval(mean, mean - margin, mean + margin, n)
 
 
-def paired_difference(values: Mapping[int, float], reference: Mapping[int, float]) -> Interval:
+def _t_quantile(n: int) -> float:
+    from scipy.special import stdtrit  # the quantile of `scipy.stats.t`, whose module takes half a second to import
+
+    return float(stdtrit(n - 1, (1 + CONFIDENCE) / 2))
+
+
+def paired_difference(
+    values: Mapping[int, float], reference: Mapping[int, float], *, dependent: bool = False
+) -> Interval:
     """Mean of `values - reference` over the seeds that both have, with its t-interval."""
-    return mean_interval(values[seed] - reference[seed] for seed in sorted(values.keys() & reference.keys()))
+    shared = sorted(values.keys() & reference.keys())
+    return mean_interval((values[seed] - reference[seed] for seed in shared), dependent=dependent)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """P-values adjusted by Holm for their number, which bounds the chance of one false rejection; NaN stays NaN."""
+    tested = sorted((p, index) for index, p in enumerate(p_values) if not math.isnan(p))
+    adjusted, largest = [math.nan] * len(p_values), 0.0
+    for rank, (p, index) in enumerate(tested):
+        largest = max(largest, min(1.0, (len(tested) - rank) * p))
+        adjusted[index] = largest
+    return adjusted

@@ -9,79 +9,36 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from ebft_study import text
+from ebft_study.analysis.configuration import DEFAULT_OBJECTIVE, BySeed, Configuration, Map, Values
+from ebft_study.analysis.selection import best, comparable
 from ebft_study.analysis.settings import (
+    Objective,
     assignments,
     choices_of,
     configuration_names,
     grouped_settings,
+    objectives,
     sort_key,
+    unread,
     varying_settings,
     with_choices,
+    without_unread,
 )
-from ebft_study.analysis.statistics import Interval, mean_interval, paired_difference
 from ebft_study.results import METRICS, Results, cell_value, schema
+
+__all__ = ["COMPARED", "HELDOUT", "Configuration", "StudySummary", "best", "summarize"]
 
 HELDOUT = "heldout"
 COMPARED = ("ce_loss", "cfm_loss")
 """Metrics by which reports compare configurations."""
-BySeed = dict[int, float]
-Values = dict[tuple[str, int | None], BySeed]
-"""(metric, position) -> seed -> value; ("cfm_loss", None) is the value at the completion length of comparisons."""
-
-
-@dataclass(frozen=True)
-class Configuration:
-    """All trials of one setting, with their held-out values after training (`final`) and before it (`base`)."""
-
-    name: str
-    label: str
-    baseline: str | None
-    settings: dict[str, Any]
-    trials: pd.DataFrame
-    final: Values = field(repr=False)
-    base: Values = field(repr=False)
-    validation_cfm: float
-    ce_rise: BySeed = field(default_factory=dict)
-    """Validation CE at the end minus that at the method's first step, which a warm start moves; by seed."""
-
-    @property
-    def is_sft(self) -> bool:
-        return self.settings.get("method") == "sft"
-
-    @property
-    def finished(self) -> pd.DataFrame:
-        """The finished trials."""
-        return self.trials[self.trials["status"] == "finished"]
-
-    @property
-    def n_finished(self) -> int:
-        return len(self.finished)
-
-    @property
-    def sequences_seen(self) -> float:
-        """Training sequences of a finished trial; NaN when unknown."""
-        done = self.finished
-        return float(done["sequences_seen"].fillna(done["steps_done"] * done["batch_size"]).median())
-
-    def level(self, metric: str, position: int | None = None) -> Interval:
-        """Mean held-out value after training."""
-        return mean_interval(self.final.get((metric, position), {}).values())
-
-    def change(self, metric: str, position: int | None = None) -> Interval:
-        """Held-out value after training minus the base model's, paired by seed."""
-        return paired_difference(self.final.get((metric, position), {}), self.base.get((metric, position), {}))
-
-    def versus(self, other: Configuration, metric: str, position: int | None = None) -> Interval:
-        """Held-out value minus that of `other`, paired by seed."""
-        return paired_difference(self.final.get((metric, position), {}), other.final.get((metric, position), {}))
+MAX_GROUPS = 6
 
 
 @dataclass(frozen=True)
@@ -105,6 +62,11 @@ class StudySummary:
         return str(names.iloc[0]) if len(names) else self.results.folder.name
 
     @property
+    def objective(self) -> Objective:
+        """Metric and mode of the first objective, by which configurations are ranked."""
+        return (objectives(self.results.spec) or [DEFAULT_OBJECTIVE])[0]
+
+    @property
     def on_axes(self) -> tuple[Configuration, ...]:
         """All configurations but the named baselines."""
         return tuple(c for c in self.configurations if c.baseline is None)
@@ -116,6 +78,14 @@ class StudySummary:
     @property
     def sft(self) -> tuple[Configuration, ...]:
         return tuple(c for c in self.configurations if c.is_sft)
+
+    def best_by_method(self) -> list[Configuration]:
+        """SFT's and EBFT's best by the objective on the validation split, within each group that it can compare.
+
+        Of many groups the first `MAX_GROUPS` of each method.
+        """
+        groups = [group for each in (self.sft, self.ebft) for group in comparable(each, self.objective[0])[:MAX_GROUPS]]
+        return [c for group in groups if (c := best(group))]
 
     @property
     def not_comparable(self) -> tuple[str, ...]:
@@ -134,14 +104,22 @@ class StudySummary:
         return tuple(dict.fromkeys(settings[name] for name in settings if name in names))
 
     def base(self, metric: str, position: int | None = None) -> float:
-        """The base model's held-out value, averaged over all trials (they agree where they share a base model)."""
+        """The base model's mean held-out value; NaN where configurations differ in model, data or feature map."""
+        if len(self.of_one_base(metric)) != 1:
+            return math.nan
         return _mean([v for c in self.configurations for v in c.base.get((metric, position), {}).values()])
 
+    def of_one_base(self, metric: str) -> list[list[Configuration]]:
+        """Groups of configurations whose base models have one held-out value of `metric`."""
+        groups: dict[Map, list[Configuration]] = {}
+        for c in self.configurations:
+            groups.setdefault(c.base_of(metric), []).append(c)
+        return list(groups.values())
 
-def best(configurations: Iterable[Configuration]) -> Configuration | None:
-    """The lowest cfm_loss on the *validation* split, so that the held-out comparison stays unbiased by the choice."""
-    done = [c for c in configurations if c.n_finished and c.final]
-    return min(done, key=lambda c: (math.isnan(c.validation_cfm), c.validation_cfm), default=None)
+    def map_label(self, settings: Map) -> str:
+        """`model=tiny-4m`: those of some settings that differ between the study's configurations."""
+        varied = [name for name, _ in settings if len({repr(c.settings.get(name)) for c in self.configurations}) > 1]
+        return assignments(dict(settings), varied)
 
 
 def summarize(results: Results) -> StudySummary:
@@ -149,27 +127,35 @@ def summarize(results: Results) -> StudySummary:
     trials = with_choices(results.trials, results.spec)
     shown_as = grouped_settings(results.spec, varying_settings(trials))
     varying = tuple(dict.fromkeys(shown_as.values()))
+    trials = without_unread(trials, results.spec, shown_as)
     trials = trials.assign(group=configuration_names(trials, varying))
     length, lengths = _completion_lengths(results)
     final, base = _heldout(results, trials, length)
-    validation, rises = _last_validation_cfm(results), _validation_ce_rise(results)
+    last, start = _validation(results)
+    goal = (objectives(results.spec) or [DEFAULT_OBJECTIVE])[0]
     names = [*(column.name for column in schema.hyperparameters()), *choices_of(results.spec)]
     configurations = []
     for name, group in trials.groupby("group", sort=False):
         settings = {key: cell_value(group.iloc[0][key]) for key in names}
         baseline = cell_value(group.iloc[0]["named_baseline"])
-        finished = group[group["status"] == "finished"].dropna(subset=["seed"]).set_index("trial_id")["seed"]
+        ignored = unread(settings.get("method"), results.spec, shown_as)
+        finished = group[group["status"] == "finished"].dropna(subset=["seed"])
+        seeds = {str(row["trial_id"]): int(row["seed"]) for row in finished.to_dict("records")}
+        read = [key for key in varying if key not in ignored]
         configurations.append(
             Configuration(
                 name=str(name),
-                label=_baseline_label(baseline) or assignments(settings, varying) or str(name),
+                label=_baseline_label(baseline) or assignments(settings, read) or str(name),
                 baseline=baseline,
                 settings=settings,
                 trials=group,
                 final=final.get(str(name), {}),
                 base=base.get(str(name), {}),
-                validation_cfm=_mean([validation.get(trial_id, math.nan) for trial_id in finished.index]),
-                ce_rise={int(seed): rises[trial_id] for trial_id, seed in finished.items() if trial_id in rises},
+                validation=_by_seed(last, seeds),
+                start=_by_seed(start, seeds),
+                n_seeds=int(trials["seed"].nunique()),
+                objective=goal,
+                unread=ignored,
             )
         )
     ordered = sorted(configurations, key=lambda c: (c.baseline or "", *[sort_key(c.settings[n]) for n in varying]))
@@ -222,21 +208,26 @@ def _by_configuration(rows: pd.DataFrame, trials: pd.DataFrame, length: int | No
     return values
 
 
-def _last_validation_cfm(results: Results) -> dict[str, float]:
-    measured = results.metrics.dropna(subset=["cfm_loss"]).sort_values("step")
-    return {str(trial): float(value) for trial, value in measured.groupby("trial_id")["cfm_loss"].last().items()}
+def _validation(results: Results) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
+    """Metric -> trial -> value of the validation split: the last one, and that at the end of the warm start.
+
+    Without a warm start the method begins at step 0.
+    """
+    names = [name for name, entry in METRICS.items() if entry.is_objective]
+    rows = results.metrics.sort_values("step")
+    starts = rows["trial_id"].map(results.trials.set_index("trial_id")["warm_start_steps"]).fillna(0)
+    tables = []
+    for part in (rows, rows[rows["step"] == starts]):
+        last = part.groupby("trial_id")[names].last()
+        tables.append({name: {str(k): float(v) for k, v in last[name].dropna().items()} for name in names})
+    return tables[0], tables[1]
 
 
-def _validation_ce_rise(results: Results) -> dict[str, float]:
-    """Last validation CE of each trial minus the one at the end of its warm start (step 0 without one)."""
-    measured = results.metrics.dropna(subset=["ce_loss"]).sort_values("step")
-    starts = results.trials.set_index("trial_id")["warm_start_steps"].fillna(0)
-    rises = {}
-    for trial, rows in measured.groupby("trial_id"):
-        at_start = rows.loc[rows["step"] == starts.get(trial, 0), "ce_loss"]
-        if len(at_start):
-            rises[str(trial)] = float(rows["ce_loss"].iloc[-1] - at_start.iloc[0])
-    return rises
+def _by_seed(values: dict[str, dict[str, float]], seeds: dict[str, int]) -> dict[str, BySeed]:
+    return {
+        metric: {seed: of_trial[trial] for trial, seed in seeds.items() if trial in of_trial}
+        for metric, of_trial in values.items()
+    }
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -17,6 +17,7 @@ from ebft_study.config.keys import (
     with_paths,
 )
 from ebft_study.config.reading import build_run, load_run, parse, parse_override, read_run, read_yaml
+from ebft_study.config.rules import unread_settings
 from ebft_study.config.sections import (
     CheckpointConfig,
     DataConfig,
@@ -66,5 +67,6 @@ __all__ = [
     "resolve_key",
     "short_name",
     "short_names",
+    "unread_settings",
     "with_paths",
 ]

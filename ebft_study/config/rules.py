@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ebft_study.config.keys import all_keys, short_name
 from ebft_study.config.sections import RunConfig
 from ebft_study.errors import rule_broken
 
@@ -21,6 +23,26 @@ class Rule:
     is_broken: Callable[[RunConfig], bool]
     rule: str
     remedy: str
+
+
+_NEVER_READ = {
+    "sft": (
+        *("reward.", "vllm.", "loss.gamma", "loss.aggregation", "loss.kl_coefficient", "loss.kl_estimator"),
+        *("rollout.n_samples", "rollout.backend", "rollout.sync_every_steps", "rollout.max_policy_lag"),
+        *("rollout.importance_ratio_clip", "rollout.parity_threshold"),
+    )
+}
+"""Method -> settings, or whole sections, that neither its training nor its evaluation reads."""
+
+
+@functools.cache
+def unread_settings(method: str) -> frozenset[str]:
+    """Short names of the settings that change nothing that `method` learns or is measured by.
+
+    Settings of the evaluation count as read: SFT has a completion length and a feature network, by which its
+    feature-matching loss is measured.
+    """
+    return frozenset(short_name(path) for path in all_keys() if path.startswith(_NEVER_READ.get(method, ())))
 
 
 def check_rules(run: RunConfig, *, source: str) -> None:

@@ -1,9 +1,15 @@
 """The paper's claims put to the test: each claim is a function from a study to a verdict with its numbers.
 
-A verdict follows from 95 % intervals over seeds alone: `agrees` or `disagrees` when the whole interval lies on one
-side of zero, `cannot tell` when it contains zero, when one seed allows no interval, or when the study lacks the
-configurations. Where the paper's statement covers several settings, it agrees when all of them do and disagrees when
-one of them does. Configurations are chosen by their validation values, so that the held-out numbers stay unbiased.
+A verdict follows from t-tests over seeds alone: `agrees` or `disagrees` when the whole 95 % interval lies on one side
+of zero, or of a stated margin, and the p-value survives Holm's correction for the number of claims that were tested
+(`judge`); else `cannot tell`, as where one seed allows no interval or the study lacks the configurations. Where the
+paper's statement covers several settings, it agrees when all of them do and disagrees when one of them does.
+
+- What EBFT did is judged from where it began: the end of the warm start, or the base model where there is none.
+- Where a claim is about one of several configurations, the one that is scored on a seed is chosen by the validation
+  values of the other seeds (`analysis.selection.select`), by the metric of the claim, and so is its rival.
+- Configurations of different feature maps, models or data are judged apart.
+- Trials that were stopped early are missing because of their values: without them nothing agrees.
 """
 
 from __future__ import annotations
@@ -12,25 +18,45 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from ebft_study import text
-from ebft_study.analysis.statistics import Interval, mean_interval, paired_difference
-from ebft_study.analysis.summary import Configuration, StudySummary, best
+from ebft_study.analysis.configuration import Configuration, Map
+from ebft_study.analysis.selection import Selected, select
+from ebft_study.analysis.statistics import CONFIDENCE, Interval, holm
+from ebft_study.analysis.summary import MAX_GROUPS, StudySummary
 
+Side = Literal["below", "above"]
 Ruling = Literal["agrees", "disagrees", "cannot tell"]
 # Two amounts of data count as equal within this fraction: the last batch may be cut differently.
 EQUAL_DATA = 0.01
+CE_MARGIN = 0.01
+"""Rise of cross-entropy, in nats per token, that counts as none: one per cent of perplexity."""
+KEPT = 0.5
+"""Fraction of the feature-matching gain that gamma must keep."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a study agrees with one claim of the paper; `sentence` has the numbers, or names the missing data."""
+    """Whether a study agrees with one claim of the paper; `sentence` has the numbers, or names the missing data.
+
+    `p_value` is that of the ruling, or of the direction in which the numbers point; NaN where nothing could be tested.
+    """
 
     claim: str
     reference: str
     ruling: Ruling
+    sentence: str
+    p_value: float = math.nan
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The direction in which the numbers of one claim point, the p-value of that, and the numbers in words."""
+
+    ruling: Ruling
+    p_value: float
     sentence: str
 
 
@@ -38,19 +64,33 @@ CLAIMS: list[Callable[[StudySummary], Verdict]] = []
 
 
 def judge(study: StudySummary) -> list[Verdict]:
-    """A verdict per claim, in the order of this file."""
-    return [claim(study) for claim in CLAIMS]
+    """A verdict per claim, in the order of this file, corrected for the number of claims that were tested."""
+    verdicts = [claim(study) for claim in CLAIMS]
+    adjusted = holm([verdict.p_value for verdict in verdicts])
+    tested = sum(not math.isnan(p) for p in adjusted)
+    return [_corrected(verdict, p, tested) for verdict, p in zip(verdicts, adjusted, strict=True)]
 
 
-def _claim(
-    statement: str, reference: str
-) -> Callable[[Callable[[StudySummary], tuple[Ruling, str]]], Callable[[StudySummary], Verdict]]:
-    """Add a test of a claim to `CLAIMS`; the test returns a ruling and its sentence."""
+def _corrected(verdict: Verdict, adjusted: float, tested: int) -> Verdict:
+    if verdict.ruling == "cannot tell" or adjusted < 1 - CONFIDENCE:
+        return replace(verdict, p_value=adjusted)
+    values = f"p = {verdict.p_value:.2g}, corrected {adjusted:.2g}"
+    note = f" Not decided after Holm's correction for {tested} claims: {values}."
+    return replace(verdict, ruling="cannot tell", sentence=verdict.sentence + note, p_value=adjusted)
 
-    def register(test: Callable[[StudySummary], tuple[Ruling, str]]) -> Callable[[StudySummary], Verdict]:
+
+Test = Callable[[StudySummary], Finding]
+
+
+def _claim(statement: str, reference: str, *, metric: str) -> Callable[[Test], Callable[[StudySummary], Verdict]]:
+    """Add a test of a claim to `CLAIMS`; it is made in each group of configurations that `metric` can compare."""
+
+    def register(test: Test) -> Callable[[StudySummary], Verdict]:
         @functools.wraps(test)
         def claim(study: StudySummary) -> Verdict:
-            return Verdict(statement, reference, *test(study))
+            found = _in_all([(label, test(part)) for label, part in _parts(study, metric)]) or test(study)
+            ruling: Ruling = found.ruling if found.p_value < 1 - CONFIDENCE else "cannot tell"
+            return Verdict(statement, reference, ruling, found.sentence, found.p_value)
 
         CLAIMS.append(claim)
         return claim
@@ -58,129 +98,187 @@ def _claim(
     return register
 
 
-@_claim("EBFT (α=1) lowers the held-out feature-matching loss below the base model's.", "Figure 2, Table 1")
-def ebft_lowers_cfm(study: StudySummary) -> tuple[Ruling, str]:
-    """EBFT lowers CFM."""
-    pure = _pure(study)
-    if pure is None:
-        return "cannot tell", _lacks("EBFT with alpha=1")
-    change = pure.change("cfm_loss")
-    base, level = text.number(study.base("cfm_loss")), pure.level("cfm_loss").as_level()
-    return _expect(change, "below"), (
-        f"CFM{_at(study)}: base {base}, {_named(pure)} {level}; difference {change.in_words()}.{_left_out(pure)}"
+def _parts(study: StudySummary, metric: str) -> list[tuple[str, StudySummary]]:
+    """The study's configurations by model and data and, for CFM, by feature map, with what tells each part apart."""
+    parts: dict[Map, list[Configuration]] = {}
+    for c in study.configurations:
+        parts.setdefault(c.map_of(metric) if metric == "cfm_loss" else c.base_of(metric), []).append(c)
+    return [(study.map_label(key), replace(study, configurations=tuple(group))) for key, group in parts.items()]
+
+
+def _in_all(findings: Sequence[tuple[str, Finding]]) -> Finding | None:
+    """One finding on all groups: those that lack the configurations are left out, unless all do."""
+    tested = [(label, f) for label, f in findings if not math.isnan(f.p_value)]
+    if len(findings) == 1 or not tested:
+        return findings[0][1] if findings else None
+    agree = max(f.p_value if f.ruling == "agrees" else 1.0 for _, f in tested)
+    disagree = min(f.p_value if f.ruling == "disagrees" else 1.0 for _, f in tested)
+    ruling, p_value = _stronger(agree, disagree * len(tested))
+    shown = " ".join(f"[{label}] {f.sentence}" for label, f in tested[:MAX_GROUPS])
+    more = f" And {len(tested) - MAX_GROUPS} more parts." if len(tested) > MAX_GROUPS else ""
+    lacking = (
+        f" Not tested in {len(findings) - len(tested)} more, which lack trials." if len(tested) < len(findings) else ""
     )
+    return Finding(ruling, p_value, shown + more + lacking)
 
 
-@_claim("At equal data, EBFT (α=1) reaches a lower held-out feature-matching loss than SFT.", "Figure 2, Table 1")
-def ebft_beats_sft_on_cfm(study: StudySummary) -> tuple[Ruling, str]:
+@_claim(
+    "EBFT (α=1) lowers the feature-matching loss from where it begins (the base model, or the end of its warm start).",
+    "Figure 2, Table 1",
+    metric="cfm_loss",
+)
+def ebft_lowers_cfm(study: StudySummary) -> Finding:
+    """EBFT lowers CFM from its own start."""
+    pure = _pure(study, "cfm_loss")
+    if pure is None:
+        return _lacks("EBFT with alpha=1")
+    gain = pure.mean(pure.progress("cfm_loss"))
+    return _decide([(gain, "below")], f"{_course(study, pure, 'cfm_loss')} {_from_base(study, pure, 'cfm_loss')}", pure)
+
+
+@_claim(
+    "At equal data, EBFT (α=1) reaches a lower held-out feature-matching loss than SFT.",
+    "Figure 2, Table 1",
+    metric="cfm_loss",
+)
+def ebft_beats_sft_on_cfm(study: StudySummary) -> Finding:
     """EBFT ends below SFT on CFM at equal data."""
     return _against_sft(study, "cfm_loss")
 
 
-@_claim("At α=1 the held-out cross-entropy does not rise above the base model's.", "Figure 11, appendix C")
-def ce_does_not_rise(study: StudySummary) -> tuple[Ruling, str]:
-    """Pure feature matching does not raise CE."""
-    pure = _pure(study)
+@_claim(
+    f"At α=1 EBFT raises the cross-entropy by less than {CE_MARGIN:g} nats/token from where it begins.",
+    "Figure 11, appendix C",
+    metric="ce_loss",
+)
+def ce_does_not_rise(study: StudySummary) -> Finding:
+    """Pure feature matching does not raise CE, by more than a margin."""
+    pure = _pure(study, "ce_loss")
     if pure is None:
-        return "cannot tell", _lacks("EBFT with alpha=1")
-    change, base = pure.change("ce_loss"), text.number(study.base("ce_loss"))
-    return _expect(change, "below"), f"CE of {_named(pure)} minus base ({base}): {change.in_words()}.{_left_out(pure)}"
+        return _lacks("EBFT with alpha=1")
+    rise = pure.mean(pure.progress("ce_loss"))
+    margin = f"Against the margin of {text.signed(CE_MARGIN)}: {_side(rise.minus(CE_MARGIN))}."
+    sentence = " ".join([_course(study, pure, "ce_loss"), margin, _from_base(study, pure, "ce_loss")]).strip()
+    return _decide([(rise.minus(CE_MARGIN), "below")], sentence, pure)
 
 
-@_claim("Adding γ lowers the cross-entropy further without giving the feature-matching gain back.", "Figure 6")
-def gamma_lowers_ce_and_keeps_the_gain(study: StudySummary) -> tuple[Ruling, str]:
-    """The largest gamma lowers CE below gamma=0's, and keeps at least half of the CFM gain."""
-    pure = _pure(study)
-    weighted = _differing_in(study, pure, "gamma") if pure else []
-    if pure is None or not weighted:
-        return "cannot tell", _lacks("EBFT with alpha=1 at two values of gamma")
-    strongest = max(weighted, key=lambda c: c.settings["gamma"])
-    ce, cfm, gain = strongest.versus(pure, "ce_loss"), strongest.change("cfm_loss"), pure.change("cfm_loss")
-    remaining = cfm.mean / gain.mean if gain.mean < 0 else math.nan
-    given_back = strongest.versus(pure, "cfm_loss").side == "above" and not remaining >= 0.5
-    if ce.side == "below" and cfm.side == "below" and remaining >= 0.5:
-        ruling: Ruling = "agrees"
-    else:
-        ruling = "disagrees" if ce.side == "above" or given_back else "cannot tell"
-    share = f", {remaining:.0%} of the gain at γ={_value(pure, 'gamma')}" if gain.side == "below" else ""
-    others = [
-        f"γ={_value(c, 'gamma')}: {c.versus(pure, 'ce_loss').as_difference()}" for c in weighted if c != strongest
-    ]
-    also = f" Other weights, CE: {'; '.join(others)}." if others else ""
-    return ruling, (
-        f"{strongest.label} against {pure.label}: CE {ce.in_words()}; its CFM{_at(study)} minus the base model's: "
-        f"{cfm.in_words()}{share}.{also}{_left_out(strongest, pure)}"
+@_claim(
+    f"Adding γ lowers the cross-entropy further and keeps more than {KEPT:.0%} of EBFT's feature-matching gain.",
+    "Figure 6",
+    metric="cfm_loss",
+)
+def gamma_lowers_ce_and_keeps_the_gain(study: StudySummary) -> Finding:
+    """The largest gamma lowers CE below gamma=0's, lowers CFM, and keeps at least half of the CFM gain."""
+    pure = _pure(study, "cfm_loss")
+    weighted = (
+        {s: others for s, c in pure.by_seed.items() if (others := _differing_in(study, c, "gamma"))} if pure else {}
     )
+    if pure is None or not weighted:
+        return _lacks("EBFT with alpha=1 at two values of gamma")
+    strongest = Selected(
+        {seed: max(others, key=lambda c: c.settings["gamma"]) for seed, others in weighted.items()}, pure.n_candidates
+    )
+    gains, reference = strongest.progress("cfm_loss"), pure.progress("cfm_loss")
+    ce = strongest.minus(strongest.final("ce_loss"), pure.final("ce_loss"))
+    gain, whole, cfm = strongest.mean(gains), pure.mean(reference), strongest.minus(gains, reference)
+    kept = strongest.minus(gains, {seed: KEPT * value for seed, value in reference.items()})
+    agree = max(_p(ce, "below"), _p(gain, "below"), _p(kept, "below"))
+    disagree = min(_p(ce, "above"), max(_p(cfm, "above"), _p(kept, "above")))
+    ruling, p_value = _stronger(agree, 2 * disagree, nothing=ce.n < 2)
+    share = f", {gain.mean / whole.mean:.0%} of that at γ={_gammas(pure)}" if whole.side == "below" else ""
+    chosen = {c.name for c in strongest.configurations}
+    rest = [c for c in next(iter(weighted.values())) if len(pure.configurations) == 1 and c.name not in chosen]
+    each = [f"γ={_value(c, 'gamma')}: {c.versus(pure.configurations[0], 'ce_loss').as_difference()}" for c in rest]
+    also = f" Other weights, CE: {'; '.join(each)}." if each else ""
+    sentence = (
+        f"{_label(strongest)} against {_label(pure)}: held-out CE {ce.in_words()}. Change of CFM{_at(study)} from "
+        f"{_origin(pure)}: {gain.in_words()}{share}; minus {KEPT:.0%} of that at γ={_gammas(pure)}: {kept.in_words()}."
+        f"{also}{_choice_note(pure)}{_left_out(strongest, pure)}"
+    )
+    return _unless_stopped(Finding(ruling, p_value, sentence), strongest, pure)
 
 
-@_claim("With γ=0, α<1 raises the cross-entropy while it trains.", "Section H.1, Figure 11")
-def small_alpha_raises_ce(study: StudySummary) -> tuple[Ruling, str]:
+@_claim("With γ=0, α<1 raises the cross-entropy while it trains.", "Section H.1, Figure 11", metric="ce_loss")
+def small_alpha_raises_ce(study: StudySummary) -> Finding:
     """Without CE term, alpha < 1 is no proper scoring rule and CE rises."""
     without = [c for c in study.ebft if c.settings["gamma"] == 0 and _alpha(c) < 1]
     alphas = sorted({_alpha(c) for c in without})
-    chosen = [c for alpha in alphas if (c := best(c for c in without if _alpha(c) == alpha))]
+    chosen = {a: found for a in alphas if (found := select([c for c in without if _alpha(c) == a], "ce_loss"))}
     if not chosen:
-        return "cannot tell", _lacks("EBFT with alpha<1 and gamma=0") + _left_out(*without)
-    changes = [mean_interval(c.ce_rise.values()) for c in chosen]
-    each = [f"α={_value(c, 'alpha')}: {change.in_words()}" for c, change in zip(chosen, changes, strict=True)]
-    return _all_of([_expect(change, "above") for change in changes]), (
-        f"Validation CE at the end minus that at EBFT's first step, at γ=0: {'; '.join(each)}.{_left_out(*without)}"
+        return _lacks("EBFT with alpha<1 and gamma=0", _missing_trials(without))
+    rises = {alpha: found.mean(found.progress("ce_loss")) for alpha, found in chosen.items()}
+    each = [f"α={text.setting(alpha)}: {rise.in_words()}" for alpha, rise in rises.items()]
+    split = "held-out" if all(found.began_at_base for found in chosen.values()) else "validation"
+    return _decide(
+        [(rise, "above") for rise in rises.values()],
+        f"CE ({split}) at the end minus that at EBFT's first step, at γ=0: {'; '.join(each)}."
+        + _choice_note(*chosen.values())
+        + _missing_trials(without),
     )
 
 
-@_claim("EBFT's feature-matching gain persists at completions longer than those trained on.", "Figure 2")
-def gain_persists_at_longer_completions(study: StudySummary) -> tuple[Ruling, str]:
+@_claim(
+    "EBFT's feature-matching gain persists at completions longer than those trained on.", "Figure 2", metric="cfm_loss"
+)
+def gain_persists_at_longer_completions(study: StudySummary) -> Finding:
     """The CFM gain is there at every measured length beyond the training length."""
-    pure = _pure(study)
-    trained = pure.settings["completion_length"] if pure else None
+    pure = _pure(study, "cfm_loss")
+    trained = pure.configurations[0].settings["completion_length"] if pure else None
     longer = [length for length in study.lengths if trained is not None and length > trained]
     if pure is None or not longer:
-        return "cannot tell", _lacks("EBFT with alpha=1, evaluated at lengths beyond its completion_length")
-    changes = [pure.change("cfm_loss", length) for length in longer]
+        return _lacks("EBFT with alpha=1, evaluated at lengths beyond its completion_length")
+    changes = [pure.minus(pure.final("cfm_loss", n), pure.base("cfm_loss", n)) for n in longer]
     each = [f"at {length} tokens {change.in_words()}" for length, change in zip(longer, changes, strict=True)]
-    return _all_of([_expect(change, "below") for change in changes]), (
-        f"{_named(pure)}, trained at G={trained}: CFM minus base {text.listed(each)}.{_left_out(pure)}"
-    )
+    sentence = f"{_named(pure)}, trained at G={trained}: held-out CFM minus base {text.listed(each)}."
+    if not pure.began_at_base:
+        unknown = (
+            " This includes the warm start. CFM at its end is measured at the training length only, so EBFT's part is "
+            "unknown."
+        )
+        return Finding("cannot tell", math.nan, sentence + unknown + _left_out(pure))
+    return _decide([(change, "below") for change in changes], sentence, pure)
 
 
 @_claim(
     "At equal data, EBFT (α=1, smallest γ) reaches a lower held-out cross-entropy than SFT.",
     "Figures 3 and 6, Table 1",
+    metric="ce_loss",
 )
-def ebft_beats_sft_on_ce(study: StudySummary) -> tuple[Ruling, str]:
+def ebft_beats_sft_on_ce(study: StudySummary) -> Finding:
     """EBFT ends below SFT on CE at equal data, although SFT minimises CE."""
     return _against_sft(study, "ce_loss")
 
 
-@_claim("The feature-matching loss grows with the completion length.", "Figure 1")
-def cfm_grows_with_length(study: StudySummary) -> tuple[Ruling, str]:
+@_claim("The feature-matching loss grows with the completion length.", "Figure 1", metric="cfm_loss")
+def cfm_grows_with_length(study: StudySummary) -> Finding:
     """CFM of the SFT model is larger at the longest than at the shortest measured length."""
-    model = best(study.sft) or best(study.configurations)
+    model = select(study.sft, "cfm_loss") or select(study.configurations, "cfm_loss")
     if model is None or len(study.lengths) < 2:
-        return "cannot tell", _lacks("a trial evaluated at two completion lengths")
+        return _lacks("a trial evaluated at two completion lengths")
     short, long = study.lengths[0], study.lengths[-1]
-    growth = paired_difference(*(model.final.get(("cfm_loss", length), {}) for length in (long, short)))
-    levels = [model.level("cfm_loss", length).mean for length in study.lengths]
+    growth = model.minus(*(model.final("cfm_loss", length) for length in (long, short)))
+    levels = [model.mean(model.final("cfm_loss", length)).mean for length in study.lengths]
     steady = all(a < b for a, b in itertools.pairwise(levels))
     pattern = "growing at every length in between" if steady else "though not at every length in between"
-    return _expect(growth, "above"), (
-        f"{model.label}: {text.number(levels[0])} at {short} token{'s' * (short > 1)}, {text.number(levels[-1])} at "
-        f"{long}; difference {growth.in_words()}, {pattern}."
+    return _decide(
+        [(growth, "above")],
+        f"{_label(model)}: held-out CFM {text.number(levels[0])} at {short} token{'s' * (short > 1)}, "
+        f"{text.number(levels[-1])} at {long}; difference {growth.in_words()}, {pattern}.",
     )
 
 
 # --- configurations that claims are about ----------------------------------------------------------------------
 
 
-def _pure(study: StudySummary) -> Configuration | None:
+def _pure(study: StudySummary, metric: str) -> Selected | None:
     """EBFT nearest to pure feature matching: alpha=1 and the smallest gamma that has a finished trial."""
-    proper = [c for c in study.ebft if _alpha(c) == 1 and _is_measured(c)]
+    return select(_proper(study), metric)
+
+
+def _proper(study: StudySummary) -> list[Configuration]:
+    proper = [c for c in study.ebft if _alpha(c) == 1 and c.is_measured]
     smallest = min((c.settings["gamma"] for c in proper), default=None)
-    return best(c for c in proper if c.settings["gamma"] == smallest)
-
-
-def _is_measured(configuration: Configuration) -> bool:
-    return bool(configuration.n_finished and configuration.final)
+    return [c for c in proper if c.settings["gamma"] == smallest]
 
 
 def _differing_in(study: StudySummary, reference: Configuration, setting: str) -> list[Configuration]:
@@ -189,50 +287,130 @@ def _differing_in(study: StudySummary, reference: Configuration, setting: str) -
     return [
         c
         for c in study.ebft
-        if _is_measured(c)
+        if c.is_measured
         and c.baseline == reference.baseline
         and c.settings[setting] != reference.settings[setting]
         and all(c.settings[name] == reference.settings[name] for name in same)
     ]
 
 
-def _against_sft(study: StudySummary, metric: str) -> tuple[Ruling, str]:
-    pure = _pure(study)
-    if pure is None:
-        return "cannot tell", _lacks("EBFT with alpha=1")
-    finished = [c for c in study.sft if _is_measured(c) and c.settings["model"] == pure.settings["model"]]
+def _against_sft(study: StudySummary, metric: str) -> Finding:
+    """EBFT against SFT on equal data, each with its best configuration by `metric` on the validation split."""
+    proper, finished = _proper(study), [c for c in study.sft if c.is_measured]
+    if not proper:
+        return _lacks("EBFT with alpha=1")
     if not finished:
-        return "cannot tell", _lacks("SFT of the same model")
-    sequences = text.count(pure.sequences_seen)
-    sft = best(c for c in finished if _equal_data(pure, c))
+        return _lacks("SFT of the same model")
+    pure = select([c for c in proper if any(_equal_data(c, other) for other in finished)], metric)
+    if pure is None:
+        seen = text.listed(sorted({text.count(c.sequences_seen) for c in proper}))
+        return Finding("cannot tell", math.nan, f"The data are not equal: EBFT saw {seen} sequences, no SFT trial did.")
+    sft = _rival(pure, finished, metric)
     if sft is None:
-        return "cannot tell", f"The data are not equal: EBFT saw {sequences} sequences, no SFT trial did."
-    gap = pure.versus(sft, metric)
-    name = "CE" if metric == "ce_loss" else f"CFM{_at(study)}"
-    levels = f"{sft.label} {sft.level(metric).as_level()}, {_named(pure)} {pure.level(metric).as_level()}"
-    return _expect(gap, "below"), (
-        f"{name}: {levels}; difference {gap.in_words()}, each after {sequences} sequences.{_left_out(pure, sft)}"
+        return Finding("cannot tell", math.nan, "SFT has several configurations, none chosen: no validation values.")
+    gap = pure.minus(pure.final(metric), sft.final(metric), other=sft)
+    seen = text.listed(sorted({text.count(c.sequences_seen) for c in pure.configurations}))
+    sentence = (
+        f"Held-out {_name(study, metric)}: {_label(sft)} {sft.mean(sft.final(metric)).as_level()}, "
+        f"{_named(pure)} {pure.mean(pure.final(metric)).as_level()}; difference {gap.in_words()}, each after {seen} "
+        "sequences."
     )
+    return _decide([(gap, "below")], sentence, pure, sft)
+
+
+def _rival(pure: Selected, finished: Sequence[Configuration], metric: str) -> Selected | None:
+    """For each seed the best SFT configuration by `metric` with the data of EBFT's, chosen without that seed."""
+    by_seed: dict[int, Configuration] = {}
+    n_candidates = 1
+    for c in pure.configurations:
+        found = select([other for other in finished if _equal_data(c, other)], metric)
+        if found is None:
+            return None
+        n_candidates = max(n_candidates, found.n_candidates)
+        by_seed |= {s: found.by_seed[s] for s, own in pure.by_seed.items() if own.name == c.name and s in found.by_seed}
+    return Selected(by_seed, n_candidates)
 
 
 def _equal_data(left: Configuration, right: Configuration) -> bool:
     return abs(left.sequences_seen - right.sequences_seen) <= EQUAL_DATA * left.sequences_seen
 
 
-# --- rulings and words -----------------------------------------------------------------------------------------
+# --- rulings ---------------------------------------------------------------------------------------------------
 
 
-def _expect(interval: Interval, side: Literal["below", "above"]) -> Ruling:
-    """Agreement when the whole interval lies on the expected side of zero, disagreement on the other."""
-    if interval.side == "unclear":
-        return "cannot tell"
-    return "agrees" if interval.side == side else "disagrees"
+def _p(interval: Interval, side: Side) -> float:
+    """P-value of the mean lying on a side of zero: two-sided, as 95 % intervals are; 1 where it lies on the other."""
+    on_side = interval.mean < 0 if side == "below" else interval.mean > 0
+    return interval.p_value if on_side and interval.n > 1 else 1.0
 
 
-def _all_of(rulings: Sequence[Ruling]) -> Ruling:
-    if "disagrees" in rulings:
-        return "disagrees"
-    return "cannot tell" if "cannot tell" in rulings else "agrees"
+def _stronger(agree: float, disagree: float, *, nothing: bool = False) -> tuple[Ruling, float]:
+    """The direction with the smaller p-value; `nothing` where there was no test."""
+    if nothing:
+        return "cannot tell", math.nan
+    return ("agrees", min(1.0, agree)) if agree <= disagree else ("disagrees", min(1.0, disagree))
+
+
+def _decide(tests: Sequence[tuple[Interval, Side]], sentence: str, *about: Selected) -> Finding:
+    """Agreement when every interval lies on its expected side of zero, disagreement when one lies on the other.
+
+    All must agree, so the largest p-value counts. One disagreement is enough, so the smallest counts, times their
+    number. `about` are the configurations that the sentence is about, first those that agreement would praise.
+    """
+    opposite: dict[Side, Side] = {"below": "above", "above": "below"}
+    agree = max(_p(interval, side) for interval, side in tests)
+    disagree = len(tests) * min(_p(interval, opposite[side]) for interval, side in tests)
+    ruling, p_value = _stronger(agree, disagree, nothing=all(interval.n < 2 for interval, _ in tests))
+    notes = _choice_note(*about) + _left_out(*about)
+    return _unless_stopped(Finding(ruling, p_value, sentence + notes), *about[:1])
+
+
+def _unless_stopped(finding: Finding, *about: Selected) -> Finding:
+    """No agreement on the survivors of early stopping: the trials that were stopped are missing for their values."""
+    stopped = any((c.trials["status"] == "stopped").any() for each in about for c in each.configurations)
+    if finding.ruling != "agrees" or not stopped:
+        return finding
+    return Finding("cannot tell", 1.0, f"{finding.sentence} Leaving out stopped trials flatters it: not decided.")
+
+
+# --- words -----------------------------------------------------------------------------------------------------
+
+
+def _course(study: StudySummary, pure: Selected, metric: str) -> str:
+    """`Validation CE of EBFT α=1 from 3.506 at the end of the warm start (step 60) to 3.536: +0.030 (...).`"""
+    start, end = (pure.mean(values).mean for values in pure.ends(metric))
+    split = "Held-out" if pure.began_at_base else "Validation"
+    at = _trained_at(pure) if metric == "cfm_loss" and not pure.began_at_base else _at(study)
+    name = f"CFM{at}" if metric == "cfm_loss" else "CE"
+    return (
+        f"{split} {name} of {_named(pure)} from {text.number(start)} at {_origin(pure)} to {text.number(end)} after "
+        f"EBFT: {pure.mean(pure.progress(metric)).in_words()}."
+    )
+
+
+def _from_base(study: StudySummary, pure: Selected, metric: str) -> str:
+    """The same from the base model, on the held-out split, where a warm start came in between."""
+    if pure.began_at_base:
+        return ""
+    base = text.number(pure.mean(pure.base(metric)).mean)
+    change = pure.minus(pure.final(metric), pure.base(metric))
+    return f"From the base model, warm start included, held-out {_name(study, metric)}: {base}, {change.in_words()}."
+
+
+def _origin(pure: Selected) -> str:
+    """Where EBFT began."""
+    if pure.began_at_base:
+        return "the base model"
+    steps = sorted({c.warm_start_steps for c in pure.configurations})
+    return f"the end of the warm start (step {text.listed([str(s) for s in steps])})"
+
+
+def _side(interval: Interval) -> str:
+    if interval.n < 2:
+        return "no interval"
+    return {"below": "the interval is below it", "above": "the interval is above it"}.get(
+        interval.side, "the interval contains it"
+    )
 
 
 def _alpha(configuration: Configuration) -> float:
@@ -244,22 +422,64 @@ def _value(configuration: Configuration, setting: str) -> str:
     return text.setting(configuration.settings[setting])
 
 
-def _named(configuration: Configuration) -> str:
+def _gammas(selected: Selected) -> str:
+    return text.listed(sorted({_value(c, "gamma") for c in selected.configurations}))
+
+
+def _label(selected: Selected) -> str:
+    """The label of the chosen configuration, or of each with its seeds."""
+    if len(selected.configurations) == 1:
+        return selected.configurations[0].label
+    seeds = {
+        c.name: [str(s) for s, own in selected.by_seed.items() if own.name == c.name] for c in selected.configurations
+    }
+    return "; ".join(
+        f"{c.label} (scored on seed{'s' * (len(seeds[c.name]) > 1)} {text.listed(seeds[c.name])})"
+        for c in selected.configurations
+    )
+
+
+def _named(selected: Selected) -> str:
     """The label, with alpha and gamma added where the study does not vary them: the claims are about those."""
-    fixed = [f"{text.symbol(s)}={_value(configuration, s)}" for s in ("alpha", "gamma")]
-    return ", ".join([f"EBFT {configuration.label}", *(part for part in fixed if part not in configuration.label)])
+    label, first = _label(selected), selected.configurations[0]
+    fixed = [f"{text.symbol(s)}={_value(first, s)}" for s in ("alpha", "gamma")]
+    return ", ".join([f"EBFT {label}", *(part for part in fixed if part not in label)])
+
+
+def _name(study: StudySummary, metric: str) -> str:
+    return "CE" if metric == "ce_loss" else f"CFM{_at(study)}"
 
 
 def _at(study: StudySummary) -> str:
     return f" at {study.length} tokens" if study.length is not None else ""
 
 
-def _lacks(what: str) -> str:
-    return f"The study has no finished trials of {what}."
+def _trained_at(pure: Selected) -> str:
+    lengths = sorted({int(c.settings["completion_length"]) for c in pure.configurations})
+    return f" at {text.listed([str(length) for length in lengths])} tokens"
 
 
-def _left_out(*configurations: Configuration) -> str:
-    """A note on trials that are missing from the numbers, because leaving them out flatters a configuration."""
+def _lacks(what: str, note: str = "") -> Finding:
+    return Finding("cannot tell", math.nan, f"The study has no finished trials of {what}.{note}")
+
+
+def _choice_note(*selected: Selected) -> str:
+    """A note on a choice between configurations, whose interval is wider."""
+    numbers = [str(each.n_candidates) for each in selected if each.is_choice]
+    if not numbers:
+        return ""
+    return (
+        f" Chosen out of {text.listed(numbers)} configurations by the validation values of the other seeds; the "
+        "interval allows for the dependence of such scores."
+    )
+
+
+def _left_out(*selected: Selected) -> str:
+    """A note on trials that are missing from the numbers."""
+    return _missing_trials([c for each in selected for c in each.configurations])
+
+
+def _missing_trials(configurations: Sequence[Configuration]) -> str:
     notes = []
     for c in configurations:
         statuses = c.trials.loc[c.trials["status"] != "finished", "status"].value_counts()

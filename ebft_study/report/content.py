@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
 
 from ebft_study import text
+from ebft_study.analysis.selection import comparable, ranked
 from ebft_study.analysis.settings import assignments
 from ebft_study.analysis.summary import COMPARED, HELDOUT, Configuration, StudySummary, best
 from ebft_study.analysis.usage import PLAN_EVENT
@@ -35,35 +36,70 @@ def overview(study: StudySummary) -> str:
 
 @dataclass(frozen=True)
 class ConfigurationRow:
-    """A line of the configurations table: held-out means, and differences to the base model and to SFT, by metric."""
+    """A line of the configurations table: held-out means, and differences to the base model and to SFT, by metric.
+
+    `since_start` has differences to the end of the warm start, on the validation split; empty without a warm start.
+    `validation` is the mean of the objective on the validation split, by which the lines are ordered.
+    """
 
     label: str
     seeds: str
+    validation: str
     levels: dict[str, str]
     to_base: dict[str, str]
+    since_start: dict[str, str]
     to_sft: dict[str, str]
     is_best: bool
 
 
 def configuration_rows(study: StudySummary) -> list[ConfigurationRow]:
-    """The base model, then every configuration; "best" is EBFT's best by validation CFM."""
-    sft, winner = best(study.sft), best(study.ebft)
-    nothing = dict.fromkeys(COMPARED, text.NOTHING)
-    base = {metric: text.number(study.base(metric)) for metric in SHOWN_METRICS}
-    rows = [ConfigurationRow("base model", text.NOTHING, base, nothing, nothing, is_best=False)]
-    for c in study.configurations:
-        to_sft = {m: c.versus(sft, m).as_difference() for m in COMPARED} if sft and c is not sft else nothing
+    """The base models, the configurations on the axes from the best to the worst, and the baselines.
+
+    The order is that of the objective on the validation split, with incomplete configurations after complete ones.
+    "Best" is EBFT's best, within each feature map where the objective compares no further; one alone is no best.
+    """
+    groups = comparable(study.ebft, study.objective[0])
+    winners = {c.name for group in groups if len(group) > 1 or len(groups) == 1 if (c := best(group))}
+    order = ranked(study.on_axes)
+    unmeasured = [c for c in study.on_axes if not c.is_measured]
+    baselines = [c for c in study.configurations if c.baseline is not None]
+    lines = [_configuration_row(study, c, c.name in winners) for c in (*order, *unmeasured, *baselines)]
+    return [*_base_rows(study), *lines]
+
+
+def _base_rows(study: StudySummary) -> list[ConfigurationRow]:
+    """One line for each base model and feature map: their values are not averaged."""
+    groups = study.of_one_base("cfm_loss") or [[]]
+    nothing, rows = dict.fromkeys(COMPARED, text.NOTHING), []
+    for group in groups:
+        part = replace(study, configurations=tuple(group))
+        label = f"base model, {study.map_label(group[0].base_of('cfm_loss'))}" if len(groups) > 1 else "base model"
+        levels = {metric: text.number(part.base(metric)) for metric in SHOWN_METRICS}
         rows.append(
-            ConfigurationRow(
-                c.label,
-                f"{c.n_finished} of {len(c.trials)}",
-                {metric: c.level(metric).as_level() for metric in SHOWN_METRICS},
-                {metric: c.change(metric).as_difference() for metric in COMPARED},
-                to_sft,
-                is_best=c is winner,
-            )
+            ConfigurationRow(label, text.NOTHING, text.NOTHING, levels, nothing, nothing, nothing, is_best=False)
         )
     return rows
+
+
+def _configuration_row(study: StudySummary, c: Configuration, is_best: bool) -> ConfigurationRow:
+    incomplete = " (incomplete)" if c.n_finished and not c.is_complete else ""
+    rivals = {metric: _rival(study, c, metric) for metric in COMPARED}
+    return ConfigurationRow(
+        c.label,
+        f"{len(c.finished_seeds)} of {c.n_seeds}{incomplete}",
+        text.number(c.validated()),
+        {metric: c.level(metric).as_level() for metric in SHOWN_METRICS},
+        {metric: c.change(metric).as_difference() for metric in COMPARED},
+        {m: c.since_start(m).as_difference() if c.warm_start_steps else text.NOTHING for m in COMPARED},
+        {m: c.versus(sft, m).as_difference() if sft and sft is not c else text.NOTHING for m, sft in rivals.items()},
+        is_best,
+    )
+
+
+def _rival(study: StudySummary, c: Configuration, metric: str) -> Configuration | None:
+    """The best SFT configuration by `metric` of the same base model and, for CFM, the same feature map."""
+    (group,) = (group for group in study.of_one_base(metric) if any(other is c for other in group))
+    return best([other for other in group if other.is_sft], metric)
 
 
 def precision(study: StudySummary) -> str:
@@ -153,7 +189,7 @@ class SampleGroup:
 
 def sample_groups(study: StudySummary, limit: int = 2) -> Iterator[SampleGroup]:
     """Completions of the best EBFT model and of SFT for the same contexts."""
-    for configuration in filter(None, (best(study.ebft), best(study.sft))):
+    for configuration in study.best_by_method():
         samples = study.results.samples
         samples = samples[samples["trial_id"] == configuration.finished["trial_id"].min()]
         last = samples[samples["step"] == samples["step"].max()]
@@ -188,17 +224,28 @@ def missing(study: StudySummary, drawn: Sequence[str]) -> list[str]:
         notes.append("One seed only: there are no intervals, and no claim can be judged.")
     if len(statuses) and not study.sft:
         notes.append("No SFT trial: differences to SFT are empty.")
+    if any(c.warm_start_steps for c in study.configurations):
+        notes.append(
+            "Differences to the base model, in the tables and figures too, include the warm start. What a method did "
+            "after it is the difference to its end, which was measured on the validation split only."
+        )
+    incomplete = [c.label for c in study.configurations if c.n_finished and not c.is_complete]
+    if incomplete:
+        notes.append(
+            f"Not all seeds have finished for {text.listed(incomplete)}: ranked after the configurations that have all."
+        )
     if study.not_comparable:
         names = text.listed([text.named(name) for name in study.not_comparable])
         notes.append(
             f"The study varies {names}, which changes what CFM measures: compare each configuration's CFM with its "
-            "own base model, not with other configurations."
+            "own base model, not with other configurations. Ranks, the best configuration and claims on CFM are within "
+            "each feature map."
         )
     if study.validated_at_other_lengths:
         names = text.listed([text.named(name) for name in study.validated_at_other_lengths])
         notes.append(
-            f"The study varies {names}, and each trial measures validation CFM at its own length: which configuration "
-            "has the lowest one says nothing across lengths. The held-out CFM is at one length."
+            f"The study varies {names}, and each trial measures validation CFM at its own length: configurations "
+            "are chosen by it among those of one length only. The held-out CFM is at one length."
         )
     notes += [note for name, note in NOT_DRAWN.items() if name not in drawn]
     return [*notes, *(f"Could not be read, left out: {problem}" for problem in study.results.problems)]

@@ -7,7 +7,6 @@ two settings span a grid, the first chooses the hue and the second the lightness
 from __future__ import annotations
 
 import itertools
-import math
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,8 +16,9 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ebft_study.analysis.selection import comparable, ranked
 from ebft_study.analysis.settings import sort_key
-from ebft_study.analysis.summary import Configuration, StudySummary, best
+from ebft_study.analysis.summary import MAX_GROUPS, Configuration, StudySummary
 from ebft_study.results import METRICS
 
 INK = "#222222"
@@ -143,19 +143,34 @@ def base_line(axes: Axes, value: float = 0.0) -> None:
 
 
 def compared_configurations(study: StudySummary) -> list[tuple[str, Configuration]]:
-    """Labels of SFT and of the best EBFT configuration, each chosen by validation CFM."""
-    chosen = [c for c in (best(study.sft), best(study.ebft)) if c is not None]
-    return [(c.label if c.baseline else f"EBFT {c.label}", c) for c in chosen]
+    """Labels of the best SFT and EBFT configurations, within each feature map where no more can be compared."""
+    return [(c.label if c.baseline else f"{c.settings['method'].upper()} {c.label}", c) for c in study.best_by_method()]
 
 
-def most_relevant(configurations: Sequence[Configuration], limit: int) -> tuple[list[Configuration], str]:
+def choice_note(study: StudySummary) -> str:
+    """How `compared_configurations` chooses, for captions."""
+    groups = len(comparable(study.ebft, study.objective[0]))
+    within = (f" of each of the first {MAX_GROUPS} feature maps" if groups > MAX_GROUPS else " of each feature map") * (
+        groups > 1
+    )
+    return f"Drawn are the best SFT and EBFT configurations{within} by validation {study.objective[0]}."
+
+
+def most_relevant(
+    study: StudySummary, configurations: Sequence[Configuration], limit: int
+) -> tuple[list[Configuration], str]:
     """At most `limit` configurations in their order, baselines before others, and a note on those left out."""
     if len(configurations) <= limit:
         return list(configurations), ""
-    ranked = sorted(configurations, key=lambda c: (c.baseline is None, math.isnan(c.validation_cfm), c.validation_cfm))
-    drawn = {c.name for c in ranked[:limit]}
-    left_out = len(configurations) - limit
-    note = f" Drawn are the {limit} best by validation CFM, baselines included; {left_out} more are in the table."
+    names = [c.name for c in ranked(configurations)]
+    order = sorted(
+        configurations, key=lambda c: (c.baseline is None, names.index(c.name) if c.name in names else len(names))
+    )
+    drawn = {c.name for c in order[:limit]}
+    note = (
+        f" Drawn are the {limit} best by validation {study.objective[0]}, baselines included and those with all seeds "
+        f"first; {len(configurations) - limit} more are in the table."
+    )
     return [c for c in configurations if c.name in drawn], note
 
 

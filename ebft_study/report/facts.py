@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ebft_study import text
-from ebft_study.analysis import pareto
-from ebft_study.analysis.settings import choices_of, is_number
+from ebft_study.analysis.settings import choices_of, is_number, objectives
 from ebft_study.analysis.summary import Configuration, StudySummary
 from ebft_study.analysis.usage import Facts
 
@@ -40,7 +39,7 @@ def asked(study: StudySummary) -> Facts:
 
 
 def _values(configurations: Sequence[Configuration], name: str) -> str:
-    values = {text.setting(c.settings[name]): c.settings[name] for c in configurations}
+    values = {text.setting(c.settings[name]): c.settings[name] for c in configurations if name not in c.unread}
     if len(values) > MAX_VALUES and all(map(is_number, values.values())):
         return f"{len(values)} values from {text.setting(min(values.values()))} to {text.setting(max(values.values()))}"
     return ("; " if any(isinstance(value, tuple) for value in values.values()) else ", ").join(values)
@@ -68,17 +67,18 @@ def _procedure(spec: Mapping[str, Any]) -> Facts:
         stopping = [f"{scheduler.get('kind')} ({_value(settings)})"] if scheduler.get("kind") != "none" else []
         stopping += [f"{name.replace('_', ' ')} ({_value(rule)})" for name, rule in rules.items() if rule]
         rows.append(("Early stopping", text.listed(stopping) or "none"))
-    objectives = [f"{mode} {metric}" for metric, mode in pareto.objectives(spec)]
-    if objectives:
-        rows.append(("Objectives" if len(objectives) > 1 else "Objective", text.listed(objectives)))
+    goals = [f"{mode} {metric}" for metric, mode in objectives(spec)]
+    if goals:
+        rows.append(("Objectives" if len(goals) > 1 else "Objective", text.listed(goals)))
     return rows
 
 
 def fixed_settings(study: StudySummary) -> Facts:
-    """Notable settings that all trials on the axes share."""
+    """Notable settings that all trials on the axes share, as far as their methods read them."""
     configurations = study.on_axes or study.configurations
     names = [name for name in NOTABLE if name not in {*study.varying, *study.shown_as}]
-    return [(text.named(name), text.setting(c.settings[name])) for c in configurations[:1] for name in names]
+    readers = {name: next((c for c in configurations if name not in c.unread), None) for name in names}
+    return [(text.named(name), text.setting(c.settings[name])) for name, c in readers.items() if c]
 
 
 def provenance(spec: Mapping[str, Any]) -> list[tuple[str, Facts]]:

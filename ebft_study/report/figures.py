@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 from numpy.typing import ArrayLike
 
+from ebft_study.analysis.selection import comparable
 from ebft_study.analysis.statistics import mean_interval
 from ebft_study.analysis.summary import Configuration, StudySummary
 from ebft_study.report import drawing, outcomes
@@ -61,7 +62,7 @@ def learning_curves(study: StudySummary) -> ReportFigure | None:
     panels = [metric for metric in titles if study.results.metrics[metric].notna().any()]
     if not panels:
         return None
-    shown, omitted = drawing.most_relevant(study.configurations, MAX_LINES)
+    shown, omitted = drawing.most_relevant(study, study.configurations, MAX_LINES)
     figure = Figure(figsize=(8.4, 0.5 + 2.55 * len(panels)), layout="constrained")
     for axes, metric in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True):
         _learning_curve(axes, study, shown, metric)
@@ -71,7 +72,8 @@ def learning_curves(study: StudySummary) -> ReportFigure | None:
     drawing.add_legend(figure)
     caption = (
         "Lines are means over the seeds of a configuration, bands span its lowest to highest seed; the dashed line is "
-        "the base model (step 0). Thin lines ending in × are trials that did not finish; they are not in the means. "
+        "the base model (step 0), where the study has one value of it. Thin lines ending in × are trials that did not "
+        "finish; they are not in the means. "
         "A line that rises far above the rest leaves the frame. "
         "The reward's scale depends on α, so compare its course, not its height, across α."
         f"{omitted}"
@@ -98,7 +100,8 @@ def _learning_curve(axes: Axes, study: StudySummary, shown: Sequence[Configurati
     axes.set_xlim(0, max(steps.max(), 1))
     if len(at_start):
         _leave_out_divergence(axes, at_start.mean(), means)
-        drawing.base_line(axes, at_start.mean())
+        if len(comparable(study.configurations, metric)) == len(study.of_one_base(metric)) == 1:
+            drawing.base_line(axes, at_start.mean())
 
 
 def _leave_out_divergence(axes: Axes, base: float, means: Sequence[pd.Series]) -> None:
@@ -156,7 +159,7 @@ def length_profile(study: StudySummary) -> ReportFigure | None:
     caption = (
         "Left: held-out CFM against the length of the completion (mean over seeds). Right: the same minus the base "
         "model, with 95 % intervals over seeds; below zero is better. The dotted line marks the length of the "
-        "rollouts in training. The EBFT configuration is the one with the lowest validation CFM."
+        f"rollouts in training. {drawing.choice_note(study)}"
     )
     return ReportFigure("cfm_over_length", "CFM over completion length", caption, figure)
 
@@ -197,7 +200,6 @@ def entropy_by_position(study: StudySummary) -> ReportFigure | None:
     drawing.add_legend(figure)
     caption = (
         "A calibrated model's entropy does not drift with the position of the generated token. Lines are means "
-        "over seeds, bands span the lowest to the highest. The EBFT configuration is the one with the lowest "
-        "validation CFM."
+        f"over seeds, bands span the lowest to the highest. {drawing.choice_note(study)}"
     )
     return ReportFigure("entropy", "Entropy by position", caption, figure)

@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 
 from ebft_study import text
 from ebft_study.analysis import pareto
-from ebft_study.analysis.settings import assignments, is_number, sort_key
+from ebft_study.analysis.settings import assignments, is_number, objectives, sort_key
 from ebft_study.analysis.statistics import Interval
 from ebft_study.analysis.summary import Configuration, StudySummary
 from ebft_study.report import drawing
@@ -35,7 +35,7 @@ def differences(study: StudySummary) -> ReportFigure | None:
     rows = _measured(study.configurations)
     if not rows:
         return None
-    shown, omitted = drawing.most_relevant(rows, MAX_ROWS)
+    shown, omitted = drawing.most_relevant(study, rows, MAX_ROWS)
     styles = drawing.configuration_styles(study)
     figure = Figure(figsize=(8.4, 1.3 + 0.3 * len(shown)), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
@@ -171,6 +171,7 @@ def along_settings(study: StudySummary) -> ReportFigure | None:
 
 
 def _along(axes: Axes, study: StudySummary, name: str, metric: str, drawn: Sequence[Configuration]) -> None:
+    drawn = [c for c in drawn if name not in c.unread]
     values = sorted({c.settings[name] for c in drawn}, key=sort_key)
     numeric = all(map(is_number, values))
     axes.axhline(0, color=drawing.BASE_COLOR, linestyle="--", linewidth=1.2)
@@ -204,7 +205,8 @@ def _equal_but_for(
     """Configurations that differ in setting `name` alone, under a text of their other varying settings."""
     groups: dict[str, list[Configuration]] = {}
     for c in configurations:
-        groups.setdefault(assignments(c.settings, [key for key in study.varying if key != name]), []).append(c)
+        others = [key for key in study.varying if key != name and key not in c.unread]
+        groups.setdefault(assignments(c.settings, others), []).append(c)
     return groups
 
 
@@ -213,17 +215,17 @@ def _equal_but_for(
 
 def pareto_front(study: StudySummary) -> ReportFigure | None:
     """The first two objectives of every configuration, with the front marked."""
-    objectives = pareto.objectives(study.results.spec)
-    shown = pareto.points(study) if len(objectives) > 1 else []
+    goals = objectives(study.results.spec)
+    shown = pareto.points(study) if len(goals) > 1 else []
     front = sorted(point.values[:2] for point in shown if point.on_front)
     if not front:
         return None
     styles = drawing.configuration_styles(study)
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.subplots()
-    if len(objectives) == 2:
+    if len(goals) == 2:
         # Steps turn away from the region that the front dominates.
-        corner: Any = "post" if objectives[0][1] == "min" else "pre"
+        corner: Any = "post" if goals[0][1] == "min" else "pre"
         axes.step(*zip(*front, strict=True), where=corner, color=drawing.INK, linewidth=1.0, zorder=1)
     label_points = sum(point.on_front or point.configuration.baseline is not None for point in shown) <= MAX_LABELS
     for point in shown:
@@ -241,11 +243,11 @@ def pareto_front(study: StudySummary) -> ReportFigure | None:
         if label_points and (point.on_front or is_baseline):
             axes.annotate(point.configuration.label, (x, y), xytext=(5, 4), textcoords="offset points", fontsize=7)
     axes.margins(x=0.12, y=0.08)
-    labels = [f"{metric} ({'lower' if mode == 'min' else 'higher'} is better)" for metric, mode in objectives]
+    labels = [f"{metric} ({'lower' if mode == 'min' else 'higher'} is better)" for metric, mode in goals]
     axes.set_xlabel(labels[0])
     axes.set_ylabel(labels[1])
-    of_all = f" The front is that of all {len(objectives)} objectives, of which two are drawn."
-    more = of_all if len(objectives) > 2 else ""
+    of_all = f" The front is that of all {len(goals)} objectives, of which two are drawn."
+    more = of_all if len(goals) > 2 else ""
     caption = (
         "Validation values after training, means over seeds. Filled circles: no other configuration is at least as "
         f"good in every objective and better in one. Squares are baselines.{more}"

@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from ebft_study import text
 from ebft_study.analysis import pareto, usage
+from ebft_study.analysis.settings import objectives
 from ebft_study.analysis.summary import summarize
 from ebft_study.report import content, facts
 from ebft_study.report.claims import judge
@@ -58,7 +59,7 @@ def write(study_folder: StoragePath) -> Path | StoragePath:
         precision=content.precision(study),
         trials=content.trial_rows(study),
         incidents=content.incidents(study),
-        objectives=[metric for metric, _ in pareto.objectives(spec)],
+        objectives=[metric for metric, _ in objectives(spec) or [study.objective]],
         front=pareto.rows(study),
         lineage=content.lineage_rows(study),
         samples=list(content.sample_groups(study)),

@@ -31,6 +31,14 @@ FEATURE_MAP = (
 )
 """Settings that change what feature matching measures: the feature map, the contexts, length and temperature."""
 
+REWARD = (
+    *(name for name in FEATURE_MAP if name not in ("evaluation_temperature", "cfm_samples")),
+    *("alpha", "whitening", "n_samples"),
+)
+"""Settings that change the scale of rewards."""
+TEXT = ("dataset", "sequence_length", "packing")
+"""Settings that change the tokens that cross-entropy is measured on."""
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -72,13 +80,13 @@ METRICS: dict[str, Metric] = _by_name(
     # On evaluation steps, on the validation split; in `evaluations` on the held-out split.
     Metric(
         "ce_loss", "nats/token", "cross-entropy of all ground-truth tokens at temperature 1", "min",
-        tables=_BOTH, is_objective=True,
+        tables=_BOTH, is_objective=True, comparable_within=TEXT,
     ),
     Metric(
         "ce_answer_loss", "nats/token", "cross-entropy of the answer's tokens at temperature 1", "min",
-        tables=_BOTH, is_objective=True,
+        tables=_BOTH, is_objective=True, comparable_within=TEXT,
     ),
-    Metric("perplexity", "", "exp(ce_loss)", "min", is_objective=True),
+    Metric("perplexity", "", "exp(ce_loss)", "min", is_objective=True, comparable_within=TEXT),
     Metric(
         "cfm_loss", "squared feature norm", "unbiased conditional feature-matching loss, unwhitened, at G", "min",
         tables=_BOTH, position="completion length", is_objective=True, comparable_within=FEATURE_MAP,
@@ -93,7 +101,7 @@ METRICS: dict[str, Metric] = _by_name(
     Metric("kl", "nats/token", "KL divergence of completions from the base model over G, by the value of kl_estimator",
            aggregation="mean"),
     Metric("reward", "", "alignment - alpha * diversity, mean over contexts and samples", "max", "mean",
-           is_objective=True),
+           is_objective=True, comparable_within=REWARD),
     Metric("alignment", "", "reward's agreement with the ground truth's features", "max", "mean"),
     Metric("diversity", "", "agreement with the other samples of the context, which the reward subtracts alpha times",
            aggregation="mean"),

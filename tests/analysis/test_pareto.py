@@ -12,6 +12,7 @@ import yaml
 from optuna.distributions import FloatDistribution
 
 from ebft_study.analysis import pareto
+from ebft_study.analysis.settings import objectives
 from ebft_study.analysis.summary import StudySummary, summarize
 from ebft_study.report import outcomes, write_report
 from ebft_study.results import load
@@ -79,8 +80,8 @@ def test_one_objective_has_no_front(tmp_path: Path) -> None:
     study = summary_of(tmp_path / "s", BOTH[0], seeds=(0,))
     assert pareto.rows(study) == []
     assert outcomes.pareto_front(study) is None
-    assert pareto.objectives(study.results.spec) == [("ce_loss", "min")]
-    assert pareto.objectives({}) == []
+    assert objectives(study.results.spec) == [("ce_loss", "min")]
+    assert objectives({}) == []
 
 
 def test_the_page_has_figure_and_table(tmp_path: Path) -> None:

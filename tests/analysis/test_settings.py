@@ -9,9 +9,9 @@ import pytest
 import yaml
 
 from ebft_study import results, text
-from ebft_study.analysis.settings import grouped_settings, sort_key
+from ebft_study.analysis.settings import grouped_settings, sort_key, unread
 from ebft_study.analysis.summary import summarize
-from ebft_study.report import facts, write_report
+from ebft_study.report import facts, outcomes, write_report
 from tests.synthetic_study import write_study
 
 SIZES = {
@@ -80,3 +80,48 @@ def test_the_report_of_such_a_study_draws_outcomes_along_the_axis(folder: Path) 
     page = write_report(folder).read_text()
     assert "Outcome along each setting" in page
     assert "size=small, γ=0.1" in page
+
+
+# --- settings that a method does not read ----------------------------------------------------------------------
+
+
+def test_sft_has_no_settings_of_ebft(tmp_path: Path) -> None:
+    """SFT at two values of alpha and n is one configuration, without them in its label, values and figures."""
+
+    def settings(key: Any) -> dict[str, Any]:
+        method, alpha, n = key
+        return {"method": method, "alpha": alpha, "n_samples": n, "gamma": 0.1 if method == "ebft" else 0.0}
+
+    keys = [(method, alpha, n) for method in ("ebft", "sft") for alpha, n in ((0.0, 4), (1.0, 4), (1.0, 8))]
+    made = write_study(tmp_path / "s", effects=dict.fromkeys(keys, (-0.1, -0.02)), settings=settings, seeds=(0, 1))
+    study = summarize(results.load(made))
+    assert study.varying == ("method", "n_samples", "alpha")  # gamma differs only where it is not read
+    (sft,) = study.sft
+    assert sft.label == "method=sft"
+    assert len(study.ebft) == 3
+    assert (sft.settings["alpha"], sft.settings["n_samples"], len(sft.finished_seeds)) == (None, None, 2)
+    assert sft.settings["learning_rate"] is not None
+    figure = outcomes.along_settings(study)
+    assert figure is not None
+    (alpha,) = [axes for axes in figure.figure.axes if axes.get_xlabel() == "α (alpha)"][:1]
+    drawn = sum(len(line.lines[0].get_xdata()) for line in alpha.containers)
+    assert drawn == 3
+
+
+def test_fixed_settings_are_those_of_the_methods_that_read_them(tmp_path: Path) -> None:
+    def settings(key: str) -> dict[str, Any]:
+        return {"method": key, "alpha": 0.5}
+
+    effects = {"sft": (-0.1, 0.0), "ebft": (-0.1, -0.1)}
+    fixed = dict(
+        facts.fixed_settings(summarize(results.load(write_study(tmp_path / "s", effects=effects, settings=settings))))
+    )
+    assert fixed["α (alpha)"] == "0.5"
+
+
+def test_an_axis_that_also_stands_for_a_setting_that_sft_reads_stays() -> None:
+    assert "n_samples" in unread("sft", {}, {"n_samples": "n_samples"})
+    assert "n_samples" not in unread("sft", {}, {"n_samples": "n_samples", "batch_size": "n_samples"})
+    choices = {"axes": {"term": {"choices": {"a": {"reward.alpha": 0.0}, "b": {"reward.alpha": 1.0}}}}}
+    assert "term" in unread("sft", choices, {"alpha": "term"})
+    assert unread("ebft", choices, {"alpha": "term"}) == frozenset()

@@ -36,7 +36,7 @@ def test_a_study_like_the_paper_agrees_where_it_was_made_to(paper_like: dict[str
 
 
 def test_sentences_carry_the_constructed_numbers(paper_like: dict[str, Verdict]) -> None:
-    assert "base 2.648" in paper_like["ebft_lowers_cfm"].sentence
+    assert "from 2.648 at the base model" in paper_like["ebft_lowers_cfm"].sentence
     assert "3 seeds" in paper_like["ebft_lowers_cfm"].sentence
     assert "each after 320 sequences" in paper_like["ebft_beats_sft_on_cfm"].sentence
     assert "α=1, γ=0.1 against α=1, γ=0" in paper_like["gamma_lowers_ce_and_keeps_the_gain"].sentence
@@ -114,11 +114,11 @@ def test_sft_with_other_data_is_no_comparison(tmp_path: Path) -> None:
 
 
 def test_trials_that_did_not_finish_are_left_out_and_named(tmp_path: Path) -> None:
-    statuses = {((1.0, 0.0), 2): "stopped", ((0.0, 0.0), 0): "failed", ((0.0, 0.0), 1): "stopped"}
+    statuses = {((1.0, 0.0), 2): "failed", ((0.0, 0.0), 0): "failed", ((0.0, 0.0), 1): "stopped"}
     judged = verdicts(write_study(tmp_path / "s", effects=FEW, seeds=(0, 1, 2, 3, 4), statuses=statuses))
     assert judged["ebft_lowers_cfm"].ruling == "agrees"
     assert "4 seeds" in judged["ebft_lowers_cfm"].sentence
-    assert "Left out: α=1, γ=0: 1 stopped" in judged["ebft_lowers_cfm"].sentence
+    assert "Left out: α=1, γ=0: 1 failed" in judged["ebft_lowers_cfm"].sentence
     assert "1 failed, 1 stopped" in judged["small_alpha_raises_ce"].sentence
 
 
@@ -131,6 +131,98 @@ def test_the_compared_configuration_is_chosen_on_validation_not_on_heldout(tmp_p
     worse = results.trials.loc[results.trials["learning_rate"] == 1e-4, "trial_id"]
     results.metrics.loc[results.metrics["trial_id"].isin(worse), "cfm_loss"] -= 1.0
     assert "lr=1e-4" in claims.ebft_lowers_cfm(summarize(results)).sentence
+
+
+# --- where EBFT began ------------------------------------------------------------------------------------------
+
+WARM = {"warm_start_steps": 20, "alpha": 1.0, "gamma": 0.0}
+
+
+def warm_started(folder: Path, effect: Effect, **options: object) -> dict[str, Verdict]:
+    """Verdicts on EBFT with this effect after a warm start that lowers CE by 1.2 and CFM by 0.1."""
+    return verdicts(
+        write_study(folder, effects={1: effect}, settings=lambda key: WARM, warm=(-1.2, -0.1), **options)  # type: ignore[arg-type]
+    )
+
+
+def test_the_warm_starts_gain_is_not_credited_to_ebft(tmp_path: Path) -> None:
+    """EBFT raises both losses after a warm start that lowered them below the base model's by far more."""
+    judged = warm_started(tmp_path / "s", (0.05, 0.04))
+    assert judged["ebft_lowers_cfm"].ruling == "disagrees"
+    assert judged["ce_does_not_rise"].ruling == "disagrees"
+    for name in ("ebft_lowers_cfm", "ce_does_not_rise"):
+        assert "at the end of the warm start (step 20)" in judged[name].sentence
+        assert judged[name].sentence.startswith("Validation")
+        assert "From the base model, warm start included, held-out" in judged[name].sentence
+    assert "−1.1" in judged["ce_does_not_rise"].sentence  # from base
+    assert judged["gain_persists_at_longer_completions"].ruling == "cannot tell"
+    assert "EBFT's part is unknown" in judged["gain_persists_at_longer_completions"].sentence
+
+
+def test_what_ebft_gains_after_a_warm_start_counts(tmp_path: Path) -> None:
+    judged = warm_started(tmp_path / "s", (-0.05, -0.06))
+    assert judged["ebft_lowers_cfm"].ruling == "agrees"
+    assert judged["ce_does_not_rise"].ruling == "agrees"
+
+
+@pytest.mark.parametrize(
+    ("rise", "ruling"), [(0.0, "agrees"), (0.004, "agrees"), (0.01, "cannot tell"), (0.03, "disagrees")]
+)
+def test_ce_that_does_not_rise_is_tested_against_a_margin(tmp_path: Path, rise: float, ruling: str) -> None:
+    """No change at all agrees: the claim is not that CE falls."""
+    verdict = warm_started(tmp_path / "s", (rise, -0.05), seeds=range(6), noise=0.0005)["ce_does_not_rise"]
+    assert verdict.ruling == ruling
+    assert "0.01 nats/token" in verdict.claim
+    assert "margin of +0.010" in verdict.sentence
+
+
+# --- several comparisons ---------------------------------------------------------------------------------------
+
+
+def test_claims_are_corrected_for_their_number(tmp_path: Path) -> None:
+    """Each claim alone agrees at p < 0.05; together with the others, those near 0.05 are undecided."""
+    study = summarize(load(write_study(tmp_path / "s", effects=FEW, noise=0.006)))
+    alone, together = [claim(study) for claim in claims.CLAIMS], claims.judge(study)
+    weakened = [(a, b) for a, b in zip(alone, together, strict=True) if a.ruling != b.ruling]
+    assert weakened
+    assert {b.ruling for _, b in weakened} == {"cannot tell"}
+    assert all("after Holm's correction for 8 claims" in b.sentence for _, b in weakened)
+    assert all(b.p_value >= max(a.p_value, 0.05) for a, b in weakened)
+
+
+def test_the_rival_on_ce_is_the_best_sft_by_ce(tmp_path: Path) -> None:
+    def settings(key: object) -> dict[str, object]:
+        return {"alpha": 1.0} if key == "ebft" else {"method": "sft", "learning_rate": key}
+
+    effects = {"ebft": (-0.2, -0.06), 1e-4: (-0.3, 0.0), 2e-4: (-0.1, -0.04)}
+    judged = verdicts(write_study(tmp_path / "s", effects=effects, settings=settings, seeds=range(5)))
+    on_ce, on_cfm = judged["ebft_beats_sft_on_ce"], judged["ebft_beats_sft_on_cfm"]
+    assert "lr=1e-4" in on_ce.sentence
+    assert "lr=2e-4" in on_cfm.sentence
+    assert on_ce.ruling == "disagrees"  # and would agree against the best SFT by CFM
+    assert "Chosen out of 2 configurations by the validation values of the other seeds" in on_ce.sentence
+
+
+def test_nothing_agrees_on_the_survivors_of_early_stopping(tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "s", effects=FEW, seeds=range(5), statuses={((1.0, 0.0), 2): "stopped"})
+    verdict = verdicts(folder)["ebft_lowers_cfm"]
+    assert verdict.ruling == "cannot tell"
+    assert "Leaving out stopped trials" in verdict.sentence
+
+
+def test_feature_maps_are_judged_apart(tmp_path: Path) -> None:
+    """One map's gain hides no other's loss, and no sentence averages base models."""
+
+    def settings(key: str) -> dict[str, object]:
+        return {"pooling": key, "alpha": 1.0, "gamma": 0.0}
+
+    effects = {"last_token": (0.0, -0.05), "mean": (0.0, 0.05)}
+    verdict = verdicts(write_study(tmp_path / "s", effects=effects, settings=settings))["ebft_lowers_cfm"]
+    assert verdict.ruling == "disagrees"
+    assert "[pooling=last_token] Held-out CFM" in verdict.sentence
+    assert "[pooling=mean] Held-out CFM" in verdict.sentence
+    both = {"last_token": (0.0, -0.05), "mean": (0.0, -0.08)}
+    assert rulings(tmp_path / "t", effects=both, settings=settings)["ebft_lowers_cfm"] == "agrees"
 
 
 @pytest.mark.parametrize("sft_model", ["tiny-1m", "tiny-4m"])

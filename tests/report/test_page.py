@@ -158,6 +158,22 @@ def test_rules_for_single_trials_and_trials_without_workers_are_told(tmp_path: P
     assert "CPU hours (2 CPU per trial)" in text
 
 
+def test_the_page_says_what_happened_after_the_warm_start(tmp_path: Path) -> None:
+    warm = {"alpha": 1.0, "gamma": 0.0, "warm_start_steps": 20}
+    effects = {1e-4: (0.05, -0.06), 2e-4: (0.07, -0.02)}
+    text = report(
+        tmp_path / "s",
+        effects=effects,
+        settings=lambda key: {**warm, "learning_rate": key},
+        warm=(-1.2, -0.1),
+        noise=0.0,
+    )
+    assert "CE since warm start (validation)" in text
+    assert "−1.150 ± 0.000 −0.160 ± 0.000 +0.050 ± 0.000 −0.060 ± 0.000" in text
+    assert "include the warm start" in text
+    assert "CE since warm start" not in report(tmp_path / "t", effects={(1.0, 0.0): (-0.02, -0.03)})
+
+
 def test_one_seed_and_no_sft_are_named_as_limits(tmp_path: Path) -> None:
     text = report(tmp_path / "s", effects={(1.0, 0.0): (-0.02, -0.03)}, seeds=(0,))
     assert "One seed only" in text

@@ -111,4 +111,4 @@ def test_metrics_are_compared_within_settings_that_exist() -> None:
     assert all(name in settings for entry in METRICS.values() for name in entry.comparable_within)
     within = METRICS["cfm_loss"].comparable_within
     assert {"depths", "pooling", "normalize", "feature_network", "completion_length"} <= set(within)
-    assert METRICS["ce_loss"].comparable_within == ()
+    assert METRICS["ce_loss"].comparable_within == ("dataset", "sequence_length", "packing")

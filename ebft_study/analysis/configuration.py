@@ -1,0 +1,130 @@
+"""A configuration of a study: all trials of one setting, with their values by seed.
+
+A configuration is its seeds: it is complete when it has a finished trial for every seed of the study.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from ebft_study.analysis.settings import Objective
+from ebft_study.analysis.statistics import Interval, mean_interval, paired_difference
+from ebft_study.results import METRICS
+
+DEFAULT_OBJECTIVE: Objective = ("cfm_loss", "min")
+"""Objective where study.yaml records none."""
+BySeed = dict[int, float]
+Map = tuple[tuple[str, Any], ...]
+"""Names and values of settings that define what a metric measures."""
+OF_BASE = ("model", "dataset", "sequence_length", "packing")
+"""Settings that change the base model's own cross-entropy."""
+Values = dict[tuple[str, int | None], BySeed]
+"""(metric, position) -> seed -> value; ("cfm_loss", None) is the value at the completion length of comparisons."""
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """All trials of one setting, with their held-out values after training (`final`) and before it (`base`).
+
+    `validation` and `start` hold, by metric, values of the validation split: the last ones of finished trials, and
+    those where the method began, which is the end of the warm start or else the base model.
+    """
+
+    name: str
+    label: str
+    baseline: str | None
+    settings: dict[str, Any]
+    trials: pd.DataFrame
+    final: Values = field(repr=False)
+    base: Values = field(repr=False)
+    validation: dict[str, BySeed] = field(repr=False)
+    start: dict[str, BySeed] = field(repr=False)
+    n_seeds: int
+    """Number of seeds that the study has."""
+    objective: Objective = DEFAULT_OBJECTIVE
+    """The study's first objective."""
+    unread: frozenset[str] = frozenset()
+    """Settings and axes that the method does not read."""
+
+    @property
+    def is_sft(self) -> bool:
+        return self.settings.get("method") == "sft"
+
+    @functools.cached_property
+    def finished(self) -> pd.DataFrame:
+        """The finished trials."""
+        return self.trials[self.trials["status"] == "finished"]
+
+    @property
+    def n_finished(self) -> int:
+        return len(self.finished)
+
+    @functools.cached_property
+    def finished_seeds(self) -> frozenset[int]:
+        return frozenset(int(seed) for seed in self.finished["seed"].dropna())
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every seed of the study has a finished trial."""
+        return len(self.finished_seeds) >= self.n_seeds
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether a finished trial has held-out values."""
+        return bool(self.n_finished and self.final)
+
+    @property
+    def warm_start_steps(self) -> int:
+        return int(self.settings.get("warm_start_steps") or 0)
+
+    @property
+    def sequences_seen(self) -> float:
+        """Training sequences of a finished trial; NaN when unknown."""
+        done = self.finished
+        return float(done["sequences_seen"].fillna(done["steps_done"] * done["batch_size"]).median())
+
+    def validated(self, metric: str | None = None) -> float:
+        """Mean validation value after training, of the study's objective by default; NaN where it was not measured."""
+        values = list(self.validation.get(metric or self.objective[0], {}).values())
+        return float(np.mean(values)) if values else math.nan
+
+    def level(self, metric: str, position: int | None = None) -> Interval:
+        """Mean held-out value after training."""
+        return mean_interval(self.final.get((metric, position), {}).values())
+
+    def change(self, metric: str, position: int | None = None) -> Interval:
+        """Held-out value after training minus the base model's, paired by seed."""
+        return paired_difference(self.final.get((metric, position), {}), self.base.get((metric, position), {}))
+
+    def since_start(self, metric: str) -> Interval:
+        """Validation value after training minus that where the method began, paired by seed."""
+        return paired_difference(self.validation.get(metric, {}), self.start.get(metric, {}))
+
+    def versus(self, other: Configuration, metric: str, position: int | None = None) -> Interval:
+        """Held-out value minus that of `other`, paired by seed."""
+        return paired_difference(self.final.get((metric, position), {}), other.final.get((metric, position), {}))
+
+    def base_of(self, metric: str) -> Map:
+        """The settings that define the base model's held-out value of a metric."""
+        if metric in ("cfm_loss", "entropy"):
+            return self.map_of("cfm_loss", at_one_length=True)
+        return tuple((name, self.settings.get(name)) for name in OF_BASE)
+
+    def map_of(self, metric: str, *, at_one_length: bool = False) -> Map:
+        """The settings that define what `metric` measures: values compare between configurations that share them.
+
+        Args:
+            at_one_length: for held-out values, which reports compare at one completion length for all configurations.
+        """
+        names = METRICS[metric].comparable_within if metric in METRICS else ()
+        if "evaluation_temperature" in names and self.settings.get("evaluation_temperature") is not None:
+            names = tuple(name for name in names if name != "temperature")  # evaluations have their own
+        if at_one_length:
+            names = tuple(name for name in names if name != "completion_length")
+        return tuple((name, self.settings.get(name)) for name in names)
