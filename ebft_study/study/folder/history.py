@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Any
 from ebft_study import results
 from ebft_study.storage import Location
 from ebft_study.study.folder import study_yaml
-from ebft_study.study.folder.trial_states import OPEN, Evaluation, TrialResult, TrialState, trial_result
+from ebft_study.study.folder.trial_states import (
+    CONFIGURATION_STOPPED,
+    EARLY_STOP,
+    OPEN,
+    Evaluation,
+    TrialResult,
+    TrialState,
+    trial_result,
+)
+from ebft_study.study.spec.trials import Replicate
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -20,12 +29,14 @@ Curve = list[tuple[float, float]]
 
 @dataclass(frozen=True)
 class History:
-    """Per trial: its state, how it ended (if it did), its (step, objective) before its last step, its evaluations."""
+    """Per trial: its state, how it ended (if it did), its (step, objective), its evaluations."""
 
     states: dict[str, TrialState]
     trial_results: dict[str, TrialResult]
-    curves: dict[str, Curve]
+    curves: dict[Replicate, Curve]
     evaluations: dict[str, list[Evaluation]] = field(default_factory=dict)
+    stopped: dict[str, str] = field(default_factory=dict)
+    """Configuration -> why the scheduler stopped it, with all its seeds."""
 
 
 def read(study_folder: Location, objective: str, further: Sequence[str] = ()) -> History:
@@ -37,8 +48,9 @@ def read(study_folder: Location, objective: str, further: Sequence[str] = ()) ->
     by_trial = dict(list(results.read_table(study_folder, "metrics").groupby("trial_id")))
     states: dict[str, TrialState] = {}
     trial_results: dict[str, TrialResult] = {}
-    curves: dict[str, Curve] = {}
+    curves: dict[Replicate, Curve] = {}
     evaluations: dict[str, list[Evaluation]] = {}
+    stopped: dict[str, str] = {}
     for row in rows.to_dict("records"):
         measured = by_trial.get(row["trial_id"])
         state = _state(row, measured)
@@ -47,8 +59,11 @@ def read(study_folder: Location, objective: str, further: Sequence[str] = ()) ->
             trial_results[state.trial_id] = trial_result(state, objective, further)
         if measured is not None and _text(row["named_baseline"]) == "":
             evaluations[state.trial_id] = _evaluations(measured)
-            curves[state.trial_id] = _curve(evaluations[state.trial_id], objective, state.total_steps)
-    return History(states, trial_results, curves, evaluations)
+            curves[_replicate(row)] = _curve(evaluations[state.trial_id], objective)
+        if state.note.startswith(f"{EARLY_STOP}: {CONFIGURATION_STOPPED}"):
+            # Without the steps saved, which are those of one trial.
+            stopped[_text(row["configuration"])] = state.note.removeprefix(f"{EARLY_STOP}: ").rpartition("; ")[0]
+    return History(states, trial_results, curves, evaluations, stopped)
 
 
 def problems(folder: Location) -> list[str]:
@@ -83,9 +98,13 @@ def _latest(measured: pd.DataFrame) -> pd.DataFrame:
     return measured.drop(columns=["study", "trial_id", "attempt", "step", "written_at"]).ffill()
 
 
-def _curve(evaluations: list[Evaluation], objective: str, total_steps: int) -> Curve:
-    """The points that the scheduler saw: all evaluations but a trial's last."""
-    seen = [(float(e.step), e.get(objective)) for e in evaluations if e.step < total_steps]
+def _replicate(row: dict[Any, Any]) -> Replicate:
+    warm, steps = int(row["warm_start_steps"]), int(row["steps"])
+    return Replicate(row["trial_id"], _text(row["configuration"]), int(row["seed"]), warm + steps, warm)
+
+
+def _curve(evaluations: list[Evaluation], objective: str) -> Curve:
+    seen = [(float(e.step), e.get(objective)) for e in evaluations]
     return [(step, value) for step, value in seen if math.isfinite(value)]
 
 

@@ -12,7 +12,10 @@ OPEN = ("pending", "running", "interrupted")
 
 
 EARLY_STOP = "early stop"
-"""Beginning of the `stop_reason` of a trial that the scheduler stopped; other trials stopped by themselves."""
+"""Beginning of the `stop_reason` of a trial that scheduler or rules stopped; other trials stopped by themselves."""
+
+CONFIGURATION_STOPPED = "configuration stopped"
+"""What follows it where the scheduler stopped the whole configuration: all its seeds."""
 
 
 @dataclass
