@@ -103,10 +103,10 @@ class Halving:
         self._rungs = rungs(scheduler.grace_period_steps, self._factor, longest)
         # Hyperband has a bracket that begins at each rung, and one that runs its trials to the end.
         brackets = len(self._rungs) + 1 if scheduler.kind == "hyperband" else scheduler.brackets
-        self._shares = bracket_shares(len(self._rungs), brackets, self._factor)
+        self._shares, self._study = bracket_shares(len(self._rungs), brackets, self._factor), spec.study
 
     def group(self, configuration: str) -> int:
-        return bracket_of(configuration, self._shares)
+        return bracket_of(configuration, self._shares, self._study)
 
     def is_due(self, group: int, before: float, step: float) -> bool:
         return any(before < rung <= step for rung in self._rungs[group:])
@@ -239,19 +239,21 @@ class StudyScheduler(FIFOScheduler):  # type: ignore[misc]
             return
         group = self._groups[number]
         values = _values(group[trial.configuration], step, self._rule.judged)
-        leads: list[float] = []
+        is_better: dict[str, bool] = {}
         n_trials = 0
         for other, curves in group.items():
             shared = {} if other == trial.configuration else _values(curves, step, self._rule.standard, only=values)
             if shared:
-                leads.append(math.fsum(values[seed] - shared[seed] for seed in shared))
+                is_better[other] = math.fsum(values[seed] - shared[seed] for seed in shared) > 0
                 n_trials += len(shared)
-        if self._rule.is_behind(sum(lead > 0 for lead in leads), len(leads), n_trials):
+        # Those that stopped count, but at least one must be left: further seeds may have changed who is ahead.
+        is_led = any(better and other not in self._stopped for other, better in is_better.items())
+        if is_led and self._rule.is_behind(sum(is_better.values()), len(is_better), n_trials):
             mean = self._sign * math.fsum(values.values()) / len(values)
             over = f" (mean of {len(values)} seeds)" if len(values) > 1 else ""
             self._stopped[trial.configuration] = (
                 f"{CONFIGURATION_STOPPED}: {self._metric} {mean:.4g}{over} at step {step:g} "
-                f"{self._rule.verdict(len(leads))}"
+                f"{self._rule.verdict(len(is_better))}"
             )
 
 
@@ -285,11 +287,11 @@ def bracket_shares(n_rungs: int, brackets: int, reduction_factor: int) -> list[f
     return [number / sum(numbers) for number in numbers]
 
 
-def bracket_of(configuration: str, shares: Sequence[float]) -> int:
-    """The bracket of a configuration, for all its seeds and in every session: drawn from its name by the shares."""
+def bracket_of(configuration: str, shares: Sequence[float], study: str) -> int:
+    """The bracket of a configuration, for all its seeds and in every session: drawn by its name and the study's."""
     if len(shares) == 1:
         return 0
-    position = int(draw("bracket", configuration)[:12], 16) / 16**12
+    position = int(draw("bracket", study, configuration)[:12], 16) / 16**12
     for bracket, share in enumerate(shares):
         position -= share
         if position < 0:

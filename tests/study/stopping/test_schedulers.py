@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections import Counter
 from typing import Any
 
@@ -44,26 +45,32 @@ Table = dict[tuple[str, int], dict[int, float]]
 """(Configuration, seed) -> step -> value."""
 
 
-def compared(table: Table, configuration: str, step: int, judged: Any, standard: Any) -> tuple[int, int, int]:
-    """How many others are better, of how many, with how many trials: over the seeds that got as far as `step`."""
+def compared(
+    table: Table, stopped: set[str], configuration: str, step: int, judged: Any, standard: Any
+) -> tuple[int, int, int]:
+    """How many others are better, of how many, with how many trials: over the seeds that got as far as `step`.
+
+    None is better where all that are have stopped.
+    """
     at = {key: {s: v for s, v in points.items() if s <= step} for key, points in table.items() if max(points) >= step}
-    better = others = trials = 0
+    better, others, trials = set(), 0, 0
     for other in {name for name, _ in at} - {configuration}:
         shared = [seed for name, seed in at if name == other and (configuration, seed) in at]
         pairs = [(judged(at[configuration, seed]), standard(at[other, seed])) for seed in shared]
         pairs = [pair for pair in pairs if not math.isnan(pair[1])]
         if pairs:
             others, trials = others + 1, trials + len(pairs)
-            better += np.mean([theirs for _, theirs in pairs]) < np.mean([ours for ours, _ in pairs]) - 1e-12
-    return better, others, trials
+            if np.mean([theirs for _, theirs in pairs]) < np.mean([ours for ours, _ in pairs]) - 1e-12:
+                better.add(other)
+    return len(better) if better - stopped else 0, others, trials
 
 
 def halved(curves: Curves, seed: int, *, grace: int, factor: int) -> dict[str, int]:
     """Where trials end by successive halving: at a rung, rank the configuration among those that got as far."""
     rungs = [step for step in range(grace, STEPS) if log_is_whole(step / grace, factor)]
 
-    def is_behind(table: Table, configuration: str, before: int, step: int) -> bool:
-        better, others, _ = compared(table, configuration, step, last, last)
+    def is_behind(table: Table, stopped: set[str], configuration: str, before: int, step: int) -> bool:
+        better, others, _ = compared(table, stopped, configuration, step, last, last)
         continues = math.ceil((others + 1) / factor)  # the best of so many and itself
         return any(before < rung <= step for rung in rungs) and better >= continues
 
@@ -85,8 +92,9 @@ def by_median(curves: Curves, seed: int, *, grace: int, samples: int) -> dict[st
         late = [value for step, value in points.items() if step >= grace]
         return float(np.mean(late)) if late else math.nan
 
-    def is_behind(table: Table, configuration: str, before: int, step: int) -> bool:
-        better, others, trials = compared(table, configuration, step, lambda points: min(points.values()), mean)
+    def is_behind(table: Table, stopped: set[str], configuration: str, before: int, step: int) -> bool:
+        best = compared(table, stopped, configuration, step, lambda points: min(points.values()), mean)
+        better, others, trials = best
         return step >= grace and trials >= samples and better > others / 2
 
     return followed(curves, seed, is_behind)
@@ -107,7 +115,7 @@ def followed(curves: Curves, seed: int, is_behind: Any) -> dict[str, int]:
         before = max(points, default=0)
         if step:
             points[step] = value
-            if step < STEPS and is_behind(table, configuration, before, step):
+            if step < STEPS and is_behind(table, behind, configuration, before, step):
                 behind.add(configuration)
         else:
             del table[configuration, own_seed]
@@ -140,7 +148,7 @@ def test_brackets_are_halved_apart_from_each_other(section: dict[str, Any], seed
     shares = bracket_shares(len(rungs(4, 2, STEPS)), brackets, 2)
     found = serial_ends(section, curves)
     for bracket in range(brackets):
-        own = {name: values for name, values in curves.items() if bracket_of(unit(name)[0], shares) == bracket}
+        own = {name: values for name, values in curves.items() if bracket_of(unit(name)[0], shares, "s") == bracket}
         grace = 4 * 2**bracket
         alone = serial_ends({**ASHA, "grace_period_steps": grace}, own) if grace < STEPS else dict.fromkeys(own, STEPS)
         assert own
@@ -169,7 +177,7 @@ def test_shares_are_hyperbands() -> None:
 def test_configurations_are_spread_over_brackets_by_their_shares() -> None:
     """A configuration's bracket is that of all its seeds, whatever its place in the file."""
     shares, count = bracket_shares(3, 4, 3), 4000
-    found = Counter(bracket_of(f"alpha={number}", shares) for number in range(count))
+    found = Counter(bracket_of(f"alpha={number}", shares, "s") for number in range(count))
     for bracket, share in enumerate(shares):
         assert math.isclose(found[bracket], share * count, abs_tol=4 * math.sqrt(share * (1 - share) * count))
 
@@ -179,6 +187,16 @@ def test_a_worse_configuration_is_stopped_at_a_rung() -> None:
     flat = {f"t{number:04d}": [value] * 17 for number, value in ((0, 1.0), (2, 2.0), (4, 0.5), (1, 0.9), (5, 0.6))}
     assert serial_ends(ASHA, flat) == {"t0000": STEPS, "t0002": 4, "t0004": STEPS, "t0001": 8, "t0005": STEPS}
     assert serial_ends({**ASHA, "reduction_factor": 3}, flat)["t0001"] == 4
+
+
+@pytest.mark.parametrize("section", [ASHA, HYPERBAND, MEDIAN], ids=["asha", "hyperband", "median"])
+@pytest.mark.parametrize("seed", range(10))
+def test_one_configuration_is_always_left(section: dict[str, Any], seed: int) -> None:
+    """Among equals each further seed changes who is ahead."""
+    draw = random.Random(seed)
+    curves = {f"t{number:04d}": [draw.gauss(0, 1)] * 17 for number in (*range(0, 16, 2), *range(1, 16, 2))}
+    ended = serial_ends(section, curves)
+    assert {unit(name)[0] for name in curves} > {unit(name)[0] for name, step in ended.items() if step < STEPS}
 
 
 def test_equal_configurations_are_all_kept() -> None:

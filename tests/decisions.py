@@ -1,0 +1,133 @@
+"""How well early stopping decides: simulated studies, whose best configuration is known, under each scheduler.
+
+    make decisions          (or: python -m tests.decisions --write docs/decisions.md)
+
+Learning curves are drawn, and replayed by the scheduler of a live study: no Ray, no models. A curve is the level of its
+configuration, plus that of its seed (the same for all configurations, as seeds train on other data), plus that of the
+trial alone, plus a fall that is the same for all, plus the noise of each evaluation. Spreads are standard deviations,
+in units of the spread of configurations.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ebft_study.study.folder.trial_states import Evaluation
+from ebft_study.study.spec import normalize
+from ebft_study.study.spec.study_spec import StudySpec
+from ebft_study.study.stopping.replay import RecordedTrial, Replay, as_started, replay
+
+STEPS, EVERY = 81, 9
+METRIC = "cfm_loss"
+SCHEDULERS: dict[str, dict[str, Any]] = {
+    "none": {"kind": "none"},
+    "asha": {"kind": "asha", "grace_period_steps": 9, "reduction_factor": 3},
+    "hyperband": {"kind": "hyperband", "grace_period_steps": 9, "reduction_factor": 3},
+    "median": {"kind": "median", "grace_period_steps": 9, "min_samples_required": 3},
+}
+
+
+@dataclass(frozen=True)
+class Spreads:
+    """Standard deviations of a curve's parts."""
+
+    configurations: float = 1.0
+    seeds: float = 0.0
+    trials: float = 0.1
+    evaluations: float = 0.05
+
+
+class Curves:
+    """The learning curves of a study, whatever its configurations."""
+
+    def __init__(self, study: int, spreads: Spreads) -> None:
+        self._study, self._spreads = study, spreads
+
+    def value(self, level: float, configuration: str, seed: int, step: int) -> float:
+        """A configuration's objective at a step with a seed; less is better."""
+        spreads = self._spreads
+        parts = (
+            spreads.seeds * self._normal("seed", seed),
+            spreads.trials * self._normal("trial", configuration, seed),
+            spreads.evaluations * self._normal("evaluation", configuration, seed, step),
+        )
+        return level + math.fsum(parts) + 3.0 * math.exp(-4.0 * step / STEPS)
+
+    def _normal(self, *names: object) -> float:
+        return random.Random(f"{self._study} {names}").gauss(0.0, 1.0)
+
+
+def spec_of(scheduler: str, study: int = 0, **sections: Any) -> StudySpec:
+    content = {"study": f"s{study}", "question": "q", "scheduler": SCHEDULERS[scheduler], **sections}
+    return normalize.from_record(content, source="simulation")
+
+
+def drawn_study(study: int, spreads: Spreads, *, configurations: int = 9, seeds: int = 3) -> list[RecordedTrial]:
+    """A complete grid in the order of a file: seed by seed."""
+    draw, curves = random.Random(study), Curves(study, spreads)
+    levels = {f"c{number:02d}": draw.gauss(0.0, spreads.configurations) for number in range(configurations)}
+    trials = []
+    for seed in range(seeds):
+        for name, level in levels.items():
+            steps = range(0, STEPS + 1, EVERY)
+            evaluations = tuple(Evaluation(step, {METRIC: curves.value(level, name, seed, step)}) for step in steps)
+            trials.append(recorded(len(trials), name, seed, evaluations))
+    return trials
+
+
+def recorded(number: int, configuration: str, seed: int, evaluations: Sequence[Evaluation]) -> RecordedTrial:
+    """A finished trial, a second per step."""
+    return RecordedTrial(
+        trial_id=f"t{number:04d}",
+        configuration=configuration,
+        seed=seed,
+        is_baseline=False,
+        total_steps=STEPS,
+        n_samples=4,
+        steps_done=STEPS,
+        evaluations=tuple(evaluations),
+        elapsed=tuple(float(evaluation.step) for evaluation in evaluations),
+        seconds=float(STEPS),
+    )
+
+
+def run(trials: Sequence[RecordedTrial], scheduler: str, study: int, *, concurrency: int = 4) -> Replay:
+    spec = spec_of(scheduler, study)
+    return replay(as_started(trials, spec), spec, concurrency=concurrency)
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """Means over studies."""
+
+    winner_kept: float
+    """Part of the studies whose finally best configuration kept all its seeds."""
+    winner_chosen: float
+    saved: float
+    """Part of all steps."""
+    regret: float
+
+
+def decisions(scheduler: str, spreads: Spreads, studies: Iterable[int]) -> Decisions:
+    rows = []
+    for study in studies:
+        found = run(drawn_study(study, spreads), scheduler, study)
+        stopped = {stop.trial.configuration for stop in found.stops}
+        saved = found.steps_saved / found.steps_done
+        rows.append((found.winner not in stopped, found.winner == found.chosen, saved, found.regret))
+    return Decisions(*(math.fsum(column) / len(rows) for column in zip(*rows, strict=True)))
+
+
+def survival_by_position(scheduler: str, studies: Sequence[int], *, configurations: int = 9) -> list[float]:
+    """Of configurations that differ by noise alone: how often each line of the file keeps all its seeds."""
+    kept = dict.fromkeys((f"c{number:02d}" for number in range(configurations)), 0)
+    for study in studies:
+        equal = drawn_study(study, Spreads(configurations=0.0, trials=1.0), configurations=configurations)
+        stopped = {stop.trial.configuration for stop in run(equal, scheduler, study).stops}
+        for name in kept.keys() - stopped:
+            kept[name] += 1
+    return [number / len(studies) for number in kept.values()]
