@@ -10,16 +10,22 @@ in units of the spread of configurations.
 
 from __future__ import annotations
 
+import heapq
 import math
 import random
+import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from ebft_study.study.folder.trial_states import Evaluation
+from ebft_study.study.folder.trial_states import Evaluation, TrialResult
+from ebft_study.study.search.optuna_search import OptunaSearch
 from ebft_study.study.spec import normalize
 from ebft_study.study.spec.study_spec import StudySpec
+from ebft_study.study.spec.trials import Replicate, Trial
 from ebft_study.study.stopping.replay import RecordedTrial, Replay, as_started, replay
+from ebft_study.study.stopping.schedulers import StudyScheduler
 
 STEPS, EVERY = 81, 9
 METRIC = "cfm_loss"
@@ -131,3 +137,71 @@ def survival_by_position(scheduler: str, studies: Sequence[int], *, configuratio
         for name in kept.keys() - stopped:
             kept[name] += 1
     return [number / len(studies) for number in kept.values()]
+
+
+# --- searches --------------------------------------------------------------------------------------------------
+
+SEEDS = (0, 1, 2)
+CONFIGURATIONS = 30
+"""A search may do the steps of so many configurations that all run to their end."""
+
+
+def level_of(trial: Trial) -> float:
+    """A bowl over two axes, zero at its best."""
+    return 6.0 * ((trial.run.loss.gamma - 0.3) ** 2 + (trial.run.loss.kl_coefficient - 0.6) ** 2)
+
+
+def search_regret(
+    sampler: str,
+    scheduler: str,
+    study: int,
+    spreads: Spreads,
+    *,
+    configurations: int = CONFIGURATIONS,
+    concurrency: int = 4,
+) -> float:
+    """How much worse than the best the configuration is that a search chooses, at the cost of so many complete ones.
+
+    It chooses the best mean over seeds of the configurations that finished with all seeds.
+    """
+    curves, budget = Curves(study, spreads), configurations * len(SEEDS) * STEPS
+    spec = spec_of(
+        scheduler,
+        study,
+        run={"steps": STEPS},
+        axes={name: {"distribution": "uniform", "low": 0.0, "high": 1.0} for name in ("gamma", "kl_coefficient")},
+        seeds=list(SEEDS),
+        search={"algorithm": "optuna", "sampler": sampler, "num_configurations": 1000, "search_seed": study}
+        | ({"population_size": 10} if sampler == "nsga2" else {}),
+    )
+    compares = StudyScheduler(spec, longest=STEPS, history={}) if spec.scheduler.compares else None
+    finals: dict[str, list[float]] = {}
+    levels: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        search = OptunaSearch(spec, Path(folder, "optuna.journal"), {})
+        running: list[tuple[int, int, Trial, dict[int, tuple[float, ...]]]] = []
+        now = order = spent = 0
+        while spent < budget:
+            while len(running) < concurrency:
+                trial = search.next()
+                assert trial
+                name = trial.configuration.label
+                if compares and compares.reason_not_to_start(name, STEPS):
+                    search.ended(trial.trial_id, TrialResult("early"))
+                    continue
+                levels[name] = level_of(trial)
+                heapq.heappush(running, (now + EVERY, order := order + 1, trial, {}))
+            now, _, trial, curve = heapq.heappop(running)
+            name, step = trial.configuration.label, max(curve, default=0) + EVERY
+            value = curves.value(levels[name], name, trial.seed, step)
+            curve[step], spent = (value,), spent + EVERY
+            replicate = Replicate(trial.trial_id, name, trial.seed, STEPS)
+            if step == STEPS:
+                finals.setdefault(name, []).append(value)
+            elif not (compares and compares.should_stop(replicate, step, value)):
+                heapq.heappush(running, (now + EVERY, order := order + 1, trial, curve))
+                continue
+            kind: Any = "finished" if step == STEPS else "early"
+            search.ended(trial.trial_id, TrialResult(kind, value, step, (), curve))
+    complete = {name: math.fsum(values) for name, values in finals.items() if len(values) == len(SEEDS)}
+    return levels[min(complete, key=lambda name: complete[name])] if complete else max(levels.values())

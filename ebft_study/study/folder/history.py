@@ -55,11 +55,13 @@ def read(study_folder: Location, objective: str, further: Sequence[str] = ()) ->
         measured = by_trial.get(row["trial_id"])
         state = _state(row, measured)
         states[state.trial_id] = state
-        if state.status not in OPEN:
-            trial_results[state.trial_id] = trial_result(state, objective, further)
         if measured is not None and _text(row["named_baseline"]) == "":
             evaluations[state.trial_id] = _evaluations(measured)
+            names = (objective, *further)
+            state.curve = {e.step: tuple(e.get(name) for name in names) for e in evaluations[state.trial_id]}
             curves[_replicate(row)] = _curve(evaluations[state.trial_id], objective)
+        if state.status not in OPEN:
+            trial_results[state.trial_id] = trial_result(state, objective, further)
         if state.note.startswith(f"{EARLY_STOP}: {CONFIGURATION_STOPPED}"):
             # Without the steps saved, which are those of one trial.
             stopped[_text(row["configuration"])] = state.note.removeprefix(f"{EARLY_STOP}: ").rpartition("; ")[0]

@@ -170,6 +170,11 @@ def test_all_objectives_reach_the_search_now_and_in_the_next_session(tmp_path: P
     for one in (ended, read):
         assert (one.kind, one.value, one.further[0]) == ("finished", 1.8, 3.0)
         assert math.isnan(one.further[1])  # it reported none
+        assert {step: values[:2] for step, values in one.curve.items()} == {
+            0: (2.0, 3.0),
+            5: (1.5, 3.0),
+            10: (1.8, 3.0),
+        }
 
 
 def test_a_trial_that_waits_for_its_turn_is_pending_and_its_time_stands_still(tmp_path: Path) -> None:
