@@ -10,9 +10,11 @@ in units of the spread of configurations.
 
 from __future__ import annotations
 
+import argparse
 import heapq
 import math
 import random
+import statistics
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -205,3 +207,119 @@ def search_regret(
             search.ended(trial.trial_id, TrialResult(kind, value, step, (), curve))
     complete = {name: math.fsum(values) for name, values in finals.items() if len(values) == len(SEEDS)}
     return levels[min(complete, key=lambda name: complete[name])] if complete else max(levels.values())
+
+
+# --- the page --------------------------------------------------------------------------------------------------
+
+STUDIES = 200
+SEARCHES = {"tpe": (30, 16), "nsga2": (30, 16), "gp": (16, 6)}
+"""Sampler -> complete configurations whose cost a search may have, number of searches."""
+SEARCHED = Spreads(seeds=1.0)
+
+
+def page(studies: int = STUDIES) -> str:
+    """`docs/decisions.md`."""
+    return "\n".join(
+        [
+            "# Decisions",
+            "",
+            "Written by `make decisions` (`tests/decisions.py`): how well [early stopping](schedulers.md) decides in "
+            "simulated studies. Learning curves are drawn and replayed by the schedulers of a live study, without Ray "
+            "and models. A curve is the level of its configuration, that of its seed, that of the trial alone, a fall "
+            "that all have in common, and the noise of each evaluation. Spreads are standard deviations in units of "
+            f"the spread of configurations; that of evaluations is {Spreads().evaluations:g}. Real curves also cross, "
+            "which these do not.",
+            "",
+            "## Schedulers",
+            "",
+            f"Means over {studies} grids of 9 configurations, 3 seeds and {STEPS} steps with an evaluation every "
+            f"{EVERY}, 4 trials at a time. First comparison at step 9, `reduction_factor: 3`. *Winner*: the "
+            "configuration with the best mean of final values if nothing is stopped. *Kept*: with all its seeds. "
+            "*Regret*: how much worse the chosen configuration is than the winner.",
+            "",
+            *_table(
+                ("seeds", "trials", "scheduler", "winner kept", "winner chosen", "steps saved", "regret"),
+                (
+                    (
+                        f"{spreads.seeds:g}",
+                        f"{spreads.trials:g}",
+                        name,
+                        *_cells(decisions(name, spreads, range(studies))),
+                    )
+                    for spreads in _SPREADS
+                    for name in SCHEDULERS
+                ),
+            ),
+            "",
+            "What a seed does to all configurations alike changes nothing, because configurations are compared over "
+            "shared seeds. What it does to each differently (*trials*) makes the first seed a poor judge.",
+            "",
+            "## Among equals",
+            "",
+            f"How often each line of the file keeps all its seeds, where configurations differ by noise alone "
+            f"({studies} studies).",
+            "",
+            *_table(
+                ("scheduler", *(f"line {number}" for number in range(1, 10))),
+                (
+                    (name, *(f"{100 * part:.0f} %" for part in survival_by_position(name, range(studies))))
+                    for name in SCHEDULERS
+                    if name != "none"
+                ),
+            ),
+            "",
+            "## Searches",
+            "",
+            "Regret of what Optuna finds on a bowl over two axes, three seeds, 4 trials at a time, without early "
+            "stopping and with ASHA at the same cost in steps: mean, and its standard error. Spread of seeds "
+            f"{SEARCHED.seeds:g}, of trials {SEARCHED.trials:g}; the bowl's is 0.9 or so.",
+            "",
+            *_table(
+                ("sampler", "searches", "cost, in complete configurations", "without", "with ASHA"),
+                (
+                    (
+                        name,
+                        f"{searches}",
+                        f"{cost}",
+                        *(_searched(name, kind, cost, searches) for kind in ("none", "asha")),
+                    )
+                    for name, (cost, searches) in SEARCHES.items()
+                ),
+            ),
+            "",
+        ]
+    )
+
+
+_SPREADS = [Spreads(seeds=each) for each in (0.0, 0.5, 1.0, 2.0)] + [Spreads(trials=each) for each in (0.25, 0.5, 1.0)]
+
+
+def _cells(found: Decisions) -> tuple[str, ...]:
+    parts = (found.winner_kept, found.winner_chosen, found.saved)
+    return (*(f"{100 * part:.0f} %" for part in parts), f"{found.regret:.3f}")
+
+
+def _searched(sampler: str, scheduler: str, cost: int, searches: int) -> str:
+    regrets = [search_regret(sampler, scheduler, each, SEARCHED, configurations=cost) for each in range(searches)]
+    return f"{statistics.mean(regrets):.3f} ± {statistics.stdev(regrets) / math.sqrt(searches):.3f}"
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    lines = [header, ["---"] * len(header), *rows]
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--studies", type=int, default=STUDIES)
+    parser.add_argument("--write", type=Path, help="the page; printed without")
+    options = parser.parse_args()
+    content = page(options.studies)
+    if options.write:
+        options.write.write_text(content)
+    else:
+        print(content)
+
+
+if __name__ == "__main__":
+    main()
