@@ -188,7 +188,7 @@ def search_regret(
                 trial = search.next()
                 assert trial
                 name = trial.configuration.label
-                if compares and compares.reason_not_to_start(name, STEPS):
+                if compares and compares.reason_not_to_start(name):
                     search.ended(trial.trial_id, TrialResult("early"))
                     continue
                 levels[name] = level_of(trial)

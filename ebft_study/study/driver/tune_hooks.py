@@ -36,13 +36,13 @@ class StudySearcher(Searcher):  # type: ignore[misc]
         launched: Callable[[Trial], TrialTask],
         *,
         take_turns: bool = False,
-        reason_not_to_start: Callable[[str, int], str] = lambda configuration, total_steps: "",
+        reason_not_to_start: Callable[[str], str] = lambda configuration: "",
     ) -> None:
         """
         Args:
             launched: starts the services of a trial and returns its task.
             take_turns: Tune gets more trials than there are slots, and decides when to start them.
-            reason_not_to_start: of a configuration and the steps of its trial; '' for a trial that is to run.
+            reason_not_to_start: of a configuration's trials; '' for one whose trials are to run.
         """
         super().__init__()
         self._search, self._monitor, self._launched, self._take_turns = search, monitor, launched, take_turns
@@ -62,7 +62,7 @@ class StudySearcher(Searcher):  # type: ignore[misc]
 
     def _not_to_start(self, trial: Trial) -> str:
         _, configuration, is_baseline = trial.unit
-        return "" if is_baseline else self._reason_not_to_start(configuration, trial.run.total_steps)
+        return "" if is_baseline else self._reason_not_to_start(configuration)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """`Observer` notifies the search, because only it learns why a trial failed."""

@@ -204,7 +204,7 @@ class _EarlyStopping:
     def reason_not_to_start(self, trial: RecordedTrial) -> str:
         if trial.is_baseline or self._scheduler is None:
             return ""
-        return self._scheduler.reason_not_to_start(trial.configuration, trial.total_steps)
+        return self._scheduler.reason_not_to_start(trial.configuration)
 
     def reason_to_stop(self, trial: RecordedTrial, evaluation: Evaluation) -> str:
         step, total, trial_id = evaluation.step, trial.total_steps, trial.trial_id

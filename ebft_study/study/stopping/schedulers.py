@@ -200,10 +200,10 @@ class StudyScheduler(FIFOScheduler):  # type: ignore[misc]
             self.reasons[trial.trial_id] = f"{reason}; {steps_saved(step, trial.total_steps)}"
         return bool(reason)
 
-    def reason_not_to_start(self, configuration: str, total_steps: int) -> str:
-        """Why a trial is not started, whose configuration was stopped; '' if it is."""
+    def reason_not_to_start(self, configuration: str) -> str:
+        """Why a trial is not started, or not resumed: its configuration was stopped; '' if it is started."""
         reason = self._stopped.get(configuration, "")
-        return reason and f"{reason}; not started, {steps_saved(0, total_steps)}"
+        return reason and f"{reason}; no further steps"
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: Mapping[str, Any]) -> str:
         task, step = TrialTask.from_config(trial.config), result.get("step", math.nan)

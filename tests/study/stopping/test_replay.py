@@ -97,7 +97,7 @@ def test_a_configuration_stops_with_all_its_seeds() -> None:
     assert stops(found) == [("t0001", 10, 50.0), ("t0003", 0, 90.0)]
     assert (found.steps_saved, found.seconds_saved, found.seconds) == (30 + 40, 70.0, 90.0)
     assert (found.chosen, found.regret) == ("a", 1.0)
-    assert found.stops[1].reason.endswith("; not started, 40 of 40 steps saved")
+    assert found.stops[1].reason.endswith("; no further steps")
     both = replay(ran, spec(scheduler=ASHA), concurrency=4)
     assert stops(both) == [("t0001", 10, 10.0), ("t0003", 10, 10.0)]
 

@@ -159,7 +159,7 @@ def serial_ends(section: dict[str, Any], curves: Curves) -> dict[str, int]:
     """Where trials end that run one after the other."""
     scheduler, ended = scheduler_of(section), dict[str, int]()
     for name, values in curves.items():
-        if scheduler.reason_not_to_start(unit(name)[0], STEPS):
+        if scheduler.reason_not_to_start(unit(name)[0]):
             continue
         for point, value in enumerate(values):
             ended[name] = 2 * point
