@@ -6,7 +6,9 @@ have in common, by the means over them there. How it is told depends on the samp
 - `tpe` ranks pruned configurations itself, below all that finished: by step, then by value.
 - `gp` and `nsga2` know complete configurations only, and would learn nothing of what was stopped. They are told an
   estimate of its final values: those of the configurations that finished, plus its gap to them at that step and over
-  the same seeds, and never better than the worst of them. It waits until all configurations before it are over.
+  the same seeds. NSGA-II selects by rank, so the estimate is never better than the worst of them. GP fits a surface, to
+  which so hard a bound is a false plateau: there the bound is the best of them. A stopped configuration is told after
+  all that were chosen before it.
 
 With several objectives Optuna supports no values of pruned trials, so `tpe` gets none.
 """
@@ -188,7 +190,7 @@ class OptunaSearch:
         self._on_change()
 
     def _estimate(self, stopped: _Stopped) -> list[float] | None:
-        """Final values of a stopped configuration: not better than those that finished; None if none has."""
+        """Final values of a stopped configuration: bounded by those that finished; None if none has."""
         numbers = (frozen.number for frozen in self._study.get_trials(deepcopy=False))
         finished = [ended for number in numbers if (ended := self._ended(number)) and _finished(ended)]
         references = [
@@ -196,13 +198,14 @@ class OptunaSearch:
         ]
         if not references:
             return None
-        estimate = []
+        is_surface = self._spec.search.sampler == "gp" and not self._spec.objective.further
+        bound, estimate = min if is_surface else max, []
         for index, objective in enumerate(self._spec.objective.all):
             sign = 1.0 if objective.mode == "min" else -1.0
             finals = [sign * reference[index] for reference, _ in references]
             gaps = [sign * (stopped.means[index] - at[index]) for _, at in references]
             expected = math.fsum(finals + gaps) / len(references)
-            estimate.append(sign * max(expected, math.nextafter(max(finals), math.inf)))
+            estimate.append(sign * max(expected, math.nextafter(bound(finals), math.inf)))
         return estimate
 
 

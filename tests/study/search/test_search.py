@@ -119,7 +119,7 @@ def test_what_did_not_finish_is_told_as_such(
     assert frozen.value == value
 
 
-def test_gp_is_told_an_estimate_that_is_never_better_than_what_finished(tmp_path: Path) -> None:
+def test_gp_is_told_an_estimate_of_what_was_stopped(tmp_path: Path) -> None:
     """Final values plus the gap at the same step and seeds; told after all configurations that began before it."""
     search = {"algorithm": "optuna", "num_configurations": 3, "sampler": "gp"}
     source = OptunaSearch(spec(search=search), tmp_path / JOURNAL, {})
@@ -139,6 +139,16 @@ def test_gp_is_told_an_estimate_that_is_never_better_than_what_finished(tmp_path
     assert behind == pytest.approx((2.0 + 0.5 + 2.5 + 0.3) / 2), "its seed 0 against seed 0 of the others"
     attributes = [frozen.user_attrs for frozen in asked(tmp_path / JOURNAL)]
     assert attributes == [{}, {STOPPED_EARLY: {"step": 5, "values": [3.5]}}, {}]
+
+
+def test_an_estimate_for_gp_is_never_the_best(tmp_path: Path) -> None:
+    """Far ahead at step 5, of which nothing is known at the end."""
+    search = {"algorithm": "optuna", "num_configurations": 3, "sampler": "gp"}
+    results = [finished(1.0, {5: 3.0, 10: 1.0}), finished(4.0, {5: 3.0, 10: 4.0}), stopped({5: 0.0})]
+    source = OptunaSearch(spec(search=search, seeds=[0]), tmp_path / JOURNAL, {})
+    run_all(source, lambda trial: results[int(trial.trial_id[1:])])
+    assert plain_optuna(tmp_path / JOURNAL).best_trial.number == 0
+    assert asked(tmp_path / JOURNAL)[2].value == pytest.approx(1.0)
 
 
 def test_without_a_finished_configuration_there_is_no_estimate(tmp_path: Path) -> None:
