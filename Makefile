@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup study test check bench chaos mutants scale architectures clean
+.PHONY: help setup study test check bench chaos mutants scale decisions architectures clean
 
 help: ## what can be made
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -49,6 +49,9 @@ mutants: $(STAMP) ## small mutations of the package, one at a time: the tests of
 scale: $(STAMP) ## what a study of 2000 trials costs its driver and its readers, without processes for trials
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.scale.simulate
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.scale.snapshot
+
+decisions: $(STAMP) ## how well early stopping decides, in simulated studies; writes docs/decisions.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.decisions --write docs/decisions.md
 
 architectures: $(STAMP) ## which model architectures run: each, tiny, against its own code; writes docs/architectures.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.architectures --write docs/architectures.md

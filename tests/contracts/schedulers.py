@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
 from collections.abc import Iterator, Mapping
@@ -13,12 +14,15 @@ from ray.tune.schedulers import TrialScheduler
 
 from ebft_study.study.spec import normalize
 from ebft_study.study.spec.study_spec import StudySpec
+from ebft_study.study.spec.trials import Replicate
 from ebft_study.study.stopping.schedulers import StudyScheduler
 from tests.studies import task
 
 STEPS, EVERY = 32, 2
 Curves = Mapping[str, list[float]]
 """Trial -> objective at steps 0, 2, 4, ..."""
+SEEDS = 2
+"""Trials t0000 and t0001 are the seeds of one configuration, t0002 and t0003 those of the next one, ..."""
 
 
 CONFIG = task(total_steps=STEPS).to_config()
@@ -31,13 +35,30 @@ def spec_of(section: Mapping[str, Any], mode: str = "min") -> StudySpec:
     )
 
 
-def scheduler_of(section: Mapping[str, Any], mode: str = "min", history: Any = None) -> StudyScheduler:
-    return StudyScheduler(spec_of(section, mode), longest=STEPS, history=history or {})
+def scheduler_of(
+    section: Mapping[str, Any], mode: str = "min", history: Any = None, stopped: Any = None
+) -> StudyScheduler:
+    """`history`: trial -> points."""
+    past = {replicate(name): points for name, points in (history or {}).items()}
+    return StudyScheduler(spec_of(section, mode), longest=STEPS, history=past, stopped=stopped)
+
+
+def unit(name: str) -> tuple[str, int]:
+    """Configuration and seed of a trial."""
+    configuration, seed = divmod(int(name[1:]), SEEDS)
+    return f"c{configuration}", seed
+
+
+def replicate(name: str) -> Replicate:
+    return Replicate(name, *unit(name), STEPS)
 
 
 def tune_trial(name: str, *, session: int = 0, is_baseline: bool = False) -> Any:
     """A trial as Tune hands it over: an identifier of Tune's own, which changes from session to session."""
-    config = {**CONFIG, "trial_id": name, "is_baseline": is_baseline}
+    configuration, seed = unit(name)
+    run = {**CONFIG["run"], "seed": seed}
+    label = f"{configuration} seed={seed}"
+    config = {**CONFIG, "trial_id": name, "is_baseline": is_baseline, "label": label, "run": run}
     return SimpleNamespace(trial_id=f"tune-{session}-{name}", config=config)
 
 
@@ -48,27 +69,37 @@ def tell(scheduler: StudyScheduler, trial: Any, step: float, value: float) -> bo
 
 
 def random_curves(seed: int, *, trials: int = 24, points: int = STEPS // EVERY + 1) -> dict[str, list[float]]:
-    """Losses that fall at different speeds, noisy enough to cross."""
+    """Losses that fall at different speeds, noisy enough to cross, in the order in which trials start: seed by seed."""
     draw = random.Random(seed)
-    return {
+    curves = {
         f"t{number:04d}": [
             2.0 + level + math.exp(-rate * point / points) + draw.gauss(0, 0.05) for point in range(points)
         ]
         for number, (level, rate) in enumerate((draw.random(), 3 * draw.random()) for _ in range(trials))
     }
+    return dict(sorted(curves.items(), key=lambda item: unit(item[0])[1]))
 
 
 def reports(curves: Curves, seed: int, slots: int = 4) -> Iterator[tuple[str, int, float]]:
-    """(trial, step, value), as `slots` trials at a time report them in random order; send True to stop the trial."""
+    """(trial, step, value), as `slots` trials at a time report them in random order; send True to stop the trial.
+
+    A configuration that has a stopped trial starts no other.
+    """
     draw, waiting = random.Random(seed), list(curves)
     running: dict[str, int] = {}
+    ended: set[str] = set()
     while waiting or running:
         while waiting and len(running) < slots:
-            running[waiting.pop(0)] = 0
+            trial_id = waiting.pop(0)
+            if unit(trial_id)[0] not in ended:
+                running[trial_id] = 0
+        if not running:
+            return
         trial_id = draw.choice(sorted(running))
         point = running[trial_id]
         stopped = yield trial_id, point * EVERY, curves[trial_id][point]
         running[trial_id] = point + 1
+        ended |= {unit(trial_id)[0]} if stopped else set()
         if stopped or point + 1 == len(curves[trial_id]):
             del running[trial_id]
 
@@ -96,18 +127,22 @@ def ends_with_a_resume(section: Mapping[str, Any], curves: Curves, seed: int, af
     while True:
         trial_id, step, value = report
         if count == after:
-            scheduler = scheduler_of(section, history=seen)
+            scheduler = scheduler_of(section, history=seen, stopped=stopped(scheduler))
         trial = tune_trial(trial_id, session=int(count >= after))
         if count >= after and 0 < step < STEPS:
             again = [point for point in seen[trial_id][-2:] if point[0] < step]
             assert not any(tell(scheduler, trial, *point) for point in again)
         count, last[trial_id] = count + 1, step
-        if step < STEPS:
-            seen.setdefault(trial_id, []).append((float(step), value))
+        seen.setdefault(trial_id, []).append((float(step), value))
         try:
             report = source.send(tell(scheduler, trial, step, value))  # type: ignore[attr-defined]
         except StopIteration:
             return last
+
+
+def stopped(scheduler: StudyScheduler) -> dict[str, str]:
+    """Configurations and reasons, as the record has them."""
+    return {unit(name)[0]: reason.rpartition("; ")[0] for name, reason in scheduler.reasons.items()}
 
 
 class SchedulerContract:
@@ -120,16 +155,60 @@ class SchedulerContract:
     @pytest.mark.parametrize("seed", range(5))
     def test_trials_are_stopped_and_not_all(self, section: dict[str, Any], seed: int) -> None:
         last = ends(scheduler_of(section), random_curves(seed), seed)
-        stopped = [step for step in last.values() if step < STEPS]
-        assert 0 < len(stopped) < len(last)
-        assert min(stopped) >= section["grace_period_steps"]
+        early = {name: step for name, step in last.items() if step < STEPS}
+        assert early
+        first = {unit(name)[0]: step for name, step in early.items()}
+        assert len(first) < len({unit(name)[0] for name in last})
+        for configuration in first:  # its other trials may stop before the grace period
+            assert (
+                max(step for name, step in last.items() if unit(name)[0] == configuration)
+                >= (section["grace_period_steps"])
+            )
 
     @pytest.mark.parametrize("seed", range(20))
     def test_the_best_curve_survives(self, section: dict[str, Any], seed: int) -> None:
         curves = random_curves(seed)
-        best = random.Random(seed).choice(sorted(curves))
-        curves[best] = [min(values) - 0.01 for values in zip(*curves.values(), strict=True)]
-        assert ends(scheduler_of(section), curves, seed)[best] == STEPS
+        best = unit(random.Random(seed).choice(sorted(curves)))[0]
+        lowest = [min(values) - 0.01 for values in zip(*curves.values(), strict=True)]
+        curves |= {name: lowest for name in curves if unit(name)[0] == best}
+        last = ends(scheduler_of(section), curves, seed)
+        assert [last[name] for name in curves if unit(name)[0] == best] == [STEPS] * SEEDS
+
+    @pytest.mark.parametrize("seed", range(5))
+    def test_a_configuration_is_stopped_with_all_its_seeds(self, section: dict[str, Any], seed: int) -> None:
+        """A trial that runs stops at its next report, a later one is not started, one that has finished stays."""
+        curves, scheduler = random_curves(seed), scheduler_of(section)
+        last = ends(scheduler, curves, seed)
+        behind = set(stopped(scheduler))
+        assert behind == {unit(name)[0] for name, step in last.items() if step < STEPS}
+        assert {unit(name)[0] for name in curves.keys() - last.keys()} <= behind
+        for name in curves:
+            configuration = unit(name)[0]
+            reason = scheduler.reason_not_to_start(configuration)
+            assert bool(reason) == (configuration in behind)
+            assert scheduler_of(section, stopped=stopped(scheduler)).reason_not_to_start(configuration) == reason
+        sibling = tune_trial(next(name for name in curves if unit(name)[0] in behind))
+        assert tell(scheduler, sibling, 0, 1.0)
+        assert not tell(scheduler, sibling, STEPS, 1.0)
+
+    @pytest.mark.parametrize("seed", range(3))
+    def test_what_a_seed_does_to_all_configurations_changes_no_decision(
+        self, section: dict[str, Any], seed: int
+    ) -> None:
+        """Harder data for one seed: comparisons are over shared seeds."""
+        curves = random_curves(seed)
+        shifted = {name: [value + 9.0 * unit(name)[1] for value in values] for name, values in curves.items()}
+        assert ends(scheduler_of(section), shifted, seed) == ends(scheduler_of(section), curves, seed)
+
+    def test_step_0_and_the_warm_start_are_no_evidence(self, section: dict[str, Any]) -> None:
+        curves = random_curves(7)
+        base = {name: [-9.0, *values[1:]] for name, values in curves.items()}
+        assert ends(scheduler_of(section), base, 7) == ends(scheduler_of(section), curves, 7)
+        warm = StudyScheduler(spec_of(section), longest=STEPS, history={})
+        for name in (f"t{number:04d}" for number in range(24)):
+            one = dataclasses.replace(replicate(name), warm_start_steps=20)
+            for step in range(0, 22, 2):
+                assert not warm.should_stop(one, step, float(unit(name)[0][1:]))
 
     @pytest.mark.parametrize("seed", range(5))
     def test_maximum_mirrors_minimum(self, section: dict[str, Any], seed: int) -> None:
@@ -179,12 +258,13 @@ class SchedulerContract:
             trial = tune_trial(name)
             scheduler.on_trial_error(None, trial)
             scheduler.on_trial_add(None, trial)
-            assert not any(tell(scheduler, trial, step, values[step // 2]) for step in range(0, expected[name], EVERY))
+            if unit(name)[0] not in stopped(scheduler):
+                assert not any(tell(scheduler, trial, step, values[step // 2]) for step in range(0, STEPS, EVERY))
 
     def test_a_trial_that_a_rule_stopped_is_compared_with_as_after_a_resume(self, section: dict[str, Any]) -> None:
         """Tune does not show schedulers the report at which a stopper ended a trial; the tables have it."""
         curves = random_curves(5)
-        shown, step = [f"t{number:04d}" for number in range(200, 216)], section["grace_period_steps"]
+        shown, step = [f"t{number:04d}" for number in range(200, 216, SEEDS)], section["grace_period_steps"]
         live = scheduler_of(section)
         for name in shown:
             report = {"step": float(step), "evaluated_step": float(step), "cfm_loss": 0.5}
@@ -199,5 +279,7 @@ class SchedulerContract:
         assert set(scheduler.reasons) == {name for name, step in last.items() if step < STEPS}
         for name, reason in scheduler.reasons.items():
             assert "cfm_loss" in reason
-            assert f"step {last[name]}" in reason
+            step = int(reason.partition("at step ")[2].split()[0])
+            assert any(last[other] == step for other in last if unit(other)[0] == unit(name)[0])
             assert reason.endswith(f"; {STEPS - last[name]} of {STEPS} steps saved")
+            assert reason.startswith("configuration stopped: ")

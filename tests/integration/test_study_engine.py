@@ -19,8 +19,9 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(1800)]
 
 HERE = Path(__file__).parent
 STEPS = 6
+# A study with this name starts learning_rate=0 before learning_rate=1: `trials.shuffled`.
 CONTENT = f"""
-study: ordeal
+study: trouble
 question: Does a study survive what happens to it?
 run: {{steps: {STEPS}, weight_decay: 0.05, checkpoint_every_steps: 1, log_every_steps: 1, keep_checkpoints: 2,
       features: {{backend: local}}}}
@@ -42,7 +43,7 @@ class Study:
     def __init__(self, folder: Path, *, workers: int, scheduler: str) -> None:
         sections = f"resources: {{workers_per_trial: {workers}}}\nscheduler: {scheduler}\n"
         (folder / "study.yaml").write_text(CONTENT + sections)
-        self.cwd, self.folder = folder, folder / "studies" / "ordeal"
+        self.cwd, self.folder = folder, folder / "studies" / "trouble"
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         return commands.start(*arguments, cwd=self.cwd, program=commands.FAKE)
@@ -92,15 +93,15 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Ordeal:
     study, said = Study(tmp_path_factory.mktemp("killed"), workers=1, scheduler=ASHA), {}
     driver = study.start("study", "study.yaml")
     study.until(lambda: bool(study.events("session")), driver)
-    said["second"] = study.run("resume", "ordeal")
+    said["second"] = study.run("resume", "trouble")
     study.wait_for_the_middle(driver)
     driver.send_signal(signal.SIGKILL)
     driver.wait(timeout=100)
     assert driver.stdout is not None
     driver.stdout.close()
     before = study.keys()
-    said["status"] = study.run("status", "ordeal")
-    said["resume"] = study.run("resume", "ordeal")
+    said["status"] = study.run("status", "trouble")
+    said["resume"] = study.run("resume", "trouble")
     return Ordeal(study, said, before)
 
 
@@ -182,7 +183,7 @@ def test_cost_is_on_record(ordeal: Ordeal) -> None:
 
 def test_a_polite_kill_ends_in_order_and_says_how_to_resume(interrupted: Ordeal) -> None:
     said = interrupted.said["stopped"]
-    assert "resume with: ebft-study resume ordeal" in said
+    assert "resume with: ebft-study resume trouble" in said
     assert said.endswith("exit code 130")
 
 

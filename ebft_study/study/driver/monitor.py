@@ -75,6 +75,9 @@ class Monitor:
         self._first_report.setdefault(trial_id, (state.step, time.monotonic()))
         state.best_checkpoint = metrics.get("best_checkpoint") or state.best_checkpoint
         state.metrics = {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
+        if metrics.get("evaluated_step", state.step) == state.step:
+            names = (self._objective, *self._further)
+            state.curve[state.step] = tuple(state.metrics.get(name, math.nan) for name in names)
         cfm = state.metrics.get("cfm_loss", math.nan)
         if math.isfinite(cfm):
             self._best_cfm[trial_id] = min(cfm, self._best_cfm.get(trial_id, math.inf))

@@ -34,7 +34,7 @@ from ebft_study.study.search import journal
 from ebft_study.study.search.listed import Admission, ListedSearch, PopulationSearch, Search
 from ebft_study.study.search.optuna_search import OptunaSearch
 from ebft_study.study.spec.trial_task import TrialTask
-from ebft_study.study.spec.trials import Trial
+from ebft_study.study.spec.trials import Trial, shuffled
 from ebft_study.study.stopping.rules import RuleMonitor
 from ebft_study.study.view import display
 
@@ -122,6 +122,8 @@ def _search(folder: StoragePath, study: ResolvedStudy, past: History, monitor: M
     else:
         waiting = [trial for trial in study.trials if trial.trial_id not in past.trial_results]
         monitor.all_planned(waiting)
+        if spec.scheduler.compares:
+            waiting = shuffled(waiting, study.name, lambda trial: trial.unit)
         is_population = spec.scheduler.kind == "pbt"
         search = PopulationSearch(waiting, slots=study.concurrency) if is_population else ListedSearch(waiting)
     if len(study.requests) == 1:  # Ray's order is that of the search
@@ -210,7 +212,13 @@ def _tune(
                 run_trial, lambda config: tune_resources(TrialTask.from_config(config).resources_spec, slot)
             ),
             tune_config=ray.tune.TuneConfig(
-                search_alg=StudySearcher(search, monitor, launched, take_turns=is_population),
+                search_alg=StudySearcher(
+                    search,
+                    monitor,
+                    launched,
+                    take_turns=is_population,
+                    **({"reason_not_to_start": scheduler.reason_not_to_start} if spec.scheduler.compares else {}),
+                ),
                 scheduler=scheduler,
                 num_samples=-1,
                 max_concurrent_trials=study.n_trials if is_population else study.concurrency,
@@ -282,7 +290,7 @@ def _scheduler(
         return Populations(spec, folder.local, monitor, warm_start_steps=warm, slots=slots, released=released)
     if spec.scheduler.kind == "none":
         return FIFOScheduler()
-    return StudyScheduler(spec, longest=study.longest_run_steps, history=past.curves)
+    return StudyScheduler(spec, longest=study.longest_run_steps, history=past.curves, stopped=past.stopped)
 
 
 def trial_task(folder: StoragePath, study: ResolvedStudy, trial: Trial, lineage: exploit.Lineage | None) -> TrialTask:

@@ -39,24 +39,39 @@ class StudySearcher(Searcher):  # type: ignore[misc]
     """Hands the trials of a `Search` to Tune."""
 
     def __init__(
-        self, search: Search, monitor: Monitor, launched: Callable[[Trial], TrialTask], *, take_turns: bool = False
+        self,
+        search: Search,
+        monitor: Monitor,
+        launched: Callable[[Trial], TrialTask],
+        *,
+        take_turns: bool = False,
+        reason_not_to_start: Callable[[str], str] = lambda configuration: "",
     ) -> None:
         """
         Args:
             launched: starts the services of a trial and returns its task.
             take_turns: Tune gets more trials than there are slots, and decides when to start them.
+            reason_not_to_start: of a configuration's trials; '' for one whose trials are to run.
         """
         super().__init__()
         self._search, self._monitor, self._launched, self._take_turns = search, monitor, launched, take_turns
+        self._reason_not_to_start = reason_not_to_start
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        trial = self._search.next()
+        while (trial := self._search.next()) is not None and (reason := self._not_to_start(trial)):
+            self._monitor.planned(trial)
+            outcome = {"status": "stopped", "reason": f"{EARLY_STOP}: {reason}"}
+            self._search.ended(trial.trial_id, self._monitor.ended(trial.trial_id, outcome))
         if trial is None:
             return str(Searcher.FINISHED) if self._search.exhausted else None
         self._monitor.planned(trial)
         if not self._take_turns:
             self._monitor.started(trial.trial_id)
         return self._launched(trial).to_config()
+
+    def _not_to_start(self, trial: Trial) -> str:
+        _, configuration, is_baseline = trial.unit
+        return "" if is_baseline else self._reason_not_to_start(configuration)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """`Observer` notifies the search, because only it learns why a trial failed."""
@@ -170,7 +185,11 @@ class StudyStopper(Stopper):  # type: ignore[misc]
             return False
         task = TrialTask.from_config(result["config"])
         return not task.is_baseline and self._rules.should_stop(
-            task.trial_id, result, total_steps=task.total_steps, n_samples=task.run["rollout"]["n_samples"]
+            task.trial_id,
+            result,
+            total_steps=task.total_steps,
+            n_samples=task.run["rollout"]["n_samples"],
+            warm_start_steps=task.run["training"]["warm_start_steps"],
         )
 
     def stop_all(self) -> bool:

@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Any
 from ebft_study import results
 from ebft_study.storage import Location
 from ebft_study.study.folder import study_yaml
-from ebft_study.study.folder.trial_states import OPEN, Evaluation, TrialResult, TrialState, trial_result
+from ebft_study.study.folder.trial_states import (
+    CONFIGURATION_STOPPED,
+    EARLY_STOP,
+    OPEN,
+    Evaluation,
+    TrialResult,
+    TrialState,
+    trial_result,
+)
+from ebft_study.study.spec.trials import Replicate
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -25,16 +34,16 @@ SESSION = "session"
 
 @dataclass(frozen=True)
 class History:
-    """Per trial: its state, how it ended (if it did), its (step, objective) before its last step, its evaluations.
-
-    `session_seconds` is the duration of all sessions of the study so far.
-    """
+    """Per trial: its state, how it ended (if it did), its (step, objective), its evaluations."""
 
     states: dict[str, TrialState]
     trial_results: dict[str, TrialResult]
-    curves: dict[str, Curve]
+    curves: dict[Replicate, Curve]
     evaluations: dict[str, list[Evaluation]] = field(default_factory=dict)
+    stopped: dict[str, str] = field(default_factory=dict)
+    """Configuration -> why the scheduler stopped it, with all its seeds."""
     session_seconds: float = 0.0
+    """Duration of all sessions of the study so far."""
 
 
 def read(study_folder: Location, objective: str, further: Sequence[str] = ()) -> History:
@@ -47,19 +56,25 @@ def read(study_folder: Location, objective: str, further: Sequence[str] = ()) ->
     by_trial = dict(list(metrics.groupby("trial_id")))
     states: dict[str, TrialState] = {}
     trial_results: dict[str, TrialResult] = {}
-    curves: dict[str, Curve] = {}
+    curves: dict[Replicate, Curve] = {}
     evaluations: dict[str, list[Evaluation]] = {}
+    stopped: dict[str, str] = {}
     for row in rows.to_dict("records"):
         measured = by_trial.get(row["trial_id"])
         state = _state(row, measured)
         states[state.trial_id] = state
-        if state.status not in OPEN:
-            trial_results[state.trial_id] = trial_result(state, objective, further)
         if measured is not None and _text(row["named_baseline"]) == "":
             evaluations[state.trial_id] = _evaluations(measured)
-            curves[state.trial_id] = _curve(evaluations[state.trial_id], objective, state.total_steps)
+            names = (objective, *further)
+            state.curve = {e.step: tuple(e.get(name) for name in names) for e in evaluations[state.trial_id]}
+            curves[_replicate(row)] = _curve(evaluations[state.trial_id], objective)
+        if state.status not in OPEN:
+            trial_results[state.trial_id] = trial_result(state, objective, further)
+        if state.note.startswith(f"{EARLY_STOP}: {CONFIGURATION_STOPPED}"):
+            # Without the steps saved, which are those of one trial.
+            stopped[_text(row["configuration"])] = state.note.removeprefix(f"{EARLY_STOP}: ").rpartition("; ")[0]
     seconds = _session_seconds(results.read_table(study_folder, "events"), metrics)
-    return History(states, trial_results, curves, evaluations, seconds)
+    return History(states, trial_results, curves, evaluations, stopped, seconds)
 
 
 def problems(folder: Location) -> list[str]:
@@ -102,9 +117,13 @@ def _latest(measured: pd.DataFrame) -> pd.DataFrame:
     return measured.drop(columns=["study", "trial_id", "attempt", "step", "written_at"]).ffill()
 
 
-def _curve(evaluations: list[Evaluation], objective: str, total_steps: int) -> Curve:
-    """The points that the scheduler saw: all evaluations but a trial's last."""
-    seen = [(float(e.step), e.get(objective)) for e in evaluations if e.step < total_steps]
+def _replicate(row: dict[Any, Any]) -> Replicate:
+    warm, steps = int(row["warm_start_steps"]), int(row["steps"])
+    return Replicate(row["trial_id"], _text(row["configuration"]), int(row["seed"]), warm + steps, warm)
+
+
+def _curve(evaluations: list[Evaluation], objective: str) -> Curve:
+    seen = [(float(e.step), e.get(objective)) for e in evaluations]
     return [(step, value) for step, value in seen if math.isfinite(value)]
 
 

@@ -12,7 +12,10 @@ OPEN = ("pending", "running", "interrupted")
 
 
 EARLY_STOP = "early stop"
-"""Beginning of the `stop_reason` of a trial that the scheduler stopped; other trials stopped by themselves."""
+"""Beginning of the `stop_reason` of a trial that scheduler or rules stopped; other trials stopped by themselves."""
+
+CONFIGURATION_STOPPED = "configuration stopped"
+"""What follows it where the scheduler stopped the whole configuration: all its seeds."""
 
 
 @dataclass
@@ -32,6 +35,8 @@ class TrialState:
     note: str = ""
     """Why it ended."""
     best_checkpoint: str | None = None
+    curve: dict[int, tuple[float, ...]] = field(default_factory=dict)
+    """Step -> the objectives that were evaluated then."""
     stopwatch: float | None = None
     """Start of the trial by this process's monotonic clock; None in another process."""
     own_seconds: float | None = None
@@ -78,16 +83,19 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class TrialResult:
-    """End of a trial: its outcome, its last objectives (NaN where it has none), and their step."""
+    """End of a trial: its outcome, its last objectives (NaN where it has none), their step, and all before."""
 
     kind: Literal["finished", "early", "failed"]
     value: float = math.nan
     step: int = 0
     further: tuple[float, ...] = ()
+    curve: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
+    """Step -> objectives at each evaluation."""
 
 
 def trial_result(state: TrialState, objective: str, further: Sequence[str] = ()) -> TrialResult:
     """The result of a trial that is over. One that became non-finite says nothing about its settings."""
     value, *others = (state.metrics.get(name, math.nan) for name in (objective, *further))
     kind: Literal["finished", "early", "failed"] = "early" if state.stopped_early else "failed"
-    return TrialResult("finished" if state.status == "finished" else kind, value, state.step, tuple(others))
+    kind = "finished" if state.status == "finished" else kind
+    return TrialResult(kind, value, state.step, tuple(others), dict(state.curve))

@@ -1,8 +1,16 @@
 """Search by Optuna: asks it for a configuration when a slot is free, and tells it the results of all seeds.
 
-With one objective, a configuration with a trial that stopped early is reported as pruned, with its value at the stop.
-With several, Optuna supports no values of pruned trials: it is reported without any, so that it is never on the Pareto
-front (its values are those of a shorter training) and has no offspring; step and values are recorded as an attribute.
+A configuration is told once. One with a trial that was stopped early is compared at the last step that all its seeds
+have in common, by the means over them there. How it is told depends on the sampler:
+
+- `tpe` ranks pruned configurations itself, below all that finished: by step, then by value.
+- `gp` and `nsga2` know complete configurations only, and would learn nothing of what was stopped. They are told an
+  estimate of its final values: those of the configurations that finished, plus its gap to them at that step and over
+  the same seeds. NSGA-II selects by rank, so the estimate is never better than the worst of them. GP fits a surface, to
+  which so hard a bound is a false plateau: there the bound is the best of them. A stopped configuration is told after
+  all that were chosen before it.
+
+With several objectives Optuna supports no values of pruned trials, so `tpe` gets none.
 """
 
 from __future__ import annotations
@@ -11,6 +19,7 @@ import math
 import random
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +38,8 @@ _MOST_EXCLUDED = 10  # suggestions in a row
 _FAILED = TrialResult("failed")
 STOPPED_EARLY = "stopped_early"
 """Attribute of an Optuna trial: the step, and the objectives at that step."""
+_COMPLETE_ONLY = ("gp", "nsga2")
+"""Samplers that ignore pruned trials."""
 
 
 class OptunaSearch:
@@ -61,6 +72,7 @@ class OptunaSearch:
         self._excluded: set[int] = set()
         for frozen in self._study.get_trials(deepcopy=False):
             self._restore(frozen)
+        self._tell_ended()
         on_change()
 
     def _restore(self, frozen: FrozenTrial) -> None:
@@ -87,7 +99,7 @@ class OptunaSearch:
         self._trial_results[trial_id] = trial_result
         number = journal.configuration_number(self._spec, trial_id)
         if number >= 0:
-            self._tell_if_complete(number)
+            self._tell_ended()
 
     @property
     def exhausted(self) -> bool:
@@ -132,14 +144,24 @@ class OptunaSearch:
         except ConfigError as error:
             self._on_refused(configuration.label, str(error))
             self._tell(number, [_FAILED])
-        else:
-            self._tell_if_complete(number)
 
-    def _tell_if_complete(self, number: int) -> None:
+    def _tell_ended(self) -> None:
+        """Tell Optuna of every configuration whose trials have all ended."""
+        is_first = True
+        for frozen in self._study.get_trials(deepcopy=False):
+            if frozen.state.is_finished():
+                continue
+            ended = self._ended(frozen.number)
+            if ended and (is_first or self._spec.search.sampler not in _COMPLETE_ONLY or _finished(ended)):
+                self._tell(frozen.number, ended)
+            else:
+                is_first = False
+
+    def _ended(self, number: int) -> list[TrialResult]:
+        """The results of a configuration; none while a trial of it has not ended."""
         trial_ids = journal.trial_ids(self._spec, number)
         ended = [self._trial_results[trial_id] for trial_id in trial_ids if trial_id in self._trial_results]
-        if len(ended) == len(trial_ids):
-            self._tell(number, ended)
+        return ended if len(ended) == len(trial_ids) else []
 
     def _tell(self, number: int, trial_results: Sequence[TrialResult]) -> None:
         """End Optuna's trial by the results of all its seeds."""
@@ -149,26 +171,83 @@ class OptunaSearch:
         frozen = self._study.get_trials(deepcopy=False)[number]
         if frozen.state.is_finished():
             return
-        values = _means(trial_results)
-        if not values:
-            self._study.tell(number, state=TrialState.FAIL)
-        elif all(trial_result.kind == "finished" for trial_result in trial_results):
-            self._study.tell(number, values)
+        if any(result.kind == "failed" for result in trial_results):
+            values, stopped = None, None
+        elif _finished(trial_results):
+            values, stopped = _finals(trial_results), None
         else:
-            trial, step = OptunaTrial(self._study, frozen._trial_id), min(result.step for result in trial_results)
-            if len(values) == 1:
-                trial.report(values[0], step)  # Optuna takes a pruned trial's value from its last report
+            values, stopped = None, _at_shared_step(trial_results)
+        if stopped is None:
+            self._study.tell(number, values, state=None if values else TrialState.FAIL)
+        else:
+            estimate = self._estimate(stopped) if self._spec.search.sampler in _COMPLETE_ONLY else None
+            trial, step, means = OptunaTrial(self._study, frozen._trial_id), stopped.step, stopped.means
+            if len(means) == 1 and not estimate:
+                trial.report(means[0], step)  # Optuna takes a pruned trial's value from its last report
             else:
-                trial.set_user_attr(STOPPED_EARLY, {"step": step, "values": values})
-            self._study.tell(number, state=TrialState.PRUNED)
+                trial.set_user_attr(STOPPED_EARLY, {"step": step, "values": means})
+            self._study.tell(number, estimate, state=None if estimate else TrialState.PRUNED)
         self._on_change()
 
+    def _estimate(self, stopped: _Stopped) -> list[float] | None:
+        """Final values of a stopped configuration: bounded by those that finished; None if none has."""
+        numbers = (frozen.number for frozen in self._study.get_trials(deepcopy=False))
+        finished = [ended for number in numbers if (ended := self._ended(number)) and _finished(ended)]
+        references = [
+            (finals, at) for ended in finished if (finals := _finals(ended)) and (at := stopped.beside(ended))
+        ]
+        if not references:
+            return None
+        is_surface = self._spec.search.sampler == "gp" and not self._spec.objective.further
+        bound, estimate = min if is_surface else max, []
+        for index, objective in enumerate(self._spec.objective.all):
+            sign = 1.0 if objective.mode == "min" else -1.0
+            finals = [sign * reference[index] for reference, _ in references]
+            gaps = [sign * (stopped.means[index] - at[index]) for _, at in references]
+            expected = math.fsum(finals + gaps) / len(references)
+            estimate.append(sign * max(expected, math.nextafter(bound(finals), math.inf)))
+        return estimate
 
-def _means(trial_results: Sequence[TrialResult]) -> list[float]:
-    """Each objective's mean over seeds; empty if a trial failed or has a value that is not finite."""
-    if any(result.kind == "failed" for result in trial_results):
-        return []
-    objectives = list(zip(*((result.value, *result.further) for result in trial_results), strict=True))
-    if not all(math.isfinite(value) for values in objectives for value in values):
-        return []
-    return [math.fsum(values) / len(values) for values in objectives]
+
+@dataclass(frozen=True)
+class _Stopped:
+    """A configuration that was stopped: the last step that its seeds have in common, and its means there."""
+
+    step: int
+    seeds: tuple[int, ...]
+    """Positions of the seeds that have got to that step."""
+    means: list[float]
+
+    def beside(self, ended: Sequence[TrialResult]) -> list[float] | None:
+        """The means of another configuration there; None if it was not evaluated."""
+        return _means([_at(ended[seed].curve, self.step) for seed in self.seeds])
+
+
+def _at_shared_step(trial_results: Sequence[TrialResult]) -> _Stopped | None:
+    """None if no trial was evaluated after step 0, the base model, or if a value is not finite."""
+    seeds = tuple(seed for seed, result in enumerate(trial_results) if any(step > 0 for step in result.curve))
+    step = min((max(trial_results[seed].curve) for seed in seeds), default=0)
+    means = _means([_at(trial_results[seed].curve, step) for seed in seeds])
+    return _Stopped(step, seeds, means) if means else None
+
+
+def _at(curve: Mapping[int, tuple[float, ...]], step: int) -> tuple[float, ...]:
+    """The objectives of the last evaluation at or before a step, the base model's excepted."""
+    before = [each for each in curve if 0 < each <= step]
+    return curve[max(before)] if before else (math.nan,)
+
+
+def _finished(trial_results: Sequence[TrialResult]) -> bool:
+    return all(result.kind == "finished" for result in trial_results)
+
+
+def _finals(trial_results: Sequence[TrialResult]) -> list[float] | None:
+    """Each objective's mean over seeds at the end."""
+    return _means([(result.value, *result.further) for result in trial_results])
+
+
+def _means(values: Sequence[tuple[float, ...]]) -> list[float] | None:
+    """Each objective's mean; None without values, or if one is not finite."""
+    if not values or not all(math.isfinite(value) for each in values for value in each):
+        return None
+    return [math.fsum(each) / len(each) for each in zip(*values, strict=True)]

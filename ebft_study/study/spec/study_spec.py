@@ -80,16 +80,16 @@ USED_BY = {
 
 
 class SchedulerSpec(Section):
-    """Early stopping of trials that fall behind, or (pbt) their continuation from better ones. Baselines are exempt.
+    """Early stopping of configurations that fall behind, or (pbt) continue from better ones. Baselines are exempt.
 
     docs/schedulers.md and docs/population.md compare them.
     """
 
     kind: Literal["none", "asha", "hyperband", "median", "pbt"] = "none"
     grace_period_steps: PositiveInt = Field(50, description="no trial is stopped before this step")
-    reduction_factor: int = Field(3, ge=2, description="about one of this many trials continues at each rung")
-    brackets: PositiveInt = Field(1, description="asha: groups of trials, each with its first rung one later")
-    min_samples_required: PositiveInt = Field(3, description="median: other trials needed before one is stopped")
+    reduction_factor: int = Field(3, ge=2, description="about one of this many configurations continues at each rung")
+    brackets: PositiveInt = Field(1, description="asha: groups of configurations, each with its first rung one later")
+    min_samples_required: PositiveInt = Field(3, description="median: other trials at its seeds needed to stop one")
     perturbation_interval_steps: PositiveInt = Field(50, description="pbt: trials are compared this often")
     quantile_fraction: float = Field(
         0.25,
@@ -117,6 +117,11 @@ class SchedulerSpec(Section):
     @model_serializer(mode="wrap")
     def _what_is_used(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         return {k: v for k, v in handler(self).items() if self.kind in USED_BY.get(k, (self.kind,))}
+
+    @property
+    def compares(self) -> bool:
+        """Whether configurations are compared, to stop those that are behind."""
+        return self.kind in ("asha", "hyperband", "median")
 
     def given(self) -> dict[str, Any]:
         """The settings of the file, without defaults: profiles and overrides are merged into these."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from ebft_study.config import RunConfig
 from ebft_study.study.spec.study_spec import ObjectiveSpec, ResourcesSpec
+from ebft_study.study.spec.trials import Replicate
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,11 @@ class TrialTask:
     @property
     def seed(self) -> int:
         return int(self.run["seed"])
+
+    @property
+    def replicate(self) -> Replicate:
+        configuration, steps = self.label.removesuffix(f" seed={self.seed}"), self.run["training"]["warm_start_steps"]
+        return Replicate(self.trial_id, configuration, self.seed, self.total_steps, int(steps))
 
     @property
     def since_attempt(self) -> int:

@@ -6,11 +6,12 @@ ordered seed by seed, baselines first, so that a study that ends early holds who
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from ebft_study import config
 from ebft_study.config import RunConfig
@@ -18,6 +19,7 @@ from ebft_study.study.spec import enumeration, links
 from ebft_study.study.spec.study_spec import ResourcesSpec, StudySpec, paths
 
 Settings = dict[str, Any]  # dotted path -> value
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,19 @@ class Configuration:
     label: str
     settings: Settings
     baseline: str | None = None
+
+
+@dataclass(frozen=True)
+class Replicate:
+    """A trial as schedulers compare it: one seed of a configuration."""
+
+    trial_id: str
+    configuration: str
+    """Its label, by which all tables name it."""
+    seed: int
+    total_steps: int
+    warm_start_steps: int = 0
+    """Up to here its evaluations say nothing of the settings on the axes."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +59,11 @@ class Trial:
     @property
     def label(self) -> str:
         return f"{self.configuration.label} seed={self.seed}"
+
+    @property
+    def unit(self) -> tuple[int, str, bool]:
+        """For `shuffled`."""
+        return self.seed, self.configuration.label, self.configuration.baseline is not None
 
 
 def baselines(spec: StudySpec) -> list[Configuration]:
@@ -81,6 +101,29 @@ def listed(spec: StudySpec, source: str = "") -> list[Trial]:
 
 def _identity(configuration: Configuration) -> str:
     return configuration.baseline or json.dumps(configuration.settings, sort_keys=True, default=str)
+
+
+def shuffled(listed: Sequence[T], study: str, unit: Callable[[T], tuple[int, str, bool]]) -> list[T]:
+    """Trials seed by seed, baselines first, configurations in an order that is random but always the same.
+
+    The first trials that a scheduler sees have little to be compared with: that must not favour the first lines of a
+    study file.
+
+    Args:
+        unit: a trial's seed, the label of its configuration, and whether that is a baseline.
+    """
+    seeds = {seed: position for position, seed in enumerate(dict.fromkeys(unit(trial)[0] for trial in listed))}
+
+    def key(trial: T) -> tuple[int, bool, str]:
+        seed, label, is_baseline = unit(trial)
+        return seeds[seed], not is_baseline, "" if is_baseline else draw(study, label)
+
+    return sorted(listed, key=key)
+
+
+def draw(*names: str) -> str:
+    """A random number as hexadecimal digits, always the same for the same names."""
+    return hashlib.sha256(json.dumps(names).encode()).hexdigest()
 
 
 def number_of_trials(spec: StudySpec) -> int:

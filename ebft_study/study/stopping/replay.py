@@ -22,6 +22,7 @@ from ebft_study.storage import Location
 from ebft_study.study.folder import history
 from ebft_study.study.folder.trial_states import EARLY_STOP, OPEN, Evaluation
 from ebft_study.study.spec.study_spec import ObjectiveSpec, StudySpec
+from ebft_study.study.spec.trials import Replicate, shuffled
 from ebft_study.study.stopping.rules import RuleMonitor
 from ebft_study.study.stopping.schedulers import StudyScheduler
 
@@ -48,6 +49,11 @@ class RecordedTrial:
     """Duration of the trial."""
     finished: bool = True
     """Whether it did all its steps; others failed or ended by themselves."""
+    warm_start_steps: int = 0
+
+    @property
+    def replicate(self) -> Replicate:
+        return Replicate(self.trial_id, self.configuration, self.seed, self.total_steps, self.warm_start_steps)
 
     def final(self, metric: str) -> float:
         """The objective after the last step; NaN if it was not reached."""
@@ -143,7 +149,10 @@ def best_configuration(means: Mapping[str, tuple[int, float]], objective: Object
 
 
 def replay(trials: Sequence[RecordedTrial], spec: StudySpec, *, concurrency: int) -> Replay:
-    """Run recorded trials in their order, `concurrency` at a time, under the scheduler and stopping rules of `spec`."""
+    """Run recorded trials `concurrency` at a time under the scheduler and stopping rules of `spec`.
+
+    They start in their order; a live study with a scheduler that compares configurations has that of `as_started`.
+    """
     early_stopping = _EarlyStopping(trials, spec)
     waiting, running, stops = deque(range(len(trials))), list[tuple[float, int, int, float]](), list[Stop]()
     now = 0.0
@@ -156,7 +165,13 @@ def replay(trials: Sequence[RecordedTrial], spec: StudySpec, *, concurrency: int
 
     while waiting or running:
         while waiting and len(running) < concurrency:
-            queue(waiting.popleft(), 0, now)
+            trial = trials[index := waiting.popleft()]
+            if reason := early_stopping.reason_not_to_start(trial):
+                stops.append(Stop(trial, 0, now, reason, trial.seconds))
+            else:
+                queue(index, 0, now)
+        if not running:
+            break
         now, index, point, started = heapq.heappop(running)
         trial = trials[index]
         if point == len(trial.evaluations):
@@ -170,14 +185,26 @@ def replay(trials: Sequence[RecordedTrial], spec: StudySpec, *, concurrency: int
     return Replay(tuple(trials), spec.objective, tuple(stops), now)
 
 
+def as_started(trials: Sequence[RecordedTrial], spec: StudySpec) -> list[RecordedTrial]:
+    """Recorded trials in the order in which a live study under the scheduler of `spec` starts them."""
+    if not spec.scheduler.compares:
+        return list(trials)
+    return shuffled(trials, spec.study, lambda trial: (trial.seed, trial.configuration, trial.is_baseline))
+
+
 class _EarlyStopping:
     """Rules and scheduler, called in the order in which Tune calls them."""
 
     def __init__(self, trials: Sequence[RecordedTrial], spec: StudySpec) -> None:
         longest = max((trial.total_steps for trial in trials), default=0)
         self._metric, self._rules = spec.objective.metric, RuleMonitor(spec.stopping, spec.objective)
-        compares = spec.scheduler.kind != "none"
+        compares = spec.scheduler.compares
         self._scheduler = StudyScheduler(spec, longest=longest, history={}) if compares else None
+
+    def reason_not_to_start(self, trial: RecordedTrial) -> str:
+        if trial.is_baseline or self._scheduler is None:
+            return ""
+        return self._scheduler.reason_not_to_start(trial.configuration)
 
     def reason_to_stop(self, trial: RecordedTrial, evaluation: Evaluation) -> str:
         step, total, trial_id = evaluation.step, trial.total_steps, trial.trial_id
@@ -185,9 +212,15 @@ class _EarlyStopping:
             return ""
         report = {**evaluation.metrics, "step": step, "evaluated_step": step}
         # The scheduler also sees a trial that a rule stops: others are compared with it.
-        ruled_out = self._rules.should_stop(trial_id, report, total_steps=total, n_samples=trial.n_samples)
+        ruled_out = self._rules.should_stop(
+            trial_id,
+            report,
+            total_steps=total,
+            n_samples=trial.n_samples,
+            warm_start_steps=trial.warm_start_steps,
+        )
         behind = self._scheduler is not None and self._scheduler.should_stop(
-            trial_id, step, evaluation.get(self._metric), total_steps=total
+            trial.replicate, step, evaluation.get(self._metric)
         )
         if ruled_out:
             return self._rules.reasons[trial_id]
@@ -238,6 +271,7 @@ def _recorded(
         elapsed=elapsed,
         seconds=max(total, *elapsed, 0.0),
         finished=row["status"] == "finished",
+        warm_start_steps=int(row["warm_start_steps"]),
     )
 
 

@@ -17,13 +17,18 @@ _ROUNDING = 1e-9  # of a mean over contexts that are all at the largest possible
 
 
 def reason_to_stop(
-    history: Sequence[Evaluation], rules: StoppingSpec, objective: ObjectiveSpec, *, n_samples: int
+    history: Sequence[Evaluation],
+    rules: StoppingSpec,
+    objective: ObjectiveSpec,
+    *,
+    n_samples: int,
+    warm_start_steps: int = 0,
 ) -> str:
     """The reason of the first rule that stops the trial; '' if it continues."""
     checks: dict[str, Callable[..., str]] = {
         "divergence": diverged,
         "collapse": functools.partial(collapsed, n_samples=n_samples),
-        "stagnation": functools.partial(stagnated, objective=objective),
+        "stagnation": functools.partial(stagnated, objective=objective, start=warm_start_steps),
         "reward_hacking": hacked,
     }
     for name, rule in rules:
@@ -70,9 +75,21 @@ def collapsed(
     return ""
 
 
-def stagnated(history: Sequence[Evaluation], objective: ObjectiveSpec, *, improvement: float, evaluations: int) -> str:
-    """The best objective of the last `evaluations` ones is not better by `improvement` than the best one before."""
-    last, earlier = _last(history, evaluations), history[:-evaluations]
+def stagnated(
+    history: Sequence[Evaluation],
+    objective: ObjectiveSpec,
+    *,
+    improvement: float,
+    evaluations: int,
+    start: int = 0,
+) -> str:
+    """The best objective of the last `evaluations` ones is not better by `improvement` than the best one before.
+
+    Looks at the evaluations after step `start`, the end of the warm start: a trial that first loses to the base model
+    and has improved since is not at its end.
+    """
+    trained = [evaluation for evaluation in history if evaluation.step > start]
+    last, earlier = trained[-evaluations:], trained[:-evaluations]
     sign = 1.0 if objective.mode == "min" else -1.0
     before = [sign * value for e in earlier if math.isfinite(value := e.get(objective.metric))]
     now = [sign * value for e in last if math.isfinite(value := e.get(objective.metric))]
@@ -113,7 +130,15 @@ class RuleMonitor:
         self.reasons: dict[str, str] = {}
         """Trial -> reason why it was stopped."""
 
-    def should_stop(self, trial_id: str, metrics: Mapping[str, float], *, total_steps: int, n_samples: int) -> bool:
+    def should_stop(
+        self,
+        trial_id: str,
+        metrics: Mapping[str, float],
+        *,
+        total_steps: int,
+        n_samples: int,
+        warm_start_steps: int = 0,
+    ) -> bool:
         """Whether a trial that has just reported should stop.
 
         Ignores a report that repeats an evaluation (`evaluated_step` is below `step`), and one of a step that was
@@ -123,7 +148,9 @@ class RuleMonitor:
         if metrics.get("evaluated_step") != step or (history and step <= history[-1].step) or step >= total_steps:
             return False
         history.append(Evaluation(step, dict(metrics)))
-        reason = reason_to_stop(history, self._rules, self._objective, n_samples=n_samples)
+        reason = reason_to_stop(
+            history, self._rules, self._objective, n_samples=n_samples, warm_start_steps=warm_start_steps
+        )
         if reason:
             self.reasons[trial_id] = f"{reason}; {steps_saved(step, total_steps)}"
         return bool(reason)

@@ -20,7 +20,14 @@ from ebft_study.study.folder import study_yaml
 from ebft_study.study.resolving import checks, study_file
 from ebft_study.study.spec import normalize, trials
 from ebft_study.study.spec.study_spec import SchedulerSpec, StoppingSpec, StudySpec
-from ebft_study.study.stopping.replay import RecordedTrial, Replay, recorded_concurrency, recorded_trials, replay
+from ebft_study.study.stopping.replay import (
+    RecordedTrial,
+    Replay,
+    as_started,
+    recorded_concurrency,
+    recorded_trials,
+    replay,
+)
 from ebft_study.study.view.display import print_plain
 
 SECTIONS = ("scheduler", "stopping", "objective", "budget")
@@ -50,7 +57,9 @@ def replay_study(
     concurrency = spec.budget.max_concurrent_trials or recorded_concurrency(folder)
     without = spec.model_copy(update={"scheduler": SchedulerSpec(), "stopping": StoppingSpec()})
     changed = alternatives(spec, recorded)
-    replays = {label: replay(recorded, each, concurrency=concurrency) for label, each in changed.items()}
+    replays = {
+        label: replay(as_started(recorded, each), each, concurrency=concurrency) for label, each in changed.items()
+    }
     return StudyReplays(spec, concurrency, replay(recorded, without, concurrency=concurrency), replays)
 
 

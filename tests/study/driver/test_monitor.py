@@ -18,6 +18,7 @@ from ebft_study.study.driver.monitor import Monitor
 from ebft_study.study.folder import history
 from ebft_study.study.folder.trial_states import EARLY_STOP, TrialState
 from ebft_study.study.spec import normalize, trials
+from ebft_study.study.spec.trials import Replicate
 from ebft_study.study.view import display
 
 
@@ -133,7 +134,7 @@ def test_the_next_session_reads_how_the_last_one_ended(tmp_path: Path) -> None:
     session.train("t0000")
     session.monitor.ended("t0000", {**FINISHED, "started_at": time.time()})
     session.train("t0001", cfm=(2.0, 1.9))
-    session.monitor.ended("t0001", {"status": "stopped", "reason": f"{EARLY_STOP}: behind"})
+    ended = session.monitor.ended("t0001", {"status": "stopped", "reason": f"{EARLY_STOP}: behind"})
     session.train("t0002", cfm=(2.0, 1.7))  # was running when the driver was killed
     session.monitor.ended("t0003", {"status": "failed", "reason": "no such file"})
 
@@ -145,8 +146,14 @@ def test_the_next_session_reads_how_the_last_one_ended(tmp_path: Path) -> None:
     }
     assert past.trial_results["t0000"].value == 1.8
     assert past.trial_results["t0001"].step == 5
+    assert past.trial_results["t0001"].curve == ended.curve == {0: (2.0,), 5: (1.9,)}
     assert math.isnan(past.trial_results["t0003"].value)
-    assert past.curves == {"t0001": [(0.0, 2.0), (5.0, 1.9)], "t0002": [(0.0, 2.0), (5.0, 1.7)]}
+    assert {trial.trial_id: curve for trial, curve in past.curves.items()} == {
+        "t0001": [(0.0, 2.0), (5.0, 1.9)],
+        "t0002": [(0.0, 2.0), (5.0, 1.7)],
+    }
+    assert next(iter(past.curves)) == Replicate("t0001", session.trials[1].configuration.label, 0, 10)
+    assert past.stopped == {}, "this version stops configurations; an earlier one stopped this trial alone"
     running = past.states["t0002"]
     assert (running.status, running.step, running.total_steps, running.metrics["cfm_loss"]) == ("running", 5, 10, 1.7)
 
@@ -198,12 +205,25 @@ def test_a_takeover_is_an_event_that_the_lineage_reads(tmp_path: Path) -> None:
     assert session.heard.lines[-1] == "t0001 at step 5 continues from t0002's step 10 with alpha=0.5"
 
 
-def test_the_last_report_of_a_trial_is_not_replayed(tmp_path: Path) -> None:
+def test_the_last_evaluation_of_a_trial_is_evidence(tmp_path: Path) -> None:
+    """A study that is extended compares others with it at that step."""
     session = Session(tmp_path)
     session.monitor.planned(session.trials[1])
     session.monitor.started("t0001")
     session.train("t0001")
-    assert history.read(tmp_path, "cfm_loss").curves["t0001"] == [(0.0, 2.0), (5.0, 1.5)]
+    (curve,) = history.read(tmp_path, "cfm_loss").curves.values()
+    assert curve == [(0.0, 2.0), (5.0, 1.5), (10.0, 1.8)]
+
+
+def test_the_next_session_knows_which_configurations_were_stopped(tmp_path: Path) -> None:
+    session = Session(tmp_path)
+    for trial in session.trials[1:3]:
+        session.monitor.planned(trial)
+    session.train("t0001", cfm=(2.0, 1.9))
+    reason = "configuration stopped: cfm_loss 1.9 at step 5 is not among the best 1/2 of 3 configurations"
+    session.monitor.ended("t0001", {"status": "stopped", "reason": f"{EARLY_STOP}: {reason}; 5 of 10 steps saved"})
+    session.monitor.ended("t0002", {"status": "stopped", "reason": f"{EARLY_STOP}: diverged; 10 of 10 steps saved"})
+    assert history.read(tmp_path, "cfm_loss").stopped == {session.trials[1].configuration.label: reason}
 
 
 def test_time_of_earlier_sessions_counts(tmp_path: Path) -> None:

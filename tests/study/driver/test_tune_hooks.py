@@ -131,6 +131,27 @@ def test_the_searcher_hands_out_trials_and_then_says_that_is_all() -> None:
     assert monitor.calls == [(what, i) for i in ("t0000", "t0001") for what in ("planned", "started")]
 
 
+def test_a_trial_of_a_stopped_configuration_is_not_started_and_recorded_as_stopped() -> None:
+    monitor: Any = Recorded()
+    ended: list[str] = []
+    search: Any = listed()
+    search.ended = lambda trial_id, trial_result: ended.append(trial_id)
+
+    def reason(configuration: str) -> str:
+        return "behind" if configuration == "alpha=0" else ""
+
+    searcher = StudySearcher(search, monitor, task_of, reason_not_to_start=reason)
+    assert TrialTask.from_config(searcher.suggest("x")).trial_id == "t0001"
+    assert searcher.suggest("y") == Searcher.FINISHED
+    assert monitor.calls == [
+        ("planned", "t0000"),
+        ("ended", "t0000", "stopped", "early stop: behind"),
+        ("planned", "t0001"),
+        ("started", "t0001"),
+    ]
+    assert ended == ["t0000"]
+
+
 def test_trials_that_take_turns_start_when_tune_starts_them() -> None:
     monitor: Any = Recorded()
     searcher = StudySearcher(listed(), monitor, task_of, take_turns=True)

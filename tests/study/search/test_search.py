@@ -8,6 +8,7 @@ from typing import Any
 
 import optuna
 import pytest
+from optuna.samplers._tpe.sampler import _split_trials
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
@@ -17,7 +18,7 @@ from ebft_study.study.folder import trial_states
 from ebft_study.study.folder.trial_states import TrialResult
 from ebft_study.study.search.journal import JOURNAL, is_over
 from ebft_study.study.search.listed import ListedSearch
-from ebft_study.study.search.optuna_search import OptunaSearch
+from ebft_study.study.search.optuna_search import STOPPED_EARLY, OptunaSearch
 from ebft_study.study.spec import normalize, trials
 from ebft_study.study.spec.study_spec import StudySpec
 from ebft_study.study.spec.trials import Trial
@@ -35,6 +36,15 @@ def spec(**changes: Any) -> StudySpec:
         **changes,
     }
     return normalize.from_record(content, source="test")
+
+
+def finished(value: float, curve: dict[int, float]) -> TrialResult:
+    return TrialResult("finished", value, max(curve), (), {step: (each,) for step, each in curve.items()})
+
+
+def stopped(curve: dict[int, float]) -> TrialResult:
+    last = max(curve)
+    return TrialResult("early", curve[last], last, (), {step: (each,) for step, each in curve.items()})
 
 
 def asked(journal: Path) -> list[FrozenTrial]:
@@ -89,18 +99,75 @@ def test_baselines_run_first_and_are_none_of_optunas_business(tmp_path: Path) ->
     [
         ([TrialResult("finished", 1.0, 10), TrialResult("finished", math.nan, 10)], TrialState.FAIL, None),
         ([TrialResult("finished", 1.0, 10), TrialResult("failed")], TrialState.FAIL, None),
-        ([TrialResult("finished", 1.0, 10), TrialResult("early", 4.0, 3)], TrialState.PRUNED, 2.5),
-        ([TrialResult("early", 3.0, 5), TrialResult("early", 4.0, 3)], TrialState.PRUNED, 3.5),
+        ([finished(0.1, {3: 0.4, 10: 0.1}), stopped({3: 0.5})], TrialState.PRUNED, 0.45),
+        ([stopped({0: 9.0, 3: 3.0, 5: 0.0}), stopped({2: 0.0, 3: 4.0})], TrialState.PRUNED, 3.5),
+        ([stopped({2: 3.0, 5: 0.0}), stopped({2: 0.0, 3: 4.0})], TrialState.PRUNED, 3.5),
+        ([stopped({0: 9.0, 3: 3.0}), stopped({0: 1.0})], TrialState.PRUNED, 3.0),
+        ([stopped({3: 3.0}), TrialResult("early")], TrialState.PRUNED, 3.0),
+        ([stopped({0: 3.0}), TrialResult("early")], TrialState.FAIL, None),
+        ([stopped({3: math.nan}), TrialResult("early")], TrialState.FAIL, None),
     ],
 )
 def test_what_did_not_finish_is_told_as_such(
     tmp_path: Path, trial_results: list[TrialResult], state: TrialState, value: float | None
 ) -> None:
+    """A stopped configuration by its seeds at their last common step, those that were not started left out."""
     source = OptunaSearch(spec(search={"algorithm": "optuna", "num_configurations": 1}), tmp_path / JOURNAL, {})
     run_all(source, lambda trial: trial_results[trial.seed])
     (frozen,) = asked(tmp_path / JOURNAL)
     assert frozen.state is state
     assert frozen.value == value
+
+
+def test_gp_is_told_an_estimate_of_what_was_stopped(tmp_path: Path) -> None:
+    """Final values plus the gap at the same step and seeds; told after all configurations that began before it."""
+    search = {"algorithm": "optuna", "num_configurations": 3, "sampler": "gp"}
+    source = OptunaSearch(spec(search=search), tmp_path / JOURNAL, {})
+    out = [trial for _ in range(6) if (trial := source.next())]
+    results = [
+        finished(1.0, {5: 3.0, 10: 1.0}), finished(3.0, {5: 5.0, 10: 3.0}),  # seed 1 is harder
+        stopped({5: 3.5}), TrialResult("early"),
+        finished(1.5, {5: 3.2, 10: 1.5}), finished(3.5, {5: 5.2, 10: 3.5}),
+    ]  # fmt: skip
+    states = []
+    for number in (2, 3, 0, 4, 5, 1):
+        source.ended(out[number].trial_id, results[number])
+        states.append("".join(frozen.state.name[0] for frozen in asked(tmp_path / JOURNAL)))
+    assert states == ["RRR", "RRR", "RRR", "RRR", "RRC", "CCC"]
+    first, behind, third = (frozen.value for frozen in asked(tmp_path / JOURNAL))
+    assert (first, third) == (2.0, 2.5)
+    assert behind == pytest.approx((2.0 + 0.5 + 2.5 + 0.3) / 2), "its seed 0 against seed 0 of the others"
+    attributes = [frozen.user_attrs for frozen in asked(tmp_path / JOURNAL)]
+    assert attributes == [{}, {STOPPED_EARLY: {"step": 5, "values": [3.5]}}, {}]
+
+
+def test_an_estimate_for_gp_is_never_the_best(tmp_path: Path) -> None:
+    """Far ahead at step 5, of which nothing is known at the end."""
+    search = {"algorithm": "optuna", "num_configurations": 3, "sampler": "gp"}
+    results = [finished(1.0, {5: 3.0, 10: 1.0}), finished(4.0, {5: 3.0, 10: 4.0}), stopped({5: 0.0})]
+    source = OptunaSearch(spec(search=search, seeds=[0]), tmp_path / JOURNAL, {})
+    run_all(source, lambda trial: results[int(trial.trial_id[1:])])
+    assert plain_optuna(tmp_path / JOURNAL).best_trial.number == 0
+    assert asked(tmp_path / JOURNAL)[2].value == pytest.approx(1.0)
+
+
+def test_without_a_finished_configuration_there_is_no_estimate(tmp_path: Path) -> None:
+    search = {"algorithm": "optuna", "num_configurations": 2, "sampler": "gp"}
+    run_all(OptunaSearch(spec(search=search), tmp_path / JOURNAL, {}), lambda trial: stopped({5: 3.5}))
+    assert [(frozen.state, frozen.value) for frozen in asked(tmp_path / JOURNAL)] == [(TrialState.PRUNED, 3.5)] * 2
+
+
+def test_tpe_ranks_what_was_stopped_below_what_finished(tmp_path: Path) -> None:
+    """By Optuna's own split: those that finished come first, then the stopped ones that came furthest."""
+    results = [[finished(9.0, {5: 9.0, 10: 9.0})] * 2, [stopped({5: 1.0})] * 2, [stopped({2: 0.1})] * 2]
+    search = {"algorithm": "optuna", "num_configurations": 3}
+    run_all(
+        OptunaSearch(spec(search=search), tmp_path / JOURNAL, {}),
+        lambda trial: results[int(trial.trial_id[1:]) // 2][trial.seed],
+    )
+    study = plain_optuna(tmp_path / JOURNAL)
+    below = [_split_trials(study, study.get_trials(), count)[0] for count in (1, 2)]
+    assert [[frozen.number for frozen in each] for each in below] == [[0], [0, 1]]
 
 
 def test_only_an_early_stop_counts_as_one() -> None:

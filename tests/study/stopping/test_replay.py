@@ -12,7 +12,13 @@ import pytest
 from ebft_study.study.folder.trial_states import Evaluation
 from ebft_study.study.spec import normalize
 from ebft_study.study.spec.study_spec import ObjectiveSpec, StudySpec
-from ebft_study.study.stopping.replay import RecordedTrial, best_configuration, means_by_configuration, replay
+from ebft_study.study.stopping.replay import (
+    RecordedTrial,
+    as_started,
+    best_configuration,
+    means_by_configuration,
+    replay,
+)
 from ebft_study.study.stopping.rules import RuleMonitor
 from ebft_study.study.stopping.schedulers import StudyScheduler
 from tests.contracts.schedulers import random_curves
@@ -87,6 +93,37 @@ def test_a_stop_frees_its_slot_for_the_next_trial() -> None:
     assert replay(ran, spec(), concurrency=9).seconds == 80.0
 
 
+def test_a_configuration_stops_with_all_its_seeds() -> None:
+    """One slot, seed by seed: b is behind a with seed 0, so its seed 1 does not start, and takes no time."""
+    good, bad = [3, 1, 1, 1, 1], [3, 2, 2, 2, 0]
+    ran = [
+        trial(number, values, configuration=name, seed=seed)
+        for number, (values, name, seed) in enumerate([(good, "a", 0), (bad, "b", 0), (good, "a", 1), (bad, "b", 1)])
+    ]
+    found = replay(ran, spec(scheduler=ASHA), concurrency=1)
+    assert stops(found) == [("t0001", 10, 50.0), ("t0003", 0, 90.0)]
+    assert (found.steps_saved, found.seconds_saved, found.seconds) == (30 + 40, 70.0, 90.0)
+    assert (found.chosen, found.regret) == ("a", 1.0)
+    assert found.stops[1].reason.endswith("; no further steps")
+    both = replay(ran, spec(scheduler=ASHA), concurrency=4)
+    assert stops(both) == [("t0001", 10, 10.0), ("t0003", 10, 10.0)]
+
+
+def test_a_live_study_starts_configurations_in_an_order_of_its_own() -> None:
+    names = [f"c{number}" for number in range(20)]
+    ran = [trial(0, [1.0], is_baseline=True, configuration="sft")]
+    ran += [trial(1 + i, [1.0], configuration=name, seed=seed) for seed in (3, 1) for i, name in enumerate(names)]
+    asha = spec(scheduler=ASHA)
+    started = as_started(ran, asha)
+    assert [one.seed for one in started] == [0] + [3] * 20 + [1] * 20
+    orders = [[one.configuration for one in started if one.seed == seed] for seed in (3, 1)]
+    assert orders[0] == orders[1] != names
+    assert sorted(orders[0]) == sorted(names)
+    assert as_started(ran, spec()) == ran
+    other = asha.model_copy(update={"study": "other"})
+    assert [one.configuration for one in as_started(ran, other)][1:21] != orders[0]
+
+
 def test_who_comes_first_decides() -> None:
     """A fast trial sets the standard for a slow one, and with one slot the order of the list does."""
     fast, slow = trial(0, [3, 2, 1], pace=1.0), trial(1, [3, 1, 1], pace=5.0)
@@ -101,7 +138,9 @@ def test_a_rule_is_asked_before_the_scheduler_and_what_it_stops_is_a_standard() 
     found = replay(ran, spec(scheduler=ASHA, stopping=rules), concurrency=1)
     assert stops(found) == [("t0000", 10, 10.0), ("t0001", 10, 20.0)]
     assert found.stops[0].reason.startswith("diverged")
-    assert found.stops[1].reason.startswith("cfm_loss 2.5 at step 10")
+    assert found.stops[1].reason.startswith(
+        "configuration stopped: cfm_loss 2.5 at step 10 is not among the best 1/2 of 2"
+    )
     assert (found.winner, found.chosen) == ("c2", "c2")
 
 
@@ -151,7 +190,7 @@ def test_one_slot_is_the_live_scheduler_fed_trial_by_trial(kind: str, seed: int)
     live, expected = StudyScheduler(asked, longest=32, history={}), []
     for one in ran:
         for evaluation in one.evaluations:
-            if live.should_stop(one.trial_id, evaluation.step, evaluation.get("cfm_loss"), total_steps=32):
+            if live.should_stop(one.replicate, evaluation.step, evaluation.get("cfm_loss")):
                 expected.append((one.trial_id, evaluation.step))
                 break
     found = replay(ran, asked, concurrency=1)
@@ -181,7 +220,7 @@ def test_several_slots_are_a_clock_that_ticks(kind: str, concurrency: int) -> No
             for evaluation in due:
                 report = {**evaluation.metrics, "step": evaluation.step, "evaluated_step": evaluation.step}
                 ruled = watch.should_stop(name, report, total_steps=32, n_samples=one.n_samples)
-                behind = live.should_stop(name, evaluation.step, evaluation.get("cfm_loss"), total_steps=32)
+                behind = live.should_stop(one.replicate, evaluation.step, evaluation.get("cfm_loss"))
                 if ruled or behind:
                     expected.append((name, evaluation.step, clock))
                     running.pop(name)

@@ -101,7 +101,21 @@ def test_a_threshold_that_no_rate_can_reach_is_refused() -> None:
 )
 def test_no_progress_is_judged_against_the_best_so_far(values: list[float], mode: Any, stops: bool) -> None:
     objective = ObjectiveSpec(metric="cfm_loss", mode=mode)
-    assert bool(stagnated(curve(cfm_loss=values), objective, improvement=0.05, evaluations=2)) is stops
+    trained = [9.0 if mode == "min" else 0.0, *values]
+    assert bool(stagnated(curve(cfm_loss=trained), objective, improvement=0.05, evaluations=2)) is stops
+
+
+@pytest.mark.parametrize("start", [0, 20])
+def test_a_trial_that_lost_to_its_start_and_improves_since_has_not_stagnated(start: int) -> None:
+    """The start is the base model, or the end of a warm start."""
+    values = [1.0] * (start // 10 + 1) + [2.0, 1.9, 1.8, 1.7, 1.6]
+    stagnation = StoppingSpec.model_validate({"stagnation": {"evaluations": 2}})
+    losses, watch = curve(cfm_loss=values), RuleMonitor(stagnation, CFM)
+    for evaluation in losses:
+        report = {"step": evaluation.step, "evaluated_step": evaluation.step, **evaluation.metrics}
+        assert not watch.should_stop("t0", report, total_steps=100, n_samples=4, warm_start_steps=start)
+    worse = [Evaluation(evaluation.step, {"cfm_loss": -evaluation.get("cfm_loss")}) for evaluation in losses]
+    assert reason_to_stop(worse, stagnation, CFM, n_samples=4, warm_start_steps=start).startswith("no progress")
 
 
 def test_reward_that_rises_with_the_loss_it_should_lower_is_hacking() -> None:

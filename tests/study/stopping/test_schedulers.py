@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 import math
+import random
 from collections import Counter
 from typing import Any
 
 import numpy as np
 import pytest
 
-from ebft_study.study.stopping.schedulers import bracket_of, bracket_shares, rungs
+from ebft_study.study.spec.trials import Replicate
+from ebft_study.study.stopping.schedulers import StudyScheduler, bracket_of, bracket_shares, rungs
 from tests.contracts.schedulers import (
     STEPS,
     Curves,
@@ -19,8 +20,10 @@ from tests.contracts.schedulers import (
     random_curves,
     reports,
     scheduler_of,
+    spec_of,
     tell,
     tune_trial,
+    unit,
 )
 
 ASHA = {"kind": "asha", "grace_period_steps": 4, "reduction_factor": 2}
@@ -38,26 +41,44 @@ class TestSchedulers(SchedulerContract):
 # --- definitions -----------------------------------------------------------------------------------------------
 
 
+Table = dict[tuple[str, int], dict[int, float]]
+"""(Configuration, seed) -> step -> value."""
+
+
+def compared(
+    table: Table, stopped: set[str], configuration: str, step: int, judged: Any, standard: Any
+) -> tuple[int, int, int]:
+    """How many others are better, of how many, with how many trials: over the seeds that got as far as `step`.
+
+    None is better where all that are have stopped.
+    """
+    at = {key: {s: v for s, v in points.items() if s <= step} for key, points in table.items() if max(points) >= step}
+    better, others, trials = set(), 0, 0
+    for other in {name for name, _ in at} - {configuration}:
+        shared = [seed for name, seed in at if name == other and (configuration, seed) in at]
+        pairs = [(judged(at[configuration, seed]), standard(at[other, seed])) for seed in shared]
+        pairs = [pair for pair in pairs if not math.isnan(pair[1])]
+        if pairs:
+            others, trials = others + 1, trials + len(pairs)
+            if np.mean([theirs for _, theirs in pairs]) < np.mean([ours for ours, _ in pairs]) - 1e-12:
+                better.add(other)
+    return len(better) if better - stopped else 0, others, trials
+
+
 def halved(curves: Curves, seed: int, *, grace: int, factor: int) -> dict[str, int]:
-    """Where trials end by successive halving: at a rung, sort who was there before, and see who is good enough."""
-    at_rung: dict[int, list[float]] = {step: [] for step in range(grace, STEPS) if log_is_whole(step / grace, factor)}
-    passed: dict[str, int] = {}
+    """Where trials end by successive halving: at a rung, rank the configuration among those that got as far."""
+    rungs = [step for step in range(grace, STEPS) if log_is_whole(step / grace, factor)]
 
-    def stops(trial_id: str, step: int, value: float) -> bool:
-        due = [rung for rung in at_rung if passed.get(trial_id, 0) < rung <= step]
-        if not due or step >= STEPS:
-            return False
-        passed[trial_id] = max(due)
-        before = sorted(at_rung[max(due)])
-        at_rung[max(due)].append(value)
-        if not before:
-            return False
-        # The loss that a part 1/factor of them is below, between two of them where it falls between.
-        low, rest = divmod((len(before) - 1) / factor, 1)
-        nearest, next_one = before[int(low)], before[min(int(low) + 1, len(before) - 1)]
-        return value > nearest + rest * (next_one - nearest) + 1e-12
+    def is_behind(table: Table, stopped: set[str], configuration: str, before: int, step: int) -> bool:
+        better, others, _ = compared(table, stopped, configuration, step, last, last)
+        continues = math.ceil((others + 1) / factor)  # the best of so many and itself
+        return any(before < rung <= step for rung in rungs) and better >= continues
 
-    return followed(curves, seed, stops)
+    return followed(curves, seed, is_behind)
+
+
+def last(points: dict[int, float]) -> float:
+    return points[max(points)]
 
 
 def log_is_whole(ratio: float, base: int) -> bool:
@@ -66,33 +87,46 @@ def log_is_whole(ratio: float, base: int) -> bool:
 
 def by_median(curves: Curves, seed: int, *, grace: int, samples: int) -> dict[str, int]:
     """Where trials end by the median rule."""
-    seen: dict[str, dict[int, float]] = {}
 
-    def stops(trial_id: str, step: int, value: float) -> bool:
-        if step >= STEPS:
-            return False
-        seen.setdefault(trial_id, {})[step] = value
-        others = [points for name, points in seen.items() if name != trial_id and max(points) >= step]
-        means = [np.mean([v for s, v in points.items() if grace <= s <= step]) for points in others if step >= grace]
-        return len(means) >= samples and min(seen[trial_id].values()) > np.median(means)
+    def mean(points: dict[int, float]) -> float:
+        late = [value for step, value in points.items() if step >= grace]
+        return float(np.mean(late)) if late else math.nan
 
-    return followed(curves, seed, stops)
+    def is_behind(table: Table, stopped: set[str], configuration: str, before: int, step: int) -> bool:
+        best = compared(table, stopped, configuration, step, lambda points: min(points.values()), mean)
+        better, others, trials = best
+        return step >= grace and trials >= samples and better > others / 2
+
+    return followed(curves, seed, is_behind)
 
 
-def followed(curves: Curves, seed: int, stops: Any) -> dict[str, int]:
-    last: dict[str, int] = {}
+def followed(curves: Curves, seed: int, is_behind: Any) -> dict[str, int]:
+    """A configuration that is behind stops with all its trials that are not at their last step."""
+    ended: dict[str, int] = {}
+    table: Table = {}
+    behind: set[str] = set()
     source: Any = reports(curves, seed)
     report = next(source)
     while True:
-        last[report[0]] = report[1]
+        trial_id, step, value = report
+        configuration, own_seed = unit(trial_id)
+        ended[trial_id] = step
+        points = table.setdefault((configuration, own_seed), {})
+        before = max(points, default=0)
+        if step:
+            points[step] = value
+            if step < STEPS and is_behind(table, behind, configuration, before, step):
+                behind.add(configuration)
+        else:
+            del table[configuration, own_seed]
         try:
-            report = source.send(stops(*report))
+            report = source.send(step < STEPS and configuration in behind)
         except StopIteration:
-            return last
+            return ended
 
 
 @pytest.mark.parametrize(("seed", "grace", "factor"), [(s, *c) for s in range(6) for c in ((4, 2), (2, 3), (3, 4))])
-def test_asha_is_successive_halving_by_sorting(seed: int, grace: int, factor: int) -> None:
+def test_asha_is_successive_halving_by_ranks(seed: int, grace: int, factor: int) -> None:
     curves = random_curves(seed)
     section = {"kind": "asha", "grace_period_steps": grace, "reduction_factor": factor}
     assert ends(scheduler_of(section), curves, seed) == halved(curves, seed, grace=grace, factor=factor)
@@ -109,27 +143,29 @@ def test_the_median_rule_is_its_definition(seed: int, grace: int, samples: int) 
 @pytest.mark.parametrize("section", [BRACKETS, HYPERBAND], ids=["asha", "hyperband"])
 def test_brackets_are_halved_apart_from_each_other(section: dict[str, Any], seed: int) -> None:
     """Bracket b is ASHA with its grace period multiplied b times; Hyperband's last one stops nobody."""
-    curves = random_curves(seed, trials=40)
+    curves = random_curves(seed, trials=100)
     brackets = 2 if section is BRACKETS else len(rungs(4, 2, STEPS)) + 1
     shares = bracket_shares(len(rungs(4, 2, STEPS)), brackets, 2)
     found = serial_ends(section, curves)
     for bracket in range(brackets):
-        own = {name: values for name, values in curves.items() if bracket_of(name, shares) == bracket}
+        own = {name: values for name, values in curves.items() if bracket_of(unit(name)[0], shares, "s") == bracket}
         grace = 4 * 2**bracket
         alone = serial_ends({**ASHA, "grace_period_steps": grace}, own) if grace < STEPS else dict.fromkeys(own, STEPS)
         assert own
-        assert {name: found[name] for name in own} == alone
+        assert {name: step for name, step in found.items() if name in own} == alone
 
 
 def serial_ends(section: dict[str, Any], curves: Curves) -> dict[str, int]:
     """Where trials end that run one after the other."""
-    scheduler, last = scheduler_of(section), dict[str, int]()
+    scheduler, ended = scheduler_of(section), dict[str, int]()
     for name, values in curves.items():
+        if scheduler.reason_not_to_start(unit(name)[0]):
+            continue
         for point, value in enumerate(values):
-            last[name] = 2 * point
+            ended[name] = 2 * point
             if tell(scheduler, tune_trial(name), 2 * point, value):
                 break
-    return last
+    return ended
 
 
 def test_shares_are_hyperbands() -> None:
@@ -138,23 +174,53 @@ def test_shares_are_hyperbands() -> None:
     assert [round(143 * share) for share in bracket_shares(4, 5, 3)] == [81, 34, 15, 8, 5]
 
 
-@pytest.mark.parametrize("first", [0, 5, 120])
-def test_trials_in_a_row_are_spread_over_brackets_by_their_shares(first: int) -> None:
-    shares = bracket_shares(3, 4, 3)
-    for count in (10, 30, 200):
-        found = Counter(bracket_of(f"t{first + number:04d}", shares) for number in range(count))
-        for bracket, share in enumerate(shares):
-            assert math.isclose(found[bracket], share * count, abs_tol=2.0)
+def test_configurations_are_spread_over_brackets_by_their_shares() -> None:
+    """A configuration's bracket is that of all its seeds, whatever its place in the file."""
+    shares, count = bracket_shares(3, 4, 3), 4000
+    found = Counter(bracket_of(f"alpha={number}", shares, "s") for number in range(count))
+    for bracket, share in enumerate(shares):
+        assert math.isclose(found[bracket], share * count, abs_tol=4 * math.sqrt(share * (1 - share) * count))
 
 
-def test_spreading_over_brackets_does_not_follow_the_axes() -> None:
-    """Every bracket meets every value of axes of 2, 3, 4 and 5 values."""
-    shares = bracket_shares(2, 3, 3)
-    for period in (2, 3, 4, 5):
-        met = {(bracket_of(f"t{number:04d}", shares), number % period) for number in range(120)}
-        assert met == set(itertools.product(range(3), range(period)))
+def test_a_worse_configuration_is_stopped_at_a_rung() -> None:
+    """In the order of seeds: the first one has nothing to be compared with until its second seed."""
+    flat = {f"t{number:04d}": [value] * 17 for number, value in ((0, 1.0), (2, 2.0), (4, 0.5), (1, 0.9), (5, 0.6))}
+    assert serial_ends(ASHA, flat) == {"t0000": STEPS, "t0002": 4, "t0004": STEPS, "t0001": 8, "t0005": STEPS}
+    assert serial_ends({**ASHA, "reduction_factor": 3}, flat)["t0001"] == 4
 
 
-def test_worse_trials_are_stopped_at_a_rung() -> None:
-    flat = {f"t{i:04d}": [value] * 17 for i, value in enumerate((1.0, 2.0, 0.5))}
-    assert list(serial_ends(ASHA, flat).values()) == [STEPS, 4, STEPS]
+@pytest.mark.parametrize("section", [ASHA, HYPERBAND, MEDIAN], ids=["asha", "hyperband", "median"])
+@pytest.mark.parametrize("seed", range(10))
+def test_one_configuration_is_always_left(section: dict[str, Any], seed: int) -> None:
+    """Among equals each further seed changes who is ahead."""
+    draw = random.Random(seed)
+    curves = {f"t{number:04d}": [draw.gauss(0, 1)] * 17 for number in (*range(0, 16, 2), *range(1, 16, 2))}
+    ended = serial_ends(section, curves)
+    assert {unit(name)[0] for name in curves} > {unit(name)[0] for name, step in ended.items() if step < STEPS}
+
+
+def test_equal_configurations_are_all_kept() -> None:
+    flat = {f"t{number:04d}": [1.0] * 17 for number in range(12)}
+    for section in (ASHA, HYPERBAND, MEDIAN):
+        assert set(serial_ends(section, flat).values()) == {STEPS}
+
+
+# --- extended studies ------------------------------------------------------------------------------------------
+
+
+def test_a_rung_at_the_end_of_a_shorter_study_holds_the_value_of_its_own_step() -> None:
+    """Sixty steps became a hundred: the configuration that had finished is compared at step 60, not by step 80."""
+    spec = spec_of({**ASHA, "grace_period_steps": 20, "reduction_factor": 3})
+    falls = [(20.0, 3.0), (40.0, 2.5), (60.0, 2.0)]
+    old, new = (Replicate(name, name, 0, 100) for name in ("old", "new"))
+    scheduler = StudyScheduler(spec, longest=100, history={old: falls})
+    assert not scheduler.should_stop(old, 80, 1.0)
+    assert not any(scheduler.should_stop(new, step, value - 0.1) for step, value in falls)
+    assert scheduler.should_stop(new, 80, 1.1) is False, "no rung is there"
+
+
+def test_a_value_that_is_missing_at_a_rung_is_replaced_by_the_last_one_before() -> None:
+    spec = spec_of({**ASHA, "grace_period_steps": 20, "reduction_factor": 3})
+    gap, new = (Replicate(name, name, 0, 100) for name in ("gap", "new"))
+    scheduler = StudyScheduler(spec, longest=100, history={gap: [(20.0, 3.0), (40.0, 2.5), (80.0, 1.0)]})
+    assert not any(scheduler.should_stop(new, step, value) for step, value in ((20, 2.9), (40, 2.4), (60, 2.0)))

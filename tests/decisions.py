@@ -1,0 +1,325 @@
+"""How well early stopping decides: simulated studies, whose best configuration is known, under each scheduler.
+
+    make decisions          (or: python -m tests.decisions --write docs/decisions.md)
+
+Learning curves are drawn, and replayed by the scheduler of a live study: no Ray, no models. A curve is the level of its
+configuration, plus that of its seed (the same for all configurations, as seeds train on other data), plus that of the
+trial alone, plus a fall that is the same for all, plus the noise of each evaluation. Spreads are standard deviations,
+in units of the spread of configurations.
+"""
+
+from __future__ import annotations
+
+import argparse
+import heapq
+import math
+import random
+import statistics
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ebft_study.study.folder.trial_states import Evaluation, TrialResult
+from ebft_study.study.search.optuna_search import OptunaSearch
+from ebft_study.study.spec import normalize
+from ebft_study.study.spec.study_spec import StudySpec
+from ebft_study.study.spec.trials import Replicate, Trial
+from ebft_study.study.stopping.replay import RecordedTrial, Replay, as_started, replay
+from ebft_study.study.stopping.schedulers import StudyScheduler
+
+STEPS, EVERY = 81, 9
+METRIC = "cfm_loss"
+SCHEDULERS: dict[str, dict[str, Any]] = {
+    "none": {"kind": "none"},
+    "asha": {"kind": "asha", "grace_period_steps": 9, "reduction_factor": 3},
+    "hyperband": {"kind": "hyperband", "grace_period_steps": 9, "reduction_factor": 3},
+    "median": {"kind": "median", "grace_period_steps": 9, "min_samples_required": 3},
+}
+
+
+@dataclass(frozen=True)
+class Spreads:
+    """Standard deviations of a curve's parts."""
+
+    configurations: float = 1.0
+    seeds: float = 0.0
+    trials: float = 0.1
+    evaluations: float = 0.05
+
+
+class Curves:
+    """The learning curves of a study, whatever its configurations."""
+
+    def __init__(self, study: int, spreads: Spreads) -> None:
+        self._study, self._spreads = study, spreads
+
+    def value(self, level: float, configuration: str, seed: int, step: int) -> float:
+        """A configuration's objective at a step with a seed; less is better."""
+        spreads = self._spreads
+        parts = (
+            spreads.seeds * self._normal("seed", seed),
+            spreads.trials * self._normal("trial", configuration, seed),
+            spreads.evaluations * self._normal("evaluation", configuration, seed, step),
+        )
+        return level + math.fsum(parts) + 3.0 * math.exp(-4.0 * step / STEPS)
+
+    def _normal(self, *names: object) -> float:
+        return random.Random(f"{self._study} {names}").gauss(0.0, 1.0)
+
+
+def spec_of(scheduler: str, study: int = 0, **sections: Any) -> StudySpec:
+    content = {"study": f"s{study}", "question": "q", "scheduler": SCHEDULERS[scheduler], **sections}
+    return normalize.from_record(content, source="simulation")
+
+
+def drawn_study(study: int, spreads: Spreads, *, configurations: int = 9, seeds: int = 3) -> list[RecordedTrial]:
+    """A complete grid in the order of a file: seed by seed."""
+    draw, curves = random.Random(study), Curves(study, spreads)
+    levels = {f"c{number:02d}": draw.gauss(0.0, spreads.configurations) for number in range(configurations)}
+    trials = []
+    for seed in range(seeds):
+        for name, level in levels.items():
+            steps = range(0, STEPS + 1, EVERY)
+            evaluations = tuple(Evaluation(step, {METRIC: curves.value(level, name, seed, step)}) for step in steps)
+            trials.append(recorded(len(trials), name, seed, evaluations))
+    return trials
+
+
+def recorded(number: int, configuration: str, seed: int, evaluations: Sequence[Evaluation]) -> RecordedTrial:
+    """A finished trial, a second per step."""
+    return RecordedTrial(
+        trial_id=f"t{number:04d}",
+        configuration=configuration,
+        seed=seed,
+        is_baseline=False,
+        total_steps=STEPS,
+        n_samples=4,
+        steps_done=STEPS,
+        evaluations=tuple(evaluations),
+        elapsed=tuple(float(evaluation.step) for evaluation in evaluations),
+        seconds=float(STEPS),
+    )
+
+
+def run(trials: Sequence[RecordedTrial], scheduler: str, study: int, *, concurrency: int = 4) -> Replay:
+    spec = spec_of(scheduler, study)
+    return replay(as_started(trials, spec), spec, concurrency=concurrency)
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """Means over studies."""
+
+    winner_kept: float
+    """Part of the studies whose finally best configuration kept all its seeds."""
+    winner_chosen: float
+    saved: float
+    """Part of all steps."""
+    regret: float
+
+
+def decisions(scheduler: str, spreads: Spreads, studies: Iterable[int]) -> Decisions:
+    rows = []
+    for study in studies:
+        found = run(drawn_study(study, spreads), scheduler, study)
+        stopped = {stop.trial.configuration for stop in found.stops}
+        saved = found.steps_saved / found.steps_done
+        rows.append((found.winner not in stopped, found.winner == found.chosen, saved, found.regret))
+    return Decisions(*(math.fsum(column) / len(rows) for column in zip(*rows, strict=True)))
+
+
+def survival_by_position(scheduler: str, studies: Sequence[int], *, configurations: int = 9) -> list[float]:
+    """Of configurations that differ by noise alone: how often each line of the file keeps all its seeds."""
+    kept = dict.fromkeys((f"c{number:02d}" for number in range(configurations)), 0)
+    for study in studies:
+        equal = drawn_study(study, Spreads(configurations=0.0, trials=1.0), configurations=configurations)
+        stopped = {stop.trial.configuration for stop in run(equal, scheduler, study).stops}
+        for name in kept.keys() - stopped:
+            kept[name] += 1
+    return [number / len(studies) for number in kept.values()]
+
+
+# --- searches --------------------------------------------------------------------------------------------------
+
+SEEDS = (0, 1, 2)
+CONFIGURATIONS = 30
+"""A search may do the steps of so many configurations that all run to their end."""
+
+
+def level_of(trial: Trial) -> float:
+    """A bowl over two axes, zero at its best."""
+    return 6.0 * ((trial.run.loss.gamma - 0.3) ** 2 + (trial.run.loss.kl_coefficient - 0.6) ** 2)
+
+
+def search_regret(
+    sampler: str,
+    scheduler: str,
+    study: int,
+    spreads: Spreads,
+    *,
+    configurations: int = CONFIGURATIONS,
+    concurrency: int = 4,
+) -> float:
+    """How much worse than the best the configuration is that a search chooses, at the cost of so many complete ones.
+
+    It chooses the best mean over seeds of the configurations that finished with all seeds.
+    """
+    curves, budget = Curves(study, spreads), configurations * len(SEEDS) * STEPS
+    spec = spec_of(
+        scheduler,
+        study,
+        run={"steps": STEPS},
+        axes={name: {"distribution": "uniform", "low": 0.0, "high": 1.0} for name in ("gamma", "kl_coefficient")},
+        seeds=list(SEEDS),
+        search={"algorithm": "optuna", "sampler": sampler, "num_configurations": 1000, "search_seed": study}
+        | ({"population_size": 10} if sampler == "nsga2" else {}),
+    )
+    compares = StudyScheduler(spec, longest=STEPS, history={}) if spec.scheduler.compares else None
+    finals: dict[str, list[float]] = {}
+    levels: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        search = OptunaSearch(spec, Path(folder, "optuna.journal"), {})
+        running: list[tuple[int, int, Trial, dict[int, tuple[float, ...]]]] = []
+        now = order = spent = 0
+        while spent < budget:
+            while len(running) < concurrency:
+                trial = search.next()
+                assert trial
+                name = trial.configuration.label
+                if compares and compares.reason_not_to_start(name):
+                    search.ended(trial.trial_id, TrialResult("early"))
+                    continue
+                levels[name] = level_of(trial)
+                heapq.heappush(running, (now + EVERY, order := order + 1, trial, {}))
+            now, _, trial, curve = heapq.heappop(running)
+            name, step = trial.configuration.label, max(curve, default=0) + EVERY
+            value = curves.value(levels[name], name, trial.seed, step)
+            curve[step], spent = (value,), spent + EVERY
+            replicate = Replicate(trial.trial_id, name, trial.seed, STEPS)
+            if step == STEPS:
+                finals.setdefault(name, []).append(value)
+            elif not (compares and compares.should_stop(replicate, step, value)):
+                heapq.heappush(running, (now + EVERY, order := order + 1, trial, curve))
+                continue
+            kind: Any = "finished" if step == STEPS else "early"
+            search.ended(trial.trial_id, TrialResult(kind, value, step, (), curve))
+    complete = {name: math.fsum(values) for name, values in finals.items() if len(values) == len(SEEDS)}
+    return levels[min(complete, key=lambda name: complete[name])] if complete else max(levels.values())
+
+
+# --- the page --------------------------------------------------------------------------------------------------
+
+STUDIES = 200
+SEARCHES = {"tpe": (30, 16), "nsga2": (30, 16), "gp": (16, 6)}
+"""Sampler -> complete configurations whose cost a search may have, number of searches."""
+SEARCHED = Spreads(seeds=1.0)
+
+
+def page(studies: int = STUDIES) -> str:
+    """`docs/decisions.md`."""
+    return "\n".join(
+        [
+            "# Decisions",
+            "",
+            "Written by `make decisions` (`tests/decisions.py`): how well [early stopping](schedulers.md) decides in "
+            "simulated studies. Learning curves are drawn and replayed by the schedulers of a live study, without Ray "
+            "and models. A curve is the level of its configuration, that of its seed, that of the trial alone, a fall "
+            "that all have in common, and the noise of each evaluation. Spreads are standard deviations in units of "
+            f"the spread of configurations; that of evaluations is {Spreads().evaluations:g}. Real curves also cross, "
+            "which these do not.",
+            "",
+            "## Schedulers",
+            "",
+            f"Means over {studies} grids of 9 configurations, 3 seeds and {STEPS} steps with an evaluation every "
+            f"{EVERY}, 4 trials at a time. First comparison at step 9, `reduction_factor: 3`. *Winner*: the "
+            "configuration with the best mean of final values if nothing is stopped. *Kept*: with all its seeds. "
+            "*Regret*: how much worse the chosen configuration is than the winner.",
+            "",
+            *_table(
+                ("seeds", "trials", "scheduler", "winner kept", "winner chosen", "steps saved", "regret"),
+                (
+                    (
+                        f"{spreads.seeds:g}",
+                        f"{spreads.trials:g}",
+                        name,
+                        *_cells(decisions(name, spreads, range(studies))),
+                    )
+                    for spreads in _SPREADS
+                    for name in SCHEDULERS
+                ),
+            ),
+            "",
+            "What a seed does to all configurations alike changes nothing, because configurations are compared over "
+            "shared seeds. What it does to each differently (*trials*) makes the first seed a poor judge.",
+            "",
+            "## Among equals",
+            "",
+            f"How often each line of the file keeps all its seeds, where configurations differ by noise alone "
+            f"({studies} studies).",
+            "",
+            *_table(
+                ("scheduler", *(f"line {number}" for number in range(1, 10))),
+                (
+                    (name, *(f"{100 * part:.0f} %" for part in survival_by_position(name, range(studies))))
+                    for name in SCHEDULERS
+                    if name != "none"
+                ),
+            ),
+            "",
+            "## Searches",
+            "",
+            "Regret of what Optuna finds on a bowl over two axes, three seeds, 4 trials at a time, without early "
+            "stopping and with ASHA at the same cost in steps: mean, and its standard error. Spread of seeds "
+            f"{SEARCHED.seeds:g}, of trials {SEARCHED.trials:g}; the bowl's is 0.9 or so.",
+            "",
+            *_table(
+                ("sampler", "searches", "cost, in complete configurations", "without", "with ASHA"),
+                (
+                    (
+                        name,
+                        f"{searches}",
+                        f"{cost}",
+                        *(_searched(name, kind, cost, searches) for kind in ("none", "asha")),
+                    )
+                    for name, (cost, searches) in SEARCHES.items()
+                ),
+            ),
+            "",
+        ]
+    )
+
+
+_SPREADS = [Spreads(seeds=each) for each in (0.0, 0.5, 1.0, 2.0)] + [Spreads(trials=each) for each in (0.25, 0.5, 1.0)]
+
+
+def _cells(found: Decisions) -> tuple[str, ...]:
+    parts = (found.winner_kept, found.winner_chosen, found.saved)
+    return (*(f"{100 * part:.0f} %" for part in parts), f"{found.regret:.3f}")
+
+
+def _searched(sampler: str, scheduler: str, cost: int, searches: int) -> str:
+    regrets = [search_regret(sampler, scheduler, each, SEARCHED, configurations=cost) for each in range(searches)]
+    return f"{statistics.mean(regrets):.3f} ± {statistics.stdev(regrets) / math.sqrt(searches):.3f}"
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    lines = [header, ["---"] * len(header), *rows]
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--studies", type=int, default=STUDIES)
+    parser.add_argument("--write", type=Path, help="the page; printed without")
+    options = parser.parse_args()
+    content = page(options.studies)
+    if options.write:
+        options.write.write_text(content)
+    else:
+        print(content)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,35 @@
+"""How well schedulers decide, in simulated studies: `tests/decisions.py` with few studies."""
+
+from __future__ import annotations
+
+from dataclasses import astuple
+
+import pytest
+
+from tests.decisions import Spreads, decisions, survival_by_position
+
+STUDIES = range(60)
+
+
+@pytest.mark.parametrize("scheduler", ["asha", "hyperband", "median"])
+def test_the_best_configuration_keeps_its_seeds_where_seeds_differ_as_much_as_configurations(scheduler: str) -> None:
+    """ASHA over pooled seeds kept all seeds of the best one in 39 % of such studies."""
+    found = decisions(scheduler, Spreads(seeds=1.0), STUDIES)
+    assert found.winner_kept > 0.9
+    assert found.winner_chosen > 0.9
+    assert found.saved > 0.4
+    assert found.regret < 0.02
+
+
+def test_the_spread_of_seeds_changes_nothing() -> None:
+    alike, different = (astuple(decisions("asha", Spreads(seeds=each), range(20))) for each in (0.0, 5.0))
+    assert different == pytest.approx(alike)
+
+
+@pytest.mark.parametrize("scheduler", ["asha", "hyperband", "median"])
+def test_among_equals_the_first_lines_of_the_file_do_not_survive_more_often(scheduler: str) -> None:
+    kept = survival_by_position(scheduler, range(150))
+    mean = sum(kept) / len(kept)
+    error = (mean * (1 - mean) / 150) ** 0.5
+    assert max(abs(part - mean) for part in kept) < 3.5 * error
+    assert 0 < mean < 1
