@@ -133,7 +133,8 @@ def ebft_lowers_cfm(study: StudySummary) -> Finding:
     if pure is None:
         return _lacks("EBFT with alpha=1")
     gain = pure.mean(pure.progress("cfm_loss"))
-    return _decide([(gain, "below")], f"{_course(study, pure, 'cfm_loss')} {_from_base(study, pure, 'cfm_loss')}", pure)
+    sentence = f"{_course(study, pure, 'cfm_loss')} {_from_base(study, pure, 'cfm_loss')}".strip()
+    return _decide([(gain, "below")], sentence, pure)
 
 
 @_claim(
