@@ -272,7 +272,7 @@ def page(studies: int = STUDIES) -> str:
             "",
             "Regret of what Optuna finds on a bowl over two axes, three seeds, 4 trials at a time, without early "
             "stopping and with ASHA at the same cost in steps: mean, and its standard error. Spread of seeds "
-            f"{SEARCHED.seeds:g}, of trials {SEARCHED.trials:g}; the bowl's is 0.9 or so.",
+            f"{SEARCHED.seeds:g}, of trials {SEARCHED.trials:g}; that of the bowl 1.",
             "",
             *_table(
                 ("sampler", "searches", "cost, in complete configurations", "without", "with ASHA"),

@@ -1,6 +1,6 @@
 """Rules that stop a single trial: pure functions from its evaluations so far to a reason, or to ''.
 
-Schedulers compare trials with each other; these rules look at one trial alone, so they also work where all are bad.
+Schedulers compare configurations; these rules look at one trial alone, so they also work where all are bad.
 """
 
 from __future__ import annotations
