@@ -66,7 +66,7 @@ def went_on(folder: Path) -> bool:
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
-    """Killed with SIGKILL after a takeover, and resumed to its end."""
+    """Killed with SIGKILL after an exploit, and resumed to its end."""
     study = Study(tmp_path_factory.mktemp("population"))
     model, data = write_model(study.cwd / "model"), write_data(study.cwd / "data.jsonl")
     run = {**RUN, "model": str(model), "dataset": str(data)}
@@ -98,7 +98,7 @@ def test_what_is_taken_over_is_the_donors_checkpoint_bit_for_bit(study: Study) -
 
 
 def test_trials_that_changed_hands_end_with_the_same_weights_and_optimizer_states(study: Study) -> None:
-    """From different learning rates: the takeover, and the kill after it, lost and mixed nothing."""
+    """From different learning rates: the exploit, and the kill after it, lost and mixed nothing."""
     first, second = (final_state(study, trial_id) for trial_id in ("t0000", "t0001"))
     assert first.keys() == second.keys()
     assert any(name.startswith("exp_avg.") for name in first)

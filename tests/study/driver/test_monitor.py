@@ -192,7 +192,7 @@ def test_a_trial_that_waits_for_its_turn_is_pending_and_its_time_stands_still(tm
     assert state.seconds == pytest.approx(20, abs=5)
 
 
-def test_a_takeover_is_an_event_that_the_lineage_reads(tmp_path: Path) -> None:
+def test_an_exploit_is_an_event_that_the_lineage_reads(tmp_path: Path) -> None:
     session = Session(tmp_path)
     session.monitor.planned(session.trials[1])
     details = {
@@ -211,8 +211,10 @@ def test_the_last_evaluation_of_a_trial_is_evidence(tmp_path: Path) -> None:
     session.monitor.planned(session.trials[1])
     session.monitor.started("t0001")
     session.train("t0001")
-    (curve,) = history.read(tmp_path, "cfm_loss").curves.values()
-    assert curve == [(0.0, 2.0), (5.0, 1.5), (10.0, 1.8)]
+    results.TrialRecorder(tmp_path, study="s", trial_id="t0001", attempt=1).metrics(12, {"loss": 0.5})
+    past = history.read(tmp_path, "cfm_loss")
+    assert list(past.curves.values()) == [[(0.0, 2.0), (5.0, 1.5), (10.0, 1.8)]]
+    assert [evaluation.step for evaluation in past.evaluations["t0001"]] == [0, 5, 10], "a training step is none"
 
 
 def test_the_next_session_knows_which_configurations_were_stopped(tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ def test_baselines_run_first_and_are_none_of_optunas_business(tmp_path: Path) ->
     ("trial_results", "state", "value"),
     [
         ([TrialResult("finished", 1.0, 10), TrialResult("finished", math.nan, 10)], TrialState.FAIL, None),
-        ([TrialResult("finished", 1.0, 10), TrialResult("failed")], TrialState.FAIL, None),
+        ([finished(0.1, {3: 0.4, 10: 0.1}), TrialResult("failed")], TrialState.FAIL, None),
         ([finished(0.1, {3: 0.4, 10: 0.1}), stopped({3: 0.5})], TrialState.PRUNED, 0.45),
         ([stopped({0: 9.0, 3: 3.0, 5: 0.0}), stopped({2: 0.0, 3: 4.0})], TrialState.PRUNED, 3.5),
         ([stopped({2: 3.0, 5: 0.0}), stopped({2: 0.0, 3: 4.0})], TrialState.PRUNED, 3.5),
