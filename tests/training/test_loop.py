@@ -52,6 +52,11 @@ def test_micro_batches_change_nothing_but_rounding(tmp_path: Path, micro_batch_s
         assert parts.curve(name) == pytest.approx(whole.curve(name), rel=2e-3, abs=2e-5)
 
 
+def test_a_seed_has_its_own_batches(tmp_path: Path) -> None:
+    first, again, other = (Run(tiny_config(tmp_path, seed=seed)).batch()[0].indices.tolist() for seed in (1, 1, 2))
+    assert first == again != other
+
+
 def test_two_workers_give_the_gradients_and_metrics_of_one(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, gamma=0.3, batch_size=5, steps=3)
     _, alone = run_tiny(config)
