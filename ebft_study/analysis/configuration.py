@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -16,13 +17,15 @@ import pandas as pd
 from ebft_study.analysis.settings import Objective
 from ebft_study.analysis.statistics import Interval, mean_interval, paired_difference
 from ebft_study.results import METRICS
+from ebft_study.results.metrics import TEXT
 
+K = TypeVar("K", bound=Hashable)
 DEFAULT_OBJECTIVE: Objective = ("cfm_loss", "min")
 """Objective where study.yaml records none."""
 BySeed = dict[int, float]
 Map = tuple[tuple[str, Any], ...]
 """Names and values of settings that define what a metric measures."""
-OF_BASE = ("model", "dataset", "sequence_length", "packing")
+OF_BASE = ("model", *TEXT)
 """Settings that change the base model's own cross-entropy."""
 Values = dict[tuple[str, int | None], BySeed]
 """(metric, position) -> seed -> value; ("cfm_loss", None) is the value at the completion length of comparisons."""
@@ -128,3 +131,11 @@ class Configuration:
         if at_one_length:
             names = tuple(name for name in names if name != "completion_length")
         return tuple((name, self.settings.get(name)) for name in names)
+
+
+def grouped(configurations: Iterable[Configuration], key: Callable[[Configuration], K]) -> dict[K, list[Configuration]]:
+    """Configurations by `key`, in their order."""
+    groups: dict[K, list[Configuration]] = {}
+    for c in configurations:
+        groups.setdefault(key(c), []).append(c)
+    return groups

@@ -8,13 +8,14 @@ front, nor are configurations that lack seeds where others have them all. Each f
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from ebft_study import text
+from ebft_study.analysis.configuration import grouped
 from ebft_study.analysis.settings import Objective, objectives
 from ebft_study.analysis.summary import COMPARED, Configuration, StudySummary
 
@@ -52,10 +53,7 @@ def _rivals(configurations: Sequence[Configuration], goals: Sequence[Objective])
     """Configurations on the axes, in groups whose values of every objective may be compared."""
     on_axes = [c for c in configurations if c.baseline is None]
     eligible = [c for c in on_axes if c.is_complete] or on_axes
-    groups: dict[Hashable, list[Configuration]] = {}
-    for c in eligible:
-        groups.setdefault(tuple(c.map_of(metric) for metric, _ in goals), []).append(c)
-    return list(groups.values())
+    return list(grouped(eligible, lambda c: tuple(c.map_of(metric) for metric, _ in goals)).values())
 
 
 def _front_of(

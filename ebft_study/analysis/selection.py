@@ -8,12 +8,12 @@ others, and scores the choice on the seed that was left out, for each seed in tu
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-from ebft_study.analysis.configuration import BySeed, Configuration
+from ebft_study.analysis.configuration import BySeed, Configuration, grouped
 from ebft_study.analysis.settings import Objective
 from ebft_study.analysis.statistics import Interval, mean_interval, paired_difference
 from ebft_study.results import METRICS
@@ -23,10 +23,7 @@ def comparable(
     configurations: Iterable[Configuration], metric: str, *, at_one_length: bool = False
 ) -> list[list[Configuration]]:
     """Groups of configurations between which values of `metric` may be compared: of one feature map, one data set."""
-    groups: dict[Hashable, list[Configuration]] = {}
-    for c in configurations:
-        groups.setdefault(c.map_of(metric, at_one_length=at_one_length), []).append(c)
-    return list(groups.values())
+    return list(grouped(configurations, lambda c: c.map_of(metric, at_one_length=at_one_length)).values())
 
 
 def ranked(configurations: Iterable[Configuration], metric: str | None = None) -> list[Configuration]:

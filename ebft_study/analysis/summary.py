@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from ebft_study import text
-from ebft_study.analysis.configuration import DEFAULT_OBJECTIVE, BySeed, Configuration, Map, Values
+from ebft_study.analysis.configuration import DEFAULT_OBJECTIVE, BySeed, Configuration, Map, Values, grouped
 from ebft_study.analysis.selection import best, comparable
 from ebft_study.analysis.settings import (
     Objective,
@@ -111,10 +111,7 @@ class StudySummary:
 
     def of_one_base(self, metric: str) -> list[list[Configuration]]:
         """Groups of configurations whose base models have one held-out value of `metric`."""
-        groups: dict[Map, list[Configuration]] = {}
-        for c in self.configurations:
-            groups.setdefault(c.base_of(metric), []).append(c)
-        return list(groups.values())
+        return list(grouped(self.configurations, lambda c: c.base_of(metric)).values())
 
     def map_label(self, settings: Map) -> str:
         """`model=tiny-4m`: those of some settings that differ between the study's configurations."""

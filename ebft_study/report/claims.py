@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from ebft_study import text
-from ebft_study.analysis.configuration import Configuration, Map
+from ebft_study.analysis.configuration import Configuration, grouped
 from ebft_study.analysis.selection import Selected, select
 from ebft_study.analysis.statistics import CONFIDENCE, Interval, holm
 from ebft_study.analysis.summary import MAX_GROUPS, StudySummary
@@ -100,9 +100,7 @@ def _claim(statement: str, reference: str, *, metric: str) -> Callable[[Test], C
 
 def _parts(study: StudySummary, metric: str) -> list[tuple[str, StudySummary]]:
     """The study's configurations by model and data and, for CFM, by feature map, with what tells each part apart."""
-    parts: dict[Map, list[Configuration]] = {}
-    for c in study.configurations:
-        parts.setdefault(c.map_of(metric) if metric == "cfm_loss" else c.base_of(metric), []).append(c)
+    parts = grouped(study.configurations, lambda c: c.map_of(metric) if metric == "cfm_loss" else c.base_of(metric))
     return [(study.map_label(key), replace(study, configurations=tuple(group))) for key, group in parts.items()]
 
 

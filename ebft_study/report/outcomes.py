@@ -17,6 +17,7 @@ from matplotlib.ticker import MaxNLocator
 
 from ebft_study import text
 from ebft_study.analysis import pareto
+from ebft_study.analysis.configuration import grouped
 from ebft_study.analysis.settings import assignments, is_number, objectives, sort_key
 from ebft_study.analysis.statistics import Interval
 from ebft_study.analysis.summary import Configuration, StudySummary
@@ -203,11 +204,11 @@ def _equal_but_for(
     study: StudySummary, name: str, configurations: Sequence[Configuration]
 ) -> dict[str, list[Configuration]]:
     """Configurations that differ in setting `name` alone, under a text of their other varying settings."""
-    groups: dict[str, list[Configuration]] = {}
-    for c in configurations:
-        others = [key for key in study.varying if key != name and key not in c.unread]
-        groups.setdefault(assignments(c.settings, others), []).append(c)
-    return groups
+
+    def others(c: Configuration) -> str:
+        return assignments(c.settings, [key for key in study.varying if key != name and key not in c.unread])
+
+    return grouped(configurations, others)
 
 
 # --- several objectives ----------------------------------------------------------------------------------------

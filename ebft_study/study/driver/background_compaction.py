@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from ebft_study import results
 from ebft_study.errors import EbftError
 from ebft_study.storage import Location
+from ebft_study.study.folder.background import in_background
 
 _EVERY_SECONDS = 600.0
 _FEWEST_TRIALS = 16  # that ended since the last time
@@ -31,9 +32,8 @@ def compacting(
     Args:
         ended: how many trials of the study are over.
     """
-    over = threading.Event()
 
-    def work() -> None:
+    def work(over: threading.Event) -> None:
         done = ended()
         while not over.wait(every_seconds):
             if ended() - done >= fewest_trials:
@@ -41,10 +41,5 @@ def compacting(
                 with contextlib.suppress(EbftError, OSError):  # nothing is lost; the end of the session tries again
                     results.compact(folder)
 
-    thread = threading.Thread(target=work, daemon=True, name="compaction")
-    thread.start()
-    try:
+    with in_background(work, name="compaction"):
         yield
-    finally:
-        over.set()
-        thread.join()

@@ -39,7 +39,9 @@ from ebft_study.study.stopping.rules import RuleMonitor
 from ebft_study.study.view import display
 
 if TYPE_CHECKING:
-    from ebft_study.study.driver.tune_hooks import StudyStopper
+    import ray.tune
+
+    from ebft_study.study.driver.tune_hooks import Observer, StudyStopper
 
 STORAGE_FAILED = "the study's storage failed"
 
@@ -206,7 +208,15 @@ def _tune(
             services.released(owner)
 
         scheduler = _scheduler(folder, study, past, monitor, released)
-        reasons = ChainMap(stopper.rule_reasons, getattr(scheduler, "reasons", {}))
+        observer = Observer(
+            search,
+            monitor,
+            released,
+            ChainMap(stopper.rule_reasons, getattr(scheduler, "reasons", {})),
+            lambda reason: stopper.request_stop(f"{STORAGE_FAILED}: {reason}"),
+            max_failures=spec.resources.max_failures,
+            may_lose_nodes=study.capacity.is_existing,
+        )
         tuner = ray.tune.Tuner(
             ray.tune.with_resources(
                 run_trial, lambda config: tune_resources(TrialTask.from_config(config).resources_spec, slot)
@@ -226,31 +236,27 @@ def _tune(
                 trial_name_creator=_trial_name,
                 trial_dirname_creator=_trial_name,
             ),
-            run_config=ray.tune.RunConfig(
-                name=time.strftime("%Y%m%d-%H%M%S"),
-                **(folder / "tune").for_ray,
-                verbose=0,
-                stop=stopper,
-                callbacks=[
-                    Observer(
-                        search,
-                        monitor,
-                        released,
-                        reasons,
-                        lambda reason: stopper.request_stop(f"{STORAGE_FAILED}: {reason}"),
-                        max_failures=spec.resources.max_failures,
-                        may_lose_nodes=study.capacity.is_existing,
-                    )
-                ],
-                failure_config=ray.tune.FailureConfig(max_failures=-1),  # the observer counts, without lost nodes
-                checkpoint_config=ray.tune.CheckpointConfig(num_to_keep=3),
-            ),
+            run_config=_run_config(folder, stopper, observer),
         )
         try:
             tuner.fit()
         finally:
             for problem in services.problems():
                 monitor.note("cache", problem)
+
+
+def _run_config(folder: StoragePath, stopper: StudyStopper, observer: Observer) -> ray.tune.RunConfig:
+    import ray.tune
+
+    return ray.tune.RunConfig(
+        name=time.strftime("%Y%m%d-%H%M%S"),
+        **(folder / "tune").for_ray,
+        verbose=0,
+        stop=stopper,
+        callbacks=[observer],
+        failure_config=ray.tune.FailureConfig(max_failures=-1),  # the observer counts, without lost nodes
+        checkpoint_config=ray.tune.CheckpointConfig(num_to_keep=3),
+    )
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import json
 import os
 import secrets
@@ -30,6 +31,7 @@ import psutil
 
 from ebft_study.errors import ResultsError, StorageError
 from ebft_study.storage import StoragePath, storage_errors
+from ebft_study.study.folder.background import in_background
 
 NAME, OWNER = ".lock", ".owner"
 BEAT_SECONDS, STALE_SECONDS, SETTLE_SECONDS = 10.0, 60.0, 1.0
@@ -99,21 +101,17 @@ def _hold_file(folder: StoragePath, path: Path, record: str) -> Iterator[LockHan
 @contextlib.contextmanager
 def _heartbeat(path: StoragePath) -> Iterator[None]:
     """Name this process in `path`, and rewrite that every few seconds, as it may be another machine that looks."""
-    released = threading.Event()
 
-    def beat() -> None:
+    def beat(released: threading.Event) -> None:
         while not released.wait(BEAT_SECONDS):
             with contextlib.suppress(StorageError):
                 _write(path, "")
 
     _write(path, "")
-    thread = threading.Thread(target=beat, daemon=True, name="heartbeat")
-    thread.start()
     try:
-        yield
+        with in_background(beat, name="heartbeat"):
+            yield
     finally:
-        released.set()
-        thread.join()
         with contextlib.suppress(StorageError):
             path.delete()
 
@@ -133,14 +131,11 @@ def _hold_object(folder: StoragePath) -> Iterator[LockHandle]:
     time.sleep(SETTLE_SECONDS)
     if not _is_owned_by(path, token):
         raise _refusal(folder, ", which began at the same moment")
-    handle, released = LockHandle(), threading.Event()
-    thread = threading.Thread(target=_beat, args=(path, token, handle, released), daemon=True, name="heartbeat")
-    thread.start()
+    handle = LockHandle()
     try:
-        yield handle
+        with in_background(functools.partial(_beat, path, token, handle), name="heartbeat"):
+            yield handle
     finally:
-        released.set()
-        thread.join()
         with contextlib.suppress(StorageError):
             if _is_owned_by(path, token):
                 path.delete()
