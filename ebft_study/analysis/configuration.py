@@ -125,9 +125,8 @@ class Configuration:
         Args:
             at_one_length: for held-out values, which reports compare at one completion length for all configurations.
         """
-        names = METRICS[metric].comparable_within if metric in METRICS else ()
-        if "evaluation_temperature" in names and self.settings.get("evaluation_temperature") is not None:
-            names = tuple(name for name in names if name != "temperature")  # evaluations have their own
+        own_temperature = self.settings.get("evaluation_temperature") is not None
+        names = METRICS[metric].defined_by(own_temperature=own_temperature) if metric in METRICS else ()
         if at_one_length:
             names = tuple(name for name in names if name != "completion_length")
         return tuple((name, self.settings.get(name)) for name in names)

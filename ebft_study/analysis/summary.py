@@ -90,7 +90,9 @@ class StudySummary:
     @property
     def not_comparable(self) -> tuple[str, ...]:
         """Varying settings across which values of cfm_loss must not be compared, at one completion length either."""
-        return self._varying_in({*METRICS["cfm_loss"].comparable_within} - {"completion_length"})
+        own_temperature = bool(self.results.trials["evaluation_temperature"].notna().all())
+        names = METRICS["cfm_loss"].defined_by(own_temperature=own_temperature)
+        return self._varying_in({*names} - {"completion_length"})
 
     @property
     def validated_at_other_lengths(self) -> tuple[str, ...]:
@@ -99,8 +101,6 @@ class StudySummary:
 
     def _varying_in(self, names: set[str]) -> tuple[str, ...]:
         settings = {name: name for name in self.varying} | self.shown_as
-        if self.results.trials["evaluation_temperature"].notna().all():
-            names = names - {"temperature"}  # evaluations follow it only where they have none of their own
         return tuple(dict.fromkeys(settings[name] for name in settings if name in names))
 
     def base(self, metric: str, position: int | None = None) -> float:

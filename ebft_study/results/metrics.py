@@ -64,6 +64,15 @@ class Metric:
     is_objective: bool = False
     comparable_within: tuple[str, ...] = ()
 
+    def defined_by(self, *, own_temperature: bool) -> tuple[str, ...]:
+        """`comparable_within`, as far as it has an effect.
+
+        Args:
+            own_temperature: whether evaluations set their own; what they measure does not follow that of training then.
+        """
+        is_moot = own_temperature and "evaluation_temperature" in self.comparable_within
+        return tuple(name for name in self.comparable_within if not (is_moot and name == "temperature"))
+
     @property
     def quantity(self) -> str:
         """Name under which observations are accumulated."""

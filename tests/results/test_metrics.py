@@ -111,4 +111,7 @@ def test_metrics_are_compared_within_settings_that_exist() -> None:
     assert all(name in settings for entry in METRICS.values() for name in entry.comparable_within)
     within = METRICS["cfm_loss"].comparable_within
     assert {"depths", "pooling", "normalize", "feature_network", "completion_length"} <= set(within)
+    for own_temperature in (False, True):
+        assert ("temperature" in METRICS["cfm_loss"].defined_by(own_temperature=own_temperature)) != own_temperature
+        assert "temperature" in METRICS["reward"].defined_by(own_temperature=own_temperature)
     assert METRICS["ce_loss"].comparable_within == ("dataset", "sequence_length", "packing")

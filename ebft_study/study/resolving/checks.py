@@ -140,26 +140,25 @@ def _comparable_rules(spec: StudySpec, runs: Sequence[RunConfig]) -> Iterator[Br
     else:
         return
     for metric in (objective.metric for objective in objectives):
-        different = _different(METRICS[metric].comparable_within, runs)
+        own_temperature = all(run.evaluation.evaluation_temperature is not None for run in runs)
+        different = _different(METRICS[metric].defined_by(own_temperature=own_temperature), runs)
         if different:
             names = text.listed(different)
             rule = f"{decides} compares trials by it, but its values at different {names} measure different things"
-            fixed = "set evaluation_temperature, " if different == ["temperature"] else ""
+            is_evaluated = "evaluation_temperature" in METRICS[metric].comparable_within
+            fixed = "set evaluation_temperature, " if is_evaluated and different == ["temperature"] else ""
             other = f"Use a comparable objective such as ce_loss, {fixed}{remedy}, or run a study for each {names}"
             yield "objective.metric", metric, rule, other
 
 
 def _different(names: Sequence[str], runs: Sequence[RunConfig]) -> list[str]:
-    """Those of the settings that are not the same in all runs, as far as they have an effect."""
+    """Those of the settings that are not the same in all runs."""
 
     def values(name: str) -> set[str]:
         path = config.short_names()[name].split(".")
         return {repr(functools.reduce(getattr, path, run)) for run in runs}
 
-    different = [name for name in names if len(values(name)) > 1]
-    if all(run.evaluation.evaluation_temperature is not None for run in runs):
-        different = [name for name in different if name != "temperature"]  # it is sampled at, not measured at
-    return different
+    return [name for name in names if len(values(name)) > 1]
 
 
 def _scheduler_rules(spec: StudySpec, total_steps: int) -> Iterator[Broken]:

@@ -387,6 +387,15 @@ def test_a_cfm_that_decides_nothing_or_can_be_compared_is_an_objective(tmp_path:
     load_study(write(tmp_path, **changes), "cpu")
 
 
+def test_rewards_are_measured_at_the_temperature_of_training(tmp_path: Path) -> None:
+    run = {"steps": 20, "evaluation_temperature": 0.6}
+    reward = {"metric": "reward", "mode": "max"}
+    message = refusal(tmp_path, None, axes=TEMPERATURES, profiles=None, scheduler=ASHA, run=run, objective=reward)
+    assert "objective.metric='reward'" in message
+    assert "at different temperature measure different things" in message
+    assert "set evaluation_temperature" not in message
+
+
 def test_a_study_that_an_earlier_version_has_begun_can_be_resumed() -> None:
     content = {"study": "s", "question": "q", "run": {"steps": 20}, "axes": FEATURES, "scheduler": ASHA}
     assert resolved(content).n_trials == 2
