@@ -39,11 +39,11 @@ def ranked(configurations: Iterable[Configuration], metric: str | None = None) -
     if not measured:
         return []
     goal = _objective(measured[0], metric)
-    places: dict[str, tuple[bool, int]] = {}
+    ranks: dict[str, tuple[bool, int]] = {}
     for group in comparable(measured, goal[0]):
         ordered = sorted(group, key=lambda c: (*_completeness(c), *_loss(c.validated(goal[0]), goal)))
-        places |= {c.name: (not c.is_complete, place) for place, c in enumerate(ordered)}
-    return sorted(measured, key=lambda c: places[c.name])
+        ranks |= {c.name: (not c.is_complete, rank) for rank, c in enumerate(ordered)}
+    return sorted(measured, key=lambda c: ranks[c.name])
 
 
 def best(configurations: Iterable[Configuration], metric: str | None = None) -> Configuration | None:

@@ -294,8 +294,8 @@ def _attention_forward(
 def _window_of_layer(module: nn.Module) -> int | None:
     """The window of a layer whose model describes it in its configuration alone, as Qwen2-MoE does."""
     config: Any = module.config
-    kinds = getattr(config, "layer_types", None)
-    if kinds and kinds[int(module.layer_idx)] == "sliding_attention":  # type: ignore[arg-type]
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types and layer_types[int(module.layer_idx)] == "sliding_attention":  # type: ignore[arg-type]
         return int(config.sliding_window)
     return None
 

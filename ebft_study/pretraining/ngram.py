@@ -88,7 +88,7 @@ def _ngrams(tokens: np.ndarray, order: int, vocabulary: int) -> np.ndarray:
     return packed
 
 
-def _look_up(keys: np.ndarray, known: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """The values of keys; 0 for those that are not in `known`."""
-    index = np.searchsorted(known, keys).clip(max=len(known) - 1)
-    return np.where(known[index] == keys, values[index], 0)
+def _look_up(keys: np.ndarray, sorted_keys: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """The values of keys; 0 for those that are not in `sorted_keys`."""
+    index = np.searchsorted(sorted_keys, keys).clip(max=len(sorted_keys) - 1)
+    return np.where(sorted_keys[index] == keys, values[index], 0)

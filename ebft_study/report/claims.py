@@ -88,9 +88,9 @@ def _claim(statement: str, reference: str, *, metric: str) -> Callable[[Test], C
     def register(test: Test) -> Callable[[StudySummary], Verdict]:
         @functools.wraps(test)
         def claim(study: StudySummary) -> Verdict:
-            found = _in_all([(label, test(part)) for label, part in _parts(study, metric)]) or test(study)
-            ruling: Ruling = found.ruling if found.p_value < 1 - CONFIDENCE else "cannot tell"
-            return Verdict(statement, reference, ruling, found.sentence, found.p_value)
+            finding = _in_all([(label, test(part)) for label, part in _parts(study, metric)]) or test(study)
+            ruling: Ruling = finding.ruling if finding.p_value < 1 - CONFIDENCE else "cannot tell"
+            return Verdict(statement, reference, ruling, finding.sentence, finding.p_value)
 
         CLAIMS.append(claim)
         return claim
@@ -202,12 +202,12 @@ def small_alpha_raises_ce(study: StudySummary) -> Finding:
     """Without CE term, alpha < 1 is no proper scoring rule and CE rises."""
     without = [c for c in study.ebft if c.settings["gamma"] == 0 and _alpha(c) < 1]
     alphas = sorted({_alpha(c) for c in without})
-    chosen = {a: found for a in alphas if (found := select([c for c in without if _alpha(c) == a], "ce_loss"))}
+    chosen = {a: selected for a in alphas if (selected := select([c for c in without if _alpha(c) == a], "ce_loss"))}
     if not chosen:
         return _lacks("EBFT with alpha<1 and gamma=0", _missing_trials(without))
-    rises = {alpha: found.mean(found.progress("ce_loss")) for alpha, found in chosen.items()}
+    rises = {alpha: selected.mean(selected.progress("ce_loss")) for alpha, selected in chosen.items()}
     each = [f"α={text.setting(alpha)}: {rise.in_words()}" for alpha, rise in rises.items()]
-    split = "held-out" if all(found.began_at_base for found in chosen.values()) else "validation"
+    split = "held-out" if all(selected.began_at_base for selected in chosen.values()) else "validation"
     return _decide(
         [(rise, "above") for rise in rises.values()],
         f"CE ({split}) at the end minus that at EBFT's first step, at γ=0: {'; '.join(each)}."
@@ -322,11 +322,13 @@ def _rival(pure: Selected, finished: Sequence[Configuration], metric: str) -> Se
     by_seed: dict[int, Configuration] = {}
     n_candidates = 1
     for c in pure.configurations:
-        found = select([other for other in finished if _equal_data(c, other)], metric)
-        if found is None:
+        selected = select([other for other in finished if _equal_data(c, other)], metric)
+        if selected is None:
             return None
-        n_candidates = max(n_candidates, found.n_candidates)
-        by_seed |= {s: found.by_seed[s] for s, own in pure.by_seed.items() if own.name == c.name and s in found.by_seed}
+        n_candidates = max(n_candidates, selected.n_candidates)
+        by_seed |= {
+            s: selected.by_seed[s] for s, own in pure.by_seed.items() if own.name == c.name and s in selected.by_seed
+        }
     return Selected(by_seed, n_candidates)
 
 
