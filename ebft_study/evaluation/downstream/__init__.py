@@ -116,18 +116,22 @@ class Result:
         return score_rows({key: scores for key, scores in self.measured.items() if scores.count}, self.benchmark)
 
 
-def check_room(benchmark: Benchmark, tokenizer: PreTrainedTokenizerFast, *, max_tokens: int, positions: int) -> None:
-    """Refuse a benchmark whose longest prompt and answer exceed the model's positions."""
-    prompts = encode_prompts(tokenizer, [item.problem.prompt for item in benchmark.items])
-    length, item = max(zip(map(len, prompts), benchmark.items, strict=True), key=lambda pair: pair[0])
-    room = positions - length
-    if max_tokens <= room:
+def check_room(
+    benchmarks: Sequence[Benchmark], tokenizer: PreTrainedTokenizerFast, *, max_tokens: int, positions: int | None
+) -> None:
+    """Refuse benchmarks whose longest prompt and answer exceed the model's positions; None: it has no limit."""
+    if positions is None:
         return
-    remedy = f"benchmark_max_tokens <= {room}, or " if room > 0 else ""
-    raise ConfigError(
-        f"evaluation.benchmark_max_tokens={max_tokens}: problem {item.id} of {benchmark.name} has a prompt of {length} "
-        f"tokens, and the model {positions} positions. Use {remedy}a model with a longer context"
-    )
+    for benchmark in benchmarks:
+        prompts = encode_prompts(tokenizer, [item.problem.prompt for item in benchmark.items])
+        length, item = max(zip(map(len, prompts), benchmark.items, strict=True), key=lambda pair: pair[0])
+        room = positions - length
+        if max_tokens > room:
+            remedy = f"benchmark_max_tokens <= {room}, or " if room > 0 else ""
+            raise ConfigError(
+                f"evaluation.benchmark_max_tokens={max_tokens}: problem {item.id} of {benchmark.name} has a prompt of "
+                f"{length} tokens, and the model {positions} positions. Use {remedy}a model with a longer context"
+            )
 
 
 @dataclass(frozen=True)

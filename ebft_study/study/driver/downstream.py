@@ -143,9 +143,7 @@ def _check_room(run: RunConfig, benchmarks: Sequence[Benchmark]) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(source_of(run.model), revision=run.model_revision)
     positions = getattr(read_config(run.model, revision=run.model_revision), "max_position_embeddings", None)
-    for benchmark in benchmarks:
-        if positions is not None:
-            check_room(benchmark, tokenizer, max_tokens=run.evaluation.benchmark_max_tokens, positions=positions)
+    check_room(benchmarks, tokenizer, max_tokens=run.evaluation.benchmark_max_tokens, positions=positions)
 
 
 @contextlib.contextmanager

@@ -243,11 +243,13 @@ def test_answers_end_before_a_stop_and_lines_at_their_end(base: LoadedModel) -> 
 
 def test_prompts_that_are_too_long_are_refused(base: LoadedModel) -> None:
     longest = max(map(len, encode_prompts(base.tokenizer, [item.problem.prompt for item in benchmark().items])))
-    check_room(benchmark(), base.tokenizer, max_tokens=10, positions=longest + 10)
+    short = replace(benchmark(), items=benchmark().items[:1], numbers=(0,))
+    check_room([benchmark()], base.tokenizer, max_tokens=10, positions=longest + 10)
+    check_room([benchmark()], base.tokenizer, max_tokens=10**9, positions=None)
     with pytest.raises(ConfigError, match=r"benchmark_max_tokens=11: problem p1 of b .* benchmark_max_tokens <= 10"):
-        check_room(benchmark(), base.tokenizer, max_tokens=11, positions=longest + 10)
+        check_room([short, benchmark()], base.tokenizer, max_tokens=11, positions=longest + 10)
     with pytest.raises(ConfigError, match="Use a model with a longer context"):
-        check_room(benchmark(), base.tokenizer, max_tokens=1, positions=longest)
+        check_room([benchmark()], base.tokenizer, max_tokens=1, positions=longest)
 
 
 def test_batches_change_nothing(base: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
