@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ebft_study import config, results
-from ebft_study.config import EvaluationConfig, RunConfig
+from ebft_study.config import DataConfig, EvaluationConfig, RunConfig
 from ebft_study.errors import ConfigError, DataError, ResultsError
 from ebft_study.results import TrialRecorder, cell_value
 from ebft_study.results.lineage import lineage
@@ -16,6 +16,7 @@ from ebft_study.storage import StoragePath
 from ebft_study.study.folder import attempts
 
 if TYPE_CHECKING:
+    from ebft_study.evaluation import Scores
     from ebft_study.evaluation.downstream import Result
     from ebft_study.evaluation.downstream.benchmarks import Benchmark
     from ebft_study.evaluation.downstream.protocol import Judges
@@ -66,6 +67,7 @@ def evaluate(
     loaded, skipped = load_benchmarks(settings.benchmarks, problems=settings.benchmark_problems)
     for run in {(each.run.model, each.run.model_revision): each.run for each in chosen}.values():
         _check_room(run, loaded)
+    overlaps = _overlaps(dict.fromkeys(each.run.data for each in chosen), loaded)
     rows: list[dict[str, Any]] = []
     with _judged(loaded, chosen[0].run) as judges:
         if check:
@@ -74,6 +76,7 @@ def evaluate(
             base, step = _load(each, choose_device(each.run))
             for benchmark in loaded:
                 result = _measure(each, base, benchmark, judges[benchmark.name])
+                result.measured["contaminated_fraction", None] = overlaps[each.run.data, benchmark.name]
                 _record(study, each, step, result)
                 who = {"trial": each.trial_id, "configuration": each.label, "step": step}
                 rows += [{**who, **row} for row in result.evaluations()]
@@ -174,6 +177,18 @@ def _check_references(benchmarks: Sequence[Benchmark], judges: Mapping[str, Judg
             )
 
 
+def _overlaps(data: Iterable[DataConfig], benchmarks: Sequence[Benchmark]) -> dict[tuple[DataConfig, str], Scores]:
+    """What the training data repeat of each benchmark, by its name."""
+    from ebft_study.data import load_text
+    from ebft_study.evaluation.downstream.contamination import overlap
+
+    overlaps: dict[tuple[DataConfig, str], Scores] = {}
+    for settings in data:
+        text = load_text(settings)
+        overlaps |= {(settings, benchmark.name): overlap(benchmark, text) for benchmark in benchmarks}
+    return overlaps
+
+
 def _load(each: Evaluated, device: Any) -> tuple[LoadedModel, int]:
     """A trial's model with the weights of its checkpoint, and their step."""
     from ebft_study.networks.loading import load_generator
@@ -185,9 +200,7 @@ def _load(each: Evaluated, device: Any) -> tuple[LoadedModel, int]:
 
 
 def _measure(each: Evaluated, base: LoadedModel, benchmark: Benchmark, judges: Judges) -> Result:
-    from ebft_study.data import load_text
     from ebft_study.evaluation.downstream import BenchmarkEvaluator
-    from ebft_study.evaluation.downstream.contamination import overlap
     from ebft_study.evaluation.downstream.protocol import Protocol
     from ebft_study.rollouts.answers import InProcessAnswers
     from ebft_study.training.setup import autocast
@@ -195,9 +208,7 @@ def _measure(each: Evaluated, base: LoadedModel, benchmark: Benchmark, judges: J
     protocol = Protocol.from_config(each.run.evaluation)
     evaluator = BenchmarkEvaluator(benchmark, judges, protocol, InProcessAnswers(), base.tokenizer)
     with autocast(each.run, base.model.device):
-        result = evaluator.measure(base.model, shown=True)
-    result.measured["contaminated_fraction", None] = overlap(benchmark, load_text(each.run.data))
-    return result
+        return evaluator.measure(base.model, shown=True)
 
 
 def _record(study: results.Results, each: Evaluated, step: int, result: Result) -> None:
