@@ -196,11 +196,11 @@ def _sample_rows(run: Run) -> list[dict[str, Any]]:
     parts, rollout, reward = run.parts, run.config.rollout, run.config.reward
     data = parts.data["validation"]
     batch = data.rows(evaluation.spread_rows(len(data), SAMPLED_SEQUENCES)).to(run.device)
+    if isinstance(parts.method, Rlvr):
+        return _answer_rows(run, parts.method, batch)
     anchors = anchors_of(batch, rollout)
     if anchors.positions.shape[1] == 0:
         return []
-    if isinstance(parts.method, Rlvr):
-        return _answer_rows(run, parts.method, batch)
     noise = uniforms(
         (run.config.evaluation.evaluation_seed,),
         batch.indices.tolist(),
