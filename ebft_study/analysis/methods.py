@@ -7,6 +7,7 @@ configurations, such as learning rates, each seed is scored by the one that the 
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from ebft_study import text
 from ebft_study.analysis.configuration import BySeed, Configuration, Values, grouped
 from ebft_study.analysis.selection import Selected, comparable, select
 from ebft_study.analysis.statistics import Interval, mean_interval
-from ebft_study.analysis.summary import StudySummary, with_scores
+from ebft_study.analysis.summary import StudySummary
 
 BASE, WARM_START = "Base", "Warm start"
 NAMES = {"sft": "SFT", "ebft": "EBFT", "rlvr": "RLVR"}
@@ -40,7 +41,7 @@ class Column(NamedTuple):
 
 
 _Scores = dict[tuple[str, str], dict[Column, float]]
-"""Trial and moment (base, start, end) -> scores."""
+"""Trial and moment (`StudySummary.benchmark_rows`) -> scores."""
 
 
 @dataclass(frozen=True)
@@ -77,14 +78,15 @@ class Task:
     """Whether all methods measure CFM by one feature map; else no column has it."""
 
 
-def tasks(study: StudySummary) -> list[Task]:
+@functools.lru_cache(maxsize=1)
+def tasks(study: StudySummary) -> tuple[Task, ...]:
     """A table per task with several methods; none for a study without benchmarks."""
     benchmarks = _benchmark_scores(study)
     if not benchmarks:
-        return []
+        return ()
     groups = grouped((c for c in study.configurations if c.is_scored), lambda c: c.base_of("ce_loss"))
-    made = [_task(study.map_label(key), group, benchmarks) for key, group in groups.items()]
-    return [task for task in made if sum(method.selected is not None for method in task.methods.values()) > 1]
+    made = (_task(study.map_label(key), group, benchmarks) for key, group in groups.items())
+    return tuple(task for task in made if sum(method.selected is not None for method in task.methods.values()) > 1)
 
 
 def _task(label: str, configurations: list[Configuration], benchmarks: _Scores) -> Task:
@@ -141,23 +143,10 @@ def _values(chosen: Iterable[tuple[int, Configuration]], moment: str, benchmarks
 
 
 def _benchmark_scores(study: StudySummary) -> _Scores:
-    """Scores of the base model, where the method began, and at the last step after that with this benchmark."""
-    rows = study.results.evaluations
-    rows = rows[rows["metric"].isin(OF_ANSWERS) & rows["value"].notna()]
-    if rows.empty:
-        return {}
-    rows = with_scores(rows, study.results.scores)
-    starts = rows["trial_id"].map(study.results.trials.set_index("trial_id")["warm_start_steps"]).fillna(0)
-    last = rows.groupby(["trial_id", "benchmark"])["step"].transform("max")
-    moments = {
-        "base": rows["step"] == 0,
-        "start": rows["step"] == starts,
-        "end": (rows["step"] == last) & (rows["step"] > starts),
-    }
+    rows, names = study.benchmark_rows, ["trial_id", "moment", "benchmark", "metric", "position", "value"]
+    rows = rows.loc[rows["metric"].isin(OF_ANSWERS) & (rows["moment"] != ""), names]
     scores: _Scores = {}
-    for moment, is_in in moments.items():
-        names = ["trial_id", "benchmark", "metric", "position", "value"]
-        for trial, benchmark, metric, at, value in rows.loc[is_in, names].to_numpy(dtype=object).tolist():
-            column = Column(str(benchmark), str(metric), None if text.is_missing(at) else int(at))
-            scores.setdefault((str(trial), moment), {})[column] = value
+    for trial, moment, benchmark, metric, at, value in rows.to_numpy(dtype=object).tolist():
+        column = Column(str(benchmark), str(metric), None if text.is_missing(at) else int(at))
+        scores.setdefault((str(trial), moment), {})[column] = value
     return scores

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ebft_study.analysis.downstream import benchmark_scores
 from ebft_study.analysis.methods import Column, Task, tasks
 from ebft_study.analysis.statistics import mean_interval
 from ebft_study.analysis.summary import StudySummary, summarize
@@ -172,9 +173,13 @@ def test_a_step_where_a_method_has_not_begun_is_not_its_end(tmp_path: Path) -> N
     for row in load(folder).trials.to_dict("records"):
         recorder = TrialRecorder(folder, study="s", trial_id=row["trial_id"], attempt=0)
         rows = [{"benchmark": "mini", "metric": "pass_at_k", "position": 1, "value": 0.3, "count": 9}]
-        for step in {0, int(row["warm_start_steps"])}:
+        warm = int(row["warm_start_steps"])
+        for step in {0, warm // 2 if row["method"] == "ebft" else warm}:
             recorder.evaluations(step, rows)
-    task = of(summarize(load(folder)))
+    study = summarize(load(folder))
+    (benchmark,) = benchmark_scores(study)
+    assert [label for label, _, _ in benchmark.rows] == ["base model"]
+    task = of(study)
     having = [name for name, method in task.methods.items() if SCORE in method.values]
     assert having == ["Base", "Warm start"]
 
@@ -190,5 +195,5 @@ def test_two_data_sets_are_two_tasks(tmp_path: Path) -> None:
 
 
 def test_studies_without_benchmarks_or_with_one_method_have_no_table(tmp_path: Path) -> None:
-    assert tasks(summarize(load(write_study(tmp_path / "without")))) == []
-    assert tasks(written(tmp_path / "one", effects={"EBFT": (0.0, 0.0)})) == []
+    assert tasks(summarize(load(write_study(tmp_path / "without")))) == ()
+    assert tasks(written(tmp_path / "one", effects={"EBFT": (0.0, 0.0)})) == ()
