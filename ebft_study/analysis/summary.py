@@ -170,11 +170,12 @@ def summarize(results: Results) -> StudySummary:
     names = [*(column.name for column in schema.hyperparameters()), *choices_of(results.spec)]
     configurations = []
     for name, group in trials.groupby("group", sort=False):
-        settings = {key: cell_value(group.iloc[0][key]) for key in names}
-        baseline = cell_value(group.iloc[0]["named_baseline"])
+        first = group.iloc[0]
+        settings = {key: cell_value(first[key]) for key in names}
+        baseline = cell_value(first["named_baseline"])
         ignored = unread(settings.get("method"), results.spec, shown_as) | unset(settings, results.spec)
         finished = group[group["status"] == "finished"].dropna(subset=["seed"])
-        seeds = {str(row["trial_id"]): int(row["seed"]) for row in finished.to_dict("records")}
+        seeds = {str(trial): int(seed) for trial, seed in zip(finished["trial_id"], finished["seed"], strict=True)}
         read = [key for key in varying if key not in ignored]
         configurations.append(
             Configuration(
