@@ -61,8 +61,8 @@ class Method:
 
     def minus(self, other: Method, column: Column) -> BySeed:
         """Differences at the seeds that both have."""
-        own, its = self.values.get(column, {}), other.values.get(column, {})
-        return {seed: own[seed] - its[seed] for seed in sorted(own.keys() & its.keys())}
+        ours, theirs = self.values.get(column, {}), other.values.get(column, {})
+        return {seed: ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())}
 
 
 @dataclass(frozen=True)
@@ -92,15 +92,15 @@ def tasks(study: StudySummary) -> tuple[Task, ...]:
 def _task(label: str, configurations: list[Configuration], benchmarks: _Scores) -> Task:
     candidates = grouped((c for c in configurations if c.is_measured), _name)
     chosen = {name: select(group, group[0].objective[0]) for name, group in candidates.items()}
-    found = {name: selected for name, selected in chosen.items() if selected is not None and selected.by_seed}
-    pairs = {name: list(selected.by_seed.items()) for name, selected in found.items()}
-    methods = [Method(name, _values(pairs[name], "end", benchmarks), selected) for name, selected in found.items()]
+    selections = {name: selected for name, selected in chosen.items() if selected is not None and selected.by_seed}
+    pairs = {name: list(selected.by_seed.items()) for name, selected in selections.items()}
+    methods = [Method(name, _values(pairs[name], "end", benchmarks), selected) for name, selected in selections.items()]
     methods.append(Method(BASE, _values(itertools.chain(*pairs.values()), "base", benchmarks)))
     warm = [pair for name in pairs if name.endswith(WARM) for pair in pairs[name]]
     if len({_warm_start(c) for _, c in warm}) == 1:
         methods.append(Method(WARM_START, _values(warm, "start", benchmarks)))
     methods.sort(key=lambda method: ORDER.index(method.name) if method.name in ORDER else len(ORDER))
-    every = [c for selected in found.values() for c in selected.configurations]
+    every = [c for selected in selections.values() for c in selected.configurations]
     has_one_map = len(comparable(every, "cfm_loss", at_one_length=True)) <= 1
     unchosen = tuple(name for name, selected in chosen.items() if selected is None)
     columns = tuple(c for c in _columns(methods) if has_one_map or c.metric != "cfm_loss")
@@ -133,10 +133,10 @@ def _values(chosen: Iterable[tuple[int, Configuration]], moment: str, benchmarks
     values: dict[Column, BySeed] = {}
     for seed, c in chosen:
         losses: Values = {"end": c.final, "base": c.base, "start": c.start}[moment]
-        found = {Column("", metric, None): losses.get((metric, None), {}).get(seed) for metric in LOSSES}
+        measured = {Column("", metric, None): losses.get((metric, None), {}).get(seed) for metric in LOSSES}
         for trial in c.finished.loc[c.finished["seed"] == seed, "trial_id"]:
-            found |= benchmarks.get((str(trial), moment), {})
-        for column, value in found.items():
+            measured |= benchmarks.get((str(trial), moment), {})
+        for column, value in measured.items():
             if value is not None:
                 values.setdefault(column, {})[seed] = value
     return values

@@ -36,16 +36,16 @@ def measure_shared(run: Run, model: LoadedModel | None) -> Rows:
     rows = _rows([])
     for benchmark in run.parts.benchmarks:
         key = base.benchmark_key(run.config, model, benchmark, run.parts.text) if model else None
-        known = base.get_rows(key) if key and run.world_size == 1 else None
-        if known is None:
+        benchmark_rows = base.get_rows(key) if key and run.world_size == 1 else None
+        if benchmark_rows is None:
             result = _measure(run, benchmark)
             if run.step == 0:
                 result.measured["contaminated_fraction", None] = overlap(benchmark, run.parts.text)
-            known = _rows([result])
+            benchmark_rows = _rows([result])
             if key:
-                base.put_rows(key, known)
-        for table, of_benchmark in known.items():
-            rows[table] += of_benchmark
+                base.put_rows(key, benchmark_rows)
+        for table, of_table in benchmark_rows.items():
+            rows[table] += of_table
     return rows
 
 

@@ -22,11 +22,9 @@ if TYPE_CHECKING:
     from ebft_study.evaluation.downstream.protocol import Judges
     from ebft_study.networks.loading import LoadedModel
 
-OWN = ("evaluation.benchmark", "evaluation.evaluation_seed", "verifier.", "training.device")
+CHANGEABLE = ("evaluation.benchmark", "evaluation.evaluation_seed", "verifier.", "training.device")
 """Beginnings of the settings that an evaluation may change."""
-
-
-OWN_NAMES = {name for name in EvaluationConfig.model_fields if name.startswith("benchmark")}
+BENCHMARK_SETTINGS = {name for name in EvaluationConfig.model_fields if name.startswith("benchmark")}
 
 
 @dataclass(frozen=True)
@@ -87,7 +85,7 @@ def _changes(overrides: Sequence[str]) -> dict[str, Any]:
     """Dotted path -> value; refuses settings of training."""
     changes = {config.resolve_key(key): value for key, value in map(config.parse_override, overrides)}
     for path, value in changes.items():
-        if not path.startswith(OWN):
+        if not path.startswith(CHANGEABLE):
             raise ConfigError(
                 f"command line: {path}={value!r}: is a setting of the trained model. An evaluation has benchmark_*, "
                 "evaluation_seed, device, and those of verifiers"
@@ -97,10 +95,11 @@ def _changes(overrides: Sequence[str]) -> dict[str, Any]:
 
 def _trials(study: results.Results, wanted: Sequence[str]) -> list[str]:
     """The trials to evaluate: all finished ones where none is named."""
-    known = study.trials["trial_id"].tolist()
+    trial_ids = study.trials["trial_id"].tolist()
     for trial_id in wanted:
-        if trial_id not in known:
-            raise ResultsError(f"{study.folder}: has no trial {trial_id!r}. Its trials: {', '.join(known) or 'none'}")
+        if trial_id not in trial_ids:
+            listed = ", ".join(trial_ids) or "none"
+            raise ResultsError(f"{study.folder}: has no trial {trial_id!r}. Its trials: {listed}")
     finished = study.trials.loc[study.trials["status"] == "finished", "trial_id"].tolist()
     if not wanted and not finished:
         raise ResultsError(f"{study.folder}: has no finished trial. Name one that has a checkpoint")
@@ -109,8 +108,8 @@ def _trials(study: results.Results, wanted: Sequence[str]) -> list[str]:
 
 def _evaluated(study: results.Results, trial_id: str, checkpoint: str, changes: Mapping[str, Any]) -> Evaluated:
     row = study.trials.set_index("trial_id").loc[trial_id].to_dict()
-    given = {name: cell_value(row[name]) for name in config.short_names() if name in row}
-    nested = config.nest({k: v for k, v in given.items() if v is not None}, source=f"trial {trial_id}")
+    settings = {name: cell_value(row[name]) for name in config.short_names() if name in row}
+    nested = config.nest({k: v for k, v in settings.items() if v is not None}, source=f"trial {trial_id}")
     nested["evaluation"] = {
         key: value for key, value in nested["evaluation"].items() if not key.startswith("benchmark")
     }
@@ -123,18 +122,18 @@ def _checkpoint(study: results.Results, trial_id: str, which: str) -> StoragePat
     exploits = lineage(study)
     since = int(exploits.loc[exploits["trial_id"] == trial_id, "attempt"].max()) if len(exploits) else 0
     if which == "last":
-        found = attempts.newest_checkpoint(study.folder, trial_id, since=since)
+        path = attempts.newest_checkpoint(study.folder, trial_id, since=since)
     elif which == "best":
-        found = study.best_checkpoint(trial_id)
+        path = study.best_checkpoint(trial_id)
     elif which.isdecimal():
-        found = attempts.checkpoint_at(study.folder, trial_id, int(which), since=since)
+        path = attempts.checkpoint_at(study.folder, trial_id, int(which), since=since)
     else:
         raise ConfigError(f"command line: --checkpoint={which!r}: is neither last, best nor a step. Use one of them")
-    if found is None:
+    if path is None:
         raise ResultsError(
             f"{study.folder}: trial {trial_id} has no checkpoint {which!r}. Name another one, or a trial"
         )
-    return found
+    return path
 
 
 def _check_room(run: RunConfig, benchmarks: Sequence[Benchmark]) -> None:
@@ -218,5 +217,5 @@ def _record(study: results.Results, each: Evaluated, step: int, result: Result) 
     recorder.evaluations(step, result.evaluations())
     recorder.scores(step, result.scores())
     recorder.samples(step, result.samples)
-    settings = each.run.evaluation.model_dump(include={"evaluation_seed", *OWN_NAMES})
+    settings = each.run.evaluation.model_dump(include={"evaluation_seed", *BENCHMARK_SETTINGS})
     recorder.event("evaluated", f"the checkpoint of step {step} on {result.benchmark}", step=step, **settings)
