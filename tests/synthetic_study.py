@@ -236,6 +236,24 @@ METHODS: dict[str, dict[str, Any]] = {
     "RLVR (ws.)": {"method": "rlvr", "verifier": "unit_tests", "warm_start_steps": 20},
 }
 """Settings of the methods of Table 1, for `of_method`."""
+LEVELS = {
+    "Base": 0.3,
+    "Warm start": 0.33,
+    "SFT": 0.34,
+    "EBFT": 0.45,
+    "EBFT (ws.)": 0.46,
+    "RLVR": 0.38,
+    "RLVR (ws.)": 0.46,
+}
+"""Scores of a study that is like the paper, for `write_benchmark`."""
+EFFECTS: dict[Any, Effect] = {
+    "SFT": (-0.2, -0.01),
+    "EBFT": (-0.1, -0.05),
+    "EBFT (ws.)": (-0.1, -0.05),
+    "RLVR": (0.3, 0.1),
+    "RLVR (ws.)": (0.2, 0.1),
+}
+"""Its changes of CE and CFM by training."""
 
 
 def of_method(key: Any) -> dict[str, Any]:

@@ -14,26 +14,10 @@ from ebft_study.analysis.methods import Column, Task, tasks
 from ebft_study.analysis.statistics import mean_interval
 from ebft_study.analysis.summary import StudySummary, summarize
 from ebft_study.results import TrialRecorder, load
-from tests.synthetic_study import METHODS, of_method, write_benchmark, write_study
+from tests.synthetic_study import EFFECTS, LEVELS, METHODS, of_method, write_benchmark, write_study
 
 SCORE, CE, CFM = Column("mini", "pass_at_k", 1), Column("", "ce_loss", None), Column("", "cfm_loss", None)
-LEVELS = {
-    "Base": 0.3,
-    "Warm start": 0.33,
-    "SFT": 0.34,
-    "EBFT": 0.45,
-    "EBFT (ws.)": 0.46,
-    "RLVR": 0.38,
-    "RLVR (ws.)": 0.47,
-}
 WARM = (-0.05, -0.02)
-EFFECTS: dict[Any, tuple[float, float]] = {
-    "SFT": (-0.2, -0.01),
-    "EBFT": (-0.1, -0.05),
-    "EBFT (ws.)": (-0.1, -0.04),
-    "RLVR": (0.3, 0.1),
-    "RLVR (ws.)": (0.2, 0.08),
-}
 
 
 def written(folder: Path, **options: Any) -> StudySummary:
