@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -14,7 +16,8 @@ import numpy as np
 import yaml
 
 from ebft_study import config
-from ebft_study.results import StudyRecorder, TrialRecorder, load
+from ebft_study.results import StudyRecorder, TrialRecorder, read_table
+from ebft_study.results.writer import FileSequence
 
 LENGTHS = (1, 2, 4, 8, 16, 32)
 SEQUENCES = 120
@@ -60,7 +63,7 @@ def write_study(
     CE and CFM by `warm` before the effect begins. `statuses[key, seed]` ends a trial differently. Older versions lack
     held-out values at the end of a warm start (`with_start`), and values of single sequences (`with_scores`).
     """
-    with mock.patch("os.fsync"):  # thousands of small files that need not survive a power cut
+    with one_file_per_table(folder):
         return _write(
             folder,
             effects,
@@ -75,6 +78,23 @@ def write_study(
             with_start,
             with_scores,
         )
+
+
+@contextlib.contextmanager
+def one_file_per_table(folder: Path) -> Iterator[None]:
+    """Context in which recorders write their rows at the end, by table: files of a row each take most of the time."""
+    tables = defaultdict[str, list[Mapping[str, Any]]](list)
+
+    def keep(files: FileSequence, table: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        files._count += 1  # a part of the identifiers of events
+        tables[table] += rows
+
+    with mock.patch("os.fsync"):  # they need not survive a power cut
+        with mock.patch.object(FileSequence, "write", keep):
+            yield
+        together = FileSequence(folder, "synthetic", 0)
+        for table, rows in tables.items():
+            together.write(table, rows)
 
 
 def _write(
@@ -92,7 +112,7 @@ def _write(
     with_scores: bool,
 ) -> Path:
     settings = settings or (lambda key: {"alpha": key[0], "gamma": key[1]})
-    study = StudyRecorder(folder, study=folder.name)
+    study, trials = StudyRecorder(folder, study=folder.name), list[dict[str, Any]]()
     write_spec(folder)
     for number, (key, seed) in enumerate(itertools.product(effects, seeds)):
         chosen = {"method": "sft"} if key is None else settings(key)
@@ -122,7 +142,7 @@ def _write(
                 with_scores=with_scores,
             )
         start = STARTED + datetime.timedelta(seconds=31.5 * number)
-        study.trial(
+        trials.append(
             {
                 "trial_id": trial_id,
                 "label": f"{name} seed={seed}",
@@ -152,6 +172,7 @@ def _write(
         )
         if status == "failed":
             study.event("failed", "RuntimeError: worker died", trial_id=trial_id, attempt=0)
+    study.trials(trials)
     return folder
 
 
@@ -215,6 +236,24 @@ METHODS: dict[str, dict[str, Any]] = {
     "RLVR (ws.)": {"method": "rlvr", "verifier": "unit_tests", "warm_start_steps": 20},
 }
 """Settings of the methods of Table 1, for `of_method`."""
+LEVELS = {
+    "Base": 0.3,
+    "Warm start": 0.33,
+    "SFT": 0.34,
+    "EBFT": 0.45,
+    "EBFT (ws.)": 0.46,
+    "RLVR": 0.38,
+    "RLVR (ws.)": 0.46,
+}
+"""Scores of a study that is like the paper, for `write_benchmark`."""
+EFFECTS: dict[Any, Effect] = {
+    "SFT": (-0.2, -0.01),
+    "EBFT": (-0.1, -0.05),
+    "EBFT (ws.)": (-0.1, -0.05),
+    "RLVR": (0.3, 0.1),
+    "RLVR (ws.)": (0.2, 0.1),
+}
+"""Its changes of CE and CFM by training."""
 
 
 def of_method(key: Any) -> dict[str, Any]:
@@ -230,8 +269,13 @@ def write_benchmark(
 
     Problems differ far more than models do.
     """
+    with one_file_per_table(folder):
+        _write_benchmark(folder, levels, name, noise, problems)
+
+
+def _write_benchmark(folder: Path, levels: Mapping[str, float], name: str, noise: float, problems: int) -> None:
     difficulty = np.random.default_rng(5).normal(0, 0.3, problems)
-    for number, row in enumerate(load(folder).trials.to_dict("records")):
+    for number, row in enumerate(read_table(folder, "trials").to_dict("records")):
         if row["status"] != "finished":
             continue
         warm = int(row["warm_start_steps"])

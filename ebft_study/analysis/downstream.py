@@ -8,7 +8,7 @@ import pandas as pd
 
 from ebft_study import text
 from ebft_study.analysis.statistics import Interval, mean_interval
-from ebft_study.analysis.summary import StudySummary, with_scores
+from ebft_study.analysis.summary import StudySummary
 from ebft_study.results import METRICS
 
 CONTAMINATED = "contaminated_fraction"
@@ -32,21 +32,17 @@ class BenchmarkScores:
 
 
 def benchmark_scores(study: StudySummary) -> list[BenchmarkScores]:
-    """A table per benchmark: of base models, and of finished trials at the last step where it was evaluated."""
-    rows = study.results.evaluations
-    rows = rows[rows["metric"].isin([name for name, entry in METRICS.items() if entry.of_benchmarks])]
-    rows = with_scores(rows[rows["value"].notna()], study.results.scores)
-    return [_of_benchmark(study, str(name), of_one) for name, of_one in rows.groupby("benchmark")]
+    """A table per benchmark: of base models, and of finished trials at the end (`benchmark_rows`)."""
+    return [_of_benchmark(study, str(name), of_one) for name, of_one in study.benchmark_rows.groupby("benchmark")]
 
 
 def _of_benchmark(study: StudySummary, name: str, rows: pd.DataFrame) -> BenchmarkScores:
     overlap = rows[rows["metric"] == CONTAMINATED].sort_values("step").groupby("trial_id")["value"].last().map(float)
     rows = rows[rows["metric"] != CONTAMINATED]
-    trained = rows[rows["step"] > 0]
-    last = trained[trained["step"] == trained.groupby("trial_id")["step"].transform("max")]
-    lines = [*_base_lines(study, rows[rows["step"] == 0])]
+    end = rows[rows["moment"] == "end"]
+    lines = [*_base_lines(study, rows[rows["moment"] == "base"])]
     for c in study.configurations:
-        scores = _scores(last[last["trial_id"].isin(c.finished["trial_id"])])
+        scores = _scores(end[end["trial_id"].isin(c.finished["trial_id"])])
         if scores:
             lines.append((c.label, max(interval.n for interval in scores.values()), scores))
     order = {metric: position for position, metric in enumerate(METRICS)}

@@ -7,6 +7,7 @@ configurations, such as learning rates, each seed is scored by the one that the 
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from ebft_study import text
 from ebft_study.analysis.configuration import BySeed, Configuration, Values, grouped
 from ebft_study.analysis.selection import Selected, comparable, select
 from ebft_study.analysis.statistics import Interval, mean_interval
-from ebft_study.analysis.summary import StudySummary, with_scores
+from ebft_study.analysis.summary import StudySummary
 
 BASE, WARM_START = "Base", "Warm start"
 NAMES = {"sft": "SFT", "ebft": "EBFT", "rlvr": "RLVR"}
@@ -40,7 +41,7 @@ class Column(NamedTuple):
 
 
 _Scores = dict[tuple[str, str], dict[Column, float]]
-"""Trial and moment (base, start, end) -> scores."""
+"""Trial and moment (`StudySummary.benchmark_rows`) -> scores."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,8 @@ class Method:
 
     def minus(self, other: Method, column: Column) -> BySeed:
         """Differences at the seeds that both have."""
-        own, its = self.values.get(column, {}), other.values.get(column, {})
-        return {seed: own[seed] - its[seed] for seed in sorted(own.keys() & its.keys())}
+        ours, theirs = self.values.get(column, {}), other.values.get(column, {})
+        return {seed: ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())}
 
 
 @dataclass(frozen=True)
@@ -77,28 +78,29 @@ class Task:
     """Whether all methods measure CFM by one feature map; else no column has it."""
 
 
-def tasks(study: StudySummary) -> list[Task]:
+@functools.lru_cache(maxsize=1)
+def tasks(study: StudySummary) -> tuple[Task, ...]:
     """A table per task with several methods; none for a study without benchmarks."""
     benchmarks = _benchmark_scores(study)
     if not benchmarks:
-        return []
+        return ()
     groups = grouped((c for c in study.configurations if c.is_scored), lambda c: c.base_of("ce_loss"))
-    made = [_task(study.map_label(key), group, benchmarks) for key, group in groups.items()]
-    return [task for task in made if sum(method.selected is not None for method in task.methods.values()) > 1]
+    made = (_task(study.map_label(key), group, benchmarks) for key, group in groups.items())
+    return tuple(task for task in made if sum(method.selected is not None for method in task.methods.values()) > 1)
 
 
 def _task(label: str, configurations: list[Configuration], benchmarks: _Scores) -> Task:
     candidates = grouped((c for c in configurations if c.is_measured), _name)
     chosen = {name: select(group, group[0].objective[0]) for name, group in candidates.items()}
-    found = {name: selected for name, selected in chosen.items() if selected is not None and selected.by_seed}
-    pairs = {name: list(selected.by_seed.items()) for name, selected in found.items()}
-    methods = [Method(name, _values(pairs[name], "end", benchmarks), selected) for name, selected in found.items()]
+    selections = {name: selected for name, selected in chosen.items() if selected is not None and selected.by_seed}
+    pairs = {name: list(selected.by_seed.items()) for name, selected in selections.items()}
+    methods = [Method(name, _values(pairs[name], "end", benchmarks), selected) for name, selected in selections.items()]
     methods.append(Method(BASE, _values(itertools.chain(*pairs.values()), "base", benchmarks)))
     warm = [pair for name in pairs if name.endswith(WARM) for pair in pairs[name]]
     if len({_warm_start(c) for _, c in warm}) == 1:
         methods.append(Method(WARM_START, _values(warm, "start", benchmarks)))
     methods.sort(key=lambda method: ORDER.index(method.name) if method.name in ORDER else len(ORDER))
-    every = [c for selected in found.values() for c in selected.configurations]
+    every = [c for selected in selections.values() for c in selected.configurations]
     has_one_map = len(comparable(every, "cfm_loss", at_one_length=True)) <= 1
     unchosen = tuple(name for name, selected in chosen.items() if selected is None)
     columns = tuple(c for c in _columns(methods) if has_one_map or c.metric != "cfm_loss")
@@ -131,33 +133,20 @@ def _values(chosen: Iterable[tuple[int, Configuration]], moment: str, benchmarks
     values: dict[Column, BySeed] = {}
     for seed, c in chosen:
         losses: Values = {"end": c.final, "base": c.base, "start": c.start}[moment]
-        found = {Column("", metric, None): losses.get((metric, None), {}).get(seed) for metric in LOSSES}
+        measured = {Column("", metric, None): losses.get((metric, None), {}).get(seed) for metric in LOSSES}
         for trial in c.finished.loc[c.finished["seed"] == seed, "trial_id"]:
-            found |= benchmarks.get((str(trial), moment), {})
-        for column, value in found.items():
+            measured |= benchmarks.get((str(trial), moment), {})
+        for column, value in measured.items():
             if value is not None:
                 values.setdefault(column, {})[seed] = value
     return values
 
 
 def _benchmark_scores(study: StudySummary) -> _Scores:
-    """Scores of the base model, where the method began, and at the last step after that with this benchmark."""
-    rows = study.results.evaluations
-    rows = rows[rows["metric"].isin(OF_ANSWERS) & rows["value"].notna()]
-    if rows.empty:
-        return {}
-    rows = with_scores(rows, study.results.scores)
-    starts = rows["trial_id"].map(study.results.trials.set_index("trial_id")["warm_start_steps"]).fillna(0)
-    last = rows.groupby(["trial_id", "benchmark"])["step"].transform("max")
-    moments = {
-        "base": rows["step"] == 0,
-        "start": rows["step"] == starts,
-        "end": (rows["step"] == last) & (rows["step"] > starts),
-    }
+    rows, names = study.benchmark_rows, ["trial_id", "moment", "benchmark", "metric", "position", "value"]
+    rows = rows.loc[rows["metric"].isin(OF_ANSWERS) & (rows["moment"] != ""), names]
     scores: _Scores = {}
-    for moment, is_in in moments.items():
-        names = ["trial_id", "benchmark", "metric", "position", "value"]
-        for trial, benchmark, metric, at, value in rows.loc[is_in, names].to_numpy(dtype=object).tolist():
-            column = Column(str(benchmark), str(metric), None if text.is_missing(at) else int(at))
-            scores.setdefault((str(trial), moment), {})[column] = value
+    for trial, moment, benchmark, metric, at, value in rows.to_numpy(dtype=object).tolist():
+        column = Column(str(benchmark), str(metric), None if text.is_missing(at) else int(at))
+        scores.setdefault((str(trial), moment), {})[column] = value
     return scores

@@ -46,11 +46,12 @@ LISTS = ["sequences", "counts", "values"]
 MAX_GROUPS = 6
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StudySummary:
     """A study's configurations, and the completion `length` at which their cfm_loss is compared.
 
-    `varying` are settings, and axes of choices, which represent all settings that they change.
+    `varying` are settings, and axes of choices, which represent all settings that they change. Summaries are equal only
+    to themselves: so what is made of one can be kept by it.
     """
 
     results: Results
@@ -75,6 +76,21 @@ class StudySummary:
             of_metric = scores.loc[scores["metric"] == metric, ["trial_id", "step", *LISTS]]
             rows = _as_scores(rows.merge(of_metric, on=["trial_id", "step"], how="left"), metric).drop(columns=LISTS)
         return {str(trial): of_trial for trial, of_trial in rows.groupby("trial_id")}
+
+    @functools.cached_property
+    def benchmark_rows(self) -> pd.DataFrame:
+        """Rows of `evaluations` on benchmarks; values are `Score`s where those of problems are known.
+
+        `moment` is `base`, the base model; `start`, the end of a warm start; `end`, the last step after that with this
+        benchmark; or empty.
+        """
+        rows = self.results.evaluations
+        names = [name for name, entry in METRICS.items() if entry.of_benchmarks]
+        rows = with_scores(rows[rows["metric"].isin(names) & rows["value"].notna()], self.results.scores)
+        steps, last = rows["step"], rows.groupby(["trial_id", "benchmark"])["step"].transform("max")
+        starts = _starts(rows, self.results.trials)
+        conditions = {"base": steps == 0, "start": steps == starts, "end": (steps == last) & (steps > starts)}
+        return rows.assign(moment=np.select(list(conditions.values()), list(conditions), default=""))
 
     @property
     def objective(self) -> Objective:
@@ -154,11 +170,12 @@ def summarize(results: Results) -> StudySummary:
     names = [*(column.name for column in schema.hyperparameters()), *choices_of(results.spec)]
     configurations = []
     for name, group in trials.groupby("group", sort=False):
-        settings = {key: cell_value(group.iloc[0][key]) for key in names}
-        baseline = cell_value(group.iloc[0]["named_baseline"])
+        first = group.iloc[0]
+        settings = {key: cell_value(first[key]) for key in names}
+        baseline = cell_value(first["named_baseline"])
         ignored = unread(settings.get("method"), results.spec, shown_as) | unset(settings, results.spec)
         finished = group[group["status"] == "finished"].dropna(subset=["seed"])
-        seeds = {str(row["trial_id"]): int(row["seed"]) for row in finished.to_dict("records")}
+        seeds = {str(trial): int(seed) for trial, seed in zip(finished["trial_id"], finished["seed"], strict=True)}
         read = [key for key in varying if key not in ignored]
         configurations.append(
             Configuration(
@@ -222,9 +239,15 @@ def _heldout(results: Results, trials: pd.DataFrame, length: int | None) -> list
     rows = with_scores(_heldout_rows(results), results.scores)
     last = rows[(rows["step"] == rows.groupby("trial_id")["step"].transform("max")) & (rows["step"] > 0)]
     finished = trials[trials["status"] == "finished"]
-    starts = rows["trial_id"].map(trials.set_index("trial_id")["warm_start_steps"]).fillna(0)
+    starts = _starts(rows, trials)
     parts = ((last, finished), (rows[rows["step"] == 0], trials), (rows[rows["step"] == starts], trials))
     return [_by_configuration(part, of_trials, length) for part, of_trials in parts]
+
+
+def _starts(rows: pd.DataFrame, trials: pd.DataFrame) -> pd.Series[float]:
+    """The step at which the method of each row's trial begins."""
+    # No rows at all would else be of the type of identifiers.
+    return rows["trial_id"].map(trials.set_index("trial_id")["warm_start_steps"]).astype(float).fillna(0.0)
 
 
 def with_scores(rows: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
@@ -259,7 +282,7 @@ def _validation(results: Results) -> tuple[dict[str, dict[str, float]], dict[str
     """
     names = [name for name, entry in METRICS.items() if entry.is_objective]
     rows = results.metrics.sort_values("step")
-    starts = rows["trial_id"].map(results.trials.set_index("trial_id")["warm_start_steps"]).fillna(0)
+    starts = _starts(rows, results.trials)
     tables = []
     for part in (rows, rows[rows["step"] == starts]):
         last = part.groupby("trial_id")[names].last()

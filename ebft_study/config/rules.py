@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ebft_study.config.keys import all_keys, short_name
-from ebft_study.config.sections import VERIFIERS, EvaluationConfig, RunConfig, VerifierConfig
+from ebft_study.config.sections import VERIFIERS, EvaluationConfig, RunConfig
 from ebft_study.errors import rule_broken
 
 
@@ -97,20 +97,6 @@ _CONTEXT_AND_COMPLETION = (
 _NO_ANSWERS = "data set {data.dataset!r} is raw text without answers"
 
 
-def _is_given(run: RunConfig, name: str) -> bool:
-    return bool(getattr(run.evaluation, name) != EvaluationConfig.model_fields[name].default)
-
-
-def _judges_nothing(run: RunConfig, *, name: str) -> bool:
-    """Whether a setting of the judge was given without one."""
-    return run.evaluation.judge is None and _is_given(run, name)
-
-
-def _evaluates_nothing(run: RunConfig, *, name: str) -> bool:
-    """Whether a setting of benchmarks was given without any."""
-    return not run.evaluation.benchmarks and _is_given(run, name)
-
-
 COMET_REMEDY = (
     "Make its environment with 'python3 -m venv ENV && ENV/bin/pip install unbabel-comet==2.2.7', and use "
     "comet_python=ENV/bin/python with the absolute path of ENV"
@@ -128,12 +114,20 @@ _READ_BY_BENCHMARKS = (
 """Settings of verifiers that benchmarks, which bring their own, read."""
 
 
-def _verifies_nothing(run: RunConfig, *, name: str, reader: str | None) -> bool:
-    """Whether a setting was given that `reader` (None: any verifier) would read, but the run has none such."""
-    chosen = run.verifier.verifier
-    is_read = chosen is not None if reader is None else chosen == reader
-    is_read |= bool(run.evaluation.benchmarks) and name in _READ_BY_BENCHMARKS
-    return not is_read and getattr(run.verifier, name) != VerifierConfig.model_fields[name].default
+def _without_reader(key: str, is_read: Callable[[RunConfig], bool], rule: str, remedy: str) -> Rule:
+    """The rule that a setting keeps its default in a run in which nothing reads it."""
+    section, name = key.split(".")
+
+    def is_broken(run: RunConfig) -> bool:
+        settings = getattr(run, section)
+        return not is_read(run) and bool(getattr(settings, name) != type(settings).model_fields[name].default)
+
+    return Rule(key, is_broken, rule, remedy)
+
+
+def _is_read_by(reader: str, name: str, run: RunConfig) -> bool:
+    """Whether the run has the verifier `reader`, or benchmarks that read a setting of it, too."""
+    return run.verifier.verifier == reader or (bool(run.evaluation.benchmarks) and name in _READ_BY_BENCHMARKS)
 
 
 def _has_no_environment(run: RunConfig) -> bool:
@@ -173,9 +167,9 @@ RULES = (
         "Name the network, for example judge={model}",
     ),
     *(
-        Rule(
+        _without_reader(
             f"evaluation.{name}",
-            functools.partial(_judges_nothing, name=name),
+            lambda run: run.evaluation.judge is not None,
             "no judge is named, so nothing reads it",
             "Name one, for example judge={model}, or drop it",
         )
@@ -183,9 +177,9 @@ RULES = (
         if name.startswith("judge_")
     ),
     *(
-        Rule(
+        _without_reader(
             f"evaluation.{name}",
-            functools.partial(_evaluates_nothing, name=name),
+            lambda run: bool(run.evaluation.benchmarks),
             "no benchmark is named, so nothing reads it",
             "Name one, for example benchmarks=mini, or drop it",
         )
@@ -203,18 +197,18 @@ RULES = (
         "Use {nearest_verifiers}, or package.module:name for one of your own",
     ),
     *(
-        Rule(
+        _without_reader(
             f"verifier.{name}",
-            functools.partial(_verifies_nothing, name=name, reader=None),
+            lambda run: run.verifier.verifier is not None,
             "no verifier is named, so nothing reads it",
             "Name one, for example verifier=unit_tests, or drop it",
         )
         for name in ("parse_rule", "stop_strings")
     ),
     *(
-        Rule(
+        _without_reader(
             f"verifier.{name}",
-            functools.partial(_verifies_nothing, name=name, reader=reader),
+            functools.partial(_is_read_by, reader, name),
             f"only the verifier {reader} reads it",
             f"Use verifier={reader}, or drop it",
         )

@@ -104,13 +104,13 @@ def translate(sentence: Sentence, draws: Draws) -> str:
 
 def _sentences(split: str, count: int) -> list[Sentence]:
     """The first `count` sentences of a split, all different."""
-    found: dict[str, Sentence] = {}
+    sentences: dict[str, Sentence] = {}
     draws = Draws("mini_translation", split)
-    while len(found) < count:
+    while len(sentences) < count:
         sentence = _draw_sentence(draws)
         if split_of(sentence.toy(), percent=MEANINGS_PERCENT) == split:
-            found.setdefault(sentence.toy(), sentence)
-    return list(found.values())
+            sentences.setdefault(sentence.toy(), sentence)
+    return list(sentences.values())
 
 
 def draw_plain(draws: Draws) -> Sentence:

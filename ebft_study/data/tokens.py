@@ -252,8 +252,8 @@ def _tensors(rows: list[list[_Piece]], length: int, *, padding: int, has_answers
     tokens = np.full((len(rows), length), padding, dtype=np.int32)
     document_ids = np.full((len(rows), length), PADDING_DOCUMENT, dtype=np.int32)
     answer_mask = np.zeros((len(rows), length), dtype=bool)
-    numbers = [{piece.example for piece in row} for row in rows]
-    examples = np.array([found.pop() if len(found) == 1 else -1 for found in numbers], dtype=np.int32)
+    examples_of_rows = [{piece.example for piece in row} for row in rows]
+    examples = np.array([numbers.pop() if len(numbers) == 1 else -1 for numbers in examples_of_rows], dtype=np.int32)
     for index, row in enumerate(rows):
         begin = 0
         for number, piece in enumerate(row):

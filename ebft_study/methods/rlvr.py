@@ -34,7 +34,7 @@ from ebft_study.methods.judging import Judgements, Judging
 from ebft_study.methods.off_policy import OffPolicy, record_ratios
 from ebft_study.networks.blocks import Prefix, completion_log_probs, run_prefix
 from ebft_study.rollouts import ROLLOUT_STREAM
-from ebft_study.rollouts.answers import Answers, AnswerSampler, spread_rows
+from ebft_study.rollouts.answers import Answers, AnswerSampler, Sampling, spread_rows
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,10 @@ class Rlvr:
             features: EBFT's reward in addition to the verifier's, of whole answers.
         """
         self.config, self.reward, self.loss = config, config.reward, config.loss
-        self.sampler, self.judging, self.base, self.end_tokens = sampler, judging, base, end_tokens
-        self.n_samples, self.max_tokens = config.rollout.n_samples, config.max_answer_tokens
-        self.temperature, self.backend = config.rollout.temperature, config.training.attention
+        self.sampler, self.judging, self.base = sampler, judging, base
+        self.sampling = Sampling(
+            config.rollout.n_samples, config.max_answer_tokens, config.rollout.temperature, frozenset(end_tokens)
+        )
         self.features, self.off_policy = features, OffPolicy.from_config(config)
         self._sampled: deque[_Sampled] = deque()
 
@@ -124,16 +125,7 @@ class Rlvr:
         sampler: AnswerSampler | None = None,
     ) -> Answers:
         """Answers to the prompts of some rows; `key` and row are the seed (see `AnswerSampler`)."""
-        return (sampler or self.sampler).sample(
-            model,
-            prompts,
-            n_samples=self.n_samples,
-            max_tokens=self.max_tokens,
-            temperature=self.temperature,
-            end_tokens=self.end_tokens,
-            key=key,
-            ids=rows,
-        )
+        return (sampler or self.sampler).sample(model, prompts, self.sampling, key=key, ids=rows)
 
     def judge(self, split: str, rows: Sequence[int], answers: Answers) -> tuple[Tensor, Future[Judgements]]:
         """Which of the answers to rows of a split are judged, [S, n] bool, and the judgements, in time."""
@@ -213,8 +205,8 @@ class Rlvr:
     ) -> float:
         """Policy gradient (and KL) of the `counted` tokens [S, n, L]: those of answers that are not left out."""
         # Answers that are left out still count here, so that no worker's gradient depends on the others' verifiers.
-        n_pairs = max(denominators.contexts, 1.0) * self.n_samples
-        weights = token_weights(counted, aggregation=self.loss.aggregation, max_tokens=self.max_tokens)
+        n_pairs = max(denominators.contexts, 1.0) * self.sampling.n_samples
+        weights = token_weights(counted, aggregation=self.loss.aggregation, max_tokens=self.sampling.max_tokens)
         sampled = log_probs.detach()
         if answers.policy_version is not None:
             sampled = answers.log_probs
@@ -240,8 +232,9 @@ class Rlvr:
 
     def _score(self, model: nn.Module, prefix: Prefix, anchors: Anchors, answers: Answers) -> Tensor:
         """Log-probabilities [S, n, L] of the answers' tokens."""
+        temperature, backend = self.sampling.temperature, self.config.training.attention
         return completion_log_probs(
-            model, prefix, anchors, answers.tokens[:, None], temperature=self.temperature, backend=self.backend
+            model, prefix, anchors, answers.tokens[:, None], temperature=temperature, backend=backend
         )[:, 0]
 
 

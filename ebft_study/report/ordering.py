@@ -69,7 +69,7 @@ def verdicts(study: StudySummary) -> list[Verdict]:
 
 
 def _verdict(claim: Claim, all_tasks: Sequence[Task]) -> Verdict:
-    findings = [found for task in all_tasks for found in _findings(claim, task)]
+    findings = [finding for task in all_tasks for finding in _findings(claim, task)]
     return verdict(claim.statement, claim.reference, in_all(findings) or _lacking(claim, all_tasks))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -77,6 +77,25 @@ def no_answers(n_samples: int, device: torch.device) -> Answers:
     return Answers(empty[..., None].long(), empty[..., None], empty.long(), empty.bool())
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How the answers to a prompt are sampled."""
+
+    n_samples: int
+    max_tokens: int
+    """The limit, end token included."""
+    temperature: float
+    """0 takes the most probable token each time."""
+    end_tokens: frozenset[int]
+    """Tokens that end an answer."""
+    top_p: float = 1.0
+    """Tokens are drawn from the smallest set that has this probability."""
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature == 0.0
+
+
 class AnswerSampler(Protocol):
     """Samples whole answers."""
 
@@ -84,21 +103,14 @@ class AnswerSampler(Protocol):
         self,
         model: nn.Module,
         prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
         *,
-        n_samples: int,
-        max_tokens: int,
-        temperature: float,
-        end_tokens: Collection[int],
         key: Sequence[int],
         ids: Sequence[int],
-        top_p: float = 1.0,
     ) -> Answers:
         """`n_samples` answers to each prompt, which is at least one token long; without prompts there are none.
 
         Args:
-            max_tokens: the limit, end token included.
-            temperature: 0 takes the most probable token each time.
-            end_tokens: tokens that end an answer.
             key: with the prompt's entry of `ids`, the seed of its draws, whatever else is sampled with it.
         """
         ...
@@ -112,54 +124,33 @@ class InProcessAnswers:
         self,
         model: nn.Module,
         prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
         *,
-        n_samples: int,
-        max_tokens: int,
-        temperature: float,
-        end_tokens: Collection[int],
         key: Sequence[int],
         ids: Sequence[int],
-        top_p: float = 1.0,
     ) -> Answers:
         """See `AnswerSampler.sample`."""
         device = next(model.parameters()).device
         if not prompts:
-            return no_answers(n_samples, device)
+            return no_answers(sampling.n_samples, device)
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         # An anchor is a position of its document: the place of the answer's first token, whatever is there.
         rows = [torch.tensor([*prompt, 0]) for prompt in prompts]
         tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
         padding = torch.arange(tokens.shape[1]) > lengths[:, None]
         anchors = Anchors(lengths[:, None].to(device), torch.ones(len(prompts), 1, dtype=torch.bool, device=device))
-        noise = uniforms(key, ids, n_anchors=1, n_samples=n_samples, length=max_tokens)
+        noise = uniforms(key, ids, n_anchors=1, n_samples=sampling.n_samples, length=sampling.max_tokens)
         prefix = run_prefix(model, tokens.to(device), -padding.long().to(device))
-        greedy = temperature == 0.0
-        return decode_answers(
-            model,
-            prefix,
-            anchors,
-            noise=noise,
-            temperature=1.0 if greedy else temperature,
-            top_p=0.0 if greedy else top_p,
-            end_tokens=end_tokens,
-        )
+        return decode_answers(model, prefix, anchors, sampling, noise=noise)
 
 
 @torch.no_grad()
-def decode_answers(
-    model: nn.Module,
-    prefix: Prefix,
-    anchors: Anchors,
-    *,
-    noise: Tensor,
-    temperature: float,
-    end_tokens: Collection[int],
-    top_p: float = 1.0,
-) -> Answers:
+def decode_answers(model: nn.Module, prefix: Prefix, anchors: Anchors, sampling: Sampling, *, noise: Tensor) -> Answers:
     """Answers from the one anchor of each sequence on; `noise` [S, 1, n, L] fixes every draw."""
     S, _, n, limit = noise.shape
     device = prefix.states.device
-    noise, ends = noise.to(device), torch.tensor(sorted(end_tokens), device=device)
+    noise, ends = noise.to(device), torch.tensor(sorted(sampling.end_tokens), device=device)
+    temperature, top_p = (1.0, 0.0) if sampling.is_greedy else (sampling.temperature, sampling.top_p)
     answers = torch.zeros(S, n, limit, dtype=torch.long, device=device)
     log_probs = torch.zeros(S, n, limit, device=device)
     lengths = torch.zeros(S, n, dtype=torch.long, device=device)

@@ -10,11 +10,11 @@ from ebft_study.evaluation.downstream import BenchmarkEvaluator, Result
 from ebft_study.evaluation.downstream.benchmarks import Benchmark
 from ebft_study.evaluation.downstream.contamination import overlap
 from ebft_study.evaluation.downstream.protocol import Protocol, judges_of
+from ebft_study.networks.loading import LoadedModel
 from ebft_study.rollouts.answers import InProcessAnswers
 from ebft_study.training import Recorder
 from ebft_study.training.distributed import unsharded
 from ebft_study.training.update import Run
-from ebft_study.training.validation import shared_model
 
 
 def is_due(run: Run) -> bool:
@@ -28,24 +28,24 @@ def measure(run: Run) -> Rows:
     return _rows([_measure(run, benchmark) for benchmark in run.parts.benchmarks])
 
 
-def measure_shared(run: Run) -> Rows:
+def measure_shared(run: Run, model: LoadedModel | None) -> Rows:
     """Scores of a model that trials share (`validation.shared_model`), measured once per machine.
 
     With those of the base model, the overlap of each benchmark with the training data.
     """
-    rows, model = _rows([]), shared_model(run) if run.parts.benchmarks else None
+    rows = _rows([])
     for benchmark in run.parts.benchmarks:
         key = base.benchmark_key(run.config, model, benchmark, run.parts.text) if model else None
-        known = base.get_rows(key) if key and run.world_size == 1 else None
-        if known is None:
+        benchmark_rows = base.get_rows(key) if key and run.world_size == 1 else None
+        if benchmark_rows is None:
             result = _measure(run, benchmark)
             if run.step == 0:
                 result.measured["contaminated_fraction", None] = overlap(benchmark, run.parts.text)
-            known = _rows([result])
-            if key and run.rank == 0:
-                base.put_rows(key, known)
-        for table, of_benchmark in known.items():
-            rows[table] += of_benchmark
+            benchmark_rows = _rows([result])
+            if key:
+                base.put_rows(key, benchmark_rows)
+        for table, of_table in benchmark_rows.items():
+            rows[table] += of_table
     return rows
 
 

@@ -83,8 +83,9 @@ def start(run: Run, recorder: Recorder | None, on_report: Report, start_from: Pa
     else:
         if recorder:
             recorder.event("started", "; ".join([f"{run.config.method} on {run.config.model}", *run.parts.remarks]))
-        row, validated, heldout = validation.evaluate_shared(run)
-        downstream.record(recorder, 0, downstream.measure_shared(run))
+        shared = validation.shared_model(run)
+        row, validated, heldout = validation.evaluate_shared(run, shared)
+        downstream.record(recorder, 0, downstream.measure_shared(run, shared))
         row |= validation.cost(run)
         if recorder:
             recorder.metrics(0, row)
@@ -99,8 +100,9 @@ def observe(run: Run, recorder: Recorder | None, on_report: Report) -> None:
     method_begins = run.step == config.training.warm_start_steps and not last
     evaluate = last or method_begins or run.step % config.evaluation.eval_every_steps == 0
     row: dict[str, float] = {}
+    shared = validation.shared_model(run) if method_begins else None
     if method_begins:
-        downstream.record(recorder, run.step, downstream.measure_shared(run))
+        downstream.record(recorder, run.step, downstream.measure_shared(run, shared))
     elif downstream.is_due(run) and not last:
         downstream.record(recorder, run.step, downstream.measure(run))
     if last or run.step % config.training.log_every_steps == 0:
@@ -108,7 +110,7 @@ def observe(run: Run, recorder: Recorder | None, on_report: Report) -> None:
     if evaluate:
         heldout: Measured | None = None
         if method_begins:
-            losses, validated, heldout = validation.evaluate_shared(run)
+            losses, validated, heldout = validation.evaluate_shared(run, shared)
         else:
             losses, validated = validation.validate(run)
         row |= losses

@@ -18,7 +18,7 @@ from ebft_study.training import downstream
 from ebft_study.training.setup import Parts
 from ebft_study.training.tracking import check_login
 from ebft_study.training.update import Run
-from ebft_study.training.validation import evaluate_shared
+from ebft_study.training.validation import evaluate_shared, shared_model
 from ebft_study.verifiers import check_verifiers
 
 NETWORK = {"feature_network", "random_weights", "depths", "pooling", "normalize"}
@@ -42,8 +42,9 @@ def prepare(configs: Iterable[RunConfig]) -> dict[str, Any]:
     models: dict[str, Any] = {}
     for config in _distinct(configs):
         run = Run(config)
-        evaluate_shared(run)
-        downstream.measure_shared(run)
+        base_model = shared_model(run)
+        evaluate_shared(run, base_model)
+        downstream.measure_shared(run, base_model)
         run.parts.close()
         data[run.parts.text.name] = _describe_data(run.parts)
         models[config.model] = _describe_model(run.parts)

@@ -154,9 +154,7 @@ def benchmarks_of(config: RunConfig, base: LoadedModel) -> tuple[tuple[Benchmark
     settings = config.evaluation
     benchmarks, skipped = load_benchmarks(settings.benchmarks, problems=settings.benchmark_problems)
     positions = getattr(base.model.config, "max_position_embeddings", None)
-    for benchmark in benchmarks:
-        if positions is not None:
-            check_room(benchmark, base.tokenizer, max_tokens=settings.benchmark_max_tokens, positions=positions)
+    check_room(benchmarks, base.tokenizer, max_tokens=settings.benchmark_max_tokens, positions=positions)
     return benchmarks, skipped
 
 

@@ -102,30 +102,31 @@ def validate(run: Run) -> tuple[dict[str, float], Measured]:
     return _validation_row(run, measured, started), measured
 
 
-def evaluate_shared(run: Run) -> tuple[dict[str, float], Measured, Measured]:
+def evaluate_shared(run: Run, model: LoadedModel | None) -> tuple[dict[str, float], Measured, Measured]:
     """A row of validation metrics, and what was measured on the validation and the held-out split.
 
-    For a model that trials of a study share, the base model or that of one warm start: measured once per machine.
+    For the `shared_model`, the base model or that of one warm start: measured once per machine.
 
     Raises:
         NonFiniteError: a loss is NaN or infinite.
     """
-    started, parts, model = time.perf_counter(), run.parts, shared_model(run)
+    started, parts = time.perf_counter(), run.parts
     key = base.key(run.config, model, parts.evaluator, parts.text, parts.data) if model else None
     measured = base.get(key) if key and run.world_size == 1 else None
     if measured is None:
         measured = measure_validation(run), measure_heldout(run)
-        if key and run.rank == 0:
+        if key:
             base.put(key, measured)
     return _validation_row(run, measured[0], started), *measured
 
 
 def shared_model(run: Run) -> LoadedModel | None:
-    """The model as it is evaluated now, with its fingerprint; None where it is that of this run alone.
+    """The model as it is evaluated now, with its fingerprint, which is a pass over all weights.
 
-    Sharded weights are gathered in the type of the passes, which may round otherwise than one worker does.
+    None where it is that of this run alone, and on all workers but the first, which stores its numbers. Sharded weights
+    are gathered in the type of the passes, which may round otherwise than one worker does.
     """
-    if is_sharded(run.model):
+    if run.rank > 0 or is_sharded(run.model):
         return None
     with run.average.applied(run.model):
         return replace(run.parts.base, fingerprint=fingerprint(run.model)) if run.step else run.parts.base
@@ -195,11 +196,11 @@ def _sample_rows(run: Run) -> list[dict[str, Any]]:
     parts, rollout, reward = run.parts, run.config.rollout, run.config.reward
     data = parts.data["validation"]
     batch = data.rows(evaluation.spread_rows(len(data), SAMPLED_SEQUENCES)).to(run.device)
+    if isinstance(parts.method, Rlvr):
+        return _answer_rows(run, parts.method, batch)
     anchors = anchors_of(batch, rollout)
     if anchors.positions.shape[1] == 0:
         return []
-    if isinstance(parts.method, Rlvr):
-        return _answer_rows(run, parts.method, batch)
     noise = uniforms(
         (run.config.evaluation.evaluation_seed,),
         batch.indices.tolist(),

@@ -79,6 +79,17 @@ def test_the_base_model_has_the_scores_of_step_0(study: tuple[StudySummary, Stud
     assert found["pass_at_k", 1].mean == pytest.approx(passes(1000, 1).mean())
 
 
+def test_each_benchmark_has_its_own_last_step(tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "s", effects={None: (0.0, 0.0)}, seeds=(0,))
+    recorder = TrialRecorder(folder, study="s", trial_id="t000", attempt=0)
+    for step, name, value in ((10, "short", 0.1), (20, "short", 0.2), (20, "long", 0.3), (40, "long", 0.4)):
+        row = {"benchmark": name, "metric": "pass_at_k", "position": 1, "value": value, "count": 9}
+        recorder.evaluations(step, [row])
+    scores = benchmark_scores(summarize(load(folder)))
+    found = {each.name: [of_one["pass_at_k", 1].mean for _, _, of_one in each.rows] for each in scores}
+    assert found == {"long": [0.4], "short": [0.2]}
+
+
 def test_benchmarks_change_no_other_number(study: tuple[StudySummary, StudySummary]) -> None:
     without, with_ones = study
     assert benchmark_scores(without) == []

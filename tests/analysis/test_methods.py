@@ -9,30 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ebft_study.analysis.downstream import benchmark_scores
 from ebft_study.analysis.methods import Column, Task, tasks
 from ebft_study.analysis.statistics import mean_interval
 from ebft_study.analysis.summary import StudySummary, summarize
 from ebft_study.results import TrialRecorder, load
-from tests.synthetic_study import METHODS, of_method, write_benchmark, write_study
+from tests.synthetic_study import EFFECTS, LEVELS, METHODS, of_method, write_benchmark, write_study
 
 SCORE, CE, CFM = Column("mini", "pass_at_k", 1), Column("", "ce_loss", None), Column("", "cfm_loss", None)
-LEVELS = {
-    "Base": 0.3,
-    "Warm start": 0.33,
-    "SFT": 0.34,
-    "EBFT": 0.45,
-    "EBFT (ws.)": 0.46,
-    "RLVR": 0.38,
-    "RLVR (ws.)": 0.47,
-}
 WARM = (-0.05, -0.02)
-EFFECTS: dict[Any, tuple[float, float]] = {
-    "SFT": (-0.2, -0.01),
-    "EBFT": (-0.1, -0.05),
-    "EBFT (ws.)": (-0.1, -0.04),
-    "RLVR": (0.3, 0.1),
-    "RLVR (ws.)": (0.2, 0.08),
-}
 
 
 def written(folder: Path, **options: Any) -> StudySummary:
@@ -172,9 +157,13 @@ def test_a_step_where_a_method_has_not_begun_is_not_its_end(tmp_path: Path) -> N
     for row in load(folder).trials.to_dict("records"):
         recorder = TrialRecorder(folder, study="s", trial_id=row["trial_id"], attempt=0)
         rows = [{"benchmark": "mini", "metric": "pass_at_k", "position": 1, "value": 0.3, "count": 9}]
-        for step in {0, int(row["warm_start_steps"])}:
+        warm = int(row["warm_start_steps"])
+        for step in {0, warm // 2 if row["method"] == "ebft" else warm}:
             recorder.evaluations(step, rows)
-    task = of(summarize(load(folder)))
+    study = summarize(load(folder))
+    (benchmark,) = benchmark_scores(study)
+    assert [label for label, _, _ in benchmark.rows] == ["base model"]
+    task = of(study)
     having = [name for name, method in task.methods.items() if SCORE in method.values]
     assert having == ["Base", "Warm start"]
 
@@ -190,5 +179,5 @@ def test_two_data_sets_are_two_tasks(tmp_path: Path) -> None:
 
 
 def test_studies_without_benchmarks_or_with_one_method_have_no_table(tmp_path: Path) -> None:
-    assert tasks(summarize(load(write_study(tmp_path / "without")))) == []
-    assert tasks(written(tmp_path / "one", effects={"EBFT": (0.0, 0.0)})) == []
+    assert tasks(summarize(load(write_study(tmp_path / "without")))) == ()
+    assert tasks(written(tmp_path / "one", effects={"EBFT": (0.0, 0.0)})) == ()

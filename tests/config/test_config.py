@@ -62,6 +62,7 @@ BROKEN = [
     ({"verifier": "comet", "bleu_tokenizer": "zh"}, "verifier.bleu_tokenizer='zh': only the verifier bleu reads it"),
     ({"verifier": "bleu", "comet_python": "/p"}, "verifier.comet_python='/p': only the verifier comet reads it"),
     ({"verifier": "bleu", "comet_model": "m"}, "verifier.comet_model='m': only the verifier comet reads it"),
+    ({"benchmarks": "mini", "partial_reward": True}, "verifier.partial_reward=True: only the verifier unit_tests"),
     ({"method": "rlvr"}, "verifier.verifier=None: method=rlvr with verifier_weight=0.0 learns from"),
     (
         {"method": "rlvr", "verifier": "bleu", "max_answer_tokens": 128},
@@ -122,6 +123,12 @@ def test_a_single_sample_is_allowed_without_diversity_and_baseline() -> None:
 def test_a_verifier_has_its_own_settings(settings: dict[str, Any]) -> None:
     assert build(**settings).verifier.verifier == settings["verifier"]
     assert isinstance(build(**settings).verifier.stop_strings, tuple)
+
+
+def test_benchmarks_read_the_resources_of_verifiers() -> None:
+    settings = {"verifier_workers": 3, "test_cpu_seconds": 9.0, "comet_python": "/env/bin/python", "comet_model": "m"}
+    verifier = build(benchmarks="mini", **settings).verifier
+    assert {name: getattr(verifier, name) for name in settings} == settings
 
 
 def test_a_completion_may_fill_the_sequence() -> None:

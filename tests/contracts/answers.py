@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from ebft_study.rollouts.answers import Answers, AnswerSampler
+from ebft_study.rollouts.answers import Answers, AnswerSampler, Sampling
 
 PROMPTS = [[3, 1, 4], [1], [5, 9, 2, 6, 5], [3, 5]]
 LIMIT, N = 6, 5
+SAMPLING = Sampling(N, LIMIT, 0.8, frozenset({7, 2}))
 
 
 @torch.no_grad()
@@ -23,11 +26,16 @@ def distribution(model: nn.Module, context: Sequence[int], temperature: float) -
 class AnswersContract:
     """Subclasses provide `sampler` and `model`, of at least 10 tokens."""
 
-    def sample(self, sampler: AnswerSampler, model: nn.Module, **changes: object) -> Answers:
-        defaults: dict[str, object] = {"n_samples": N, "max_tokens": LIMIT, "temperature": 0.8, "end_tokens": {7, 2}}
-        prompts = changes.pop("prompts", PROMPTS)
-        settings = {**defaults, "key": (5,), "ids": list(range(len(prompts))), **changes}  # type: ignore[arg-type]
-        return sampler.sample(model, prompts, **settings)  # type: ignore[arg-type]
+    def sample(
+        self,
+        sampler: AnswerSampler,
+        model: nn.Module,
+        prompts: Sequence[Sequence[int]] = PROMPTS,
+        key: Sequence[int] = (5,),
+        ids: Sequence[int] = range(len(PROMPTS)),
+        **changes: Any,
+    ) -> Answers:
+        return sampler.sample(model, prompts, replace(SAMPLING, **changes), key=key, ids=ids)
 
     def test_greedy_answers_follow_the_most_probable_token(self, sampler: AnswerSampler, model: nn.Module) -> None:
         greedy = self.sample(sampler, model, temperature=0.0, n_samples=1)
@@ -64,14 +72,14 @@ class AnswersContract:
         assert torch.equal(together.lengths[2], alone.lengths[0])
 
     def test_without_prompts_there_are_no_answers(self, sampler: AnswerSampler, model: nn.Module) -> None:
-        answers = self.sample(sampler, model, prompts=[])
+        answers = self.sample(sampler, model, prompts=[], ids=[])
         assert answers.tokens.shape[:2] == answers.lengths.shape == answers.ended.shape == (0, N)
 
     def test_key_and_id_are_the_seed(self, sampler: AnswerSampler, model: nn.Module) -> None:
         first, again = self.sample(sampler, model), self.sample(sampler, model)
         assert torch.equal(first.tokens, again.tokens)
-        for change in ({"key": (6,)}, {"ids": [9, 8, 7, 6]}):
-            assert not torch.equal(self.sample(sampler, model, **change).tokens[..., :1], first.tokens[..., :1])
+        for other in (self.sample(sampler, model, key=(6,)), self.sample(sampler, model, ids=[9, 8, 7, 6])):
+            assert not torch.equal(other.tokens[..., :1], first.tokens[..., :1])
         assert len({tuple(tokens) for tokens in first.tokens[0].tolist()}) > 1
 
     def test_draws_have_the_frequencies_of_the_policy(self, sampler: AnswerSampler, model: nn.Module) -> None:

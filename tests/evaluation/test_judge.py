@@ -20,7 +20,7 @@ from ebft_study.training.memory import judge_parameters
 from ebft_study.training.recorded import Services
 from ebft_study.training.setup import build_parts
 from ebft_study.training.update import Run
-from ebft_study.training.validation import evaluate_shared
+from ebft_study.training.validation import evaluate_shared, shared_model
 from tests.tiny_run import DETERMINISTIC, run_tiny, tiny_config, write_model
 
 # Packed documents: contexts without room for a longer completion are missing in the middle of a sequence.
@@ -51,7 +51,8 @@ def configured(folder: Path, **changes: Any) -> RunConfig:
 
 def at_start(folder: Path, **changes: Any) -> tuple[float, float]:
     """The judge's values of the base model, on the validation and on the held-out split."""
-    row, _, heldout = evaluate_shared(Run(configured(folder, **{"judge": "judge", **PACKED, **changes})))
+    run = Run(configured(folder, **{"judge": "judge", **PACKED, **changes}))
+    row, _, heldout = evaluate_shared(run, shared_model(run))
     return row["judge_cfm_loss"], heldout["judge_cfm_loss", None].value
 
 

@@ -13,25 +13,9 @@ from ebft_study.analysis.summary import StudySummary, summarize
 from ebft_study.report import claims, methods, ordering
 from ebft_study.report.verdicts import Verdict
 from ebft_study.results import load
-from tests.synthetic_study import of_method, write_benchmark, write_study
+from tests.synthetic_study import EFFECTS, LEVELS, of_method, write_benchmark, write_study
 
 NAMES = ("beats_sft", "matches_rlvr", "rlvr_raises_ce", "lower_ce", "lower_cfm", "gains_more")
-LEVELS = {
-    "Base": 0.3,
-    "Warm start": 0.33,
-    "SFT": 0.34,
-    "EBFT": 0.45,
-    "EBFT (ws.)": 0.46,
-    "RLVR": 0.38,
-    "RLVR (ws.)": 0.46,
-}
-EFFECTS: dict[Any, tuple[float, float]] = {
-    "SFT": (-0.2, -0.01),
-    "EBFT": (-0.1, -0.05),
-    "EBFT (ws.)": (-0.1, -0.05),
-    "RLVR": (0.3, 0.1),
-    "RLVR (ws.)": (0.2, 0.1),
-}
 
 
 def written(

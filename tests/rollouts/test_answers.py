@@ -8,7 +8,7 @@ from torch import nn
 
 from ebft_study.algorithm.sampling import draw, nucleus
 from ebft_study.networks.blocks import Decoder
-from ebft_study.rollouts.answers import Answers, AnswerSampler, InProcessAnswers
+from ebft_study.rollouts.answers import Answers, AnswerSampler, InProcessAnswers, Sampling
 from tests.contracts.answers import AnswersContract
 from tests.small_models import small_model
 
@@ -50,10 +50,9 @@ def test_prompts_that_are_over_change_nothing_for_the_others(n_samples: int, mon
 
     def sample(numbers: list[int]) -> Answers:
         chosen = [prompts[k] for k in numbers]
-        ends = set(range(0, model.config.vocab_size, 6 // n_samples))
-        return InProcessAnswers().sample(
-            model, chosen, n_samples=n_samples, max_tokens=24, temperature=1.0, end_tokens=ends, key=(3,), ids=numbers
-        )
+        ends = frozenset(range(0, model.config.vocab_size, 6 // n_samples))
+        sampling = Sampling(n_samples, max_tokens=24, temperature=1.0, end_tokens=ends)
+        return InProcessAnswers().sample(model, chosen, sampling, key=(3,), ids=numbers)
 
     together = sample(list(range(16)))
     assert len(left) >= 2, left

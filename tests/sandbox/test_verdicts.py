@@ -271,6 +271,7 @@ def test_the_reason_of_a_whole_programs_verdict(reason: str, sandbox: Sandbox) -
 
 
 def test_a_whole_program_does_not_see_what_it_must_write(sandbox: Sandbox) -> None:
+    # The hostile program's own text: it tries every way in, and ignores those that fail.
     code = """
 import gc, os, re
 for fd in range(64):

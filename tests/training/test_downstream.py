@@ -13,7 +13,7 @@ from ebft_study.config import RunConfig
 from ebft_study.errors import ConfigError
 from ebft_study.evaluation import base
 from ebft_study.evaluation.downstream import BenchmarkEvaluator
-from ebft_study.training import downstream
+from ebft_study.training import downstream, validation
 from ebft_study.training.setup import build_parts
 from ebft_study.training.update import Run
 from tests.evaluation.downstream import files
@@ -86,6 +86,29 @@ def test_the_base_model_is_measured_once(tmp_path: Path, monkeypatch: pytest.Mon
     _, second = run_tiny(config)
     assert scores(first) == scores(second)
     assert scores(first)[0]["contaminated_fraction", None] == 0.0
+
+
+def test_the_weights_at_the_end_of_a_warm_start_are_hashed_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[Any] = []
+    fingerprint = validation.fingerprint
+    monkeypatch.setattr(validation, "fingerprint", lambda model: hashed.append(model) or fingerprint(model))
+    _, recorder = run_tiny(config_of(tmp_path, warm_start_steps=2, steps=2))
+    assert scores(recorder)[2]
+    assert len(hashed) == 1
+
+
+def test_only_the_first_worker_stores_what_is_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EBFT_STUDY_CACHE", str(tmp_path / "cache"))
+    run = Run(config_of(tmp_path))
+    entries = tmp_path / "cache" / "base_evaluations"
+    for rank, stored in ((1, 0), (0, 2)):
+        run.rank = rank
+        model = validation.shared_model(run)
+        validation.evaluate_shared(run, model)
+        downstream.measure_shared(run, model)
+        assert len(list(entries.glob("*"))) == stored
 
 
 def key_of(config: RunConfig) -> str:

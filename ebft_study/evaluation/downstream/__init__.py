@@ -14,7 +14,7 @@ import functools
 import math
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,7 +33,7 @@ from ebft_study.evaluation.downstream.metrics import (
 )
 from ebft_study.evaluation.downstream.protocol import Judges, Protocol, judged
 from ebft_study.progress import Progress
-from ebft_study.rollouts.answers import AnswerSampler
+from ebft_study.rollouts.answers import AnswerSampler, Sampling
 from ebft_study.verifiers import Judgement, Problem
 from ebft_study.verifiers.parsing import until_stop
 
@@ -116,18 +116,22 @@ class Result:
         return score_rows({key: scores for key, scores in self.measured.items() if scores.count}, self.benchmark)
 
 
-def check_room(benchmark: Benchmark, tokenizer: PreTrainedTokenizerFast, *, max_tokens: int, positions: int) -> None:
-    """Refuse a benchmark whose longest prompt and answer exceed the model's positions."""
-    prompts = encode_prompts(tokenizer, [item.problem.prompt for item in benchmark.items])
-    length, item = max(zip(map(len, prompts), benchmark.items, strict=True), key=lambda pair: pair[0])
-    room = positions - length
-    if max_tokens <= room:
+def check_room(
+    benchmarks: Sequence[Benchmark], tokenizer: PreTrainedTokenizerFast, *, max_tokens: int, positions: int | None
+) -> None:
+    """Refuse benchmarks whose longest prompt and answer exceed the model's positions; None: it has no limit."""
+    if positions is None:
         return
-    remedy = f"benchmark_max_tokens <= {room}, or " if room > 0 else ""
-    raise ConfigError(
-        f"evaluation.benchmark_max_tokens={max_tokens}: problem {item.id} of {benchmark.name} has a prompt of {length} "
-        f"tokens, and the model {positions} positions. Use {remedy}a model with a longer context"
-    )
+    for benchmark in benchmarks:
+        prompts = encode_prompts(tokenizer, [item.problem.prompt for item in benchmark.items])
+        length, item = max(zip(map(len, prompts), benchmark.items, strict=True), key=lambda pair: pair[0])
+        room = positions - length
+        if max_tokens > room:
+            remedy = f"benchmark_max_tokens <= {room}, or " if room > 0 else ""
+            raise ConfigError(
+                f"evaluation.benchmark_max_tokens={max_tokens}: problem {item.id} of {benchmark.name} has a prompt of "
+                f"{length} tokens, and the model {positions} positions. Use {remedy}a model with a longer context"
+            )
 
 
 @dataclass(frozen=True)
@@ -174,20 +178,12 @@ class BenchmarkEvaluator:
         self, model: nn.Module, batch: Sequence[int], prompts: Sequence[Sequence[int]], answers: Answers
     ) -> list[list[str]]:
         """The answers to some problems, cut at their stops: the greedy one, then the samples."""
-        protocol, texts = self.protocol, list[list[list[str]]]()
-        for n, temperature, top_p in ((1, 0.0, 1.0), (protocol.samples, protocol.temperature, protocol.top_p)):
-            sampled = self.sampler.sample(
-                model,
-                [prompts[k] for k in batch],
-                n_samples=n,
-                max_tokens=protocol.max_tokens,
-                temperature=temperature,
-                top_p=top_p,
-                end_tokens=self._end_tokens,
-                key=(protocol.seed, zlib.crc32(self.benchmark.name.encode())),
-                ids=[self.benchmark.numbers[k] for k in batch],
-            )
-            answers.add_work([len(prompts[k]) for k in batch], sampled.lengths)
+        chosen, ids = [prompts[k] for k in batch], [self.benchmark.numbers[k] for k in batch]
+        key = (self.protocol.seed, zlib.crc32(self.benchmark.name.encode()))
+        texts = list[list[list[str]]]()
+        for sampling in (replace(self._sampling, n_samples=1, temperature=0.0), self._sampling):
+            sampled = self.sampler.sample(model, chosen, sampling, key=key, ids=ids)
+            answers.add_work([len(prompt) for prompt in chosen], sampled.lengths)
             texts.append(sampled.texts(self.tokenizer))
         items = [self.benchmark.items[k] for k in batch]
         return [
@@ -196,8 +192,10 @@ class BenchmarkEvaluator:
         ]
 
     @functools.cached_property
-    def _end_tokens(self) -> frozenset[int]:
-        return end_tokens(self.tokenizer, self.benchmark.items)
+    def _sampling(self) -> Sampling:
+        """How the answers besides the greedy one are sampled."""
+        protocol, ends = self.protocol, end_tokens(self.tokenizer, self.benchmark.items)
+        return Sampling(protocol.samples, protocol.max_tokens, protocol.temperature, ends, protocol.top_p)
 
     def _judge(self, batch: Sequence[int], texts: Sequence[Sequence[str]], answers: Answers) -> None:
         items = [self.benchmark.items[k] for k in batch]

@@ -146,9 +146,9 @@ def load_benchmark(name: str) -> Benchmark:
     if family in MADE and location in ("", "validation"):
         return _made(family, location or "heldout")
     if family not in FAMILIES:
-        known = [*FAMILIES, *MADE]
-        close = difflib.get_close_matches(family, known, n=1, cutoff=0.5)
-        hint = f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(known)}"
+        families = [*FAMILIES, *MADE]
+        close = difflib.get_close_matches(family, families, n=1, cutoff=0.5)
+        hint = f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(families)}"
         raise DataError(f"unknown benchmark {name!r}. {hint}")
     spec = FAMILIES[family]
     rows, source = _rows(family, location)
@@ -176,10 +176,10 @@ def _rows(family: str, location: str) -> tuple[list[Row], str]:
 
 def _packaged(spec: Family) -> Path | None:
     """The file that an installed package brings."""
-    found = importlib.util.find_spec(spec.package[0]) if spec.package else None
-    if spec.package is None or found is None or found.origin is None:
+    package = importlib.util.find_spec(spec.package[0]) if spec.package else None
+    if spec.package is None or package is None or package.origin is None:
         return None
-    path = (Path(found.origin).parent / spec.package[1]).resolve()
+    path = (Path(package.origin).parent / spec.package[1]).resolve()
     return path if path.exists() else None
 
 

@@ -22,22 +22,22 @@ _WORD = re.compile(r"\w+")
 def overlap(benchmark: Benchmark, text: TextDataset) -> Scores:
     """Whether the training split repeats the text of each problem; no value for problems that are too short."""
     training = (f"{example.prompt}\n{example.answer}" for example in text.splits["train"])
-    found = contaminated([item.own_text for item in benchmark.items], training)
+    repeated = contaminated([item.own_text for item in benchmark.items], training)
     scores = Scores.zeros(torch.tensor(benchmark.numbers))
-    values = torch.tensor([[bool(each)] for each in found]).double()
-    scores.add(torch.arange(len(found)), values, torch.tensor([[each is not None] for each in found]))
+    values = torch.tensor([[bool(each)] for each in repeated]).double()
+    scores.add(torch.arange(len(repeated)), values, torch.tensor([[each is not None] for each in repeated]))
     return scores
 
 
 def contaminated(problems: Sequence[Sequence[str]], training: Iterable[str]) -> list[bool | None]:
     """Whether the training texts repeat an n-gram of each problem, given by its texts; None: all are too short."""
     wanted: dict[int, dict[tuple[str, ...], set[int]]] = defaultdict(lambda: defaultdict(set))
-    known: list[bool | None] = [None] * len(problems)
+    repeated: list[bool | None] = [None] * len(problems)
     for number, texts in enumerate(problems):
         for words in map(words_of, texts):
             n = min(N, len(words))
             if n >= FEWEST:
-                known[number] = False
+                repeated[number] = False
                 for gram in ngrams(words, n):
                     wanted[n][gram].add(number)
     for text in training:
@@ -45,8 +45,8 @@ def contaminated(problems: Sequence[Sequence[str]], training: Iterable[str]) -> 
         for n, grams in wanted.items():
             for gram in ngrams(words, n):
                 for number in grams.get(gram, ()):
-                    known[number] = True
-    return known
+                    repeated[number] = True
+    return repeated
 
 
 def words_of(text: str) -> list[str]:

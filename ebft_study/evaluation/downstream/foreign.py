@@ -59,11 +59,11 @@ def obstacle(language: str) -> str | None:
     toolchain = TOOLCHAINS.get(language)
     if toolchain is None:
         return f"there is no way to run {language!r}; known: {', '.join(TOOLCHAINS)}"
-    found = shutil.which(toolchain.program)
-    if found is None:
+    path = shutil.which(toolchain.program)
+    if path is None:
         return f"{toolchain.program} is not installed"
-    if SYSTEM not in Path(found).resolve().parents:
-        return f"{toolchain.program} is {found}, and programs see {SYSTEM} alone"
+    if SYSTEM not in Path(path).resolve().parents:
+        return f"{toolchain.program} is {path}, and programs see {SYSTEM} alone"
     if shutil.which("bwrap") is None:
         return "bwrap (bubblewrap), which programs are locked up with, is not installed"
     return None

@@ -94,11 +94,11 @@ def judges_of(benchmark: Benchmark, config: VerifierConfig, protocol: Protocol) 
 def failing_references(benchmark: Benchmark, judges: Judges) -> dict[str, str]:
     """The problems whose own reference fails its tests, with the reason."""
     items = [item for item in benchmark.items if item.problem.reference]
-    found = judged(judges.verifier, [(item.problem, item.problem.reference) for item in items])
+    judgements = judged(judges.verifier, [(item.problem, item.problem.reference) for item in items])
     passes = judges.verifier.highest
     return {
         item.id: judgement.reason
-        for item, judgement in zip(items, found, strict=True)
+        for item, judgement in zip(items, judgements, strict=True)
         if judgement.reward is None or judgement.reward < passes
     }
 

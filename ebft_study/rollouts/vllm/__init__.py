@@ -16,7 +16,7 @@ import contextlib
 import hashlib
 import os
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -32,7 +32,7 @@ from ebft_study.data import Batch
 from ebft_study.errors import ServiceError
 from ebft_study.networks.blocks import Prefix
 from ebft_study.rollouts import Rollouts
-from ebft_study.rollouts.answers import Answers, no_answers
+from ebft_study.rollouts.answers import Answers, Sampling, no_answers
 from ebft_study.rollouts.vllm.engine import (
     CPU_ENVIRONMENT,
     ENVIRONMENT,
@@ -122,32 +122,27 @@ class VllmRollouts:
     def sample_answers(
         self,
         prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
         *,
-        n_samples: int,
-        max_tokens: int,
-        temperature: float,
-        end_tokens: Collection[int],
         key: Sequence[int],
         ids: Sequence[int],
-        top_p: float = 1.0,
         device: torch.device,
     ) -> Answers:
         """See `AnswerSampler.sample`."""
         if self.version is None:
             raise ServiceError("the engine has no weights yet: call update_weights() first")
         if not prompts:
-            return no_answers(n_samples, device)
-        greedy = temperature == 0.0
+            return no_answers(sampling.n_samples, device)
         request = SampleRequest(
             self.policy,
             self.version,
             [list(prompt) for prompt in prompts],
             [_seed(np.array([*key, row], dtype=np.int64)) for row in ids],
-            n_samples=n_samples,
-            completion_length=max_tokens,
-            temperature=1.0 if greedy else temperature,
-            end_tokens=tuple(sorted(end_tokens)),
-            top_p=_SMALLEST_NUCLEUS if greedy else top_p,
+            n_samples=sampling.n_samples,
+            completion_length=sampling.max_tokens,
+            temperature=1.0 if sampling.is_greedy else sampling.temperature,
+            end_tokens=tuple(sorted(sampling.end_tokens)),
+            top_p=_SMALLEST_NUCLEUS if sampling.is_greedy else sampling.top_p,
         )
         reply = self._ask(request)
         tokens, log_probs, lengths = (
@@ -231,27 +226,14 @@ class VllmAnswers:
         self,
         model: nn.Module,
         prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
         *,
-        n_samples: int,
-        max_tokens: int,
-        temperature: float,
-        end_tokens: Collection[int],
         key: Sequence[int],
         ids: Sequence[int],
-        top_p: float = 1.0,
     ) -> Answers:
         """See `AnswerSampler.sample`; `model` says where the answers are put."""
-        return self.rollouts.sample_answers(
-            prompts,
-            n_samples=n_samples,
-            max_tokens=max_tokens,
-            temperature=temperature,
-            end_tokens=end_tokens,
-            key=key,
-            ids=ids,
-            top_p=top_p,
-            device=next(model.parameters()).device,
-        )
+        device = next(model.parameters()).device
+        return self.rollouts.sample_answers(prompts, sampling, key=key, ids=ids, device=device)
 
 
 def _seed(numbers: np.ndarray) -> int:

@@ -82,8 +82,8 @@ def unpack(data: Data, kept: Callable[[int | str], Any], depth: int = 0) -> Any:
         return [unpack(item, kept, depth + 1) for item in column]
 
     tag, *rest = data
-    for known, kind in CONTAINERS:
-        if tag == known:
+    for container_tag, kind in CONTAINERS:
+        if tag == container_tag:
             return kind(items(rest[0]))
     match tag:
         case "d":

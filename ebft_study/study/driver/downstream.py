@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ebft_study import config, results
-from ebft_study.config import EvaluationConfig, RunConfig
+from ebft_study.config import DataConfig, EvaluationConfig, RunConfig
 from ebft_study.errors import ConfigError, DataError, ResultsError
 from ebft_study.results import TrialRecorder, cell_value
 from ebft_study.results.lineage import lineage
@@ -16,16 +16,15 @@ from ebft_study.storage import StoragePath
 from ebft_study.study.folder import attempts
 
 if TYPE_CHECKING:
+    from ebft_study.evaluation import Scores
     from ebft_study.evaluation.downstream import Result
     from ebft_study.evaluation.downstream.benchmarks import Benchmark
     from ebft_study.evaluation.downstream.protocol import Judges
     from ebft_study.networks.loading import LoadedModel
 
-OWN = ("evaluation.benchmark", "evaluation.evaluation_seed", "verifier.", "training.device")
+CHANGEABLE = ("evaluation.benchmark", "evaluation.evaluation_seed", "verifier.", "training.device")
 """Beginnings of the settings that an evaluation may change."""
-
-
-OWN_NAMES = {name for name in EvaluationConfig.model_fields if name.startswith("benchmark")}
+BENCHMARK_SETTINGS = {name for name in EvaluationConfig.model_fields if name.startswith("benchmark")}
 
 
 @dataclass(frozen=True)
@@ -66,6 +65,7 @@ def evaluate(
     loaded, skipped = load_benchmarks(settings.benchmarks, problems=settings.benchmark_problems)
     for run in {(each.run.model, each.run.model_revision): each.run for each in chosen}.values():
         _check_room(run, loaded)
+    overlaps = _overlaps(dict.fromkeys(each.run.data for each in chosen), loaded)
     rows: list[dict[str, Any]] = []
     with _judged(loaded, chosen[0].run) as judges:
         if check:
@@ -74,6 +74,7 @@ def evaluate(
             base, step = _load(each, choose_device(each.run))
             for benchmark in loaded:
                 result = _measure(each, base, benchmark, judges[benchmark.name])
+                result.measured["contaminated_fraction", None] = overlaps[each.run.data, benchmark.name]
                 _record(study, each, step, result)
                 who = {"trial": each.trial_id, "configuration": each.label, "step": step}
                 rows += [{**who, **row} for row in result.evaluations()]
@@ -84,7 +85,7 @@ def _changes(overrides: Sequence[str]) -> dict[str, Any]:
     """Dotted path -> value; refuses settings of training."""
     changes = {config.resolve_key(key): value for key, value in map(config.parse_override, overrides)}
     for path, value in changes.items():
-        if not path.startswith(OWN):
+        if not path.startswith(CHANGEABLE):
             raise ConfigError(
                 f"command line: {path}={value!r}: is a setting of the trained model. An evaluation has benchmark_*, "
                 "evaluation_seed, device, and those of verifiers"
@@ -94,10 +95,11 @@ def _changes(overrides: Sequence[str]) -> dict[str, Any]:
 
 def _trials(study: results.Results, wanted: Sequence[str]) -> list[str]:
     """The trials to evaluate: all finished ones where none is named."""
-    known = study.trials["trial_id"].tolist()
+    trial_ids = study.trials["trial_id"].tolist()
     for trial_id in wanted:
-        if trial_id not in known:
-            raise ResultsError(f"{study.folder}: has no trial {trial_id!r}. Its trials: {', '.join(known) or 'none'}")
+        if trial_id not in trial_ids:
+            listed = ", ".join(trial_ids) or "none"
+            raise ResultsError(f"{study.folder}: has no trial {trial_id!r}. Its trials: {listed}")
     finished = study.trials.loc[study.trials["status"] == "finished", "trial_id"].tolist()
     if not wanted and not finished:
         raise ResultsError(f"{study.folder}: has no finished trial. Name one that has a checkpoint")
@@ -106,8 +108,8 @@ def _trials(study: results.Results, wanted: Sequence[str]) -> list[str]:
 
 def _evaluated(study: results.Results, trial_id: str, checkpoint: str, changes: Mapping[str, Any]) -> Evaluated:
     row = study.trials.set_index("trial_id").loc[trial_id].to_dict()
-    given = {name: cell_value(row[name]) for name in config.short_names() if name in row}
-    nested = config.nest({k: v for k, v in given.items() if v is not None}, source=f"trial {trial_id}")
+    settings = {name: cell_value(row[name]) for name in config.short_names() if name in row}
+    nested = config.nest({k: v for k, v in settings.items() if v is not None}, source=f"trial {trial_id}")
     nested["evaluation"] = {
         key: value for key, value in nested["evaluation"].items() if not key.startswith("benchmark")
     }
@@ -120,18 +122,18 @@ def _checkpoint(study: results.Results, trial_id: str, which: str) -> StoragePat
     exploits = lineage(study)
     since = int(exploits.loc[exploits["trial_id"] == trial_id, "attempt"].max()) if len(exploits) else 0
     if which == "last":
-        found = attempts.newest_checkpoint(study.folder, trial_id, since=since)
+        path = attempts.newest_checkpoint(study.folder, trial_id, since=since)
     elif which == "best":
-        found = study.best_checkpoint(trial_id)
+        path = study.best_checkpoint(trial_id)
     elif which.isdecimal():
-        found = attempts.checkpoint_at(study.folder, trial_id, int(which), since=since)
+        path = attempts.checkpoint_at(study.folder, trial_id, int(which), since=since)
     else:
         raise ConfigError(f"command line: --checkpoint={which!r}: is neither last, best nor a step. Use one of them")
-    if found is None:
+    if path is None:
         raise ResultsError(
             f"{study.folder}: trial {trial_id} has no checkpoint {which!r}. Name another one, or a trial"
         )
-    return found
+    return path
 
 
 def _check_room(run: RunConfig, benchmarks: Sequence[Benchmark]) -> None:
@@ -143,9 +145,7 @@ def _check_room(run: RunConfig, benchmarks: Sequence[Benchmark]) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(source_of(run.model), revision=run.model_revision)
     positions = getattr(read_config(run.model, revision=run.model_revision), "max_position_embeddings", None)
-    for benchmark in benchmarks:
-        if positions is not None:
-            check_room(benchmark, tokenizer, max_tokens=run.evaluation.benchmark_max_tokens, positions=positions)
+    check_room(benchmarks, tokenizer, max_tokens=run.evaluation.benchmark_max_tokens, positions=positions)
 
 
 @contextlib.contextmanager
@@ -176,6 +176,18 @@ def _check_references(benchmarks: Sequence[Benchmark], judges: Mapping[str, Judg
             )
 
 
+def _overlaps(data: Iterable[DataConfig], benchmarks: Sequence[Benchmark]) -> dict[tuple[DataConfig, str], Scores]:
+    """What the training data repeat of each benchmark, by its name."""
+    from ebft_study.data import load_text
+    from ebft_study.evaluation.downstream.contamination import overlap
+
+    overlaps: dict[tuple[DataConfig, str], Scores] = {}
+    for settings in data:
+        text = load_text(settings)
+        overlaps |= {(settings, benchmark.name): overlap(benchmark, text) for benchmark in benchmarks}
+    return overlaps
+
+
 def _load(each: Evaluated, device: Any) -> tuple[LoadedModel, int]:
     """A trial's model with the weights of its checkpoint, and their step."""
     from ebft_study.networks.loading import load_generator
@@ -187,9 +199,7 @@ def _load(each: Evaluated, device: Any) -> tuple[LoadedModel, int]:
 
 
 def _measure(each: Evaluated, base: LoadedModel, benchmark: Benchmark, judges: Judges) -> Result:
-    from ebft_study.data import load_text
     from ebft_study.evaluation.downstream import BenchmarkEvaluator
-    from ebft_study.evaluation.downstream.contamination import overlap
     from ebft_study.evaluation.downstream.protocol import Protocol
     from ebft_study.rollouts.answers import InProcessAnswers
     from ebft_study.training.setup import autocast
@@ -197,9 +207,7 @@ def _measure(each: Evaluated, base: LoadedModel, benchmark: Benchmark, judges: J
     protocol = Protocol.from_config(each.run.evaluation)
     evaluator = BenchmarkEvaluator(benchmark, judges, protocol, InProcessAnswers(), base.tokenizer)
     with autocast(each.run, base.model.device):
-        result = evaluator.measure(base.model, shown=True)
-    result.measured["contaminated_fraction", None] = overlap(benchmark, load_text(each.run.data))
-    return result
+        return evaluator.measure(base.model, shown=True)
 
 
 def _record(study: results.Results, each: Evaluated, step: int, result: Result) -> None:
@@ -209,5 +217,5 @@ def _record(study: results.Results, each: Evaluated, step: int, result: Result) 
     recorder.evaluations(step, result.evaluations())
     recorder.scores(step, result.scores())
     recorder.samples(step, result.samples)
-    settings = each.run.evaluation.model_dump(include={"evaluation_seed", *OWN_NAMES})
+    settings = each.run.evaluation.model_dump(include={"evaluation_seed", *BENCHMARK_SETTINGS})
     recorder.event("evaluated", f"the checkpoint of step {step} on {result.benchmark}", step=step, **settings)

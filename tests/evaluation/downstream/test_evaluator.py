@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations
 from statistics import mean, pstdev
@@ -26,7 +26,7 @@ from ebft_study.evaluation.downstream.benchmarks import Benchmark
 from ebft_study.evaluation.downstream.items import Item
 from ebft_study.evaluation.downstream.protocol import Judges, Protocol, judges_of
 from ebft_study.networks.loading import LoadedModel, load_model
-from ebft_study.rollouts.answers import Answers, InProcessAnswers
+from ebft_study.rollouts.answers import Answers, InProcessAnswers, Sampling
 from ebft_study.verifiers import Judgement, Problem
 from tests.tiny_run import write_model
 
@@ -45,24 +45,19 @@ class Scripted:
 
     def __init__(self, greedy: Sequence[str], samples: Sequence[Sequence[str]]) -> None:
         self.greedy, self.samples = greedy, samples
-        self.calls: list[dict[str, Any]] = []
+        self.calls: list[tuple[Sampling, Sequence[int]]] = []
 
     def sample(
         self,
         model: nn.Module,
         prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
         *,
-        n_samples: int,
-        max_tokens: int,
-        temperature: float,
-        end_tokens: Collection[int],
         key: Sequence[int],
         ids: Sequence[int],
-        top_p: float = 1.0,
     ) -> Answers:
-        self.calls.append({"n": n_samples, "max_tokens": max_tokens, "temperature": temperature, "top_p": top_p})
-        self.calls[-1] |= {"key": tuple(key), "ids": list(ids)}
-        rows = [[self.greedy[k]] if temperature == 0 else list(self.samples[k])[:n_samples] for k in ids]
+        self.calls.append((sampling, key))
+        rows = [[self.greedy[k]] if sampling.is_greedy else list(self.samples[k])[: sampling.n_samples] for k in ids]
         lengths = torch.tensor([[max(len(text), 1) for text in row] for row in rows])
         return Said(lengths[..., None], lengths[..., None].float(), lengths, lengths > 0, rows)
 
@@ -178,21 +173,25 @@ def test_the_work_is_that_of_all_passes(base: LoadedModel) -> None:
 
 
 def test_the_protocol_reaches_the_sampler(base: LoadedModel) -> None:
-    def calls(**settings: Any) -> list[dict[str, Any]]:
+    def calls(**settings: Any) -> list[tuple[Sampling, Sequence[int]]]:
         sampler = Scripted(GREEDY, SAMPLES)
         rules = Protocol.from_config(EvaluationConfig(**{"benchmark_samples": 4, **settings}))
         BenchmarkEvaluator(benchmark(), Judges(ByWord(REWARDS)), rules, sampler, base.tokenizer).measure(base.model)
         return sampler.calls
 
-    greedy, sampled = calls()
-    assert (greedy["n"], greedy["temperature"]) == (1, 0.0)
-    assert (sampled["n"], sampled["temperature"], sampled["top_p"], sampled["max_tokens"]) == (4, 0.6, 1.0, 512)
-    assert calls(benchmark_protocol="authors")[1]["top_p"] == 0.95
-    assert calls(benchmark_protocol="authors", benchmark_top_p=0.5)[1]["top_p"] == 0.5
-    assert calls(benchmark_temperature=0.9)[1]["temperature"] == 0.9
-    assert calls(benchmark_samples=3)[1]["n"] == 3
-    assert {call["max_tokens"] for call in calls(benchmark_max_tokens=7)} == {7}
-    assert calls(evaluation_seed=1)[1]["key"] != sampled["key"]
+    def sampled(**settings: Any) -> Sampling:
+        return calls(**settings)[1][0]
+
+    ends = frozenset({base.tokenizer.eos_token_id})
+    (greedy, _), (drawn, key) = calls()
+    assert greedy == Sampling(1, 512, 0.0, ends)
+    assert drawn == Sampling(4, 512, 0.6, ends)
+    assert sampled(benchmark_protocol="authors") == replace(drawn, top_p=0.95)
+    assert sampled(benchmark_protocol="authors", benchmark_top_p=0.5) == replace(drawn, top_p=0.5)
+    assert sampled(benchmark_temperature=0.9) == replace(drawn, temperature=0.9)
+    assert sampled(benchmark_samples=3) == replace(drawn, n_samples=3)
+    assert {sampling.max_tokens for sampling, _ in calls(benchmark_max_tokens=7)} == {7}
+    assert calls(evaluation_seed=1)[1][1] != key
 
 
 def test_translations_are_scored_by_bleu_and_comet(base: LoadedModel) -> None:
@@ -244,11 +243,13 @@ def test_answers_end_before_a_stop_and_lines_at_their_end(base: LoadedModel) -> 
 
 def test_prompts_that_are_too_long_are_refused(base: LoadedModel) -> None:
     longest = max(map(len, encode_prompts(base.tokenizer, [item.problem.prompt for item in benchmark().items])))
-    check_room(benchmark(), base.tokenizer, max_tokens=10, positions=longest + 10)
+    short = replace(benchmark(), items=benchmark().items[:1], numbers=(0,))
+    check_room([benchmark()], base.tokenizer, max_tokens=10, positions=longest + 10)
+    check_room([benchmark()], base.tokenizer, max_tokens=10**9, positions=None)
     with pytest.raises(ConfigError, match=r"benchmark_max_tokens=11: problem p1 of b .* benchmark_max_tokens <= 10"):
-        check_room(benchmark(), base.tokenizer, max_tokens=11, positions=longest + 10)
+        check_room([short, benchmark()], base.tokenizer, max_tokens=11, positions=longest + 10)
     with pytest.raises(ConfigError, match="Use a model with a longer context"):
-        check_room(benchmark(), base.tokenizer, max_tokens=1, positions=longest)
+        check_room([benchmark()], base.tokenizer, max_tokens=1, positions=longest)
 
 
 def test_batches_change_nothing(base: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:

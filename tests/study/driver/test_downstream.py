@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from ebft_study import api, report, results
+from ebft_study import api, data, report, results
 from ebft_study.errors import ConfigError, DataError, EbftError, ResultsError
 from tests.evaluation.downstream import files
 from tests.tiny_run import tiny_config
@@ -66,6 +66,17 @@ def test_a_checkpoint_is_evaluated_and_recorded_once(study: Path) -> None:
     assert again == rows
     columns = ["step", "benchmark", "metric", "position", "value"]
     pd.testing.assert_frame_equal(recorded(study)[columns], first[columns])
+
+
+def test_the_training_data_are_read_once(study: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Any] = []
+    load_text = data.load_text
+    monkeypatch.setattr(data, "load_text", lambda settings: read.append(settings) or load_text(settings))
+    humaneval = files.write_lines(study.parent / "h.jsonl", files.HUMANEVAL)
+    rows, _ = api.evaluate(study, [files.parallel(study.parent), f"humaneval:{humaneval}"], [], SHORT)
+    found = {row["benchmark"]: row["value"] for row in rows if row["metric"] == "contaminated_fraction"}
+    assert found == {"wmt22_de-en": 1.0, "humaneval": 0.0}
+    assert len(read) == 1
 
 
 def test_checkpoints_can_be_chosen(study: Path) -> None:
