@@ -16,6 +16,8 @@ from ebft_study.training import Recorder
 from ebft_study.training.distributed import unsharded
 from ebft_study.training.update import Run
 
+SCORE = "benchmark_score"
+
 
 def is_due(run: Run) -> bool:
     """Whether benchmarks are evaluated after the present step, which is not the last one."""
@@ -49,12 +51,23 @@ def measure_shared(run: Run, model: LoadedModel | None) -> Rows:
     return rows
 
 
-def record(recorder: Recorder | None, step: int, rows: Rows) -> None:
-    """Write rows, if there are any."""
+def record(run: Run, recorder: Recorder | None, rows: Rows) -> dict[str, float]:
+    """Write rows, if there are any; returns what the row of metrics has of them, which is also what trials report."""
     if recorder and rows["evaluations"]:
-        recorder.evaluations(step, rows["evaluations"])
-        recorder.scores(step, rows["scores"])
-        recorder.samples(step, rows["samples"])
+        recorder.evaluations(run.step, rows["evaluations"])
+        recorder.scores(run.step, rows["scores"])
+        recorder.samples(run.step, rows["samples"])
+    row = _score(run, rows)
+    run.latest |= row
+    return row
+
+
+def _score(run: Run, rows: Rows) -> dict[str, float]:
+    first = run.parts.benchmarks[0].name if run.parts.benchmarks else None
+    for row in rows["evaluations"]:
+        if (row["benchmark"], row["position"]) == (first, 1) and row["metric"] in ("pass_at_k", "best_of_k_bleu"):
+            return {SCORE: row["value"]}
+    return {}
 
 
 def _rows(results: list[Result]) -> Rows:

@@ -54,6 +54,19 @@ def test_benchmarks_are_evaluated_when_they_are_due(tmp_path: Path, changes: dic
     assert {row["benchmark"] for row in recorder.scored[max(steps)]} >= {"wmt22_de-en"}
 
 
+def test_trials_report_the_score_of_one_sample_where_it_was_measured(tmp_path: Path) -> None:
+    reports: list[dict[str, float]] = []
+    _, recorder = run_tiny(
+        config_of(tmp_path, warm_start_steps=2, steps=4, eval_every_steps=1, benchmark_every_steps=4),
+        on_report=lambda metrics, folder: reports.append(dict(metrics)),
+    )
+    expected = {step: row["best_of_k_bleu", 1] for step, row in scores(recorder).items() if row}
+    assert expected.keys() == {0, 2, 4, 6}
+    assert {step: row["benchmark_score"] for step, row in recorder.rows.items() if "benchmark_score" in row} == expected
+    reported = {int(report["step"]): report.get("benchmark_score") for report in reports}
+    assert reported == {step: expected.get(step) for step in range(7)}, "an old score is not reported again"
+
+
 def test_a_run_that_is_killed_in_an_evaluation_repeats_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_of(tmp_path, benchmark_every_steps=1, benchmark_temperature=1.0)
     _, whole = run_tiny(config, on_report=keep_checkpoints(tmp_path / "whole"))
