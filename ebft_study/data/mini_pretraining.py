@@ -12,7 +12,7 @@ from ebft_study.data.draws import Draws
 from ebft_study.data.examples import Example
 
 DOCUMENTS = 80000
-LENGTHS = (1, 1, 2)
+LENGTHS = (1, 1, 1, 1, 1, 2)
 """Operations of a function. From short ones a model learns sooner to copy constants and names."""
 
 

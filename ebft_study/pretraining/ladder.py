@@ -72,7 +72,7 @@ LADDER = {
             n_layers=4,
             n_heads=4,
             intermediate_size=384,
-            steps=1000,
+            steps=1200,
             vocabulary_size=512,
             corpus="mini_pretraining",
         ),
