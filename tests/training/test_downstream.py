@@ -17,13 +17,14 @@ from ebft_study.evaluation import base
 from ebft_study.evaluation.downstream import BenchmarkEvaluator
 from ebft_study.networks.loading import fingerprint
 from ebft_study.rollouts.answers import AnswerSampler, InProcessAnswers
+from ebft_study.study.forecast.benchmarks import benchmark_evaluations
 from ebft_study.training import downstream, validation
 from ebft_study.training.prepare import prepare
 from ebft_study.training.setup import build_parts
 from ebft_study.training.update import Run
 from tests.evaluation.downstream import files
-from tests.training.test_engine import Engine, Pretended
 from tests.tiny_run import MemoryRecorder, keep_checkpoints, run_tiny, tiny_config
+from tests.training.test_engine import Engine, Pretended
 
 SHORT = {"benchmark_samples": 4, "benchmark_max_tokens": 6}
 
@@ -50,9 +51,11 @@ def scores(recorder: MemoryRecorder) -> dict[int, dict[tuple[str, int | None], f
     ],
 )
 def test_benchmarks_are_evaluated_when_they_are_due(tmp_path: Path, changes: dict[str, Any], steps: set[int]) -> None:
-    _, recorder = run_tiny(config_of(tmp_path, **changes))
+    config = config_of(tmp_path, **changes)
+    _, recorder = run_tiny(config)
     found = {step: rows for step, rows in scores(recorder).items() if rows}
     assert found.keys() == steps
+    assert benchmark_evaluations(config) == len(steps - {0})  # as the plan counts them
     assert found[0].keys() - found[max(steps)].keys() <= {("contaminated_fraction", None)}
     assert {("greedy_bleu", None), ("best_of_k_bleu", 4), ("corpus_bleu", None)} <= found[max(steps)].keys()
     kept = {row["benchmark"] for row in recorder.sampled[max(steps)] if "benchmark" in row}
@@ -155,7 +158,7 @@ def test_benchmarks_do_not_change_the_key_of_the_other_evaluations(tmp_path: Pat
 
 
 class AnsweringEngine(Engine):
-    """Remembers whose weights were asked for answers, and how many collectives the workers had come to."""
+    """Remembers whose weights were asked for answers."""
 
     engine = "engine 1"
 

@@ -70,11 +70,16 @@ class Answers:
         work = torch.zeros(3, dtype=torch.float64)
         return cls(unknown, unknown.clone(), unknown.clone(), unknown[:, 0].clone(), counts, work)
 
-    def add_work(self, prompts: Sequence[int], lengths: Tensor) -> None:
-        """Count the passes of prompts, by their numbers of tokens [S], and of their answers, of `lengths` [S, n]."""
-        P, L = torch.tensor(prompts, dtype=torch.float64)[:, None], lengths.double().cpu()
-        pairs = (P * (P + 1) / 2).sum() + (L * P + L * (L + 1) / 2).sum()
-        self.work += torch.stack([P.sum() + L.sum(), pairs, L.sum()])
+
+def answer_work(prompts: Sequence[int], lengths: Tensor) -> Tensor:
+    """Work of the passes of prompts, by their numbers of tokens [S], and of their answers, of `lengths` [S, n].
+
+    Returns:
+        [3] tokens that the model runs, keys that they meet, and tokens that it draws.
+    """
+    P, L = torch.tensor(prompts, dtype=torch.float64)[:, None], lengths.double().cpu()
+    pairs = (P * (P + 1) / 2).sum() + (L * P + L * (L + 1) / 2).sum()
+    return torch.stack([P.sum() + L.sum(), pairs, L.sum()])
 
 
 @dataclass
@@ -200,7 +205,7 @@ class BenchmarkEvaluator:
         texts = list[list[list[str]]]()
         for sampling in (replace(self._sampling, n_samples=1, temperature=0.0), self._sampling):
             sampled = self.sampler.sample(model, chosen, sampling, key=key, ids=ids)
-            answers.add_work([len(prompt) for prompt in chosen], sampled.lengths)
+            answers.work += answer_work([len(prompt) for prompt in chosen], sampled.lengths)
             texts.append(sampled.texts(self.tokenizer))
         items = [self.benchmark.items[k] for k in batch]
         return [
