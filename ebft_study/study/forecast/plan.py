@@ -168,12 +168,12 @@ def _levels(study: ResolvedStudy) -> str:
 
 
 def _benchmarks(group: TrialGroup) -> str:
-    """`benchmarks of tiny-1m: once of the base model and 2 times per trial, each 164 problems, 2788 answers ...`."""
+    """`benchmarks of tiny-1m: 2 per trial and one of the base model, each 164 problems, 2788 answers ...`."""
     run = group.example.run
     work, longest = benchmark_work(run), run.evaluation.benchmark_max_tokens
     judging = f", {text.duration(work.judging_seconds)} of tests" if work.judging_seconds else ""
     return (
-        f"benchmarks of {run.model}: once of the base model and {benchmark_evaluations(run)} times per trial, each "
+        f"benchmarks of {run.model}: {benchmark_evaluations(run)} per trial and one of the base model, each "
         f"{work.problems} problems, {work.answers} answers of up to {longest} tokens, "
         f"{work.flops / 1e12:.3g} TFLOP{judging}"
     )
