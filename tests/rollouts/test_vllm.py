@@ -173,7 +173,20 @@ def test_benchmarks_get_the_greedy_answers_of_the_model_as_it_is_now(engine: Vll
     assert torch.equal(before.completions, after.completions)
     assert before.policy_version == after.policy_version
     with pytest.raises(ray.exceptions.RayTaskError, match="p/answers"):  # the engine has forgotten them
-        sampler.sample(model, [[1]], Sampling(1, 1, 0.0, frozenset()), key=(0,), ids=[0])
+        greedy(sampler, model)
+    ended = VllmRollouts(engine.options, policy="ended", engine_name="engine", shared=True)
+    with ended.answers_of(model) as sampler:  # a trial that ends in an evaluation leaves nothing either
+        ray.get(actors.find("engine", seconds=60).evict_weights.remote("ended"))
+        with pytest.raises(ray.exceptions.RayTaskError, match="ended/answers"):
+            greedy(sampler, model)
+
+
+@pytest.mark.parametrize(("wanted", "longest"), [({}, 24 + 3), ({"longest_request_tokens": 500}, 128)])
+def test_no_engine_takes_more_tokens_than_its_model_has_positions(
+    tmp_path: Path, wanted: dict[str, Any], longest: int
+) -> None:
+    chosen = tiny_config(tmp_path, **{"rollout.backend": "vllm"}, **wanted)
+    assert options_of(chosen, source=chosen.model, device=torch.device("cpu")).longest_tokens == longest
 
 
 # --- training with an engine that several runs share -------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -165,15 +165,14 @@ class AnsweringEngine(Engine):
     def __init__(self) -> None:
         super().__init__(error=0.0, late=0)
         self.answered: list[str] = []
-        self.open = 0
+        self.happened: list[str] = []
 
     @contextlib.contextmanager
     def answers_of(self, model: nn.Module) -> Iterator[AnswerSampler]:
-        assert self.open == 0
         self.answered.append(fingerprint(model))
-        self.open += 1
+        self.happened.append("sent")
         yield InProcessAnswers()
-        self.open -= 1
+        self.happened.append("forgotten")
 
 
 def engine_run(folder: Path, **changes: Any) -> tuple[AnsweringEngine, MemoryRecorder]:
@@ -188,13 +187,34 @@ def engine_run(folder: Path, **changes: Any) -> tuple[AnsweringEngine, MemoryRec
 def test_answers_come_from_the_engine_and_the_weights_of_the_moment(tmp_path: Path) -> None:
     engine, recorder = engine_run(tmp_path)
     assert engine.followed == [0, 1, 2, 3]
-    assert engine.open == 0
+    assert engine.happened == ["sent", "forgotten"] * 3
     assert len(set(engine.answered)) == len(engine.answered) == 3  # of steps 0, 3 and 4
     assert engine.answered[0] == build_parts(config_of(tmp_path)).base.fingerprint
     assert "benchmarks are sampled by engine 1" in recorder.events[0][1]
     averaged, _ = engine_run(tmp_path, ema_decay=0.999)
     assert averaged.answered[0] not in engine.answered[1:]
     assert not set(averaged.answered[1:]) & set(engine.answered[1:])
+
+
+def test_workers_wait_for_each_other_around_their_questions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """None asks before the first one has sent the weights, and the engine forgets them when all have asked."""
+    engine = AnsweringEngine()
+    run = Run(config_of(tmp_path, **{"rollout.backend": "vllm", "longest_request_tokens": 80}))
+    run.parts.rollouts = engine
+    measured, summed = BenchmarkEvaluator.measure, run.sum_over_workers
+
+    def measure(*arguments: Any, **keywords: Any) -> Any:
+        engine.happened.append("asked")
+        return measured(*arguments, **keywords)
+
+    def sum_over_workers(values: Iterable[float]) -> list[float]:
+        engine.happened.append("met")
+        return summed(values)
+
+    monkeypatch.setattr(BenchmarkEvaluator, "measure", measure)
+    monkeypatch.setattr(run, "sum_over_workers", sum_over_workers)
+    downstream.measure(run)
+    assert engine.happened[:5] == ["sent", "met", "asked", "met", "forgotten"]
 
 
 def test_the_base_model_is_measured_once_by_an_engine_and_once_in_process(tmp_path: Path) -> None:
@@ -216,7 +236,7 @@ def test_a_study_with_an_engine_leaves_the_base_model_to_its_trials(tmp_path: Pa
 
 def test_benchmarks_that_do_not_fit_into_the_engine_are_refused(tmp_path: Path) -> None:
     served = {"rollout.backend": "vllm"}
-    build_parts(config_of(tmp_path, **served, sequence_length=96))
+    build_parts(config_of(tmp_path, **served, sequence_length=68))  # and an answer; the longest prompt has 68 tokens
     build_parts(config_of(tmp_path, longest_request_tokens=8))  # there is no engine
     with pytest.raises(ConfigError, match=r"the engine takes 8 tokens .* Use vllm.longest_request_tokens="):
         build_parts(config_of(tmp_path, **served, longest_request_tokens=8))
