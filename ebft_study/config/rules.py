@@ -247,6 +247,12 @@ RULES = (
         "Use one of these, or backend=strided",
     ),
     Rule(
+        "evaluation.benchmark_temperature",
+        lambda run: run.uses_engine and not 0.01 <= run.evaluation.benchmark_temperature <= 2.0,
+        "vLLM samples at temperatures from 0.01 to 2",
+        "Use one of these, or backend=strided",
+    ),
+    Rule(
         "vllm.tensor_parallel_size",
         lambda run: run.vllm.placement != "own" and run.vllm.tensor_parallel_size > 1,
         "a colocated engine has the trainer's one GPU",

@@ -358,8 +358,13 @@ class RunConfig(Section):
 
     @property
     def longest_request(self) -> int:
-        """Most tokens, prompt and completion, of one request to an engine. Prompt and answer fit into the sequence."""
-        return self.data.sequence_length + (0 if self.samples_answers else self.rollout.completion_length)
+        """Most tokens, prompt and completion, of one request to an engine.
+
+        Prompt and answer fit into the sequence; the prompt of a benchmark counts as one without its answer.
+        """
+        completion = 0 if self.samples_answers else self.rollout.completion_length
+        answer = self.evaluation.benchmark_max_tokens if self.evaluation.benchmarks else 0
+        return self.data.sequence_length + max(completion, answer)
 
     @property
     def longest_completion(self) -> int:

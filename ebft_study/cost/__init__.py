@@ -21,7 +21,7 @@ attention counted as `needed` (every token meets its true number of keys) or as 
 causal attention as a full square, blocks against the longest context of their chunk in the `chunked` attention).
 """
 
-from ebft_study.cost.flops import PhaseCost, StepCost, evaluation_flops, step_cost
+from ebft_study.cost.flops import PhaseCost, StepCost, answers_flops, evaluation_flops, step_cost
 from ebft_study.cost.memory import Memory, largest_plan, memory, saved_bytes_per_token
 from ebft_study.cost.shapes import Limits, MicroBatchPlan, ModelShape, StepShape, keeps_graph
 
@@ -33,6 +33,7 @@ __all__ = [
     "PhaseCost",
     "StepCost",
     "StepShape",
+    "answers_flops",
     "evaluation_flops",
     "keeps_graph",
     "largest_plan",

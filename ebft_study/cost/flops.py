@@ -79,6 +79,11 @@ def evaluation_flops(model: ModelShape, features: ModelShape, step: StepShape) -
     return ebft.rollouts.flops + ebft.features.flops + sft.scoring_forward.flops
 
 
+def answers_flops(model: ModelShape, n_tokens: float, n_pairs: float, n_drawn: float) -> float:
+    """FLOPs of sampling answers: tokens run, keys that these met, and tokens drawn."""
+    return model.forward_flops(n_tokens, n_pairs) + model.head_flops(n_drawn)
+
+
 @dataclass(frozen=True)
 class _Sequence:
     """Work of one sequence.

@@ -50,12 +50,17 @@ def key(config: RunConfig, base: Any, evaluator: Evaluator, text: TextDataset, d
     return _hash(inputs)
 
 
-def benchmark_key(config: RunConfig, base: Any, benchmark: Benchmark, text: TextDataset) -> str:
-    """Hash of everything that a model's scores on a benchmark depend on, and what it shares with the data."""
+def benchmark_key(config: RunConfig, base: Any, benchmark: Benchmark, text: TextDataset, *, engine: str) -> str:
+    """Hash of everything that a model's scores on a benchmark depend on, and what it shares with the data.
+
+    Args:
+        engine: what samples the answers (`RolloutBackend.engine`): its draws are not those of another one.
+    """
     settings = dict(config.evaluation)
     inputs = {
         **_of_model(config, base),
         "benchmark": benchmark.fingerprint,
+        "engine": engine,
         "text": text.fingerprint,
         "seed": settings["evaluation_seed"],
         "evaluation": {k: settings[k] for k in settings if k.startswith("benchmark_") and k != "benchmark_every_steps"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,6 +13,7 @@ from ebft_study.algorithm.anchors import Anchors, find_anchors
 from ebft_study.config import RolloutConfig
 from ebft_study.data import Batch
 from ebft_study.networks.blocks import Prefix
+from ebft_study.rollouts.answers import AnswerSampler
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,19 @@ def anchors_of(batch: Batch, rollout: RolloutConfig, *, completion_length: int |
 
 class RolloutBackend(Protocol):
     """Samples from `model` at `temperature`, no top-k, no top-p, no stop at the end of a document."""
+
+    @property
+    def engine(self) -> str:
+        """The engine's version and all else that its draws depend on; empty where the model itself is sampled from."""
+        ...
+
+    def answers_of(self, model: nn.Module) -> AbstractContextManager[AnswerSampler]:
+        """Context with a sampler of whole answers from `model` as it is now.
+
+        What `sample` samples from does not change. All workers enter and leave it; a collective must follow the entry,
+        and another one precede the exit.
+        """
+        ...
 
     def update_weights(self, model: nn.Module, version: int) -> None:
         """Copy the weights of `model`, after `version` updates, where the backend has a copy and a transfer is due."""

@@ -99,6 +99,9 @@ class Sampling:
 class AnswerSampler(Protocol):
     """Samples whole answers."""
 
+    tokens_at_once: int
+    """Tokens of answers that a call should sample at most, where there are more."""
+
     def sample(
         self,
         model: nn.Module,
@@ -118,6 +121,8 @@ class AnswerSampler(Protocol):
 
 class InProcessAnswers:
     """Samples from the model itself: each prompt is run once, and all its answers are decoded together."""
+
+    tokens_at_once = 2**16  # their keys and values are in memory
 
     @torch.no_grad()
     def sample(

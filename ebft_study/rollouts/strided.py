@@ -6,6 +6,8 @@ run once, its keys and values are reused, and each of the G - 1 further passes a
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor, nn
 
@@ -13,6 +15,7 @@ from ebft_study.algorithm.anchors import Anchors
 from ebft_study.data import Batch
 from ebft_study.networks.blocks import Blocks, Decoder, Prefix, run_prefix, sample_tokens, states_before
 from ebft_study.rollouts import Rollouts
+from ebft_study.rollouts.answers import AnswerSampler, InProcessAnswers
 
 
 class StridedRollouts:
@@ -20,6 +23,12 @@ class StridedRollouts:
 
     Where gradients are enabled, the sampled log-probabilities carry them, so no second forward pass is needed.
     """
+
+    engine = ""
+
+    def answers_of(self, model: nn.Module) -> contextlib.AbstractContextManager[AnswerSampler]:
+        """See `RolloutBackend.answers_of`."""
+        return contextlib.nullcontext(InProcessAnswers())
 
     def update_weights(self, model: nn.Module, version: int) -> None:
         """Do nothing: `sample` reads the model's own weights."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 
 from ebft_study.evaluation import base
@@ -11,7 +14,7 @@ from ebft_study.evaluation.downstream.benchmarks import Benchmark
 from ebft_study.evaluation.downstream.contamination import overlap
 from ebft_study.evaluation.downstream.protocol import Protocol, judges_of
 from ebft_study.networks.loading import LoadedModel
-from ebft_study.rollouts.answers import InProcessAnswers
+from ebft_study.rollouts.answers import AnswerSampler
 from ebft_study.training import Recorder
 from ebft_study.training.distributed import unsharded
 from ebft_study.training.update import Run
@@ -37,7 +40,8 @@ def measure_shared(run: Run, model: LoadedModel | None) -> Rows:
     """
     rows = _rows([])
     for benchmark in run.parts.benchmarks:
-        key = base.benchmark_key(run.config, model, benchmark, run.parts.text) if model else None
+        engine = run.parts.rollouts.engine
+        key = base.benchmark_key(run.config, model, benchmark, run.parts.text, engine=engine) if model else None
         benchmark_rows = base.get_rows(key) if key and run.world_size == 1 else None
         if benchmark_rows is None:
             result = _measure(run, benchmark)
@@ -78,13 +82,21 @@ def _rows(results: list[Result]) -> Rows:
     }
 
 
+@contextlib.contextmanager
+def _sampler(run: Run) -> Iterator[AnswerSampler]:
+    """Samples from the weights of the moment, by the engine of a run that has one."""
+    with run.parts.rollouts.answers_of(run.model) as sampler:
+        run.sum_over_workers([0.0])  # no worker asks before the first one has sent the weights,
+        yield sampler
+        run.sum_over_workers([0.0])  # or after the engine has forgotten them
+
+
 def _measure(run: Run, benchmark: Benchmark) -> Result:
     protocol = Protocol.from_config(run.config.evaluation)
     judges = judges_of(benchmark, run.config.verifier, protocol)
     try:
-        # In process on every backend: the same prompts give the same greedy answers.
-        evaluator = BenchmarkEvaluator(benchmark, judges, protocol, InProcessAnswers(), run.parts.base.tokenizer)
-        with run.average.applied(run.model), unsharded(run.model), run.autocast():
+        with run.average.applied(run.model), unsharded(run.model), _sampler(run) as sampler, run.autocast():
+            evaluator = BenchmarkEvaluator(benchmark, judges, protocol, sampler, run.parts.base.tokenizer)
             result = evaluator.measure(run.model, rank=run.rank, world_size=run.world_size)
     finally:
         judges.close()

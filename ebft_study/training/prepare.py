@@ -44,7 +44,8 @@ def prepare(configs: Iterable[RunConfig]) -> dict[str, Any]:
         run = Run(config)
         base_model = shared_model(run)
         evaluate_shared(run, base_model)
-        downstream.measure_shared(run, base_model)
+        if not config.uses_engine:  # the first trials have the engine that samples for them
+            downstream.measure_shared(run, base_model)
         run.parts.close()
         data[run.parts.text.name] = _describe_data(run.parts)
         models[config.model] = _describe_model(run.parts)
@@ -60,6 +61,7 @@ def _distinct(configs: Iterable[RunConfig]) -> list[RunConfig]:
             "features": config.features.model_dump(include=NETWORK),
             "precision": config.training.precision,
             "verifier": config.verifier.model_dump(include=VERIFIER_LIMITS) if config.evaluation.benchmarks else None,
+            "engine": config.uses_engine if config.evaluation.benchmarks else None,
             "dtype": str(base_dtype(config)),
             "answers": [config.max_answer_tokens, config.verifier.model_dump()] if config.samples_answers else None,
             "adapters": config.lora.lora_targets if config.lora.lora_rank > 0 else None,

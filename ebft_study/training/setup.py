@@ -13,7 +13,7 @@ from ebft_study.config import RunConfig
 from ebft_study.data import TextDataset, TokenDataset, load_text, tokenize
 from ebft_study.errors import ConfigError, DataError, ModelError
 from ebft_study.evaluation import Evaluator
-from ebft_study.evaluation.downstream import check_room
+from ebft_study.evaluation.downstream import check_engine_room, check_room
 from ebft_study.evaluation.downstream.benchmarks import Benchmark, load_benchmarks
 from ebft_study.features import FeatureBackend
 from ebft_study.features.local import LocalFeatures, load_networks
@@ -119,6 +119,7 @@ def build_parts(config: RunConfig, *, world_size: int = 1, services: Services | 
         )
     evaluator = Evaluator(config, StridedRollouts(), features, judge)
     benchmarks, skipped = benchmarks_of(config, base)
+    remarks += [f"benchmarks are sampled by {rollouts.engine}"] if benchmarks and rollouts.engine else []
     # Last: frozen copies of the generator were made before its weights are sharded.
     remarks += [*_save_memory(config, base.model, world_size=world_size), memory_plan.describe(), *skipped]
     base.model.train()
@@ -154,7 +155,11 @@ def benchmarks_of(config: RunConfig, base: LoadedModel) -> tuple[tuple[Benchmark
     settings = config.evaluation
     benchmarks, skipped = load_benchmarks(settings.benchmarks, problems=settings.benchmark_problems)
     positions = getattr(base.model.config, "max_position_embeddings", None)
-    check_room(benchmarks, base.tokenizer, max_tokens=settings.benchmark_max_tokens, positions=positions)
+    longest = settings.benchmark_max_tokens
+    check_room(benchmarks, base.tokenizer, max_tokens=longest, positions=positions)
+    if config.uses_engine:
+        room = config.vllm.longest_request_tokens or config.longest_request
+        check_engine_room(benchmarks, base.tokenizer, max_tokens=longest, request_tokens=room)
     return benchmarks, skipped
 
 

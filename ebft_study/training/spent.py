@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ebft_study.config import RunConfig
-from ebft_study.cost import Limits, MicroBatchPlan, StepCost, StepShape, step_cost
+from ebft_study.cost import Limits, MicroBatchPlan, StepCost, StepShape, answers_flops, step_cost
 from ebft_study.networks.loading import trained_parameters
 from ebft_study.training.energy import EnergyMeter
 from ebft_study.training.memory import MemoryPlan, evaluated_sequence_flops, shapes
@@ -86,8 +86,7 @@ class CostMeter:
 
     def answers(self, tokens: float, pairs: float, drawn: float) -> float:
         """FLOPs of sampling answers: tokens run, keys that they met, and tokens drawn."""
-        model = self._shapes[0]
-        return model.forward_flops(tokens, pairs) + 2 * model.head_parameters * drawn
+        return answers_flops(self._shapes[0], tokens, pairs, drawn)
 
     def lap(self) -> tuple[float, float]:
         """Processor seconds of this process, and joules of its device, since the last call."""

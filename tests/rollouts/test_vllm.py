@@ -24,7 +24,7 @@ from ebft_study.algorithm.anchors import find_anchors
 from ebft_study.errors import ConfigError, ServiceError
 from ebft_study.networks.loading import load_model
 from ebft_study.rollouts import Rollouts
-from ebft_study.rollouts.answers import Answers
+from ebft_study.rollouts.answers import Answers, AnswerSampler, InProcessAnswers, Sampling
 from ebft_study.rollouts.vllm import VllmAnswers, VllmRollouts, options_of, shared_name, start_engine
 from ebft_study.rollouts.vllm.engine import EngineOptions
 from ebft_study.rollouts.vllm.weights import SHARED_MEMORY
@@ -32,6 +32,7 @@ from ebft_study.training import RunResult
 from ebft_study.training.recorded import Services
 from tests.contracts.answers import AnswersContract
 from tests.contracts.rollouts import LONGEST, RolloutContract
+from tests.evaluation.downstream import files
 from tests.references import naive_model
 from tests.small_models import small_batch, small_model
 from tests.tiny_run import MemoryRecorder, answered, run_tiny, tiny_config, write_data, write_model
@@ -148,6 +149,46 @@ class TestVllmAnswers(AnswersContract):
         return trained_model()
 
 
+def greedy(sampler: AnswerSampler, model: nn.Module) -> list[list[int]]:
+    prompts = [[3, 1, 4], [1], [5, 9, 2, 6, 5], [3, 5]]
+    answers = sampler.sample(model, prompts, Sampling(1, 12, 0.0, frozenset({7})), key=(0,), ids=range(4))
+    return [answers.tokens[s, 0, : int(answers.lengths[s, 0])].tolist() for s in range(4)]
+
+
+def test_benchmarks_get_the_greedy_answers_of_the_model_as_it_is_now(engine: VllmRollouts) -> None:
+    """And training samples from the weights that it was sent, as if nothing had been asked in between."""
+    batch = small_batch([[0] * 16])
+    anchors = find_anchors(batch.document_ids, completion_length=4, stride=4, first_context_length=4)
+    noise = torch.rand(*anchors.positions.shape, 2, 4)
+    engine.update_weights(trained_model(), (engine.version or 0) + 1)
+    before = engine.sample(trained_model(), batch, anchors, noise=noise, temperature=1.0)
+    answers = []
+    for seed in (1, 2, 1):  # nothing is sampled in between that could make the engine read weights
+        model = trained_model(seed)
+        with engine.answers_of(model) as sampler:
+            answers.append(greedy(sampler, model))
+            assert answers[-1] == greedy(InProcessAnswers(), model)
+    assert answers[0] == answers[2] != answers[1]
+    after = engine.sample(trained_model(), batch, anchors, noise=noise, temperature=1.0)
+    assert torch.equal(before.completions, after.completions)
+    assert before.policy_version == after.policy_version
+    with pytest.raises(ray.exceptions.RayTaskError, match="p/answers"):  # the engine has forgotten them
+        greedy(sampler, model)
+    ended = VllmRollouts(engine.options, policy="ended", engine_name="engine", shared=True)
+    with ended.answers_of(model) as sampler:  # a trial that ends in an evaluation leaves nothing either
+        ray.get(actors.find("engine", seconds=60).evict_weights.remote("ended"))
+        with pytest.raises(ray.exceptions.RayTaskError, match="ended/answers"):
+            greedy(sampler, model)
+
+
+@pytest.mark.parametrize(("wanted", "longest"), [({}, 24 + 3), ({"longest_request_tokens": 500}, 128)])
+def test_no_engine_takes_more_tokens_than_its_model_has_positions(
+    tmp_path: Path, wanted: dict[str, Any], longest: int
+) -> None:
+    chosen = tiny_config(tmp_path, **{"rollout.backend": "vllm"}, **wanted)
+    assert options_of(chosen, source=chosen.model, device=torch.device("cpu")).longest_tokens == longest
+
+
 # --- training with an engine that several runs share -------------------------------------------------------------
 
 
@@ -206,6 +247,25 @@ def test_whole_answers_of_an_engine_train_a_run(folder: Path) -> None:
     assert recorder.rows[1]["importance_ratio_min"] == pytest.approx(1.0, abs=1e-3)
     assert recorder.rows[2]["importance_ratio_min"] < 0.99
     assert {row["answer_tokens"] <= 6 for row in recorder.rows.values() if "answer_tokens" in row} == {True}
+
+
+def test_benchmarks_by_an_engine_change_nothing_that_is_learned(folder: Path) -> None:
+    """Also where training samples from older weights; the base model's greedy answers are those found in process."""
+    settings = {"learning_rate": 1e-2, "steps": 4, "sync_every_steps": 2, "max_policy_lag": 1, "engine_scope": "trial"}
+    named = {"benchmarks": [files.parallel(folder)], "benchmark_samples": 2, "benchmark_max_tokens": 6}
+    asked = {**named, "benchmark_every_steps": 1, "longest_request_tokens": 80}
+    _, without = trained(folder, "without", **settings)
+    _, answered = trained(folder, "with", **settings, **asked)
+    for name in ("loss", "policy_lag", "reward", "grad_norm"):
+        assert answered.curve(name) == pytest.approx(without.curve(name), rel=1e-5)
+    _, in_process = run_tiny(tiny_config(folder, steps=0, **named))
+
+    def greedy_rows(recorder: MemoryRecorder, step: int) -> list[Any]:
+        return [r["completion"] for r in recorder.sampled[step] if "benchmark" in r and r["sample"] == -1]
+
+    assert greedy_rows(answered, 0) == greedy_rows(in_process, 0)
+    assert len({str(greedy_rows(answered, step)) for step in range(5)}) > 1
+    assert "benchmarks are sampled by vLLM" in answered.events[0][1]
 
 
 def test_late_weights_are_weighted_within_the_allowed_lag(folder: Path) -> None:

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch.distributed as dist
-from torch import multiprocessing
+from torch import multiprocessing, nn
 
 from ebft_study.config import RunConfig
 from ebft_study.errors import ConfigError
 from ebft_study.evaluation import base
 from ebft_study.evaluation.downstream import BenchmarkEvaluator
+from ebft_study.networks.loading import fingerprint
+from ebft_study.rollouts.answers import AnswerSampler, InProcessAnswers
+from ebft_study.study.forecast.benchmarks import benchmark_evaluations
 from ebft_study.training import downstream, validation
+from ebft_study.training.prepare import prepare
 from ebft_study.training.setup import build_parts
 from ebft_study.training.update import Run
 from tests.evaluation.downstream import files
 from tests.tiny_run import MemoryRecorder, keep_checkpoints, run_tiny, tiny_config
+from tests.training.test_engine import Engine, Pretended
 
 SHORT = {"benchmark_samples": 4, "benchmark_max_tokens": 6}
 
@@ -44,9 +51,11 @@ def scores(recorder: MemoryRecorder) -> dict[int, dict[tuple[str, int | None], f
     ],
 )
 def test_benchmarks_are_evaluated_when_they_are_due(tmp_path: Path, changes: dict[str, Any], steps: set[int]) -> None:
-    _, recorder = run_tiny(config_of(tmp_path, **changes))
+    config = config_of(tmp_path, **changes)
+    _, recorder = run_tiny(config)
     found = {step: rows for step, rows in scores(recorder).items() if rows}
     assert found.keys() == steps
+    assert benchmark_evaluations(config) == len(steps - {0})  # as the plan counts them
     assert found[0].keys() - found[max(steps)].keys() <= {("contaminated_fraction", None)}
     assert {("greedy_bleu", None), ("best_of_k_bleu", 4), ("corpus_bleu", None)} <= found[max(steps)].keys()
     kept = {row["benchmark"] for row in recorder.sampled[max(steps)] if "benchmark" in row}
@@ -124,9 +133,9 @@ def test_only_the_first_worker_stores_what_is_shared(tmp_path: Path, monkeypatch
         assert len(list(entries.glob("*"))) == stored
 
 
-def key_of(config: RunConfig) -> str:
+def key_of(config: RunConfig, engine: str = "") -> str:
     parts = build_parts(config)
-    return base.benchmark_key(config, parts.base, parts.benchmarks[0], parts.text)
+    return base.benchmark_key(config, parts.base, parts.benchmarks[0], parts.text, engine=engine)
 
 
 def test_what_changes_the_scores_of_the_base_model_changes_their_key(tmp_path: Path) -> None:
@@ -144,7 +153,8 @@ def test_what_changes_the_scores_of_the_base_model_changes_their_key(tmp_path: P
         {"test_cpu_seconds": 9},
     ]
     keys = {key_of(config_of(tmp_path, **change)) for change in changes}
-    assert len(keys | {same}) == 1 + len(changes)
+    keys |= {key_of(config_of(tmp_path), engine) for engine in ("vLLM 1", "vLLM 2")}
+    assert len(keys | {same}) == 1 + len(changes) + 2
     for change in ({"benchmark_every_steps": 2}, {"seed": 1}, {"steps": 9}, {"stride": 5}, {"cfm_samples": 5}):
         assert key_of(config_of(tmp_path, **change)) == same, change
     (tmp_path / "test.de-en.en").write_text("Good day.\nThis is a small hut.\n")
@@ -158,6 +168,91 @@ def test_benchmarks_do_not_change_the_key_of_the_other_evaluations(tmp_path: Pat
         parts = build_parts(config)
         keys.add(base.key(config, parts.base, parts.evaluator, parts.text, parts.data))
     assert len(keys) == 1
+
+
+class AnsweringEngine(Engine):
+    """Remembers whose weights were asked for answers."""
+
+    engine = "engine 1"
+
+    def __init__(self) -> None:
+        super().__init__(error=0.0, late=0)
+        self.answered: list[str] = []
+        self.happened: list[str] = []
+
+    @contextlib.contextmanager
+    def answers_of(self, model: nn.Module) -> Iterator[AnswerSampler]:
+        self.answered.append(fingerprint(model))
+        self.happened.append("sent")
+        yield InProcessAnswers()
+        self.happened.append("forgotten")
+
+
+def engine_run(folder: Path, **changes: Any) -> tuple[AnsweringEngine, MemoryRecorder]:
+    engine = AnsweringEngine()
+    config = config_of(
+        folder, **{"rollout.backend": "vllm", "longest_request_tokens": 80, "benchmark_every_steps": 3, **changes}
+    )
+    _, recorder = run_tiny(config, services=Pretended(engine))
+    return engine, recorder
+
+
+def test_answers_come_from_the_engine_and_the_weights_of_the_moment(tmp_path: Path) -> None:
+    engine, recorder = engine_run(tmp_path)
+    assert engine.followed == [0, 1, 2, 3]
+    assert engine.happened == ["sent", "forgotten"] * 3
+    assert len(set(engine.answered)) == len(engine.answered) == 3  # of steps 0, 3 and 4
+    assert engine.answered[0] == build_parts(config_of(tmp_path)).base.fingerprint
+    assert "benchmarks are sampled by engine 1" in recorder.events[0][1]
+    averaged, _ = engine_run(tmp_path, ema_decay=0.999)
+    assert averaged.answered[0] not in engine.answered[1:]
+    assert not set(averaged.answered[1:]) & set(engine.answered[1:])
+
+
+def test_workers_wait_for_each_other_around_their_questions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """None asks before the first one has sent the weights, and the engine forgets them when all have asked."""
+    engine = AnsweringEngine()
+    run = Run(config_of(tmp_path, **{"rollout.backend": "vllm", "longest_request_tokens": 80}))
+    run.parts.rollouts = engine
+    measured, summed = BenchmarkEvaluator.measure, run.sum_over_workers
+
+    def measure(*arguments: Any, **keywords: Any) -> Any:
+        engine.happened.append("asked")
+        return measured(*arguments, **keywords)
+
+    def sum_over_workers(values: Iterable[float]) -> list[float]:
+        engine.happened.append("met")
+        return summed(values)
+
+    monkeypatch.setattr(BenchmarkEvaluator, "measure", measure)
+    monkeypatch.setattr(run, "sum_over_workers", sum_over_workers)
+    downstream.measure(run)
+    assert engine.happened[:5] == ["sent", "met", "asked", "met", "forgotten"]
+
+
+def test_the_base_model_is_measured_once_by_an_engine_and_once_in_process(tmp_path: Path) -> None:
+    run_tiny(config_of(tmp_path, steps=0))
+    first, _ = engine_run(tmp_path)
+    second, _ = engine_run(tmp_path)
+    assert len(first.answered) == 3
+    assert second.answered == first.answered[1:]
+
+
+def test_a_study_with_an_engine_leaves_the_base_model_to_its_trials(tmp_path: Path) -> None:
+    """All runs without an engine find it measured."""
+    served = config_of(tmp_path, **{"rollout.backend": "vllm", "longest_request_tokens": 80})
+    prepare([served])
+    assert base.get_rows(key_of(served)) is None
+    prepare([served, config_of(tmp_path, method="sft")])
+    assert base.get_rows(key_of(served)) is not None
+
+
+def test_benchmarks_that_do_not_fit_into_the_engine_are_refused(tmp_path: Path) -> None:
+    served = {"rollout.backend": "vllm"}
+    build_parts(config_of(tmp_path, **served, sequence_length=68))  # and an answer; the longest prompt has 68 tokens
+    build_parts(config_of(tmp_path, longest_request_tokens=8))  # there is no engine
+    with pytest.raises(ConfigError, match=r"the engine takes 8 tokens .* Use vllm.longest_request_tokens="):
+        build_parts(config_of(tmp_path, **served, longest_request_tokens=8))
 
 
 def test_evaluations_cost_what_they_run(tmp_path: Path) -> None:
@@ -180,6 +275,10 @@ def test_averaged_weights_are_evaluated(tmp_path: Path) -> None:
         ({"benchmarks": [], "benchmark_samples": 2}, ["benchmark_samples=2", "no benchmark is named"]),
         ({"benchmarks": [], "benchmark_protocol": "authors"}, ["benchmark_protocol='authors'", "no benchmark"]),
         ({"benchmarks": ["mini"], "benchmark_temperature": 0}, ["benchmark_temperature"]),
+        (
+            {"benchmarks": ["mini"], "benchmark_temperature": 3, "rollout.backend": "vllm"},
+            ["benchmark_temperature=3.0", "temperatures from 0.01 to 2", "backend=strided"],
+        ),
         ({"benchmarks": [], "test_cpu_seconds": 9}, ["test_cpu_seconds", "only the verifier unit_tests reads it"]),
     ],
 )

@@ -40,8 +40,6 @@ from ebft_study.verifiers.parsing import until_stop
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-TOKENS_AT_ONCE = 2**16
-"""Tokens of answers whose keys and values are in memory at a time."""
 SHOWN_PROBLEMS, SHOWN_SAMPLES = 4, 4
 """Problems, and samples of each besides the greedy answer, whose texts are kept."""
 GREEDY = -1
@@ -72,11 +70,16 @@ class Answers:
         work = torch.zeros(3, dtype=torch.float64)
         return cls(unknown, unknown.clone(), unknown.clone(), unknown[:, 0].clone(), counts, work)
 
-    def add_work(self, prompts: Sequence[int], lengths: Tensor) -> None:
-        """Count the passes of prompts, by their numbers of tokens [S], and of their answers, of `lengths` [S, n]."""
-        P, L = torch.tensor(prompts, dtype=torch.float64)[:, None], lengths.double().cpu()
-        pairs = (P * (P + 1) / 2).sum() + (L * P + L * (L + 1) / 2).sum()
-        self.work += torch.stack([P.sum() + L.sum(), pairs, L.sum()])
+
+def answer_work(prompts: Sequence[int], lengths: Tensor) -> Tensor:
+    """Work of the passes of prompts, by their numbers of tokens [S], and of their answers, of `lengths` [S, n].
+
+    Returns:
+        [3] tokens that the model runs, keys that they meet, and tokens that it draws.
+    """
+    P, L = torch.tensor(prompts, dtype=torch.float64)[:, None], lengths.double().cpu()
+    pairs = (P * (P + 1) / 2).sum() + (L * P + L * (L + 1) / 2).sum()
+    return torch.stack([P.sum() + L.sum(), pairs, L.sum()])
 
 
 @dataclass
@@ -123,8 +126,7 @@ def check_room(
     if positions is None:
         return
     for benchmark in benchmarks:
-        prompts = encode_prompts(tokenizer, [item.problem.prompt for item in benchmark.items])
-        length, item = max(zip(map(len, prompts), benchmark.items, strict=True), key=lambda pair: pair[0])
+        length, item = _longest_prompt(benchmark, tokenizer)
         room = positions - length
         if max_tokens > room:
             remedy = f"benchmark_max_tokens <= {room}, or " if room > 0 else ""
@@ -132,6 +134,26 @@ def check_room(
                 f"evaluation.benchmark_max_tokens={max_tokens}: problem {item.id} of {benchmark.name} has a prompt of "
                 f"{length} tokens, and the model {positions} positions. Use {remedy}a model with a longer context"
             )
+
+
+def check_engine_room(
+    benchmarks: Sequence[Benchmark], tokenizer: PreTrainedTokenizerFast, *, max_tokens: int, request_tokens: int
+) -> None:
+    """Refuse benchmarks whose longest prompt and answer exceed what the engine takes."""
+    for benchmark in benchmarks:
+        length, item = _longest_prompt(benchmark, tokenizer)
+        if length + max_tokens > request_tokens:
+            raise ConfigError(
+                f"evaluation.benchmark_max_tokens={max_tokens}: problem {item.id} of {benchmark.name} has a prompt of "
+                f"{length} tokens, and the engine takes {request_tokens} tokens of prompt and answer. "
+                f"Use vllm.longest_request_tokens={length + max_tokens}"
+            )
+
+
+def _longest_prompt(benchmark: Benchmark, tokenizer: PreTrainedTokenizerFast) -> tuple[int, Item]:
+    """Tokens of the longest prompt, and its problem."""
+    prompts = encode_prompts(tokenizer, [item.problem.prompt for item in benchmark.items])
+    return max(zip(map(len, prompts), benchmark.items, strict=True), key=lambda pair: pair[0])
 
 
 @dataclass(frozen=True)
@@ -170,7 +192,7 @@ class BenchmarkEvaluator:
     def _batches(self, problems: Sequence[int], prompts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
         """Problems with prompts of similar lengths together, so that little is padding."""
         ordered = sorted(problems, key=lambda k: (len(prompts[k]), k))
-        size = max(1, TOKENS_AT_ONCE // (self.protocol.max_tokens * self.protocol.samples))
+        size = max(1, self.sampler.tokens_at_once // (self.protocol.max_tokens * self.protocol.samples))
         for begin in range(0, len(ordered), size):
             yield ordered[begin : begin + size]
 
@@ -183,7 +205,7 @@ class BenchmarkEvaluator:
         texts = list[list[list[str]]]()
         for sampling in (replace(self._sampling, n_samples=1, temperature=0.0), self._sampling):
             sampled = self.sampler.sample(model, chosen, sampling, key=key, ids=ids)
-            answers.add_work([len(prompt) for prompt in chosen], sampled.lengths)
+            answers.work += answer_work([len(prompt) for prompt in chosen], sampled.lengths)
             texts.append(sampled.texts(self.tokenizer))
         items = [self.benchmark.items[k] for k in batch]
         return [

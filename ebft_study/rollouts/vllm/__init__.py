@@ -13,10 +13,12 @@ weights. Its calls run one after another, so trials that share it take turns.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
+import importlib.metadata
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,6 +33,7 @@ from ebft_study.config import RunConfig
 from ebft_study.data import Batch
 from ebft_study.errors import ServiceError
 from ebft_study.networks.blocks import Prefix
+from ebft_study.networks.loading import read_config
 from ebft_study.rollouts import Rollouts
 from ebft_study.rollouts.answers import Answers, Sampling, no_answers
 from ebft_study.rollouts.vllm.engine import (
@@ -84,8 +87,7 @@ class VllmRollouts:
         if self.version is not None and version % self.every and version > self.version:
             return
         if self.rank == 0:
-            if self._weights is None:
-                self._start_engine()
+            self._start_engine()
             before = time.perf_counter()
             weights = policy_weights(model)
             self._weights = self._weights or self._share(weights)
@@ -155,6 +157,30 @@ class VllmRollouts:
         sync_seconds, self._sync_seconds = self._sync_seconds + reply.load_seconds, 0.0
         return Answers(tokens, log_probs, lengths, ended, self.version, sync_seconds)
 
+    @property
+    def engine(self) -> str:
+        """See `RolloutBackend.engine`."""
+        return f"vLLM {_vllm_version()}, tensor_parallel_size={self.options.tensor_parallel_size}"
+
+    @contextlib.contextmanager
+    def answers_of(self, model: nn.Module) -> Iterator[VllmAnswers]:
+        """See `RolloutBackend.answers_of`. The engine gets a second policy, and forgets it at the end."""
+        if self.rank == 0:
+            self._start_engine()
+        copy = VllmRollouts(
+            self.options,
+            policy=f"{self.policy}/answers",
+            engine_name=self.engine_name,
+            shared=True,  # the engine stays when the copy is closed
+            timeout_seconds=self.timeout_seconds,
+            rank=self.rank,
+        )
+        try:
+            copy.update_weights(model, 0)
+            yield VllmAnswers(copy)
+        finally:
+            copy.close()
+
     def close(self) -> None:
         """Stop the trial's own engine, or free the policy's weights in a shared one. A dead engine is no error."""
         engine, self._engine = self._engine, None
@@ -197,6 +223,8 @@ class VllmRollouts:
         return reply
 
     def _start_engine(self) -> None:
+        if self._engine is not None:
+            return
         if self.shared:
             self._engine = actors.find(self.engine_name, seconds=_START_SECONDS)
             actors.wait_for(self._engine, who=_WHO, seconds=_START_SECONDS)
@@ -219,6 +247,8 @@ class VllmRollouts:
 class VllmAnswers:
     """Samples whole answers with the engine of `rollouts`, from the weights that it was sent last."""
 
+    tokens_at_once = 2**18  # the engine schedules them itself; a call must end within its time limit
+
     def __init__(self, rollouts: VllmRollouts) -> None:
         self.rollouts = rollouts
 
@@ -236,6 +266,12 @@ class VllmAnswers:
         return self.rollouts.sample_answers(prompts, sampling, key=key, ids=ids, device=device)
 
 
+@functools.cache
+def _vllm_version() -> str:
+    """Without importing it, which changes a process; its builds for a CPU have another name."""
+    return importlib.metadata.version(importlib.metadata.packages_distributions()["vllm"][0])
+
+
 def _seed(numbers: np.ndarray) -> int:
     """Derive a 56-bit seed from a context's noise: two contexts hardly ever have seeds within n of each other."""
     return int.from_bytes(hashlib.blake2b(np.ascontiguousarray(numbers).tobytes(), digest_size=7).digest(), "little")
@@ -245,12 +281,14 @@ def options_of(config: RunConfig, *, source: str, device: torch.device) -> Engin
     """Return the options of a run's engine; `source` is the folder or hub id of its model."""
     vllm = config.vllm
     colocated = vllm.placement == "colocated"
+    longest = vllm.longest_request_tokens or config.longest_request
+    positions = getattr(read_config(config.model, revision=config.model_revision), "max_position_embeddings", None)
     return EngineOptions(
         model=source,
         revision=config.model_revision,
         dtype=config.training.precision,
         device=device.type,
-        longest_tokens=vllm.longest_request_tokens or config.longest_request,
+        longest_tokens=min(longest, positions or longest),
         tensor_parallel_size=vllm.tensor_parallel_size,
         gpu_memory_utilization=vllm.gpu_memory_utilization,
         kv_cache_bytes=int(vllm.kv_cache_gib * 2**30),

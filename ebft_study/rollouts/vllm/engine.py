@@ -118,7 +118,8 @@ class Engine:
         return os.getpid()
 
     def map_weights(self, policy: str, path: str, layout: Layout) -> None:
-        """Map the segment that a policy's trainer writes."""
+        """Map the segment that a policy's trainer writes; a policy of that name may have had another one."""
+        self._loaded = None
         self._llm.collective_rpc("map_weights", args=(policy, path, layout))
 
     def evict_weights(self, policy: str) -> None:

@@ -30,7 +30,9 @@ class WeightReader:
         self._segments()[policy] = views(path, layout)
 
     def evict_weights(self, policy: str) -> None:
-        self._segments().pop(policy, None)
+        """Unmap a policy's segment, and those of policies below it (`policy/answers`)."""
+        for name in [name for name in self._segments() if f"{name}/".startswith(f"{policy}/")]:
+            del self._segments()[name]
 
     @torch.no_grad()
     def read_weights(self, policy: str) -> None:

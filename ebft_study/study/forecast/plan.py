@@ -18,6 +18,7 @@ from rich.table import Table
 from ebft_study import text
 from ebft_study.errors import ConfigError
 from ebft_study.storage import Location
+from ebft_study.study.forecast.benchmarks import benchmark_evaluations, benchmark_work
 from ebft_study.study.forecast.evidence import detectable_differences
 from ebft_study.study.forecast.prediction import Prediction, predict
 from ebft_study.study.forecast.trial_groups import TrialGroup, trial_groups
@@ -76,8 +77,8 @@ class StudyPlan:
 
     @property
     def hours(self) -> float | None:
-        """Wall-clock hours from the first start to the last end; None without a prediction."""
-        return self.prediction.seconds / 3600 if self.prediction else None
+        """Wall-clock hours to the end of the last trial, benchmarks of base models included; None: no prediction."""
+        return (self.prediction.seconds + self.prediction.base_seconds) / 3600 if self.prediction else None
 
     @property
     def gpu_hours(self) -> float:
@@ -144,12 +145,13 @@ def summary(planned: StudyPlan) -> list[str]:
     lines = [f"{planned.n_trials} trials, {planned.concurrency} at a time, {' or '.join(workers)} each"]
     lines += [_levels(planned.study)] if planned.study.spec.seeds.promotes else []
     lines += [f"{row.group.label}: {row.problem}" for row in planned.groups if not row.fits]
-    if planned.prediction is None:
+    lines += dict.fromkeys(_benchmarks(row.group) for row in planned.groups if row.group.work.has_benchmarks)
+    if planned.hours is None or planned.prediction is None:
         lines += ["no time predicted: no trial has finished here yet to measure this machine by"]
         return [*lines, *planned.evidence]
     gpu_hours = f", {planned.gpu_hours:.3g} GPU hours" if planned.gpu_hours else ""
     basis = _basis(planned.prediction)
-    return [*lines, f"about {text.duration(planned.prediction.seconds)}{gpu_hours}, by {basis}", *planned.evidence]
+    return [*lines, f"about {text.duration(3600 * planned.hours)}{gpu_hours}, by {basis}", *planned.evidence]
 
 
 def _levels(study: ResolvedStudy) -> str:
@@ -163,6 +165,18 @@ def _levels(study: ResolvedStudy) -> str:
     scoring = study.n_scoring_seeds
     scores = f"{scoring} seeds score claims" if scoring > 1 else f"{scoring} seed scores claims"
     return f"{', '.join(levels)}: {n_run} of {n * len(seeds.all)} trials on the axes; {scores}"
+
+
+def _benchmarks(group: TrialGroup) -> str:
+    """`benchmarks of tiny-1m: 2 per trial and one of the base model, each 164 problems, 2788 answers ...`."""
+    run = group.example.run
+    work, longest = benchmark_work(run), run.evaluation.benchmark_max_tokens
+    judging = f", {text.duration(work.judging_seconds)} of tests" if work.judging_seconds else ""
+    return (
+        f"benchmarks of {run.model}: {benchmark_evaluations(run)} per trial and one of the base model, each "
+        f"{work.problems} problems, {work.answers} answers of up to {longest} tokens, "
+        f"{work.flops / 1e12:.3g} TFLOP{judging}"
+    )
 
 
 def _workers(resources: ResourcesSpec) -> str:

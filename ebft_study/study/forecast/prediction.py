@@ -8,6 +8,7 @@ from typing import Any
 
 from ebft_study import text
 from ebft_study.storage import Location
+from ebft_study.study.forecast.benchmarks import benchmark_settings, benchmark_work
 from ebft_study.study.forecast.throughput import Throughput, measured
 from ebft_study.study.forecast.trial_groups import TrialGroup, trial_groups
 from ebft_study.study.resolving.resolved import ResolvedStudy
@@ -41,6 +42,16 @@ class Prediction:
     def seconds(self) -> float:
         """Wall-clock time from the first start to the last end."""
         return _wall_seconds([(row.group.number, row.seconds) for row in self.groups], self.concurrency)
+
+    @property
+    def base_seconds(self) -> float:
+        """Time that benchmarks of the base models take, each once, before or at the start of the first trials."""
+        runs = [(row.group.example.run, row.throughput) for row in self.groups]
+        distinct = {
+            (run.model, run.model_revision, run.uses_engine, benchmark_settings(run)): (benchmark_work(run), throughput)
+            for run, throughput in runs
+        }
+        return sum(speed.evaluation_seconds(work.flops, work.judging_seconds) for work, speed in distinct.values())
 
     @property
     def mean_seconds(self) -> float:

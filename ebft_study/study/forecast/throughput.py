@@ -22,11 +22,13 @@ from ebft_study.errors import EbftError
 from ebft_study.results import cell_value
 from ebft_study.results.reader import read_spec
 from ebft_study.storage import Location, StoragePath, storage_path
+from ebft_study.study.forecast.benchmarks import benchmark_evaluations, benchmark_work
 from ebft_study.study.spec.trials import Trial
 from ebft_study.training.memory import evaluated_sequence_flops, shapes
 
 _MOST_MEASURED = 50  # trials, the newest ones
 _SHARED: tuple[list[str], ...] = (
+    ["model", "method", "workers", "served", "concurrency", "has_benchmarks"],
     ["model", "method", "workers", "served", "concurrency"],
     ["model", "method", "workers", "served"],
     ["model", "workers", "served"],
@@ -49,7 +51,10 @@ class Work:
     flops: float
     """FLOPs of all updates, on all its workers."""
     evaluation_flops: float
-    """FLOPs of all evaluations."""
+    """FLOPs of all evaluations, those of benchmarks included."""
+    judging_seconds: float = 0.0
+    """Time that its workers wait for the verdicts on answers to benchmarks."""
+    has_benchmarks: bool = False
 
     @classmethod
     def from_trial(cls, trial: Trial) -> Work:
@@ -58,7 +63,19 @@ class Work:
     @classmethod
     def from_run(cls, run: RunConfig, workers: int) -> Work:
         served = run.uses_engine or run.features.backend == "service"
-        return cls(run.model, run.method, workers, served, flops(run), evaluation_flops(run))
+        answered, n_times = benchmark_work(run), benchmark_evaluations(run)
+        if workers > 1 and answered.problems:
+            n_times += 1  # several workers share no evaluation of the base model with other trials
+        return cls(
+            run.model,
+            run.method,
+            workers,
+            served,
+            flops(run),
+            evaluation_flops(run) + n_times * answered.flops,
+            n_times * answered.judging_seconds / max(workers, 1),
+            answered.problems > 0,
+        )
 
 
 @dataclass(frozen=True)
@@ -74,7 +91,10 @@ class Throughput:
     def seconds(self, work: Work) -> float:
         """Duration of a trial."""
         training = work.flops / self.flops_per_second
-        return self.startup_seconds + training + work.evaluation_flops / self.evaluation_flops_per_second
+        return self.startup_seconds + training + self.evaluation_seconds(work.evaluation_flops, work.judging_seconds)
+
+    def evaluation_seconds(self, flops: float, judging_seconds: float) -> float:
+        return flops / self.evaluation_flops_per_second + judging_seconds
 
 
 class Measurements:
@@ -138,7 +158,7 @@ def _heldout_evaluations(run: RunConfig) -> int:
 
 
 def evaluation_flops(run: RunConfig) -> float:
-    """FLOPs of all evaluations: sampling and features of completions, those of the judge too, and cross-entropy."""
+    """FLOPs of all evaluations of losses: sampling and features, those of the judge too, and cross-entropy."""
     evaluation = run.evaluation
     validation = evaluation.validation_sequences * evaluated_sequence_flops(
         run, completion_length=run.rollout.completion_length
@@ -170,9 +190,9 @@ def _finished(folder: StoragePath) -> Iterable[dict[str, Any]]:
 
 
 def _measurement(work: Work, row: dict[Any, Any], updating: float, concurrent_trials: int) -> dict[str, Any]:
-    between = max(row["train_seconds"] - updating, 1e-3)
+    between = max(row["train_seconds"] - updating - work.judging_seconds, 1e-3)
     return {
-        **{name: getattr(work, name) for name in ("model", "method", "workers", "served")},
+        **{name: getattr(work, name) for name in ("model", "method", "workers", "served", "has_benchmarks")},
         "concurrency": concurrent_trials,
         "rate": work.flops / updating,
         "evaluation_rate": work.evaluation_flops / between,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ebft_study.cost import StepShape
+from ebft_study.study.forecast.benchmarks import benchmark_evaluations, benchmark_settings
 from ebft_study.study.forecast.throughput import Work, flops
 from ebft_study.study.resolving.resolved import ResolvedStudy
 from ebft_study.study.spec import promotion
@@ -75,5 +76,6 @@ def _cost_key(trial: Trial) -> tuple[Any, ...]:
     run, resources = trial.run, trial.resources
     workers = (resources.processes, resources.cpus_per_worker, resources.gpus_per_worker)
     length = (run.training.steps, run.training.warm_start_steps, run.evaluation.eval_every_steps)
+    benchmarks = (benchmark_evaluations(run), benchmark_settings(run))
     network = (run.model, run.features.feature_network, run.lora, run.training.memory_budget_gib)
-    return (workers, length, network, StepShape.from_config(run))
+    return (workers, length, network, benchmarks, StepShape.from_config(run))

@@ -19,6 +19,7 @@ from ebft_study.errors import ConfigError
 from ebft_study.evaluation.downstream import (
     BenchmarkEvaluator,
     Result,
+    check_engine_room,
     check_room,
     end_tokens,
 )
@@ -42,6 +43,8 @@ SAMPLES = [
 
 class Scripted:
     """A sampler whose answers are written down, by the problem's number."""
+
+    tokens_at_once = 2**16
 
     def __init__(self, greedy: Sequence[str], samples: Sequence[Sequence[str]]) -> None:
         self.greedy, self.samples = greedy, samples
@@ -252,6 +255,13 @@ def test_prompts_that_are_too_long_are_refused(base: LoadedModel) -> None:
         check_room([benchmark()], base.tokenizer, max_tokens=1, positions=longest)
 
 
+def test_an_engine_that_is_too_small_is_refused_with_the_size_that_it_needs(base: LoadedModel) -> None:
+    longest = max(map(len, encode_prompts(base.tokenizer, [item.problem.prompt for item in benchmark().items])))
+    check_engine_room([benchmark()], base.tokenizer, max_tokens=10, request_tokens=longest + 10)
+    with pytest.raises(ConfigError, match=rf"problem p1 of b .*Use vllm.longest_request_tokens={longest + 10}$"):
+        check_engine_room([benchmark()], base.tokenizer, max_tokens=10, request_tokens=longest + 9)
+
+
 def test_batches_change_nothing(base: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     class ByLength(ByWord):
         def judge(self, problems: Sequence[Problem], completions: Sequence[str]) -> list[Judgement]:
@@ -264,7 +274,7 @@ def test_batches_change_nothing(base: LoadedModel, monkeypatch: pytest.MonkeyPat
         return evaluator.measure(base.model)
 
     whole = run()
-    monkeypatch.setattr("ebft_study.evaluation.downstream.TOKENS_AT_ONCE", 1)
+    monkeypatch.setattr(InProcessAnswers, "tokens_at_once", 1)
     single = run()
     assert values(whole) == values(single)
     assert sorted(whole.samples, key=str) == sorted(single.samples, key=str)

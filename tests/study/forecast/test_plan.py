@@ -17,15 +17,18 @@ from typer.testing import CliRunner
 from ebft_study import config
 from ebft_study.cli import app
 from ebft_study.cost import ModelShape, StepShape, step_cost
+from ebft_study.errors import DataError
 from ebft_study.networks.loading import read_config
 from ebft_study.results import StudyRecorder, TrialRecorder
 from ebft_study.study.cluster.capacity import ClusterCapacity, Node
+from ebft_study.study.forecast import benchmarks, prediction, throughput
 from ebft_study.study.forecast import plan as planning
-from ebft_study.study.forecast import prediction, throughput
 from ebft_study.study.spec.study_spec import StudySpec
 from ebft_study.training.memory import fit_memory, shapes
+from tests.evaluation.downstream import files
 from tests.studies import resolved
 from tests.tiny_run import tiny_config, write_model
+from tests.training.test_spent import MATRICES, H, L, attention
 
 STARTED = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
 
@@ -38,7 +41,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def spec(run: dict[str, Any], **changes: Any) -> StudySpec:
     given = {"axes": {"reward.alpha": [0.0, 1.0], "rollout.n_samples": [2, 4]}, "seeds": [0, 1, 2]} | changes
-    free = {"reward": {**run["reward"]}, "rollout": {**run["rollout"]}}
+    free = {section: {**run[section]} for section in ("reward", "rollout", "evaluation")}
     for path in given["axes"]:
         section, _, leaf = path.partition(".")
         free[section].pop(leaf, None)
@@ -166,8 +169,116 @@ def test_what_is_planned_at_the_start_is_what_the_report_compares(run: dict[str,
     assert json.loads(json.dumps(planned)) == planned
 
 
+# --- benchmarks ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def answering(run: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    """Two programs and two translations."""
+    named = {"benchmarks": [files.humaneval(tmp_path), files.parallel(tmp_path)]}
+    short = {"benchmark_samples": 3, "benchmark_max_tokens": 10}
+    return {**run, "evaluation": {**run["evaluation"], **named, **short}}
+
+
+def test_the_work_of_benchmarks_is_that_of_all_tokens_of_all_answers(answering: dict[str, Any], tmp_path: Path) -> None:
+    """Counted one by one: a token for 4 bytes of prompts and translations, programs of 10 tokens."""
+    settings = config.build_run(answering, source="test")
+    head = 2 * read_config(settings.model).vocab_size * H
+    sources, references = ((tmp_path / f"test.de-en.{side}").read_text().splitlines() for side in ("de", "en"))
+    instruction = len("Translate this from German to English:\nGerman: \nEnglish:")
+    expected = [(math.ceil(len(item["prompt"]) / 4), 10) for item in files.HUMANEVAL]
+    expected += [
+        (math.ceil((instruction + len(source.encode())) / 4), min(10, math.ceil(len(reference.encode()) / 4)))
+        for source, reference in zip(sources, references, strict=True)
+    ]
+    assert min(length for _, length in expected) < 10
+    flops = 0.0
+    for prompt, length in expected:
+        for n_answers in (1, 3):  # the greedy one, the samples
+            meets = [position + 1 for position in range(prompt)]
+            meets += [prompt + k + 1 for k in range(length)] * n_answers
+            flops += sum(L * (2 * MATRICES + attention(keys)) for keys in meets) + n_answers * length * head
+    work = benchmarks.benchmark_work(settings)
+    assert (work.problems, work.answers) == (4, 16)
+    assert work.flops == pytest.approx(flops)
+    assert work.judging_seconds == pytest.approx(2 * 4 * 0.008)  # of programs alone
+
+
+def test_benchmarks_are_part_of_a_trial_as_often_as_it_evaluates_them(answering: dict[str, Any]) -> None:
+    settings = config.build_run(answering, source="test")
+    losses, once = throughput.evaluation_flops(settings), benchmarks.benchmark_work(settings)
+    often = config.merge(answering, {"evaluation": {"benchmark_every_steps": 10}})
+    # After the warm start of 4 steps and at the end, 24; every 10 steps too. Workers of a group repeat the base model.
+    for given, workers, n_times in ((answering, 0, 2), (often, 1, 4), (often, 2, 5)):
+        work = throughput.Work.from_run(config.build_run(given, source="test"), workers)
+        assert work.evaluation_flops == pytest.approx(losses + n_times * once.flops)
+        assert work.judging_seconds == pytest.approx(n_times * once.judging_seconds / max(workers, 1))
+
+
+def test_hours_count_benchmarks_of_trials_and_once_those_of_a_base_model(
+    run: dict[str, Any], answering: dict[str, Any], tmp_path: Path
+) -> None:
+    finish(tmp_path, run, step_seconds=0.5, train=14.0, total=17.0, host=socket.gethostname())
+    one_at_a_time = {"axes": {"rollout.n_samples": [2, 4]}, "budget": {"max_concurrent_trials": 1}}
+    without, found = (planned(given, tmp_path, **one_at_a_time) for given in (run, answering))
+    assert found.prediction is not None
+    assert found.hours is not None
+    assert without.hours is not None
+    once = benchmarks.benchmark_work(config.build_run(answering, source="test"))
+    seconds = once.flops / found.prediction.groups[0].throughput.evaluation_flops_per_second + once.judging_seconds
+    assert found.prediction.base_seconds == pytest.approx(seconds)
+    # Six trials, each after its warm start and at its end.
+    assert 3600 * (found.hours - without.hours) == pytest.approx((6 * 2 + 1) * seconds)
+    assert f"{once.problems} problems, {once.answers} answers of up to 10 tokens" in "\n".join(planning.summary(found))
+    assert "benchmark" not in "\n".join(planning.summary(without))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"benchmarks": ["mini_translation"]},
+        {"benchmark_samples": 4},
+        {"benchmark_max_tokens": 11},
+        {"benchmark_problems": 1},
+        {"benchmark_every_steps": 10},
+    ],
+)
+def test_no_setting_of_benchmarks_is_left_out_of_the_plan(
+    answering: dict[str, Any], tmp_path: Path, change: dict[str, Any]
+) -> None:
+    finish(tmp_path, answering, step_seconds=0.5, train=14.0, total=17.0, host=socket.gethostname())
+    changed = config.merge(answering, {"evaluation": change})
+    before, after = (planned(given, tmp_path, axes={"reward.alpha": [0.0, 1.0]}) for given in (answering, changed))
+    assert before.hours != after.hours
+    ((name, value),) = change.items()
+    values = [value, answering["evaluation"][name]]
+    grouped = planned(answering, tmp_path, axes={"reward.alpha": [0.0, 1.0], f"evaluation.{name}": values})
+    assert [row.group.number for row in grouped.groups] == [6, 6]
+
+
+def test_a_trial_with_benchmarks_takes_as_long_as_the_one_that_measured_it(
+    answering: dict[str, Any], tmp_path: Path
+) -> None:
+    """Judging is no part of the speed of evaluations."""
+    finish(tmp_path, answering, step_seconds=0.5, train=14.0, total=17.0, host=socket.gethostname())
+    found = planned(answering, tmp_path, axes={"reward.alpha": [0.0, 1.0]}, budget={"max_concurrent_trials": 1})
+    assert found.prediction is not None
+    (only,) = found.prediction.groups
+    assert only.seconds == pytest.approx(17.0)
+    assert only.group.work.judging_seconds > 0
+    rate = only.throughput.evaluation_flops_per_second
+    assert only.group.work.evaluation_flops / rate == pytest.approx(2.0 - only.group.work.judging_seconds)
+
+
+def test_a_plan_refuses_a_benchmark_that_is_not_there(answering: dict[str, Any], tmp_path: Path) -> None:
+    gone = config.merge(answering, {"evaluation": {"benchmarks": [f"humaneval:{tmp_path / 'gone.jsonl'}"]}})
+    with pytest.raises(DataError, match="no such file"):
+        planned(gone, tmp_path)
+
+
 def row(method: str, concurrency: int, rate: float, **changes: Any) -> dict[str, Any]:
     alike = {"model": "m", "method": method, "workers": 1, "served": False, "concurrency": concurrency}
+    alike["has_benchmarks"] = False
     return {**alike, "rate": rate, "evaluation_rate": 10.0, "startup": 1.0, **changes}
 
 
@@ -186,6 +297,9 @@ def test_the_trials_most_alike_decide() -> None:
     assert rate("ebft", 2, served=True) == 1.0
     assert rate("ebft", 2, model="other") == 7.0
     assert rate("ebft", 2, model="new") == 35.0  # the median of all six
+    rows.append(row("ebft", 2, 3.0, has_benchmarks=True))
+    answering = throughput.Work("m", "ebft", 1, False, flops=1.0, evaluation_flops=1.0, has_benchmarks=True)
+    assert throughput.Measurements(rows).throughput(answering, concurrency=2).flops_per_second == 3.0
 
 
 def test_groups_of_workers_start_later_than_trials_in_their_own_process() -> None:
