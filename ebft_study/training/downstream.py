@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -40,19 +41,29 @@ def measure_shared(run: Run, model: LoadedModel | None) -> Rows:
     """
     rows = _rows([])
     for benchmark in run.parts.benchmarks:
-        engine = run.parts.rollouts.engine
-        key = base.benchmark_key(run.config, model, benchmark, run.parts.text, engine=engine) if model else None
-        benchmark_rows = base.get_rows(key) if key and run.world_size == 1 else None
-        if benchmark_rows is None:
-            result = _measure(run, benchmark)
-            if run.step == 0:
-                result.measured["contaminated_fraction", None] = overlap(benchmark, run.parts.text)
-            benchmark_rows = _rows([result])
-            if key:
-                base.put_rows(key, benchmark_rows)
-        for table, of_table in benchmark_rows.items():
-            rows[table] += of_table
+        key = base.benchmark_key(run.config, model, benchmark, engine=run.parts.rollouts.engine) if model else None
+        parts = [_shared(run, key, functools.partial(_measure, run, benchmark))]
+        if run.step == 0:
+            key = base.overlap_key(benchmark, run.parts.text) if model else None
+            parts.append(_shared(run, key, functools.partial(_overlap, run, benchmark)))
+        for part in parts:
+            for table, of_table in part.items():
+                rows[table] += of_table
     return rows
+
+
+def _shared(run: Run, key: str | None, measure: Callable[[], Result]) -> Rows:
+    """Rows of what was measured before under this key; else of what is measured now, which the first worker stores."""
+    rows = base.get_rows(key) if key and run.world_size == 1 else None
+    if rows is None:
+        rows = _rows([measure()])
+        if key:
+            base.put_rows(key, rows)
+    return rows
+
+
+def _overlap(run: Run, benchmark: Benchmark) -> Result:
+    return Result(benchmark.name, {("contaminated_fraction", None): overlap(benchmark, run.parts.text)}, torch.zeros(3))
 
 
 def record(run: Run, recorder: Recorder | None, rows: Rows) -> dict[str, float]:

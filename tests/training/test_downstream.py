@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -125,7 +126,7 @@ def test_only_the_first_worker_stores_what_is_shared(tmp_path: Path, monkeypatch
     monkeypatch.setenv("EBFT_STUDY_CACHE", str(tmp_path / "cache"))
     run = Run(config_of(tmp_path))
     entries = tmp_path / "cache" / "base_evaluations"
-    for rank, stored in ((1, 0), (0, 2)):
+    for rank, stored in ((1, 0), (0, 3)):
         run.rank = rank
         model = validation.shared_model(run)
         validation.evaluate_shared(run, model)
@@ -135,7 +136,7 @@ def test_only_the_first_worker_stores_what_is_shared(tmp_path: Path, monkeypatch
 
 def key_of(config: RunConfig, engine: str = "") -> str:
     parts = build_parts(config)
-    return base.benchmark_key(config, parts.base, parts.benchmarks[0], parts.text, engine=engine)
+    return base.benchmark_key(config, parts.base, parts.benchmarks[0], engine=engine)
 
 
 def test_what_changes_the_scores_of_the_base_model_changes_their_key(tmp_path: Path) -> None:
@@ -148,18 +149,31 @@ def test_what_changes_the_scores_of_the_base_model_changes_their_key(tmp_path: P
         {"benchmark_problems": 1},
         {"benchmark_protocol": "authors"},
         {"evaluation_seed": 1},
-        {"max_examples": 20},
         {"precision": "bfloat16"},
         {"test_cpu_seconds": 9},
     ]
     keys = {key_of(config_of(tmp_path, **change)) for change in changes}
     keys |= {key_of(config_of(tmp_path), engine) for engine in ("vLLM 1", "vLLM 2")}
     assert len(keys | {same}) == 1 + len(changes) + 2
-    for change in ({"benchmark_every_steps": 2}, {"seed": 1}, {"steps": 9}, {"stride": 5}, {"cfm_samples": 5}):
+    for change in ({"benchmark_every_steps": 2}, {"seed": 1}, {"steps": 9}, {"max_examples": 20}, {"cfm_samples": 5}):
         assert key_of(config_of(tmp_path, **change)) == same, change
     (tmp_path / "test.de-en.en").write_text("Good day.\nThis is a small hut.\n")
     changed = tiny_config(tmp_path, benchmarks=[f"wmt22:{tmp_path / 'test.de-en'}.de"], **SHORT)
     assert key_of(changed) != same
+
+
+def test_the_base_model_is_measured_once_for_several_data_sets_and_each_is_compared_with_the_benchmark(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, first = run_tiny(config_of(tmp_path, steps=0))
+    monkeypatch.setattr(BenchmarkEvaluator, "measure", None)
+    problem = build_parts(config_of(tmp_path)).benchmarks[0].items[1].own_text[1]
+    data = tmp_path / "other.jsonl"
+    data.write_text("".join(json.dumps({"text": f"{problem} {k}"}) + "\n" for k in range(60)))
+    _, second = run_tiny(config_of(tmp_path, steps=0, dataset=str(data)))
+    one, other = scores(first)[0], scores(second)[0]
+    assert one.pop(("contaminated_fraction", None)) == 0.0 < other.pop(("contaminated_fraction", None))
+    assert one == other
 
 
 def test_benchmarks_do_not_change_the_key_of_the_other_evaluations(tmp_path: Path) -> None:
