@@ -38,6 +38,10 @@ class ResultsError(EbftError):
     """A study or results folder that is missing, unreadable, or belongs to something else."""
 
 
+class FitError(EbftError):
+    """Points that cannot tell the parameters of a scaling law: the fit is refused, with the reason."""
+
+
 class StorageError(EbftError):
     """Storage that cannot be read or written: full, read-only or unreachable. The study stops and can be resumed."""
 

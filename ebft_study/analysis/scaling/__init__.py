@@ -1,0 +1,11 @@
+"""Scaling fits: loss or score as a function of parameters, tokens, FLOPs or seconds.
+
+    points = final_points(study, "ce_loss")                   # points: a table with a row per trial
+    law = fit(forms.additive(), points)                       # fits: raises FitError where the points cannot tell
+    law.estimate("alpha"), law.predict(wanted)                # value with its interval; a forecast
+    choose([forms.additive(), forms.multiplicative()], points, largest(points, "parameters"))    # heldout
+
+`forms` has the formulas, `projection` minimizes, `identifiability` says what points cannot tell. A `method` column makes
+`fit(..., multiplied="tokens", reference="sft")` compare methods: all parameters shared but one multiplier for each. The
+package imports none of them.
+"""
