@@ -5,7 +5,7 @@
     law.estimate("alpha"), law.predict(wanted)                # value with its interval; a forecast
     choose([forms.additive(), forms.multiplicative()], points, largest(points, "parameters"))    # heldout
 
-`forms` has the formulas, `projection` minimizes, `identifiability` says what points cannot tell. A `method` column makes
-`fit(..., multiplied="tokens", reference="sft")` compare methods: all parameters shared but one multiplier for each. The
-package imports none of them.
+`forms` has the formulas, `projection` minimizes, `identifiability` says what points cannot tell. With a column `method`,
+`fit(..., multiplied="tokens", reference="sft")` compares methods (`speedup`): they share all parameters but one
+multiplier each. The package imports none of them.
 """

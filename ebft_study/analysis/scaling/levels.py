@@ -12,7 +12,7 @@ SAME = 1.2
 
 
 def levels(values: pd.Series[float]) -> list[int]:
-    """The scale of each value, from 0 for the least: those of less than `SAME` times the least one of a scale are in it."""
+    """The scale of each value, from 0 for the least. A scale ends at `SAME` times its least value; -1 for NaN."""
     scales: dict[float, int] = {}
     least, level = -1.0, -1
     for value in sorted(set(values.dropna())):

@@ -91,7 +91,7 @@ def as_gain(points: pd.DataFrame, metric: str) -> pd.DataFrame:
 def _comparable(
     study: StudySummary, metric: str, configurations: Iterable[Configuration] | None
 ) -> list[Configuration]:
-    chosen = [c for c in (study.configurations if configurations is None else configurations)]
+    chosen = list(study.configurations if configurations is None else configurations)
     maps = {c.map_of(metric, at_one_length=True) for c in chosen}
     if len(maps) > 1:
         names = sorted(dict(m)[k] != dict(next(iter(maps)))[k] and k for m in maps for k in dict(m))

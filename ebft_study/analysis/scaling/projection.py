@@ -138,7 +138,10 @@ def minimize(
 ) -> Solution:
     """The best solution from the grid and from `starts`, with some parameters `fixed`."""
     fixed = fixed or {}
-    nonlinear = [*(_grid_starts(problem, fixed) if grid else []), *(start[: len(problem.nonlinear)] for start in starts)]
+    nonlinear = [
+        *(_grid_starts(problem, fixed) if grid else []),
+        *(start[: len(problem.nonlinear)] for start in starts),
+    ]
     given = np.array([fixed.get(name, math.nan) for name in problem.nonlinear])
     solutions = [_refine(problem, fixed, np.where(np.isnan(given), theta, given)) for theta in nonlinear]
     return min(solutions, key=lambda solution: solution.objective)
