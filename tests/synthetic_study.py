@@ -55,6 +55,7 @@ def write_study(
     warm: Effect = (0.0, 0.0),
     with_start: bool = True,
     with_scores: bool = False,
+    parameters: Mapping[str, int] | None = None,
 ) -> Path:
     """Write a study whose configuration `key` changes CE and CFM by `effects[key]`; the key None is the SFT baseline.
 
@@ -62,6 +63,7 @@ def write_study(
     of CFM at length L is `effect * (1 + growth * log2(L / 8))`. Where `settings(key)` has warm_start_steps, they change
     CE and CFM by `warm` before the effect begins. `statuses[key, seed]` ends a trial differently. Older versions lack
     held-out values at the end of a warm start (`with_start`), and values of single sequences (`with_scores`).
+    Models have the number of `parameters` of their name.
     """
     with one_file_per_table(folder):
         return _write(
@@ -77,6 +79,7 @@ def write_study(
             warm,
             with_start,
             with_scores,
+            parameters or {},
         )
 
 
@@ -110,6 +113,7 @@ def _write(
     warm: Effect,
     with_start: bool,
     with_scores: bool,
+    parameters: Mapping[str, int],
 ) -> Path:
     settings = settings or (lambda key: {"alpha": key[0], "gamma": key[1]})
     study, trials = StudyRecorder(folder, study=folder.name), list[dict[str, Any]]()
@@ -163,7 +167,7 @@ def _write(
                 "tokens_seen": done * run.training.batch_size * run.data.sequence_length,
                 "peak_memory_bytes": 1_150_000_000,
                 **(cost_at(run, done) | {"sampled_tokens": int(cost_at(run, done)["sampled_tokens"])}),
-                "parameters": 1_050_000,
+                "parameters": parameters.get(run.model, 1_050_000),
                 "trainable_parameters": 1_050_000,
                 "feature_parameters": 820_000,
                 "gpu_seconds": 0.0,

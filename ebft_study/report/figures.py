@@ -20,7 +20,7 @@ from ebft_study.analysis.equal_cost import AMOUNTS
 from ebft_study.analysis.selection import comparable
 from ebft_study.analysis.statistics import mean_interval
 from ebft_study.analysis.summary import COMPARED, Configuration, StudySummary
-from ebft_study.report import drawing, importance, outcomes
+from ebft_study.report import drawing, importance, outcomes, scaling
 from ebft_study.report.drawing import ReportFigure, Style
 
 # More lines than this cannot be distinguished: the best by validation are drawn, and the caption says so.
@@ -41,6 +41,7 @@ def draw_all(study: StudySummary) -> list[ReportFigure]:
         length_profile,
         entropy_by_position,
         outcomes.pareto_front,
+        scaling.figure,
     )
     with matplotlib.rc_context(drawing.RC):
         return [figure for draw in drawers if (figure := draw(study)) is not None]

@@ -105,13 +105,15 @@ class Fit:
             def at(place: float) -> float:
                 return self.deviance(name, place) - limit
 
-            return Estimate(value, *_crossings(at, value, max(error, 1e-12 * value), low, high))
+            # At zero, where the objective rises from its bound, the Jacobian has no error.
+            typical = self.scale * (float(np.median(self.problem.y)) if self.form.is_log else 1.0)
+            return Estimate(value, *_crossings(at, value, error if value else typical, low, high))
         low, high = self.problem.log_bounds[self.problem.names.index(name)]
 
         def at_log(place: float) -> float:
             return self.deviance(name, math.exp(place)) - limit
 
-        left, right = _crossings(at_log, math.log(value), max(error, 1e-12), low, high)
+        left, right = _crossings(at_log, math.log(value), max(error, EXACT), low, high)
         return Estimate(value, 0.0 if left == low else math.exp(left), math.inf if right == high else math.exp(right))
 
     def forecast(self, point: pd.DataFrame, *, n: int = 1, confidence: float = CONFIDENCE) -> Estimate:
@@ -290,7 +292,7 @@ def _crossings(
     """Where a function that is negative at `center` crosses zero on either side; `low` or `high` where it does not."""
     from scipy.optimize import brentq
 
-    ends = []
+    ends, error = [], max(error, 1e-12 * abs(center), 1e-300)
     for direction, bound in ((-1.0, low), (1.0, high)):
         inner, step = center, 2 * error
         while True:

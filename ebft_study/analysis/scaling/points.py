@@ -36,9 +36,8 @@ def final_points(
     Raises:
         FitError: a trial's cosine schedule was not at its end, or values of `metric` do not compare.
     """
-    chosen = _comparable(study, metric, configurations)
     rows = []
-    for c in chosen:
+    for c in _comparable(study, metric, configurations):
         trials = c.finished.dropna(subset=["seed"])
         for trial in trials.to_dict("records"):
             seed = int(trial["seed"])
@@ -46,7 +45,8 @@ def final_points(
             if seed in (values := c.final.get((metric, None), {})):
                 base = c.base.get((metric, None), {}).get(seed, np.nan)
                 rows.append(_row(c, trial, trial["steps_done"], float(base), float(values[seed])))
-    return _with_costs(study, rows)
+    points, seen = _with_costs(study, rows), study.results.trials.set_index("trial_id")["tokens_seen"]
+    return points.assign(tokens=points["tokens"].fillna(points["trial_id"].map(seen)).astype(float))
 
 
 def curve_points(

@@ -38,7 +38,11 @@ REFUSED: dict[str, tuple[Form, pd.DataFrame, str]] = {
         forms.additive(), PROPORTIONAL.assign(value=chinchilla(PROPORTIONAL)),
         "tokens follow parameters (about as its power 0.99)",
     ),
-    "a small range": (forms.power_law("tokens"), of_tokens(1e5 * 1.2 ** np.arange(5)), "ill-conditioned"),
+    "a small range": (
+        forms.power_law("tokens"),
+        of_tokens(1e5 * 1.25 ** np.arange(5)).assign(value=lambda t: floored(t["tokens"], exponent=0.1)),
+        "ill-conditioned",
+    ),
     "no effect": (
         forms.power_law("tokens"), of_tokens(SMALL).assign(value=np.linspace(2, 2.1, 6)), "no effect of scale: A is 0",
     ),

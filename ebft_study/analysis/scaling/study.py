@@ -1,0 +1,148 @@
+"""The scaling laws of a study: which points it has, which form foresees them best, and what methods save.
+
+Where several configurations of a method have one size and one amount of data, the best by the study's objective on the
+validation split stands for them: the learning rate may differ from size to size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pandas as pd
+
+from ebft_study.analysis.configuration import Configuration, grouped
+from ebft_study.analysis.scaling import forms
+from ebft_study.analysis.scaling.fits import Fit, fit
+from ebft_study.analysis.scaling.forms import Form
+from ebft_study.analysis.scaling.heldout import Choice, Extrapolation, choose, extrapolate, largest, last_half
+from ebft_study.analysis.scaling.levels import levels
+from ebft_study.analysis.scaling.points import COSTS, final_points
+from ebft_study.analysis.scaling.speedup import Speedup, sharing_p_value, speedup
+from ebft_study.analysis.selection import best
+from ebft_study.analysis.summary import StudySummary
+from ebft_study.errors import FitError
+
+AXES = ("parameters", "tokens")
+REFERENCE = "sft"
+
+
+@dataclass(frozen=True)
+class MethodLaw:
+    """The law of one method: the fit of the first of `choices`, or the `reason` why there is none."""
+
+    method: str
+    points: pd.DataFrame = field(repr=False)
+    choices: tuple[Choice, ...]
+    fit: Fit | None
+    reason: str = ""
+
+    @property
+    def score(self) -> Extrapolation | None:
+        """The held-out score of the form; None where too few scales are left to fit it without the held-out ones."""
+        return next((each.score for each in self.choices if self.fit and each.form.name == self.fit.form.name), None)
+
+
+@dataclass(frozen=True)
+class SharedLaw:
+    """One law for all methods, with a multiplier of data for each, against that of the reference."""
+
+    fit: Fit
+    score: Extrapolation | None
+    speedups: tuple[Speedup, ...]
+    p_value: float
+    """Of the methods sharing all else."""
+
+
+@dataclass(frozen=True)
+class StudyLaws:
+    """The laws of held-out `metric` along the axes of scale that a study has."""
+
+    metric: str
+    axes: tuple[str, ...]
+    methods: tuple[MethodLaw, ...]
+    shared: SharedLaw | None
+    reason: str = ""
+    """The reason why there are no points, or no shared law of several methods."""
+
+
+def laws(study: StudySummary, metric: str = "ce_loss") -> StudyLaws | None:
+    """The scaling laws of a study; None where no method has two sizes or two amounts of data."""
+    measured = [c for c in study.configurations if c.is_measured and c.is_scored]
+    axes = _axes(measured)
+    if not axes:
+        return None
+    try:
+        points = final_points(study, metric, _best_at_each_scale(measured))
+    except FitError as error:
+        return StudyLaws(metric, axes, (), None, str(error))
+    methods = tuple(_method_law(name, part, axes) for name, part in points.groupby("method"))
+    shared, reason = _shared(points, methods, axes)
+    return StudyLaws(metric, axes, methods, shared, reason)
+
+
+def candidates(axes: tuple[str, ...]) -> list[Form]:
+    """The forms of a loss along some axes."""
+    if len(axes) == 2:
+        return [forms.additive(), forms.multiplicative()]
+    return [forms.power_law(axes[0]), *([forms.rectified()] if axes[0] == "tokens" else [])]
+
+
+def held_out(points: pd.DataFrame, axes: tuple[str, ...]) -> pd.Series[bool]:
+    """The points by which forms are judged: the largest size, or the last half of the data at one size."""
+    return largest(points, "parameters") if "parameters" in axes else last_half(points, "tokens")
+
+
+def _axes(configurations: list[Configuration]) -> tuple[str, ...]:
+    """The axes of scale along which some method varies."""
+    trials = pd.concat([c.finished for c in configurations]) if configurations else pd.DataFrame()
+    if trials.empty:
+        return ()
+    of_methods = [part for _, part in trials.groupby("method")]
+    columns = {"parameters": "parameters", "tokens": COSTS["tokens"]}
+    return tuple(a for a in AXES if any(len(set(levels(part[columns[a]].dropna()))) > 1 for part in of_methods))
+
+
+def _best_at_each_scale(configurations: list[Configuration]) -> list[Configuration]:
+    sizes, data = (
+        dict(zip((c.name for c in configurations), levels(pd.Series(values)), strict=True))
+        for values in (
+            [float(c.finished["parameters"].median()) for c in configurations],
+            [float(c.finished[COSTS["tokens"]].median()) for c in configurations],
+        )
+    )
+    groups = grouped(configurations, lambda c: (c.settings.get("method"), sizes[c.name], data[c.name]))
+    # Where nothing can be compared, as CFM across sizes, the first one stands for its scale.
+    return [best(group) or group[0] for group in groups.values()]
+
+
+def _method_law(method: str, points: pd.DataFrame, axes: tuple[str, ...]) -> MethodLaw:
+    choices = tuple(choose(candidates(axes), points, held_out(points, axes)))
+    reasons = []
+    for choice in choices:
+        try:
+            return MethodLaw(method, points, choices, fit(choice.form, points))
+        except FitError as error:
+            reasons.append(str(error))
+    return MethodLaw(method, points, choices, None, "; ".join(reasons))
+
+
+def _shared(
+    points: pd.DataFrame, methods: tuple[MethodLaw, ...], axes: tuple[str, ...]
+) -> tuple[SharedLaw | None, str]:
+    """One law of all methods that were fitted, in the form of the reference, or the reason why there is none."""
+    fitted = {law.method: law.fit for law in methods if law.fit}
+    reference = fitted.get(REFERENCE)
+    if reference is None or len(fitted) < 2 or "tokens" not in axes:
+        return None, ""
+    together = points[points["method"].isin(list(fitted))].reset_index(drop=True)
+    try:
+        law = fit(reference.form, together, multiplied="tokens", reference=REFERENCE)
+    except FitError as error:
+        return None, str(error)
+    try:
+        held = held_out(together, axes)
+        score = extrapolate(reference.form, together, held, multiplied="tokens", reference=REFERENCE)
+    except FitError:
+        score = None
+    speedups = [speedup(law, name, amount) for name in fitted if name != REFERENCE for amount in COSTS]
+    return SharedLaw(law, score, tuple(each for each in speedups if each), sharing_p_value(law)), ""
