@@ -36,6 +36,8 @@ from ebft_study.errors import FitError
 
 HUBER = 1.345
 NORMAL_QUARTILE = 0.6745
+ROUNDS, SETTLED = 10, 0.02
+"""A wild point also spreads the residuals of the others, until delta has followed them down."""
 EXACT = 1e-9
 """Residuals below this are rounding errors."""
 
@@ -47,11 +49,6 @@ class Estimate:
     value: float
     low: float
     high: float
-
-    @property
-    def is_open(self) -> bool:
-        """Whether the points do not bound the value from both sides."""
-        return self.low <= 0 or math.isinf(self.high)
 
 
 @dataclass(frozen=True, eq=False)
@@ -247,8 +244,11 @@ def fit(form: Form, table: pd.DataFrame, *, multiplied: str | None = None, refer
     problem = problem.at(table, y)
     solution = minimize(problem)
     degrees = max(len(y) - len(problem.names), 1)
-    spread = float(np.median(np.abs(solution.z))) / NORMAL_QUARTILE * math.sqrt(len(y) / degrees)
-    if spread > EXACT:
+    for _ in range(ROUNDS):
+        residuals = problem.residuals(problem.predict(solution.parameters))
+        spread = float(np.median(np.abs(residuals))) / NORMAL_QUARTILE * math.sqrt(len(y) / degrees)
+        if spread <= EXACT or abs(spread * HUBER / problem.delta[0] - 1) < SETTLED:
+            break
         problem = problem.at(table, y, HUBER * spread)
         solution = minimize(problem, starts=[solution.parameters], grid=False)
     why = obstacle_after(problem, solution)

@@ -61,7 +61,6 @@ class Form:
 
     name: str
     formula: str
-    source: str
     variables: tuple[str, ...]
     nonlinear: tuple[Nonlinear, ...]
     linear: tuple[str, ...]
@@ -79,11 +78,10 @@ class Form:
 
 
 def power_law(variable: str) -> Form:
-    """E + A / x^alpha in one variable, with the floor E (Hestness et al. 2017; Kaplan et al. 2020 for E = 0)."""
+    """E + A / x^alpha in one variable, with the floor E (Hestness et al. 2017, arXiv 1712.00409)."""
     return Form(
         f"power law in {variable}",
         f"E + A / {variable}^alpha",
-        "arXiv 1712.00409",
         (variable,),
         (Nonlinear("alpha", variable),),
         ("E", "A"),
@@ -92,11 +90,10 @@ def power_law(variable: str) -> Form:
 
 
 def additive(size: str = "parameters", data: str = "tokens") -> Form:
-    """E + A / N^alpha + B / D^beta (Chinchilla, Hoffmann et al. 2022, their approach 3)."""
+    """E + A / N^alpha + B / D^beta (Chinchilla, arXiv 2203.15556, approach 3)."""
     return Form(
         "additive",
         f"E + A / {size}^alpha + B / {data}^beta",
-        "arXiv 2203.15556",
         (size, data),
         (Nonlinear("alpha", size), Nonlinear("beta", data)),
         ("E", "A", "B"),
@@ -109,11 +106,10 @@ def additive(size: str = "parameters", data: str = "tokens") -> Form:
 
 
 def multiplicative(size: str = "parameters", data: str = "tokens") -> Form:
-    """E + A / (N^alpha D^beta), for fine-tuning on D tokens (Zhang et al. 2024)."""
+    """E + A / (N^alpha D^beta), for fine-tuning on D tokens (Zhang et al. 2024, arXiv 2402.17193)."""
     return Form(
         "multiplicative",
         f"E + A / ({size}^alpha {data}^beta)",
-        "arXiv 2402.17193",
         (size, data),
         (Nonlinear("alpha", size), Nonlinear("beta", data)),
         ("E", "A"),
@@ -127,13 +123,12 @@ def multiplicative(size: str = "parameters", data: str = "tokens") -> Form:
 def rectified(data: str = "tokens") -> Form:
     """E + B / (D_p^beta + D^beta), for fine-tuning one model, which begins as if it had learnt D_p tokens.
 
-    Lin et al. 2024 write D_l for D_p^beta; here D_p is an amount of data. D may be 0, and then the value is the base
-    model's.
+    Lin et al. 2024 (arXiv 2402.02314) write D_l for D_p^beta; here D_p is an amount of data. D may be 0, and then the
+    value is the base model's.
     """
     return Form(
         "rectified",
         f"E + B / (D_p^beta + {data}^beta)",
-        "arXiv 2402.02314",
         (data,),
         (Nonlinear("beta", data), Nonlinear("D_p", data, "scale")),
         ("E", "B"),
@@ -146,15 +141,14 @@ def rectified(data: str = "tokens") -> Form:
 
 
 def sigmoid(compute: str = "flops") -> Form:
-    """R0 + (A - R0) / (1 + (C_mid / C)^B), for bounded scores and for gains, whose start is 0 (ScaleRL).
+    """R0 + (A - R0) / (1 + (C_mid / C)^B), for bounded scores and for gains, whose start is 0.
 
-    R0 is no parameter but the value at step 0, in the column `start`; A is the score at infinite compute, C_mid the
-    compute at half of the way.
+    ScaleRL's (arXiv 2510.13786). R0 is no parameter but the value at step 0, in the column `start`; A is the score at
+    infinite compute, C_mid the compute at half of the way.
     """
     return Form(
         "sigmoid",
         f"R0 + (A - R0) / (1 + (C_mid / {compute})^B)",
-        "arXiv 2510.13786",
         (compute,),
         (Nonlinear("B", compute), Nonlinear("C_mid", compute, "scale")),
         ("A",),

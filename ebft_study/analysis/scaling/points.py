@@ -15,6 +15,7 @@ from collections.abc import Iterable
 import numpy as np
 import pandas as pd
 
+from ebft_study import text
 from ebft_study.analysis.configuration import Configuration
 from ebft_study.analysis.summary import StudySummary
 from ebft_study.errors import FitError
@@ -94,11 +95,11 @@ def _comparable(
     chosen = list(study.configurations if configurations is None else configurations)
     maps = {c.map_of(metric, at_one_length=True) for c in chosen}
     if len(maps) > 1:
-        names = sorted(dict(m)[k] != dict(next(iter(maps)))[k] and k for m in maps for k in dict(m))
+        first = dict(chosen[0].map_of(metric, at_one_length=True))
+        names = sorted({name for settings in maps for name, value in settings if value != first.get(name)})
         raise FitError(
-            f"{metric}: values do not compare between configurations that differ in "
-            f"{', '.join(sorted({name for name in names if name}))}. Fit each group of "
-            "`analysis.selection.comparable` alone, or judge_cfm_loss"
+            f"{metric}: values do not compare between configurations that differ in {text.listed(names)}. Fit each "
+            "group of `analysis.selection.comparable` alone, or judge_cfm_loss"
         )
     return chosen
 
