@@ -1,7 +1,7 @@
 """The scaling laws of a study: which points it has, which form foresees them best, and what methods save.
 
-Where several configurations of a method have one size and one amount of data, the best by the study's objective on the
-validation split stands for them: the learning rate may differ from size to size.
+Where several configurations of a method have one size and one amount of data, the best by the metric on the validation
+split stands for them: the learning rate may differ from size to size.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def laws(study: StudySummary, metric: str = "ce_loss") -> StudyLaws | None:
     if not axes:
         return None
     try:
-        points = final_points(study, metric, _best_at_each_scale(measured))
+        points = final_points(study, metric, _best_at_each_scale(measured, metric))
     except FitError as error:
         return StudyLaws(metric, axes, (), None, str(error))
     methods = tuple(_method_law(name, part, axes) for name, part in points.groupby("method"))
@@ -102,7 +102,7 @@ def _axes(configurations: list[Configuration]) -> tuple[str, ...]:
     return tuple(a for a in AXES if any(len(set(levels(part[columns[a]].dropna()))) > 1 for part in of_methods))
 
 
-def _best_at_each_scale(configurations: list[Configuration]) -> list[Configuration]:
+def _best_at_each_scale(configurations: list[Configuration], metric: str) -> list[Configuration]:
     sizes, data = (
         dict(zip((c.name for c in configurations), levels(pd.Series(values)), strict=True))
         for values in (
@@ -111,8 +111,9 @@ def _best_at_each_scale(configurations: list[Configuration]) -> list[Configurati
         )
     )
     groups = grouped(configurations, lambda c: (c.settings.get("method"), sizes[c.name], data[c.name]))
-    # Where nothing can be compared, as CFM across sizes, the first one stands for its scale.
-    return [best(group) or group[0] for group in groups.values()]
+    # Where values cannot be compared, all stay, and `final_points` says so.
+    chosen = [(best(group, metric), group) for group in groups.values()]
+    return [c for one, group in chosen for c in ([one] if one else group)]
 
 
 def _method_law(method: str, points: pd.DataFrame, axes: tuple[str, ...]) -> MethodLaw:

@@ -50,9 +50,9 @@ def test_nothing_is_learnt_from_what_is_held_out() -> None:
 
 
 def test_ninety_percent_of_new_scales_are_covered() -> None:
-    studies, held = 100, largest(power_law_points(), "tokens")
+    studies, held = 80, largest(power_law_points(), "tokens")
     rate = np.mean([extrapolate(forms.power_law("tokens"), power_law_points(s), held).covered for s in range(studies)])
-    assert 0.8 < rate < 0.98  # 0.9 +- 3 standard errors of 0.03
+    assert 0.8 < rate < 0.99  # 0.9 +- 3 standard errors of 0.033
 
 
 def test_the_form_with_the_least_held_out_error_is_first_and_refused_ones_are_last() -> None:

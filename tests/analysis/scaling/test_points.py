@@ -153,7 +153,7 @@ def test_the_best_configuration_stands_for_its_scale(tmp_path: Path) -> None:
     assert found.axes == ("tokens",)
     (law,) = found.methods
     assert len(law.points) == 2 * len(BATCHES)
-    assert law.points["configuration"].str.contains("0.001").all()
+    assert law.points["configuration"].str.contains("lr=1e-3").all()
     assert law.fit is not None
     assert law.fit.values["alpha" if "alpha" in law.fit.values else "beta"] == pytest.approx(0.5, rel=0.05)
     assert not math.isnan(law.fit.scale)
