@@ -30,7 +30,7 @@ def largest(table: pd.DataFrame, variable: str) -> pd.Series[bool]:
 
 def last_half(table: pd.DataFrame, cost: str) -> pd.Series[bool]:
     """Which points are held out: those that cost more than half of the dearest."""
-    return table[cost] > table[cost].max() / 2
+    return table[cost].gt(table[cost].max() / 2)
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,9 @@ class Problem:
 
     def joined(self, other: Problem) -> Problem:
         """Both problems' points."""
-        method_of = np.append(self.method_of, other.method_of) if self.methods else None
+        method_of = None
+        if self.method_of is not None and other.method_of is not None:
+            method_of = np.append(self.method_of, other.method_of)
         return replace(
             self,
             x={name: np.append(values, other.x[name]) for name, values in self.x.items()},
@@ -105,9 +107,8 @@ class Problem:
     def residuals(self, predicted: np.ndarray) -> np.ndarray:
         """Predicted minus measured, of logs where the form says so."""
         if not self.form.is_log:
-            return predicted - self.y
-        logs: np.ndarray = np.log(np.maximum(predicted, TINY)) - np.log(self.y)
-        return logs
+            return np.asarray(predicted - self.y)
+        return np.asarray(np.log(np.maximum(predicted, TINY)) - np.log(self.y))
 
 
 def variables(form: Form, table: pd.DataFrame) -> dict[str, np.ndarray]:

@@ -75,7 +75,7 @@ def laws(study: StudySummary, metric: str = "ce_loss") -> StudyLaws | None:
         points = final_points(study, metric, _best_at_each_scale(measured, metric))
     except FitError as error:
         return StudyLaws(metric, axes, (), None, str(error))
-    methods = tuple(_method_law(name, part, axes) for name, part in points.groupby("method"))
+    methods = tuple(_method_law(str(name), part, axes) for name, part in points.groupby("method"))
     shared, reason = _shared(points, methods, axes)
     return StudyLaws(metric, axes, methods, shared, reason)
 

@@ -239,6 +239,13 @@ def test_the_bootstrap_draws_clusters() -> None:
 COVERAGE_STUDIES = 120
 
 
+def with_shifts(table: pd.DataFrame, values: np.ndarray, study: int, shift: float = 0.01) -> pd.DataFrame:
+    """Every size and seed has a level of its own, twice as far off as single points."""
+    random, cluster = np.random.default_rng([3, study]), table.groupby(["parameters", "seed"]).ngroup()
+    errors = random.normal(0, shift, cluster.max() + 1)[cluster] + random.normal(0, shift / 2, len(table))
+    return table.assign(value=values * np.exp(errors))
+
+
 def covered(studies: int, form: Form, table: pd.DataFrame, values: np.ndarray, true: dict[str, float]) -> pd.Series:
     """How often the 95 % interval of each parameter holds the truth."""
     held = []
@@ -263,3 +270,33 @@ def test_intervals_of_the_additive_form_hold_the_truth_as_often_as_they_say() ->
     true = {name: CHINCHILLA[name] for name in ("alpha", "beta", "E")}
     rates = covered(300, forms.additive(), table, chinchilla(table), true)
     assert rates.between(0.91, 0.985).all(), rates
+
+
+def test_intervals_hold_the_truth_where_seeds_shift_all_their_points() -> None:
+    """And would not if points were independent evidence."""
+    table = grid(np.geomspace(1e5, 1e7, 5), SMALL, seeds=3)
+    values = 1.5 + (table["parameters"].to_numpy() / 1e5) ** -0.4 + (table["tokens"].to_numpy() / 1e5) ** -0.4
+    rates = []
+    for as_clusters in (True, False):
+        held = []
+        for study in range(60):
+            points = with_shifts(table, values, study)
+            law = fit(forms.additive(), points if as_clusters else points.drop(columns="seed"))
+            limit = t_quantile(0.05, law.degrees) ** 2
+            held.append([law.deviance(name, true) <= limit for name, true in (("alpha", 0.4), ("E", 1.5))])
+        rates.append(np.mean(held, axis=0))
+    assert (rates[0] > 0.83).all(), rates
+    assert (rates[1] < rates[0] - 0.1).all(), rates
+
+
+@pytest.mark.slow
+def test_the_bootstrap_over_three_seeds_is_too_narrow() -> None:
+    table, studies = grid([1e6], SMALL, seeds=3), 100
+    profile = bootstrap = 0
+    for study in range(studies):
+        law = fit(forms.power_law("tokens"), with_shifts(table, floored(table["tokens"]), study))
+        low, high = law.bootstrap(60)["E"].quantile([0.025, 0.975])
+        bootstrap += low <= 2.0 <= high
+        profile += law.deviance("E", 2.0) <= t_quantile(0.05, law.degrees) ** 2
+    assert profile > 0.9 * studies
+    assert bootstrap < 0.85 * studies
