@@ -124,6 +124,23 @@ def test_chunked_attention_does_not_depend_on_the_chunks(
     compare(chunked(inputs, where, scores_at_once), inputs, where)
 
 
+@pytest.mark.parametrize("factor", [12, 40, 120])
+@pytest.mark.parametrize("L", [1, 3])
+@pytest.mark.parametrize("fused", [True, False])
+def test_bfloat16_scores_are_not_rounded_before_the_softmax(
+    factor: int, L: int, fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the softmax's weights and the output are: as much as at small scores."""
+    monkeypatch.setattr(attention, "fused_on", lambda device: fused)
+    where = contexts("one document", 2)
+    inputs = [tensor.detach() for tensor in tensors(where, L=L, K=3, heads=(4, 2), dtype=torch.bfloat16)]
+    inputs[0] = inputs[0] * factor
+    exact = dense_block_attention(
+        *(tensor.double() for tensor in inputs), start=where.start, end=where.end, scaling=SCALING
+    )
+    torch.testing.assert_close(chunked(inputs, where).double(), exact, atol=0.02, rtol=0.005)
+
+
 def test_chunks_hold_every_block_with_a_context_once_and_its_whole_context() -> None:
     where = contexts("packed", 3)
     seen = torch.zeros(where.end.shape, dtype=torch.long)
