@@ -127,6 +127,26 @@ def total_memory(device: torch.device) -> float:
     return total - total % _GIB or total
 
 
+def shortage(device: torch.device, plan: MemoryPlan) -> str:
+    """What to say where less memory is free than a plan needs, before anything is loaded; '' where there is enough."""
+    free = free_memory(device)
+    if free >= plan.peak_bytes:
+        return ""
+    return (
+        f"{free:.0f} bytes ({free / _GIB:.3g} GiB) of memory are free, and a step needs about {plan.peak_bytes:.0f} "
+        f"({plan.peak_bytes / _GIB:.3g} GiB): the run may end for lack of it. End other programs, run fewer trials at "
+        "a time, or set training.memory_budget_gib"
+    )
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that this process can have: of the GPU, or of the machine (or container)."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return float(torch.cuda.mem_get_info(device)[0] + unused)
+    return min(float(psutil.virtual_memory().available), _container_limit())
+
+
 def _container_limit() -> float:
     """Bytes that the control group of a container may use, in version 1 or 2; infinite without limit."""
     for file in _CONTAINER_LIMITS:

@@ -92,9 +92,10 @@ def build_parts(config: RunConfig, *, world_size: int = 1, services: Services | 
     Args:
         services: backends that the run may share with others; None: everything is done in process.
     """
-    device = choose_device(config)
+    device, memory_plan = planned(config, world_size=world_size, services=services)
+    if services and services.gpu_fraction < 1 and device.type == "cuda":
+        torch.cuda.set_per_process_memory_fraction(services.gpu_fraction)  # who takes more fails, not its neighbours
     text = load_text(config.data)
-    memory_plan = plan_micro_batches(config, device, world_size=world_size)
     base = load_generator(config, device=device)
     data = tokenized(config, text, base)
     features, judge = services.networks(config, base) if services else load_networks(config, base)
@@ -128,6 +129,19 @@ def build_parts(config: RunConfig, *, world_size: int = 1, services: Services | 
         remarks=remarks,
         judging=judging,
     )
+
+
+def planned(
+    config: RunConfig, *, world_size: int = 1, services: Services | None = None
+) -> tuple[torch.device, MemoryPlan]:
+    """The device of a run, and its micro-batches.
+
+    Raises:
+        ConfigError: there is no such device, or what cannot fit.
+    """
+    device = choose_device(config)
+    fraction = services.gpu_fraction if services else 1.0
+    return device, plan_micro_batches(config, device, world_size=world_size, gpu_fraction=fraction)
 
 
 def answer_sampler(rollouts: RolloutBackend) -> AnswerSampler:

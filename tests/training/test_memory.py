@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from transformers import Qwen2Config
@@ -13,7 +14,7 @@ from transformers import Qwen2Config
 from ebft_study.config import build_run, nest
 from ebft_study.cost import ModelShape
 from ebft_study.errors import ConfigError
-from ebft_study.training import memory
+from ebft_study.training import loop, memory
 from ebft_study.training.loop import observe, start
 from ebft_study.training.memory import budgets, plan_micro_batches, shapes, total_memory
 from ebft_study.training.update import Run
@@ -117,6 +118,32 @@ def test_an_engine_that_leaves_nothing_is_refused(tmp_path: Path) -> None:
     settings = tiny_config(tmp_path, **{"rollout.backend": "vllm", "vllm.placement": "colocated"})
     with pytest.raises(ConfigError, match=r"gpu_memory_utilization=0\.3: a worker has 0\.25 of a GPU"):
         budgets(settings, "cuda", total_bytes=80e9, gpu_fraction=0.25)
+
+
+def test_too_little_free_memory_is_said_before_anything_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = tiny_config(tmp_path)
+    peak = plan_micro_batches(settings, CPU, world_size=1).peak_bytes
+    recorder = MemoryRecorder()
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=40 * 2**30, available=peak - 1))
+    monkeypatch.setattr(loop, "Run", lambda *_, **__: pytest.fail("out of memory"))
+    with pytest.raises(BaseException, match="out of memory"):
+        loop.train(settings, recorder=recorder, on_report=report_nothing)
+    ((kind, message),) = recorder.events
+    assert kind == "memory"
+    assert f"{peak - 1:.0f} bytes" in message
+    assert f"{peak:.0f}" in message
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=40 * 2**30, available=peak))
+    with pytest.raises(BaseException, match="out of memory"):
+        loop.train(settings, recorder=recorder, on_report=report_nothing)
+    assert len(recorder.events) == 1
+
+
+def test_free_memory_of_a_gpu_counts_what_this_process_holds_unused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"memory_reserved": 700, "memory_allocated": 200, "mem_get_info": (1000, 4000)}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda _, value=value: value)
+    assert memory.free_memory(torch.device("cuda")) == 1500
 
 
 def test_a_smaller_budget_cuts_the_step_and_changes_neither_tokens_nor_gradients(tmp_path: Path) -> None:

@@ -32,8 +32,9 @@ _MAY_GROW = "run.training.steps:"
 
 def run_single(run: RunConfig, source: StudySource, *, folder: Path, resume: bool, console: Console) -> RunResult:
     """Train `run` in this process. `resume`: from the newest checkpoint in `folder`, if there is any."""
+    from ebft_study.training.memory import shortage
     from ebft_study.training.prepare import prepare
-    from ebft_study.training.setup import choose_device
+    from ebft_study.training.setup import choose_device, planned
 
     folder = folder.resolve()
     run = _with_recorded_defaults(run, folder, source.name)
@@ -47,6 +48,8 @@ def run_single(run: RunConfig, source: StudySource, *, folder: Path, resume: boo
     past = history.read(folder, objective).states
     monitor = Monitor(results.StudyRecorder(folder, study=run.name), past, objective)
     monitor.display = Lines(console, COLUMNS)
+    if problem := shortage(*planned(run)):
+        console.print(f"note: {problem}", markup=False, highlight=False, soft_wrap=True)
     gpus = float(choose_device(run).type == "cuda")
     monitor.planned(Trial(TRIAL, Configuration("only", {}), run.seed, run, ResourcesSpec(gpus_per_worker=gpus)))
     monitor.started(TRIAL)
