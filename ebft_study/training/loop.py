@@ -111,6 +111,8 @@ def observe(run: Run, recorder: Recorder | None, on_report: Report) -> None:
         downstream.record(recorder, run.step, downstream.measure(run))
     if last or run.step % config.training.log_every_steps == 0:
         row |= validation.training_metrics(run)
+        if recorder and (problem := validation.vanishing_updates(run, row)):
+            recorder.event("vanishing", problem, step=run.step)
     if evaluate:
         heldout: Measured | None = None
         if method_begins:

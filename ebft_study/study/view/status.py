@@ -16,8 +16,8 @@ from ebft_study.study.spec import trials
 from ebft_study.study.view.display import Plan, print_plain, render
 
 _EVENTS = (
-    *("retry", "failed", "stopped", "refused", "resumed", "interrupted", "features", "cache", "memory", "promoted"),
-    EXPLOIT,
+    *("retry", "failed", "stopped", "refused", "resumed", "interrupted", "features", "cache", "promoted", EXPLOIT),
+    *("memory", "vanishing"),
 )
 _MOST_EVENTS = 12
 _MOST_TRIALS = 100
