@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ebft_study.training.update import Run
+from ebft_study.training.validation import vanishing_updates
 from ebft_study.training.vanishing import watch
 from tests.tiny_run import run_tiny, tiny_config
 
@@ -84,5 +85,9 @@ def test_a_warm_up_and_a_learning_rate_of_zero_are_no_reason_to_warn(tmp_path: P
     low = {"precision": "bfloat16", "weight_dtype": "bfloat16"}
     _, stopped = run_tiny(tiny_config(tmp_path, learning_rate=0.0, **low))
     assert stopped.curve(METRIC) == {}
-    _, warming = run_tiny(tiny_config(tmp_path, learning_rate=0.3, warmup_fraction=1.0, steps=2, **low))
-    assert "vanishing" not in dict(warming.events)
+    run, rate = Run(tiny_config(tmp_path, **low)), 1e-3
+    assert not vanishing_updates(run, {METRIC: 0.9, "learning_rate": 0.4 * rate})
+    assert not vanishing_updates(run, {METRIC: 0.4, "learning_rate": rate})
+    assert not vanishing_updates(run, {"learning_rate": rate})
+    assert "90 % of the weights" in vanishing_updates(run, {METRIC: 0.9, "learning_rate": 0.6 * rate})
+    assert not vanishing_updates(run, {METRIC: 0.9, "learning_rate": rate}), "once is enough"
