@@ -22,7 +22,7 @@ causal attention as a full square, blocks against the longest context of their c
 """
 
 from ebft_study.cost.flops import PhaseCost, StepCost, answers_flops, evaluation_flops, step_cost
-from ebft_study.cost.memory import Memory, largest_plan, memory, saved_bytes_per_token
+from ebft_study.cost.memory import Memory, embedded_bytes_per_token, largest_plan, memory, saved_bytes_per_token
 from ebft_study.cost.shapes import Limits, MicroBatchPlan, ModelShape, StepShape, keeps_graph
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "StepCost",
     "StepShape",
     "answers_flops",
+    "embedded_bytes_per_token",
     "evaluation_flops",
     "keeps_graph",
     "largest_plan",

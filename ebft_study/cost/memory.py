@@ -99,6 +99,13 @@ def saved_bytes_per_token(model: ModelShape, step: StepShape, *, blocks: bool) -
     return norms + attention + 4 * model.intermediate_size * width
 
 
+def embedded_bytes_per_token(network: ModelShape, depths: tuple[float, ...], *, compute_bytes: int) -> int:
+    """Bytes of a token of a sequence that a frozen network embeds: keys, values and states, and one layer that runs."""
+    kept = 2 * network.cut(depths).n_layers * network.kv_size * compute_bytes
+    states = FLOAT32_BYTES * network.hidden_size * len(depths)
+    return kept + states + 4 * FLOAT32_BYTES * network.hidden_size + 3 * compute_bytes * network.intermediate_size
+
+
 @dataclass(frozen=True)
 class _Phases:
     """Bytes in use during the phases of one micro-batch."""

@@ -47,19 +47,20 @@ def load_model(
     attention: Backend = "auto",
     n_tokens: int = 128,
     completion_length: int = 8,
+    tokenizer: PreTrainedTokenizerFast | None = None,
 ) -> LoadedModel:
     """A ladder model, hub model or local folder, with weights of type `dtype`, in evaluation mode, without dropout.
 
     Args:
         random_weights: keep the architecture but draw the weights anew from a fixed seed (an ablation of the paper).
         n_tokens, completion_length: the longest sequence and completion that it will see, for the check.
+        tokenizer: the model's, where it is loaded already.
 
     Raises:
         ModelError: nothing usable at `name`, or an architecture that block-parallel rollouts cannot run.
     """
-    source = source_of(name)
+    source, tokenizer = source_of(name), tokenizer or load_tokenizer(name, revision=revision)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
         if random_weights:
             config = AutoConfig.from_pretrained(source, revision=revision)
             with torch.random.fork_rng():
@@ -71,13 +72,26 @@ def load_model(
             )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(_explain(name, error)) from error
-    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
-        raise ModelError(f"model {name!r}: its tokenizer has neither a padding nor an end token. Add one and save it")
     model = _without_dropout(cast_weights(model, dtype)).to(device).eval()
     verify(model, name=name, n_tokens=n_tokens, completion_length=completion_length, backend=attention)
     return LoadedModel(
         model, tokenizer, name, fingerprint(model), sum(p.numel() for p in model.parameters()), str(Path(source).name)
     )
+
+
+def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedTokenizerFast:
+    """The tokenizer of what `load_model` would load; no weights are read.
+
+    Raises:
+        ModelError: nothing usable at `name`, or a tokenizer that marks no end.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(source_of(name), revision=revision)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(_explain(name, error)) from error
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
+        raise ModelError(f"model {name!r}: its tokenizer has neither a padding nor an end token. Add one and save it")
+    return tokenizer
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -143,8 +157,13 @@ def _architecture(model: nn.Module) -> dict[str, Any]:
     return {key: value for key, value in config.to_dict().items() if key not in ignored and not key.startswith("_")}
 
 
-def load_generator(config: RunConfig, *, device: torch.device | str = "cpu") -> LoadedModel:
+def load_generator(
+    config: RunConfig, *, device: torch.device | str = "cpu", tokenizer: PreTrainedTokenizerFast | None = None
+) -> LoadedModel:
     """The model that a run trains, with fresh adapters if it trains these; it computes the same as the base model.
+
+    Args:
+        tokenizer: the model's, where it is loaded already.
 
     Raises:
         ModelError: see `load_model`, or adapters for layers that the model does not have.
@@ -157,6 +176,7 @@ def load_generator(config: RunConfig, *, device: torch.device | str = "cpu") -> 
         attention=config.training.attention,
         n_tokens=config.data.sequence_length,
         completion_length=config.longest_completion,
+        tokenizer=tokenizer,
     )
     if config.lora.lora_rank > 0:
         dtype = getattr(torch, config.training.weight_dtype)

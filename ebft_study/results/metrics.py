@@ -155,6 +155,8 @@ METRICS: dict[str, Metric] = _by_name(
     Metric("fm_whitened", "", "whitened feature-matching objective with the sign of a loss", "min", "mean"),
     Metric("grad_norm", "", "global norm of the gradient before clipping", aggregation="mean"),
     Metric("learning_rate", "", "learning rate of this update"),
+    Metric("unchanged_weight_fraction", "", "weights with a gradient that a step leaves as they are: too few digits",
+           "min", "mean"),
     Metric("tokens_per_second", "tokens/s", "training tokens, prefix and sampled, per second", "max"),
     Metric("step_seconds", "s", "duration of the optimizer step", "min", "per_worker"),
     Metric("rollout_seconds", "s", "part of step_seconds spent sampling", "min", "per_worker"),

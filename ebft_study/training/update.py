@@ -22,6 +22,7 @@ from ebft_study.errors import ConfigError, NonFiniteError
 from ebft_study.methods import LossDenominators, Method, MetricAccumulator, Observations, SamplesAhead, off_policy
 from ebft_study.networks.loading import trained_parameters
 from ebft_study.rollouts import ROLLOUT_STREAM, anchors_of, answer_anchors
+from ebft_study.training import vanishing
 from ebft_study.training.distributed import full_tensor, sum_gradients, sum_over_workers, unsharded
 from ebft_study.training.setup import autocast, build_parts
 from ebft_study.training.spent import CostMeter, Spent
@@ -47,6 +48,7 @@ class Run:
         self.step, self.tokens_seen = 0, 0
         self.accumulator, self.accumulated_steps = MetricAccumulator(), 0
         self.latest = dict[str, float]()
+        self.has_warned = False
         self.spent = Spent()
         self.meter = CostMeter(config, self.parts.memory_plan, self.device, world_size=world_size)
         self.parameters = self.meter.parameters(self.model)
@@ -65,6 +67,12 @@ class Run:
     def metrics(self) -> dict[str, float]:
         """The latest metrics, with cost and size."""
         return {**self.latest, **self.spent.row(), **self.parameters}
+
+    @property
+    def is_logged(self) -> bool:
+        """Whether this update ends with a row of training metrics."""
+        step = self.step + 1
+        return step % self.config.training.log_every_steps == 0 or step == self.config.total_steps
 
     @property
     def samples(self) -> bool:
@@ -179,7 +187,10 @@ class Run:
         rate = learning_rate_at(config, self.peak_learning_rate, within, length)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        unchanged = vanishing.watch(parameters) if self.is_logged and rate > 0 else None
         self.optimizer.step()
+        if unchanged is not None:
+            self.accumulator.add(vanishing.METRIC, *unchanged())
         self.optimizer.zero_grad(set_to_none=True)
         self.average.update(self.model)
         if self.rank == 0:

@@ -31,6 +31,7 @@ from ebft_study.networks.loading import LoadedModel, fingerprint
 from ebft_study.results.metrics import QUANTITIES
 from ebft_study.rollouts import anchors_of, answer_anchors
 from ebft_study.rollouts.answers import InProcessAnswers
+from ebft_study.training import vanishing
 from ebft_study.training.distributed import is_sharded, max_over_workers, unsharded
 from ebft_study.training.update import Run
 
@@ -56,6 +57,15 @@ def training_metrics(run: Run) -> dict[str, float]:
     run.latest |= row
     run.accumulator, run.accumulated_steps = MetricAccumulator(), 0
     return row
+
+
+def vanishing_updates(run: Run, row: dict[str, float]) -> str:
+    """What to say, once, of a run most of whose updates vanish; '' otherwise, and while the learning rate is low."""
+    fraction, rate = row.get(vanishing.METRIC, 0.0), row["learning_rate"]
+    if run.has_warned or fraction <= vanishing.MOST or rate < run.peak_learning_rate / 2:
+        return ""
+    run.has_warned = True
+    return vanishing.warning(fraction, learning_rate=rate, weight_dtype=run.config.training.weight_dtype)
 
 
 def cost(run: Run) -> dict[str, float]:

@@ -53,7 +53,8 @@ def test_metrics_have_the_agreed_names() -> None:
     evaluation = "ce_loss ce_answer_loss perplexity cfm_loss judge_cfm_loss cfm_standard_error evaluation_seconds"
     training = (
         "loss policy_loss train_ce_loss kl reward alignment diversity advantage_std zero_variance_fraction "
-        "duplicate_rate policy_entropy train_cfm_loss fm_whitened grad_norm learning_rate tokens_per_second "
+        "duplicate_rate policy_entropy train_cfm_loss fm_whitened grad_norm learning_rate "
+        "unchanged_weight_fraction tokens_per_second "
         "step_seconds rollout_seconds feature_seconds scoring_seconds optimizer_seconds sync_seconds"
     )
     engine = (

@@ -43,6 +43,7 @@ class Pretended:
     """Stands in for `Services`."""
 
     engine: Engine
+    gpu_fraction: float = 1.0
 
     def rollouts(self, config: RunConfig, device: torch.device) -> RolloutBackend:
         return self.engine

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from transformers import Qwen2Config
@@ -12,8 +14,9 @@ from transformers import Qwen2Config
 from ebft_study.config import build_run, nest
 from ebft_study.cost import ModelShape
 from ebft_study.errors import ConfigError
+from ebft_study.training import loop, memory
 from ebft_study.training.loop import observe, start
-from ebft_study.training.memory import budgets, plan_micro_batches, shapes
+from ebft_study.training.memory import budgets, plan_micro_batches, shapes, total_memory
 from ebft_study.training.update import Run
 from tests.tiny_run import MemoryRecorder, report_nothing, tiny_config
 
@@ -65,11 +68,82 @@ def test_sizes_that_a_user_has_chosen_are_kept(tmp_path: Path) -> None:
     assert (plan.micro_batch_size, plan.anchors_at_once) == (3, 2)
 
 
-def test_a_cpu_aims_at_its_budget_and_may_use_the_whole_machine(tmp_path: Path) -> None:
-    aimed, most = budgets(tiny_config(tmp_path), CPU)
-    assert aimed <= 4 * 2**30
-    assert most > aimed
-    assert budgets(tiny_config(tmp_path, memory_budget_gib=0.5), CPU) == [2**29]
+def test_a_cpu_takes_no_more_than_is_needed_and_never_the_whole_machine(tmp_path: Path) -> None:
+    settings, gib = tiny_config(tmp_path), 2**30
+    assert budgets(settings, "cpu", total_bytes=40 * gib) == [4 * gib, 8 * gib, 16 * gib, 32 * gib, 36 * gib]
+    assert budgets(settings, "cpu", total_bytes=2 * gib) == [1.8 * gib]
+    assert budgets(tiny_config(tmp_path, memory_budget_gib=0.5), "cpu", total_bytes=40 * gib) == [2**29]
+
+
+def test_a_machine_has_no_more_memory_than_its_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_CONTAINER_LIMITS", (tmp_path / "none", tmp_path / "limit"))
+    without = total_memory(CPU)
+    (tmp_path / "limit").write_text("max\n")
+    assert total_memory(CPU) == without
+    (tmp_path / "limit").write_text(f"{5 * 2**29}\n")
+    assert total_memory(CPU) == min(without, 2 * 2**30)
+
+
+def test_cards_of_one_type_make_one_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = set()
+    for gib in (79.1, 79.65):
+        monkeypatch.setattr(
+            torch.cuda, "get_device_properties", lambda _, g=gib: SimpleNamespace(total_memory=g * 2**30)
+        )
+        found.add(total_memory(torch.device("cuda")))
+    assert found == {memory.LARGE_GPU_BYTES}
+
+
+@pytest.mark.parametrize(
+    ("gpu_fraction", "changes", "usable"),
+    [
+        (1.0, {}, 0.9),
+        (0.25, {}, 0.9 * 0.25),
+        (1.0, {"backend": "vllm", "placement": "colocated", "gpu_memory_utilization": 0.4}, 0.9 * 0.6),
+        (0.5, {"backend": "vllm", "placement": "colocated", "gpu_memory_utilization": 0.4}, 0.9 * 0.1),
+        (1.0, {"backend": "vllm", "placement": "own", "gpu_memory_utilization": 0.4}, 0.9),
+        (0.5, {"placement": "colocated", "gpu_memory_utilization": 0.4}, 0.9 * 0.5),
+    ],
+)
+def test_a_worker_has_what_others_on_its_gpu_leave(
+    tmp_path: Path, gpu_fraction: float, changes: dict[str, Any], usable: float
+) -> None:
+    keys = {"backend": "rollout.backend", "placement": "vllm.placement"}
+    settings = tiny_config(tmp_path, **{keys.get(key, key): value for key, value in changes.items()})
+    (budget,) = budgets(settings, "cuda", total_bytes=80e9, gpu_fraction=gpu_fraction)
+    assert budget == pytest.approx(usable * 80e9)
+
+
+def test_an_engine_that_leaves_nothing_is_refused(tmp_path: Path) -> None:
+    settings = tiny_config(tmp_path, **{"rollout.backend": "vllm", "vllm.placement": "colocated"})
+    with pytest.raises(ConfigError, match=r"gpu_memory_utilization=0\.3: a worker has 0\.25 of a GPU"):
+        budgets(settings, "cuda", total_bytes=80e9, gpu_fraction=0.25)
+
+
+def test_too_little_free_memory_is_said_before_anything_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = tiny_config(tmp_path)
+    peak = plan_micro_batches(settings, CPU, world_size=1).peak_bytes
+    recorder = MemoryRecorder()
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=40 * 2**30, available=peak - 1))
+    monkeypatch.setattr(loop, "Run", lambda *_, **__: pytest.fail("out of memory"))
+    with pytest.raises(BaseException, match="out of memory"):
+        loop.train(settings, recorder=recorder, on_report=report_nothing)
+    ((kind, message),) = recorder.events
+    assert kind == "memory"
+    assert f"{peak - 1:.0f} bytes" in message
+    assert f"{peak:.0f}" in message
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=40 * 2**30, available=peak))
+    with pytest.raises(BaseException, match="out of memory"):
+        loop.train(settings, recorder=recorder, on_report=report_nothing)
+    assert len(recorder.events) == 1
+
+
+def test_free_memory_of_a_gpu_counts_what_this_process_holds_unused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"memory_reserved": 700, "memory_allocated": 200, "mem_get_info": (1000, 4000)}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda _, value=value: value)
+    assert memory.free_memory(torch.device("cuda")) == 1500
 
 
 def test_a_smaller_budget_cuts_the_step_and_changes_neither_tokens_nor_gradients(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ebft_study import report, text
+from ebft_study.config import RunConfig
 from ebft_study.errors import ConfigError, EbftError, ResultsError, rule_broken
 from ebft_study.results import copies
 from ebft_study.storage import Location, StoragePath, absolute, storage_path
@@ -29,6 +30,7 @@ from ebft_study.study.resolving.resolved import ResolvedStudy
 from ebft_study.study.resolving.study_file import resolve, section_of, with_sections
 from ebft_study.study.search import journal
 from ebft_study.study.spec.study_spec import StudySpec
+from ebft_study.training import Workers
 
 INTERRUPTED = 130
 
@@ -220,8 +222,12 @@ def _prepare(study: ResolvedStudy, console: Console) -> dict[str, object]:
     """Load or build data and models once, before any process is started for a trial."""
     from ebft_study.training.prepare import prepare
 
+    def workers(run: RunConfig) -> Workers:
+        resources, is_here = study.spec.resources.for_run(run), not study.capacity.is_existing
+        return Workers(resources.device_of(run), resources.processes, resources.gpu_fraction, is_here)
+
     console.print("preparing data and models")
-    return dict(prepare(study.runs))
+    return dict(prepare(study.runs, workers=workers))
 
 
 def _report(folder: StoragePath, console: Console) -> Path | StoragePath | None:

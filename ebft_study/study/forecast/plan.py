@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import psutil
+import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -25,10 +25,9 @@ from ebft_study.study.forecast.trial_groups import TrialGroup, trial_groups
 from ebft_study.study.resolving.resolved import ResolvedStudy
 from ebft_study.study.spec import promotion
 from ebft_study.study.spec.study_spec import ResourcesSpec
-from ebft_study.training.memory import fit_memory
+from ebft_study.training.memory import LARGE_GPU_BYTES, USABLE, plan_for, total_memory
 
 _GIB = 2**30
-_GPU_MEMORY_GIB = 80.0  # of the larger ones, at least
 
 
 @dataclass(frozen=True)
@@ -92,31 +91,33 @@ def plan(study: ResolvedStudy, *, storage: Location, memory_gib: float | None = 
 
     Args:
         storage: the folder of earlier studies, whose trials show the throughput of this machine.
-        memory_gib: of one worker, where the study does not say; default: 80 on a GPU, else its part of this machine's.
+        memory_gib: of a GPU, or of the machine's memory for one worker; default: 79 ("80 GB") on a GPU, else what the
+            machine has, of which each concurrent worker must leave the others theirs.
     """
-    memory_gib = memory_gib or _default_memory_gib(study)
     prediction = predict(study, storage=storage)
     groups = [row.group for row in prediction.groups] if prediction else trial_groups(study)
-    planned = [PlannedGroup(group, *_memory(group, memory_gib)) for group in groups]
+    planned = [PlannedGroup(group, *_memory(study, group, memory_gib)) for group in groups]
     return StudyPlan(study, planned, prediction, detectable_differences(study, storage=storage))
 
 
-def _default_memory_gib(study: ResolvedStudy) -> float:
-    if study.spec.resources.gpus_per_worker:
-        return _GPU_MEMORY_GIB
-    total = float(psutil.virtual_memory().total) / _GIB
-    return total / (study.concurrency * study.spec.resources.processes)
-
-
-def _memory(group: TrialGroup, memory_gib: float) -> tuple[float, str]:
-    """GiB per worker at the peak, or NaN and why it does not fit."""
+def _memory(study: ResolvedStudy, group: TrialGroup, memory_gib: float | None) -> tuple[float, str]:
+    """GiB per worker at the peak, as its run will plan it, or NaN and why it does not fit."""
     run, resources = group.example.run, group.example.resources
-    budget = (run.training.memory_budget_gib or memory_gib) * _GIB
+    device, processes = resources.device_of(run), resources.processes
+    default = LARGE_GPU_BYTES if device == "cuda" else total_memory(torch.device("cpu"))
+    total = default if memory_gib is None else memory_gib * _GIB
     try:
-        fitted = fit_memory(run, resources.device_of(run), world_size=resources.processes, budget_bytes=budget)
+        planned = plan_for(run, device, total_bytes=total, world_size=processes, gpu_fraction=resources.gpu_fraction)
     except ConfigError as error:
         return math.nan, str(error)
-    return fitted.peak_bytes / _GIB, ""
+    workers = math.ceil(study.concurrency * processes / len(study.capacity.nodes))
+    needed = planned.peak_bytes / _GIB
+    if device == "cpu" and memory_gib is None and workers * planned.peak_bytes > USABLE * total:
+        return math.nan, (
+            f"memory={total / _GIB:.3g} GiB: {workers} workers at a time need {needed:.3g} GiB each. "
+            "Use a smaller budget.max_concurrent_trials or training.memory_budget_gib"
+        )
+    return needed, ""
 
 
 # --- for people ------------------------------------------------------------------------------------------------

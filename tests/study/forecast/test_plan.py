@@ -5,13 +5,16 @@ from __future__ import annotations
 import datetime
 import json
 import math
+import re
 import socket
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from ebft_study import config
@@ -24,7 +27,7 @@ from ebft_study.study.cluster.capacity import ClusterCapacity, Node
 from ebft_study.study.forecast import benchmarks, prediction, throughput
 from ebft_study.study.forecast import plan as planning
 from ebft_study.study.spec.study_spec import StudySpec
-from ebft_study.training.memory import fit_memory, shapes
+from ebft_study.training.memory import fit_memory, plan_micro_batches, shapes
 from tests.evaluation.downstream import files
 from tests.studies import resolved
 from tests.tiny_run import tiny_config, write_model
@@ -114,6 +117,47 @@ def test_the_judge_is_part_of_the_cost_of_evaluations_and_of_memory(
     assert more == pytest.approx(n_sequences * (cost.features.flops + sampling))
     memory, without = (fit_memory(r, "cpu", world_size=1, budget_bytes=2**32).peak_bytes for r in (judged, settings))
     assert memory - without == 4 * judge.body_parameters
+
+
+def test_a_plan_is_the_one_that_a_run_makes(
+    run: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On this CPU, on a GPU of "80 GB", on parts of it, and with a budget in the settings."""
+    card = SimpleNamespace(total_memory=79.3 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    axes = {"reward.alpha": [0.0]}
+    gpus = ClusterCapacity((Node(64, 8),))
+    cases: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        ({}, {}),
+        ({}, {"gpus_per_worker": 1}),
+        ({}, {"gpus_per_worker": 0.000012}),
+        ({"training": {"memory_budget_gib": 0.0009}}, {"gpus_per_worker": 1}),
+    ]
+    budgets = set()
+    for settings, resources in cases:
+        given = config.merge(run, {"training": {"device": "auto"}} | settings)
+        study = replace(resolved(spec(given, axes=axes, resources=resources)), capacity=gpus)
+        (row,) = planning.plan(study, storage=tmp_path).groups
+        device = torch.device("cuda" if resources else "cpu")
+        fraction = study.spec.resources.gpu_fraction
+        made = plan_micro_batches(row.group.example.run, device, world_size=1, gpu_fraction=fraction)
+        assert row.memory_gib == made.peak_bytes / 2**30, resources
+        budgets.add(made.budget_bytes)
+    assert len(budgets) == 4
+
+
+def test_workers_at_a_time_share_the_machine(
+    run: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = resolved(spec(run, axes={"reward.alpha": [0.0]}))
+    (row,) = planning.plan(study, storage=tmp_path).groups
+    monkeypatch.setattr(planning, "total_memory", lambda _: 1.5 * row.memory_gib * 2**30)
+    crowded = replace(study, capacity=ClusterCapacity((Node(2),)))
+    assert crowded.concurrency == 2
+    (refused,) = planning.plan(crowded, storage=tmp_path).groups
+    assert re.search(r"2 workers at a time need .* GiB each.*max_concurrent_trials", refused.problem)
+    apart = replace(study, capacity=ClusterCapacity((Node(1), Node(1))))
+    assert planning.plan(apart, storage=tmp_path).fits
 
 
 def finish(storage: Path, run: dict[str, Any], *, step_seconds: float, train: float, total: float, host: str) -> None:
