@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup study test check bench chaos mutants scale decisions architectures clean
+.PHONY: help setup study paper test check bench chaos mutants scale decisions architectures clean
 
 help: ## what can be made
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -27,6 +27,9 @@ setup: $(STAMP) ## install the package and its tools into .venv
 
 study: $(STAMP) ## the main job: a real EBFT study on this machine, with its report
 	$(BIN)/ebft-study study search_spaces/quickstart.yaml --profile cpu --resume
+
+paper: $(STAMP) ## the paper's Table 1 in miniature: three tasks, five methods, three seeds, with its report
+	$(BIN)/ebft-study study search_spaces/paper_table1.yaml --profile cpu --resume
 
 check: $(STAMP) ## linter, formatter and type checker
 	$(BIN)/ruff check .

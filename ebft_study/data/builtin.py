@@ -6,6 +6,7 @@
 
 Miniatures, which are the same on every machine, and split by meaning:
 
+`mini_pretraining`   text that half prepares for the tasks; `mini-1m` is pretrained on it.
 `mini_functions`     signature and docstring -> body, with hidden tests that judge any answer.
 `mini_unstructured`  files of such functions without prompts: raw code from which `mini_functions` can be learnt.
 `mini_translation`   sentences of a toy language with several right translations each.
@@ -24,7 +25,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ebft_study.data import mini_functions, mini_translation, mini_unstructured
+from ebft_study.data import mini_functions, mini_pretraining, mini_translation, mini_unstructured
 from ebft_study.data.cache import Facts, cached_examples
 from ebft_study.data.draws import MEANINGS_PERCENT
 from ebft_study.data.examples import SPLITS, Example, TextDataset, build_dataset, digest, split_of
@@ -148,6 +149,12 @@ SOURCES = {
         _functions,
         packages=FUNCTION_PACKAGES,
         has_answers=True,
+        slow=True,
+    ),
+    "mini_pretraining": Source(
+        "generated text that half prepares for the miniatures",
+        lambda: (mini_pretraining.read_examples(), {}),
+        split_by="document",
         slow=True,
     ),
     "mini_functions": Source(

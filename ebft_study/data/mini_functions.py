@@ -8,7 +8,7 @@ the chain with its constants; hidden tests tell it from the chains that leave an
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -166,7 +166,7 @@ def problems(split: str, count: int) -> Iterator[Problem]:
     draws = Draws("mini_functions", split)
     while len(seen) < count:
         kind, steps = _draw_chain(draws)
-        meaning = f"{kind}: " + ", ".join(operation.wordings[0].format(k=k) for operation, k in steps)
+        meaning = _meaning(kind, steps)
         values = (
             _distinguishing_values(kind, steps, meaning)
             if split_of(meaning, percent=MEANINGS_PERCENT) == split
@@ -179,19 +179,34 @@ def problems(split: str, count: int) -> Iterator[Problem]:
 
 def write(problem: Problem, draws: Draws) -> Function:
     """Say and write a problem: names, words and style are drawn."""
-    kind = KINDS[problem.kind]
-    argument = draws.pick(kind.arguments)
-    words = [draws.pick(operation.wordings).format(k=k) for operation, k in problem.steps]
+    return _write(problem.kind, problem.steps, draws)
+
+
+def write_plain(draws: Draws, lengths: Sequence[int]) -> Function:
+    """A chain of the training split, said in the first wording of each operation."""
+    while True:
+        kind, steps = _draw_chain(draws, lengths)
+        if split_of(_meaning(kind, steps), percent=MEANINGS_PERCENT) == "train":
+            return _write(kind, steps, draws, n_wordings=1)
+
+
+def _write(kind: str, steps: Steps, draws: Draws, n_wordings: int | None = None) -> Function:
+    argument = draws.pick(KINDS[kind].arguments)
+    words = [draws.pick(operation.wordings[:n_wordings]).format(k=k) for operation, k in steps]
     documentation = draws.pick(JOINTS).join(words) + "."
-    expressions = [draws.pick(operation.expressions).replace("{k}", str(k)) for operation, k in problem.steps]
+    expressions = [draws.pick(operation.expressions).replace("{k}", str(k)) for operation, k in steps]
     write_body = draws.pick((_one_expression, _statements, _statements))
     return Function(draws.pick(NAMES), argument, documentation, write_body(argument, expressions, draws))
 
 
-def _draw_chain(draws: Draws) -> tuple[str, Steps]:
+def _meaning(kind: str, steps: Steps) -> str:
+    return f"{kind}: " + ", ".join(operation.wordings[0].format(k=k) for operation, k in steps)
+
+
+def _draw_chain(draws: Draws, lengths: Sequence[int] = LENGTHS) -> tuple[str, Steps]:
     name = draws.pick(KINDS_DRAWN)
     kind = KINDS[name]
-    chain = draws.sample(kind.operations, draws.pick(LENGTHS))
+    chain = draws.sample(kind.operations, draws.pick(lengths))
     if kind.last and draws.chance(0.3):
         chain = [*chain[:2], draws.pick(kind.last)]
     return name, tuple((operation, draws.between(*operation.constants or (0, 0))) for operation in chain)

@@ -113,15 +113,26 @@ def _sentences(split: str, count: int) -> list[Sentence]:
     return list(sentences.values())
 
 
-def _draw_sentence(draws: Draws) -> Sentence:
+def draw_plain(draws: Draws) -> Sentence:
+    """A sentence of the training split, made of the first half of all words."""
+    while True:
+        sentence = _draw_sentence(draws, words=0.5)
+        if split_of(sentence.toy(), percent=MEANINGS_PERCENT) == "train":
+            return sentence
+
+
+def _draw_sentence(draws: Draws, words: float = 1.0) -> Sentence:
+    nouns, adjectives, verbs, adverbs = (
+        list(known)[: round(words * len(known))] for known in (NOUNS, ADJECTIVES, VERBS, ADVERBS)
+    )
     subject, target = (
         NounPhrase(
             noun,
-            adjective=draws.pick(list(ADJECTIVES)) if draws.chance(0.5) else None,
+            adjective=draws.pick(adjectives) if draws.chance(0.5) else None,
             is_plural=draws.chance(0.4),
             is_definite=draws.chance(0.6),
         )
-        for noun in draws.sample(list(NOUNS), 2)
+        for noun in draws.sample(nouns, 2)
     )
-    adverb = draws.pick(list(ADVERBS)) if draws.chance(0.6) else None
-    return Sentence(subject, target, draws.pick(list(VERBS)), draws.pick(("past", "future")), adverb)
+    adverb = draws.pick(adverbs) if draws.chance(0.6) else None
+    return Sentence(subject, target, draws.pick(verbs), draws.pick(("past", "future")), adverb)

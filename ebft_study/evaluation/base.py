@@ -50,8 +50,8 @@ def key(config: RunConfig, base: Any, evaluator: Evaluator, text: TextDataset, d
     return _hash(inputs)
 
 
-def benchmark_key(config: RunConfig, base: Any, benchmark: Benchmark, text: TextDataset, *, engine: str) -> str:
-    """Hash of everything that a model's scores on a benchmark depend on, and what it shares with the data.
+def benchmark_key(config: RunConfig, base: Any, benchmark: Benchmark, *, engine: str) -> str:
+    """Hash of everything that a model's scores on a benchmark depend on.
 
     Args:
         engine: what samples the answers (`RolloutBackend.engine`): its draws are not those of another one.
@@ -61,12 +61,16 @@ def benchmark_key(config: RunConfig, base: Any, benchmark: Benchmark, text: Text
         **_of_model(config, base),
         "benchmark": benchmark.fingerprint,
         "engine": engine,
-        "text": text.fingerprint,
         "seed": settings["evaluation_seed"],
         "evaluation": {k: settings[k] for k in settings if k.startswith("benchmark_") and k != "benchmark_every_steps"},
         "verifier": config.verifier.model_dump(include=VERIFIER_LIMITS),
     }
     return _hash(inputs)
+
+
+def overlap_key(benchmark: Benchmark, text: TextDataset) -> str:
+    """Hash of everything that the overlap of a benchmark with training data depends on."""
+    return _hash({"version": ebft_study.__version__, "benchmark": benchmark.fingerprint, "text": text.fingerprint})
 
 
 def _of_model(config: RunConfig, base: Any) -> dict[str, Any]:

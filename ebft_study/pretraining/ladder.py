@@ -1,4 +1,4 @@
-"""The ladder of tiny models: Qwen2 architecture, pretrained here on the standard library's source, cached per machine.
+"""The ladder of tiny models: Qwen2 architecture, pretrained here on text that every machine has, cached per machine.
 
 A laptop may have no model hub, so its base models are pretrained locally: real text, a real tokenizer, real
 pretraining, in minutes. A model's folder is named by the hash of its recipe and corpus; a change in either makes a new
@@ -39,7 +39,7 @@ RECORD = "pretraining.json"
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that determines a tiny model, but for its corpus."""
+    """Everything that determines a tiny model, but for the content of its corpus."""
 
     name: str
     hidden_size: int
@@ -57,6 +57,7 @@ class Recipe:
     initializer_range: float = 0.08
     seed: int = 0
     version: int = RECIPE_VERSION
+    corpus: str = "stdlib"
 
 
 LADDER = {
@@ -65,6 +66,16 @@ LADDER = {
         Recipe("tiny-1m", hidden_size=128, n_layers=4, n_heads=4, intermediate_size=384, steps=640),
         Recipe("tiny-4m", hidden_size=256, n_layers=5, n_heads=4, intermediate_size=704, steps=900),
         Recipe("tiny-16m", hidden_size=512, n_layers=5, n_heads=8, intermediate_size=1408, steps=1200),
+        Recipe(
+            "mini-1m",
+            hidden_size=128,
+            n_layers=4,
+            n_heads=4,
+            intermediate_size=384,
+            steps=1200,
+            vocabulary_size=512,
+            corpus="mini_pretraining",
+        ),
     )
 }
 
@@ -75,7 +86,7 @@ def ensure_tiny_model(name: str) -> Path:
     Safe for several processes: one trains, the others wait. An interrupted pretraining leaves nothing behind.
     """
     recipe = LADDER[name]
-    corpus = load_text(DataConfig(dataset="stdlib"))
+    corpus = load_text(DataConfig(dataset=recipe.corpus))
     folder = cache_folder() / "models" / f"{name}-{recipe_digest(recipe, corpus)}"
     if _is_current(folder):
         return folder
@@ -104,7 +115,8 @@ def _measure_baseline_again(recipe: Recipe, corpus: TextDataset, folder: Path) -
 
 def recipe_digest(recipe: Recipe, corpus: TextDataset) -> str:
     """Twelve hex digits that name recipe and corpus."""
-    content = json.dumps([asdict(recipe), corpus.fingerprint], sort_keys=True)
+    settings = {key: value for key, value in asdict(recipe).items() if key != "corpus"}  # it counts by its content
+    content = json.dumps([settings, corpus.fingerprint], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:12]
 
 

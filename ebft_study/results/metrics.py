@@ -46,6 +46,11 @@ VERIFIER = (
     *("dataset", "sequence_length", "max_answer_tokens", "overlong", "temperature"),
 )
 """Settings that change the rewards of a verifier."""
+BENCHMARK = (
+    *("benchmarks", "benchmark_problems", "benchmark_samples", "benchmark_temperature", "benchmark_max_tokens"),
+    "benchmark_protocol",
+)
+"""Settings that change the scores of a benchmark."""
 TEXT = ("dataset", "sequence_length", "packing")
 """Settings that change the tokens that cross-entropy is measured on."""
 
@@ -132,6 +137,10 @@ METRICS: dict[str, Metric] = _by_name(
         tables=_BOTH, is_objective=True, comparable_within=JUDGE,
     ),
     Metric("cfm_standard_error", "squared feature norm", "standard error of cfm_loss over contexts"),
+    Metric(
+        "benchmark_score", "", "of one sampled answer on the first benchmark: pass@1, or mean BLEU", "max",
+        is_objective=True, comparable_within=BENCHMARK,
+    ),
     Metric("evaluation_seconds", "s", "duration of the evaluation", "min"),
     # On training steps, on the training batch.
     Metric("loss", "", "differentiated: policy_loss + gamma * cross-entropy + kl_coefficient * kl (* G with sum)",

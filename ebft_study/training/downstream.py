@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -18,6 +19,8 @@ from ebft_study.rollouts.answers import AnswerSampler
 from ebft_study.training import Recorder
 from ebft_study.training.distributed import unsharded
 from ebft_study.training.update import Run
+
+SCORE = "benchmark_score"
 
 
 def is_due(run: Run) -> bool:
@@ -38,27 +41,48 @@ def measure_shared(run: Run, model: LoadedModel | None) -> Rows:
     """
     rows = _rows([])
     for benchmark in run.parts.benchmarks:
-        engine = run.parts.rollouts.engine
-        key = base.benchmark_key(run.config, model, benchmark, run.parts.text, engine=engine) if model else None
-        benchmark_rows = base.get_rows(key) if key and run.world_size == 1 else None
-        if benchmark_rows is None:
-            result = _measure(run, benchmark)
-            if run.step == 0:
-                result.measured["contaminated_fraction", None] = overlap(benchmark, run.parts.text)
-            benchmark_rows = _rows([result])
-            if key:
-                base.put_rows(key, benchmark_rows)
-        for table, of_table in benchmark_rows.items():
-            rows[table] += of_table
+        key = base.benchmark_key(run.config, model, benchmark, engine=run.parts.rollouts.engine) if model else None
+        parts = [_shared(run, key, functools.partial(_measure, run, benchmark))]
+        if run.step == 0:
+            key = base.overlap_key(benchmark, run.parts.text) if model else None
+            parts.append(_shared(run, key, functools.partial(_overlap, run, benchmark)))
+        for part in parts:
+            for table, of_table in part.items():
+                rows[table] += of_table
     return rows
 
 
-def record(recorder: Recorder | None, step: int, rows: Rows) -> None:
-    """Write rows, if there are any."""
+def _shared(run: Run, key: str | None, measure: Callable[[], Result]) -> Rows:
+    """Rows of what was measured before under this key; else of what is measured now, which the first worker stores."""
+    rows = base.get_rows(key) if key and run.world_size == 1 else None
+    if rows is None:
+        rows = _rows([measure()])
+        if key:
+            base.put_rows(key, rows)
+    return rows
+
+
+def _overlap(run: Run, benchmark: Benchmark) -> Result:
+    return Result(benchmark.name, {("contaminated_fraction", None): overlap(benchmark, run.parts.text)}, torch.zeros(3))
+
+
+def record(run: Run, recorder: Recorder | None, rows: Rows) -> dict[str, float]:
+    """Write rows, if there are any; returns what the row of metrics has of them, which is also what trials report."""
     if recorder and rows["evaluations"]:
-        recorder.evaluations(step, rows["evaluations"])
-        recorder.scores(step, rows["scores"])
-        recorder.samples(step, rows["samples"])
+        recorder.evaluations(run.step, rows["evaluations"])
+        recorder.scores(run.step, rows["scores"])
+        recorder.samples(run.step, rows["samples"])
+    row = _score(run, rows)
+    run.latest |= row
+    return row
+
+
+def _score(run: Run, rows: Rows) -> dict[str, float]:
+    first = run.parts.benchmarks[0].name if run.parts.benchmarks else None
+    for row in rows["evaluations"]:
+        if (row["benchmark"], row["position"]) == (first, 1) and row["metric"] in ("pass_at_k", "best_of_k_bleu"):
+            return {SCORE: row["value"]}
+    return {}
 
 
 def _rows(results: list[Result]) -> Rows:

@@ -3,6 +3,7 @@
     step 0: evaluate the base model
     warm_start_steps updates by SFT, then `steps` updates by the method (`update.Run.update`)
     every log_every_steps a row of metrics, every eval_every_steps validation, every checkpoint_every_steps a checkpoint
+    every benchmark_every_steps benchmarks
     at the end of the warm start, and at the end: held-out evaluation, benchmarks
 
 All noise is a function of (seed, step, row): a resumed run continues bit for bit. Another number of workers, other
@@ -89,7 +90,7 @@ def start(run: Run, recorder: Recorder | None, on_report: Report, start_from: Pa
             recorder.event("started", "; ".join([f"{run.config.method} on {run.config.model}", *run.parts.remarks]))
         shared = validation.shared_model(run)
         row, validated, heldout = validation.evaluate_shared(run, shared)
-        downstream.record(recorder, 0, downstream.measure_shared(run, shared))
+        row |= downstream.record(run, recorder, downstream.measure_shared(run, shared))
         row |= validation.cost(run)
         if recorder:
             recorder.metrics(0, row)
@@ -106,9 +107,11 @@ def observe(run: Run, recorder: Recorder | None, on_report: Report) -> None:
     row: dict[str, float] = {}
     shared = validation.shared_model(run) if method_begins else None
     if method_begins:
-        downstream.record(recorder, run.step, downstream.measure_shared(run, shared))
-    elif downstream.is_due(run) and not last:
-        downstream.record(recorder, run.step, downstream.measure(run))
+        row |= downstream.record(run, recorder, downstream.measure_shared(run, shared))
+    elif last or downstream.is_due(run):
+        row |= downstream.record(run, recorder, downstream.measure(run))
+    elif evaluate:
+        run.latest.pop(downstream.SCORE, None)
     if last or run.step % config.training.log_every_steps == 0:
         row |= validation.training_metrics(run)
         if recorder and (problem := validation.vanishing_updates(run, row)):
@@ -143,9 +146,8 @@ def observe(run: Run, recorder: Recorder | None, on_report: Report) -> None:
 
 
 def finish(run: Run, recorder: Recorder | None) -> None:
-    """Evaluate the final model on held-out data and benchmarks, unless it is the base model."""
+    """Evaluate the final model on held-out data, unless it is the base model."""
     if run.step > 0:
-        downstream.record(recorder, run.step, downstream.measure(run))
         _record_heldout(recorder, run.step, validation.measure_heldout(run))
         row = validation.cost(run)
         if recorder:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import collections
+import re
 import subprocess
 import sys
 
@@ -14,10 +15,11 @@ from ebft_study.data import SPLITS, load_text, mini_functions, mini_translation
 from ebft_study.data.draws import Draws
 from ebft_study.data.examples import split_of
 
-NAMES = ("mini_functions", "mini_unstructured", "mini_translation")
+NAMES = ("mini_functions", "mini_unstructured", "mini_translation", "mini_pretraining")
 FINGERPRINTS = {
     "mini_functions": "9e79b27717a3f026002a585bf994f4f02e56f7e3040d5edbaccd6f50c274bb1f",
     "mini_unstructured": "999c733bea98b84776a9bf6792a81673693f88d95fcfb926f493b4c8617c5391",
+    "mini_pretraining": "c8aa46ee10d9c5ddade421e43b49776915425faa139e9191f61c0999e3c1710a",
     "mini_translation": "7d0d1be0e7ea4107d852b64f83300a0e02e2b6ae7c5adb8a06cc601b7f4dc900",
 }
 """Written down once: the data are the same on every machine, and no change to them goes unnoticed."""
@@ -223,3 +225,45 @@ def test_the_toy_verb_is_last_and_every_word_is_translated(datasets):
         assert words[-1].endswith(("it", "ura"))
         assert example.answer.startswith(" ")
         assert (" did " in example.answer) == words[-1].endswith("it")
+
+
+# --- the text that mini-1m is pretrained on --------------------------------------------------------------------
+
+
+def without_constants(words):
+    return re.sub(r"\d+|{k}", "#", words)
+
+
+def described(answer):
+    """The kind and the operations of a function, read off its argument and its docstring."""
+    argument, docstring = re.fullmatch(r'def \w+\((\w+)\):\n    """(.*)\."""\n.*', answer, re.DOTALL).groups()
+    operations = re.split(r" and then |, then |, ", docstring)
+    kinds = [
+        name
+        for name, kind in mini_functions.KINDS.items()
+        if argument in kind.arguments
+        and {without_constants(words) for words in operations}
+        <= {without_constants(operation.wordings[0]) for operation in (*kind.operations, *kind.last)}
+    ]
+    assert len(kinds) == 1, answer
+    return f"{kinds[0]}: {', '.join(operations)}"
+
+
+def test_pretraining_text_has_first_wordings_and_no_problem_of_an_evaluation(datasets):
+    answers = [example.answer for example in everything(datasets["mini_pretraining"])]
+    functions = {described(answer) for answer in answers if answer.startswith("def ")}
+    evaluated = {meaning(e) for split in ("validation", "heldout") for e in datasets["mini_functions"].splits[split]}
+    trained = {meaning(example) for example in datasets["mini_functions"].splits["train"]}
+    assert not functions & evaluated
+    assert len(functions & trained) > 100
+
+
+def test_pretraining_text_has_half_of_the_words_and_no_sentence_of_an_evaluation(datasets):
+    answers = [example.answer for example in everything(datasets["mini_pretraining"])]
+    sentences = {answer.partition(" =")[0] for answer in answers if not answer.startswith("def ")}
+    assert 0.4 < len(sentences) / len(answers) < 0.6
+    evaluated = {e.origin for split in ("validation", "heldout") for e in datasets["mini_translation"].splits[split]}
+    assert not sentences & {origin.partition("::")[0] for origin in evaluated}
+    words = {word.removesuffix("n") for sentence in sentences for word in sentence.split()}
+    nouns = [noun.removesuffix("n") for noun in mini_translation.NOUNS]
+    assert [noun in words for noun in nouns] == [True] * 8 + [False] * 8

@@ -50,7 +50,10 @@ def test_every_column_is_described_and_every_file_carries_its_version(table: str
 
 
 def test_metrics_have_the_agreed_names() -> None:
-    evaluation = "ce_loss ce_answer_loss perplexity cfm_loss judge_cfm_loss cfm_standard_error evaluation_seconds"
+    evaluation = (
+        "ce_loss ce_answer_loss perplexity cfm_loss judge_cfm_loss cfm_standard_error benchmark_score "
+        "evaluation_seconds"
+    )
     training = (
         "loss policy_loss train_ce_loss kl reward alignment diversity advantage_std zero_variance_fraction "
         "duplicate_rate policy_entropy train_cfm_loss fm_whitened grad_norm learning_rate "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,19 @@ def test_benchmarks_are_evaluated_when_they_are_due(tmp_path: Path, changes: dic
     assert {row["benchmark"] for row in recorder.scored[max(steps)]} >= {"wmt22_de-en"}
 
 
+def test_trials_report_the_score_of_one_sample_where_it_was_measured(tmp_path: Path) -> None:
+    reports: list[dict[str, float]] = []
+    _, recorder = run_tiny(
+        config_of(tmp_path, warm_start_steps=2, steps=4, eval_every_steps=1, benchmark_every_steps=4),
+        on_report=lambda metrics, folder: reports.append(dict(metrics)),
+    )
+    expected = {step: row["best_of_k_bleu", 1] for step, row in scores(recorder).items() if row}
+    assert expected.keys() == {0, 2, 4, 6}
+    assert {step: row["benchmark_score"] for step, row in recorder.rows.items() if "benchmark_score" in row} == expected
+    reported = {int(report["step"]): report.get("benchmark_score") for report in reports}
+    assert reported == {step: expected.get(step) for step in range(7)}, "an old score is not reported again"
+
+
 def test_a_run_that_is_killed_in_an_evaluation_repeats_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_of(tmp_path, benchmark_every_steps=1, benchmark_temperature=1.0)
     _, whole = run_tiny(config, on_report=keep_checkpoints(tmp_path / "whole"))
@@ -112,7 +126,7 @@ def test_only_the_first_worker_stores_what_is_shared(tmp_path: Path, monkeypatch
     monkeypatch.setenv("EBFT_STUDY_CACHE", str(tmp_path / "cache"))
     run = Run(config_of(tmp_path))
     entries = tmp_path / "cache" / "base_evaluations"
-    for rank, stored in ((1, 0), (0, 2)):
+    for rank, stored in ((1, 0), (0, 3)):
         run.rank = rank
         model = validation.shared_model(run)
         validation.evaluate_shared(run, model)
@@ -122,7 +136,7 @@ def test_only_the_first_worker_stores_what_is_shared(tmp_path: Path, monkeypatch
 
 def key_of(config: RunConfig, engine: str = "") -> str:
     parts = build_parts(config)
-    return base.benchmark_key(config, parts.base, parts.benchmarks[0], parts.text, engine=engine)
+    return base.benchmark_key(config, parts.base, parts.benchmarks[0], engine=engine)
 
 
 def test_what_changes_the_scores_of_the_base_model_changes_their_key(tmp_path: Path) -> None:
@@ -135,18 +149,31 @@ def test_what_changes_the_scores_of_the_base_model_changes_their_key(tmp_path: P
         {"benchmark_problems": 1},
         {"benchmark_protocol": "authors"},
         {"evaluation_seed": 1},
-        {"max_examples": 20},
         {"precision": "bfloat16"},
         {"test_cpu_seconds": 9},
     ]
     keys = {key_of(config_of(tmp_path, **change)) for change in changes}
     keys |= {key_of(config_of(tmp_path), engine) for engine in ("vLLM 1", "vLLM 2")}
     assert len(keys | {same}) == 1 + len(changes) + 2
-    for change in ({"benchmark_every_steps": 2}, {"seed": 1}, {"steps": 9}, {"stride": 5}, {"cfm_samples": 5}):
+    for change in ({"benchmark_every_steps": 2}, {"seed": 1}, {"steps": 9}, {"max_examples": 20}, {"cfm_samples": 5}):
         assert key_of(config_of(tmp_path, **change)) == same, change
     (tmp_path / "test.de-en.en").write_text("Good day.\nThis is a small hut.\n")
     changed = tiny_config(tmp_path, benchmarks=[f"wmt22:{tmp_path / 'test.de-en'}.de"], **SHORT)
     assert key_of(changed) != same
+
+
+def test_the_base_model_is_measured_once_for_several_data_sets_and_each_is_compared_with_the_benchmark(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, first = run_tiny(config_of(tmp_path, steps=0))
+    monkeypatch.setattr(BenchmarkEvaluator, "measure", None)
+    problem = build_parts(config_of(tmp_path)).benchmarks[0].items[1].own_text[1]
+    data = tmp_path / "other.jsonl"
+    data.write_text("".join(json.dumps({"text": f"{problem} {k}"}) + "\n" for k in range(60)))
+    _, second = run_tiny(config_of(tmp_path, steps=0, dataset=str(data)))
+    one, other = scores(first)[0], scores(second)[0]
+    assert one.pop(("contaminated_fraction", None)) == 0.0 < other.pop(("contaminated_fraction", None))
+    assert one == other
 
 
 def test_benchmarks_do_not_change_the_key_of_the_other_evaluations(tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ MADE: Mapping[str, tuple[Kind, str]] = {
     "mini": ("code", "mini_functions"),
     "mini_translation": ("translation", "mini_translation"),
 }
-"""Benchmarks of this project -> the data set whose held-out split they are."""
+"""Benchmarks of this project -> the data set whose held-out split they are; `mini:validation` is the other one."""
 
 
 def load_benchmarks(
@@ -143,8 +143,8 @@ def _files(name: str) -> list[str]:
 def load_benchmark(name: str) -> Benchmark:
     """A benchmark by `name`, `name:path` or `name:hub`, with its configuration there: `wmt22:hub:cs-en`."""
     family, _, location = name.partition(":")
-    if family in MADE and not location:
-        return _made(family)
+    if family in MADE and location in ("", "validation"):
+        return _made(family, location or "heldout")
     if family not in FAMILIES:
         families = [*FAMILIES, *MADE]
         close = difflib.get_close_matches(family, families, n=1, cutoff=0.5)
@@ -183,10 +183,11 @@ def _packaged(spec: Family) -> Path | None:
     return path if path.exists() else None
 
 
-def _made(name: str) -> Benchmark:
+def _made(name: str, split: str) -> Benchmark:
     kind, dataset = MADE[name]
-    examples = load_text(DataConfig(dataset=dataset)).splits["heldout"]
+    examples = load_text(DataConfig(dataset=dataset)).splits[split]
     is_code = kind == "code"
     items = tuple((programs.made if is_code else translation.made)(example) for example in examples)
-    numbers, source = tuple(range(len(items))), f"held-out split of {dataset}"
-    return Benchmark(name, kind, items, numbers, source, parse_rule="auto" if is_code else "text")
+    full_name = name if split == "heldout" else f"{name}_{split}"
+    numbers, source = tuple(range(len(items))), f"split {split} of {dataset}"
+    return Benchmark(full_name, kind, items, numbers, source, parse_rule="auto" if is_code else "text")

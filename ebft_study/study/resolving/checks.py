@@ -232,6 +232,7 @@ def _trial_rules(spec: StudySpec, trial: Trial) -> Iterator[Broken]:
     if trial.configuration.baseline is None:
         for objective in spec.objective.all:
             yield from _reported_rules(objective.metric, run)
+        yield from _score_rules(spec, run)
 
 
 def _reported_rules(metric: str, run: RunConfig) -> Iterator[Broken]:
@@ -243,12 +244,24 @@ def _reported_rules(metric: str, run: RunConfig) -> Iterator[Broken]:
     if metric == "judge_cfm_loss" and run.evaluation.judge is None:
         rule = "no judge measures it"
         yield "objective.metric", metric, rule, "Name a network in evaluation.judge, or use metric: cfm_loss"
+    if metric == "benchmark_score" and not run.evaluation.benchmarks:
+        rule = "no benchmark measures it"
+        yield "objective.metric", metric, rule, "List one in evaluation.benchmarks, or use metric: ce_loss"
     if metric == "verifier_reward" and not run.samples_answers:
         rule = f"method={run.method} asks no verifier, so such a trial does not report it"
         yield "objective.metric", metric, rule, "Use method: rlvr, or metric: cfm_loss"
     if metric == "reward" and run.method != "ebft":
         rule = f"method={run.method} has no reward, so such a trial does not report it"
         yield "objective.metric", metric, rule, "Use metric: cfm_loss"
+
+
+def _score_rules(spec: StudySpec, run: RunConfig) -> Iterator[Broken]:
+    """What looks at the first objective while trials run has a value of it at each of their evaluations."""
+    evaluation, decides = run.evaluation, spec.scheduler.kind != "none" or spec.stopping.stagnation is not None
+    every = evaluation.eval_every_steps
+    if spec.objective.metric == "benchmark_score" and decides and evaluation.benchmark_every_steps != every:
+        rule = "schedulers and stopping rules need the objective at every evaluation"
+        yield "evaluation.benchmark_every_steps", evaluation.benchmark_every_steps, rule, f"Use {every}, or neither"
 
 
 # --- resources -------------------------------------------------------------------------------------------------

@@ -152,6 +152,9 @@ def test_our_own_benchmarks_are_held_out_splits(name: str, kind: str) -> None:
     assert limited.numbers[-1] == len(benchmark.items) - 1
     assert [benchmark.items[number] for number in limited.numbers] == list(limited.items)
     assert len({benchmark.fingerprint, limited.fingerprint, benchmark.limited(4).fingerprint}) == 3
+    validation = load_benchmark(f"{name}:validation")
+    assert (validation.name, validation.kind) == (f"{name}_validation", kind)
+    assert not {item.problem.prompt for item in validation.items} & {item.problem.prompt for item in benchmark.items}
 
 
 def test_a_folder_is_read_as_far_as_its_languages_can_be_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

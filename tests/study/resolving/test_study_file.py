@@ -111,6 +111,9 @@ def test_numbers_that_yaml_reads_as_text_are_numbers(tmp_path: Path) -> None:
     assert load_study(path).spec.axes["optimizer.learning_rate"].values == (1e-4, 1e-5)
 
 
+SCORE = {"metric": "benchmark_score", "mode": "max"}
+
+
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
@@ -188,6 +191,11 @@ def test_numbers_that_yaml_reads_as_text_are_numbers(tmp_path: Path) -> None:
             ["method=sft has no reward"],
         ),
         ({"objective": {"metric": "judge_cfm_loss"}}, ["no judge measures it", "evaluation.judge"]),
+        ({"objective": SCORE}, ["no benchmark measures it", "evaluation.benchmarks"]),
+        (
+            {"objective": SCORE, "run": {"steps": 20, "benchmarks": ["mini"]}, "stopping": {"stagnation": {}}},
+            ["benchmark_every_steps=None", "need the objective at every evaluation", "Use "],
+        ),
         ({"scheduler": {"kind": "asha", "grace_period_steps": 20}}, ["grace_period_steps=20", "only 20 steps"]),
         ({"scheduler": {"kind": "asha", "reduction_factor": 1}}, ["scheduler.reduction_factor=1"]),
         (
