@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from ebft_study.config import RunConfig
 from ebft_study.errors import ModelError
+
+if TYPE_CHECKING:
+    from ebft_study.config import RunConfig
 
 FLOAT32_BYTES = 4
 _INNER_SIZES = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,6 @@ from ebft_study.algorithm.anchors import (
     gather_rows,
 )
 from ebft_study.algorithm.features import Normalization, Pooling, feature_map, layer_indices
-from ebft_study.config import RunConfig
 from ebft_study.data import Batch
 from ebft_study.errors import ModelError
 from ebft_study.features import Features
@@ -35,6 +35,9 @@ from ebft_study.networks.blocks import (
 )
 from ebft_study.networks.loading import LoadedModel, frozen_copy, load_model
 from ebft_study.networks.lora import base_weights
+
+if TYPE_CHECKING:
+    from ebft_study.config import RunConfig
 
 TOKENS_PER_PASS = {"cpu": 2**10, "cuda": 2**17}
 """Completion tokens per pass; more are embedded in several passes, with the same result."""

@@ -15,6 +15,7 @@ for rounding.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,6 @@ from ebft_study.algorithm.anchors import Anchors
 from ebft_study.algorithm.losses import kl_loss, kl_penalty, policy_gradient_loss
 from ebft_study.algorithm.metrics import conditional_feature_matching, duplicate_fraction, whitened_feature_matching
 from ebft_study.algorithm.rewards import Rewards, feature_matching_rewards
-from ebft_study.config import RunConfig
 from ebft_study.cost import keeps_graph
 from ebft_study.data import Batch
 from ebft_study.features import FeatureBackend, Features
@@ -32,6 +32,9 @@ from ebft_study.methods import LossDenominators, MetricAccumulator, cross_entrop
 from ebft_study.methods.off_policy import OffPolicy
 from ebft_study.networks.blocks import Prefix, completion_log_probs, run_prefix
 from ebft_study.rollouts import RolloutBackend, Rollouts
+
+if TYPE_CHECKING:
+    from ebft_study.config import RunConfig
 
 
 class Ebft:

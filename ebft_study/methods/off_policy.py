@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ebft_study.algorithm.losses import importance_weights
-from ebft_study.config import RunConfig
 from ebft_study.errors import ParityError, ServiceError
 from ebft_study.methods import MetricAccumulator
 from ebft_study.rollouts import Rollouts
+
+if TYPE_CHECKING:
+    from ebft_study.config import RunConfig
 
 THRESHOLDS = {"float32": 1e-4, "bfloat16": 0.3}
 """Largest mean differences of log-probabilities that two implementations of the same weights may have: fifty times what

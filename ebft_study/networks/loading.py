@@ -7,19 +7,21 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from ebft_study.config import RunConfig
 from ebft_study.errors import ModelError
 from ebft_study.networks.blocks import ATTENTION, Backend
 from ebft_study.networks.lora import BaseModel, add_adapters
 from ebft_study.networks.verification import SUPPORTED, verify
 from ebft_study.pretraining.ladder import LADDER, architecture, ensure_tiny_model
+
+if TYPE_CHECKING:
+    from ebft_study.config import RunConfig
 
 transformers_logging.disable_progress_bar()
 ModuleT = TypeVar("ModuleT", bound=nn.Module)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from ebft_study.config import LoraConfig
 from ebft_study.errors import ModelError
+
+if TYPE_CHECKING:
+    from ebft_study.config import LoraConfig
 
 ALL = "all-linear"
 
