@@ -91,6 +91,11 @@ def step(
         Attention, typer.Option(help="The naive contender's: fused, or the published code's probability matrices.")
     ] = Settings.naive_attention,
     precision: Annotated[Precision, typer.Option(help="Of activations.")] = Settings.precision,
+    weight_dtype: Annotated[Precision, typer.Option(help="Of trained weights.")] = Settings.weight_dtype,
+    activation_checkpointing: Annotated[
+        bool, typer.Option("--activation-checkpointing", help="Keep the inputs of layers only.")
+    ] = Settings.activation_checkpointing,
+    lora_rank: Annotated[int, typer.Option(min=0, metavar="N", help="Rank of adapters; 0 trains all weights.")] = 0,
     json: Json = None,
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE.png", help="Also draw the step's phases and its scaling.")

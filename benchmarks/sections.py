@@ -20,7 +20,6 @@ from benchmarks.rows import Row, Titled, compared, failure, judged, measured
 from benchmarks.settings import PAPER, SMALL, Section, Settings, ladder
 from benchmarks.workload import compute_dtype, cost_of, model_config, prepare, setting_rows
 from ebft_study.algorithm.rewards import feature_matching_rewards
-from ebft_study.cost import StepShape
 from ebft_study.errors import EbftError
 
 EPOCH = 100_000
@@ -141,7 +140,7 @@ def _step_rows(name: str, ours: Ours, times: Mapping[str, list[float]], ceiling:
 
 def _phase_rows(name: str, ours: Ours, ceiling: float) -> Iterator[Row]:
     """Scoring is the forward pass of the sequences, and the backward pass of everything; the optimizer has no FLOPs."""
-    cost, shape = cost_of(ours.settings, counting="needed"), StepShape.from_config(ours.config)
+    cost, shape = cost_of(ours.settings, counting="needed"), ours.settings.shape
     phases = {
         "rollouts": ("rollout_seconds", cost.rollouts.token_forwards, cost.rollouts.flops),
         "features": ("feature_seconds", cost.features.token_forwards, cost.features.flops),

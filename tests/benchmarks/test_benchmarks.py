@@ -6,7 +6,7 @@ import functools
 import json
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from ebft_study import cli
 from ebft_study.algorithm.anchors import Anchors, find_anchors
 from ebft_study.algorithm.rewards import feature_matching_rewards
 from ebft_study.algorithm.whitening import whitened_products
-from ebft_study.cost import ModelShape
+from ebft_study.cost import ModelShape, StepShape
 from ebft_study.features import local
 from tests.benchmarks import assert_refused, run_command
 from tests.small_models import small_batch, small_model
@@ -97,8 +97,7 @@ def test_a_step_leaves_weights_as_they_were_and_no_gradients() -> None:
 
 
 def change(other: Naive, section: str, **values: Any) -> None:
-    changed = getattr(other.config, section).model_copy(update=values)
-    other.config = other.config.model_copy(update={section: changed})
+    other.config = replace(other.config, **{section: replace(getattr(other.config, section), **values)})
 
 
 @torch.no_grad()
@@ -198,20 +197,34 @@ def test_naive_rewards_are_those_of_the_paper() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "parameters"), [("7m", 7.1e6), ("50m", 51.7e6), ("1.5b", 1.54e9), ("7b", 7.62e9), ("tiny-4m", 4.2e6)]
+    ("name", "parameters"), [("7m", 7.1e6), ("50m", 51.7e6), ("1.5b", 1.54e9), ("3b", 3.09e9), ("7b", 7.62e9), ("tiny-4m", 4.2e6)]
 )
 def test_models_have_the_size_of_their_names(name: str, parameters: float) -> None:
     assert ModelShape.from_config(workload.model_config(name)).n_parameters == pytest.approx(parameters, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [TINY, PAPER, replace(PAPER, lora_rank=16), replace(PAPER, weight_dtype="bfloat16", activation_checkpointing=True)],
+)
+def test_what_a_step_reads_is_that_of_a_run(settings: Settings) -> None:
+    """The benchmark's plain settings take no value for granted that the run's sections have, too."""
+    run = settings.run()
+    for section, values in asdict(settings.config).items():
+        assert {name: getattr(getattr(run, section), name) for name in values} == values
+    assert settings.shape == StepShape.from_config(run)
 
 
 def test_options_are_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen: list[Settings] = []
     monkeypatch.setattr(sections, "run", lambda settings, _: chosen.append(settings) or [])
     arguments = "--device cuda --model 1.5b --sequence-length 1024 --batch-size 16 --precision bfloat16 --threads 3"
-    for words in ("", arguments, "--sequence-length 64 128 --threads 1"):
+    adapters = "--lora-rank 16 --weight-dtype bfloat16 --activation-checkpointing"
+    for words in ("", arguments, "--sequence-length 64 128 --threads 1", adapters):
         assert run_command(words).exit_code == 0
     several = replace(Settings(), sequence_lengths=(64, 128), threads=1)
-    assert chosen == [Settings(), replace(PAPER, threads=3), several]
+    adapted = replace(Settings(), lora_rank=16, weight_dtype="bfloat16", activation_checkpointing=True)
+    assert chosen == [Settings(), replace(PAPER, threads=3), several, adapted]
     assert set(MODELS).isdisjoint(ladder())
 
 
