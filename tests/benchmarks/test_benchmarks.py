@@ -197,7 +197,8 @@ def test_naive_rewards_are_those_of_the_paper() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "parameters"), [("7m", 7.1e6), ("50m", 51.7e6), ("1.5b", 1.54e9), ("3b", 3.09e9), ("7b", 7.62e9), ("tiny-4m", 4.2e6)]
+    ("name", "parameters"),
+    [("7m", 7.1e6), ("50m", 51.7e6), ("1.5b", 1.54e9), ("3b", 3.09e9), ("7b", 7.62e9), ("tiny-4m", 4.2e6)],
 )
 def test_models_have_the_size_of_their_names(name: str, parameters: float) -> None:
     assert ModelShape.from_config(workload.model_config(name)).n_parameters == pytest.approx(parameters, rel=0.05)
