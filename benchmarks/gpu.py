@@ -3,8 +3,9 @@
     python -m benchmarks.gpu [--out bench] [--only step kernels]     with a GPU
     python -m benchmarks.gpu --tiny                                  the same parts, tiny, on a CPU
 
-Needs torch, transformers, peft, pytest and psutil, and no other package of the project. Every part (`gpu_parts.py`) runs
-in a process of its own with a time limit: whatever fails, hangs or runs out of memory leaves the others alone.
+Needs torch, transformers, peft, pytest, psutil, pyarrow and PyYAML, and no other package of the project. Every part
+(`gpu_parts.py`) runs in a process of its own with a time limit: whatever fails, hangs or runs out of memory leaves the
+others alone.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import platform
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -29,11 +31,12 @@ import torch
 import transformers
 
 from benchmarks.gpu_page import one_line, page
-from benchmarks.gpu_parts import PARTS, ROOT, TINY, Facts, Sizes
+from benchmarks.gpu_parts import FULL, PARTS, ROOT, TINY, Facts, Sizes
 from ebft_study.errors import EbftError
 
 LIMIT_SECONDS = 560
 """Of the whole check."""
+UNFINISHED = "unfinished"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.tiny and not torch.cuda.is_available():
         print("error: gpu: this machine has no usable GPU. Use --tiny to run the check's parts on the CPU")
         return 2
-    sizes = TINY if options.tiny else Sizes()
+    sizes = TINY if options.tiny else FULL
     if options.child:
         (name,) = options.only
         measure(name, sizes, keep=lambda record: options.child.write_text(json.dumps(record)))
@@ -72,7 +75,8 @@ def check(names: Sequence[str], sizes: Sizes, out: Path, run: Callable[[str, Siz
         (out / "gpu.json").write_text(json.dumps(result, indent=1) + "\n")
         (out / "gpu.txt").write_text(page(result))
     print(page(result), flush=True)
-    return int(any(r["state"] in ("failed", "out of time") or r["facts"].get("wrong") for r in records.values()))
+    failed = (r["state"] == "failed" or r["facts"].get("wrong") for r in records.values())
+    return int(any(failed))
 
 
 def _say(started: float, text: str) -> None:
@@ -81,7 +85,7 @@ def _say(started: float, text: str) -> None:
 
 def measure(name: str, sizes: Sizes, keep: Callable[[Facts], object]) -> Facts:
     """Measure a part and `keep` its record whenever there are new facts."""
-    record: Facts = {"state": "out of time", "why": "", "facts": {}}  # unless it comes to an end
+    record: Facts = {"state": UNFINISHED, "why": "", "facts": {}}
     keep(record)
     try:
         for facts in PARTS[name].measure(sizes):
@@ -105,26 +109,24 @@ def _here(name: str, sizes: Sizes, _limit: float) -> Facts:
 
 def isolated(name: str, _sizes: Sizes, limit: float, command: Sequence[str] = ()) -> Facts:
     """A part's record from a process group of its own, which is ended after `limit` seconds."""
-    import tempfile
-
+    program = command or (sys.executable, "-m", "benchmarks.gpu", "--only", name, "--child")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "record.json"
-        program = command or (sys.executable, "-m", "benchmarks.gpu", "--only", name, "--child")
-        process = subprocess.Popen([*program, str(file)], cwd=ROOT, start_new_session=True)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(limit)
-        with contextlib.suppress(ProcessLookupError):  # compilers that it has started, too
-            os.killpg(process.pid, signal.SIGKILL)
-        code = process.wait()
+        process = subprocess.Popen([*program, str(file)], cwd=ROOT, process_group=0)
+        why = f"more than {limit:.0f} s"
+        try:
+            why = f"its process ended with {process.wait(limit)}"
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # compilers that it has started, too
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
         try:
             record: Facts = json.loads(file.read_text())
         except (OSError, ValueError):
-            record = {"state": "failed", "facts": {}, "why": f"its process ended with {code}"}
-    if record["state"] == "out of time":
-        on_time = code not in (-signal.SIGKILL, 0)
-        record["state"] = "failed" if on_time else record["state"]
-        record["why"] = f"its process ended with {code}" if on_time else f"more than {limit:.0f} s"
-    return record
+            record = {"state": UNFINISHED, "facts": {}}
+    return {**record, "state": "failed", "why": why} if record["state"] == UNFINISHED else record
 
 
 def machine() -> Mapping[str, Any]:

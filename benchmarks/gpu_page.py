@@ -67,13 +67,10 @@ def _step(facts: Mapping[str, Any]) -> Iterator[str]:
     yield f"  {'':10}{'seconds':>9}{'utilisation':>13}{'GiB':>8}{'predicted':>11}{'ratio':>7}"
     for phase in (*PHASES, "all"):
         time, memory = ("step", "peak") if phase == "all" else (phase, phase)
-        bytes_there, bytes_planned = measured.get(memory), predicted[memory]
-        ratio = None if bytes_there is None else bytes_there / bytes_planned
-        yield (
-            f"  {phase:10}{_cell(taken.get(time), 9)}{_cell(used.get(time), 13)}"
-            f"{_cell(None if bytes_there is None else bytes_there / 2**30, 8)}{_cell(bytes_planned / 2**30, 11)}"
-            f"{_cell(ratio, 7)}"
-        )
+        gib, planned = (numbers[memory] / 2**30 if memory in numbers else None for numbers in (measured, predicted))
+        ratio = gib / planned if gib and planned else None
+        cells = ((taken.get(time), 9), (used.get(time), 13), (gib, 8), (planned, 11), (ratio, 7))
+        yield f"  {phase:10}" + "".join(_cell(value, width) for value, width in cells)
     if taken:
         hours = taken["step"] * 100_000 / settings["batch_size"] / 3600
         yield f"  {hours:.3g} h an epoch of 100k sequences; first step {facts['first_step_seconds']:.3g} s"
@@ -90,10 +87,11 @@ def _published(facts: Mapping[str, Any], ours: Mapping[str, Any]) -> Iterator[st
 
 
 def _kernels(facts: Mapping[str, Any]) -> Iterator[str]:
-    yield f"  {facts['sequences']} sequences, {facts['parts']} of {facts['parts_of_a_step']} parts: {facts['seconds']:.3g} s"
+    of_step = f"a step has {facts['parts_of_a_step']} parts of this size"
+    yield f"  {facts['sequences']} sequences as one part: {facts['seconds']:.3g} s; {of_step}"
     if "phases" not in facts:
         return
-    yield f"  {facts['kernels']:,} kernels, {facts['device_seconds']:.3g} s of them (without the profiler, see above)"
+    yield f"  {facts['kernels']:,} kernels, which take {facts['device_seconds']:.3g} s; by phase:"
     for phase, counts in facts["phases"].items():
         others = ", ".join(f"{counts[k]:,} {k}" for k in ("launches", "copies", "synchronisations") if k in counts)
         busy = counts.get("device_nanoseconds", 0) / 1e9

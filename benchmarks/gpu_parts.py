@@ -5,7 +5,7 @@ architectures   some of `tests/architectures.py`: block passes on the GPU agains
 step            our step at the paper's setting: seconds and memory by phase, against the cost model
 checkpointed    the same with activation checkpointing
 published       the published way of computing it, some sequences of the same batch
-kernels         kernels of one micro-batch, by phase, and those with the most time
+kernels         kernels of one part of it, by phase, and those with the most time
 lora_3b, lora_7b  a step with adapters
 """
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 import multiprocessing
 import statistics
 import subprocess
@@ -28,13 +29,13 @@ from typing import Any
 from xml.etree import ElementTree
 
 import torch
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.contenders import Naive, Networks, Ours
 from benchmarks.measure import matmul_ceiling, seconds
 from benchmarks.settings import PAPER, Settings
-from benchmarks.workload import compute_dtype, cost_of, memory_of, random_inputs
+from benchmarks.workload import compute_dtype, cost_of, memory_of, micro_batch_plan, random_inputs
+from ebft_study.cost import MicroBatchPlan
 from ebft_study.methods import MetricAccumulator
 
 Facts = dict[str, Any]
@@ -52,29 +53,49 @@ LONGEST_KERNELS = 20
 class Sizes:
     """What is measured, and how often."""
 
-    step: Settings = PAPER
-    lora_3b: Settings = replace(PAPER, model="3b", lora_rank=16, activation_checkpointing=True)
-    lora_7b: Settings = replace(PAPER, model="7b", lora_rank=16, activation_checkpointing=True)
-    published_sequences: int = 2
-    repeats: int = 3
-    architectures: tuple[str, ...] = ("qwen2", "llama", "qwen3", "mistral", "gemma2")
-    jobs: int = 5
+    step: Settings
+    lora_3b: Settings
+    lora_7b: Settings
+    published_sequences: int
+    repeats: int
+    architectures: tuple[str, ...]
+    jobs: int
     """Architectures, and tests, at a time: most of their time is the compiler's."""
     ceiling_size: int | None = None
 
 
+_LORA = replace(PAPER, lora_rank=16, activation_checkpointing=True)
+FULL = Sizes(
+    step=PAPER,
+    lora_3b=replace(_LORA, model="3b"),
+    lora_7b=replace(_LORA, model="7b"),
+    published_sequences=2,
+    repeats=3,
+    architectures=("qwen2", "llama", "qwen3", "mistral", "gemma2"),
+    jobs=5,
+)
+
 _TINY_STEP = Settings(
     model="tiny-1m",
-    sequence_lengths=(32,),
+    sequence_lengths=(16,),
     n_samples=2,
     completion_length=4,
     stride=4,
     batch_size=2,
     precision="bfloat16",
-    anchors_at_once=3,
+    anchors_at_once=2,
 )
 _TINY_LORA = replace(_TINY_STEP, lora_rank=2, activation_checkpointing=True)
-TINY = Sizes(_TINY_STEP, _TINY_LORA, _TINY_LORA, 1, 1, ("qwen2",), 1, ceiling_size=128)
+TINY = Sizes(
+    step=_TINY_STEP,
+    lora_3b=_TINY_LORA,
+    lora_7b=_TINY_LORA,
+    published_sequences=1,
+    repeats=1,
+    architectures=("qwen2",),
+    jobs=1,
+    ceiling_size=128,
+)
 """The same on a CPU, in seconds: it shows that the check runs, and nothing about speed."""
 
 
@@ -148,8 +169,8 @@ class PhasePeaks(MetricAccumulator):
             self.peaks[name] = max(self.peaks.get(name, 0), torch.cuda.max_memory_allocated(device))
 
 
-def measured_step(settings: Settings, sizes: Sizes) -> Iterator[Facts]:
-    """Predictions first, then a first step, memory by phase, and seconds by phase; see `Row`s of `sections.step`.
+def measured_step(settings: Settings, sizes: Sizes, *, repeats: int) -> Iterator[Facts]:
+    """Predictions first, then a first step, memory by phase, and seconds by phase.
 
     Raises:
         ConfigError: by the cost model no micro-batch plan fits.
@@ -163,16 +184,17 @@ def measured_step(settings: Settings, sizes: Sizes) -> Iterator[Facts]:
         "predicted_bytes": {**memory.phases_bytes, "peak": memory.peak_bytes},
     }
     ours = Ours(settings, Networks.from_settings(settings))
-    yield {"plan": asdict(ours.plan), "parts": n_parts(ours)}
+    yield {"plan": asdict(ours.plan), "parts": n_parts(settings, ours.plan)}
     # The first step compiles kernels and makes the optimizer's states.
     yield {"first_step_seconds": seconds(ours.step, settings.device)}
     peaks = PhasePeaks()
     ours.step(peaks)
-    measured = {phase: peaks.peaks.get(metric) for phase, metric in PHASES.items()}
-    known = [number for number in measured.values() if number is not None]
-    yield {"measured_bytes": {**measured, "peak": max(known, default=None)}}
+    measured = {phase: peaks.peaks.get(metric, 0) for phase, metric in PHASES.items()}
+    if peaks.peaks:
+        reserved = torch.cuda.max_memory_reserved(settings.device)
+        yield {"measured_bytes": {**measured, "peak": max(peaks.peaks.values()), "reserved": reserved}}
     before, times = len(ours.accumulators), list[float]()
-    for _ in range(sizes.repeats):
+    for _ in range(repeats):
         times.append(seconds(ours.step, settings.device))
         spent = ours.accumulators[before:]
         phases = {phase: statistics.median(a.of(metric).total for a in spent) for phase, metric in PHASES.items()}
@@ -187,26 +209,26 @@ def measured_step(settings: Settings, sizes: Sizes) -> Iterator[Facts]:
         }
 
 
-def n_parts(ours: Ours) -> int:
+def n_parts(settings: Settings, plan: MicroBatchPlan) -> int:
     """Passes over blocks in a step: micro-batches times parts of their anchors."""
-    anchors = len(ours.settings.shape.anchors)
-    return -(-ours.settings.batch_size // ours.plan.micro_batch_size) * -(-anchors // ours.plan.anchors_at_once)
+    micro_batches = math.ceil(settings.batch_size / plan.micro_batch_size)
+    return micro_batches * math.ceil(len(settings.shape.anchors) / plan.anchors_at_once)
 
 
 def step(sizes: Sizes) -> Iterator[Facts]:
-    return measured_step(sizes.step, sizes)
+    return measured_step(sizes.step, sizes, repeats=sizes.repeats)
 
 
 def checkpointed(sizes: Sizes) -> Iterator[Facts]:
-    return measured_step(replace(sizes.step, activation_checkpointing=True), sizes)
+    return measured_step(replace(sizes.step, activation_checkpointing=True), sizes, repeats=sizes.repeats)
 
 
 def lora_3b(sizes: Sizes) -> Iterator[Facts]:
-    return measured_step(sizes.lora_3b, sizes)
+    return measured_step(sizes.lora_3b, sizes, repeats=1)
 
 
 def lora_7b(sizes: Sizes) -> Iterator[Facts]:
-    return measured_step(sizes.lora_7b, sizes)
+    return measured_step(sizes.lora_7b, sizes, repeats=1)
 
 
 def published(sizes: Sizes) -> Iterator[Facts]:
@@ -243,8 +265,8 @@ class PhaseKernels(MetricAccumulator):
             yield
         counts = self.counts.setdefault(name, Counter())
         for event in profiler.profiler.kineto_results.events():  # type: ignore[union-attr]
-            kind, called = event.device_type(), event.name()
-            if kind == (DeviceType.CUDA if cuda else DeviceType.CPU):
+            called = event.name()
+            if event.device_type().name == ("CUDA" if cuda else "CPU"):
                 counts["copies" if called.startswith(("Memcpy", "Memset")) else "kernels"] += 1
                 counts["device_nanoseconds"] += event.duration_ns()
                 self.nanoseconds[called] += event.duration_ns()
@@ -256,14 +278,17 @@ class PhaseKernels(MetricAccumulator):
 
 
 def kernels(sizes: Sizes) -> Iterator[Facts]:
-    """Kernels of a step with one micro-batch, in the plan of the whole step; on a CPU, operations."""
-    whole = Ours(sizes.step, Networks.from_settings(sizes.step))
-    size, at_once = whole.plan.micro_batch_size, whole.plan.anchors_at_once
-    settings = replace(sizes.step, batch_size=size, micro_batch_size=size, anchors_at_once=at_once)
-    ours, observed = Ours(settings, whole.networks), PhaseKernels()
+    """Kernels of one part with about as many blocks as a part of the step has; on a CPU, operations.
+
+    Fewer sequences with all their anchors launch as many kernels as more sequences with some.
+    """
+    plan, n_anchors = micro_batch_plan(sizes.step), len(sizes.step.shape.anchors)
+    size = max(1, plan.micro_batch_size * plan.anchors_at_once // n_anchors)
+    settings = replace(sizes.step, batch_size=size, micro_batch_size=size, anchors_at_once=n_anchors)
+    ours, observed = Ours(settings, Networks.from_settings(settings)), PhaseKernels()
     ours.step()
     taken = seconds(ours.step, settings.device)
-    yield {"sequences": size, "parts": n_parts(ours), "parts_of_a_step": n_parts(whole), "seconds": taken}
+    yield {"sequences": size, "parts_of_a_step": n_parts(sizes.step, plan), "seconds": taken}
     ours.step(observed)
     phases = {phase: dict(observed.counts.get(metric, {})) for phase, metric in PHASES.items()}
     longest = [
@@ -289,7 +314,7 @@ PARTS = {
     "checkpointed": Part(checkpointed, 75),
     "published": Part(published, 75),
     "kernels": Part(kernels, 60),
-    "lora_7b": Part(lora_7b, 75),
+    "lora_7b": Part(lora_7b, 100),
     "lora_3b": Part(lora_3b, 60),
     "architectures": Part(architectures, 120),
 }

@@ -70,8 +70,8 @@ def ladder() -> dict[str, dict[str, Any]]:
     }
 
 
-# The settings of a run that a step reads, under their names there. They need no pydantic, so that a step can be measured
-# on a machine without it; a test compares them with the run of the same benchmark.
+# The settings of a run that a step reads, under their names there. They need no pydantic, so that a step can be
+# measured on a machine without it; a test compares them with the run of the same benchmark.
 
 
 @dataclass(frozen=True)
