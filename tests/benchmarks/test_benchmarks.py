@@ -216,6 +216,21 @@ def test_what_a_step_reads_is_that_of_a_run(settings: Settings) -> None:
     assert settings.shape == StepShape.from_config(run)
 
 
+def test_the_measured_model_is_the_one_that_is_planned() -> None:
+    settings = replace(TINY, precision="bfloat16", lora_rank=2, activation_checkpointing=True)
+    networks = Networks.from_settings(settings)
+    assert networks.generator.is_gradient_checkpointing
+    assert {p.dtype for p in networks.parameters} == {torch.float32}
+    assert {p.dtype for p in networks.generator.parameters() if not p.requires_grad} == {torch.bfloat16}
+    assert networks.features.network is networks.generator
+    # Two moments of four bytes for every trained weight.
+    assert workload.memory_of(settings).optimizer_bytes == 8 * sum(p.numel() for p in networks.parameters)
+    everything = Networks.from_settings(replace(TINY, weight_dtype="bfloat16"))
+    assert {p.dtype for p in everything.parameters} == {torch.bfloat16}
+    assert len(everything.parameters) == len(list(everything.generator.parameters()))
+    assert not everything.generator.is_gradient_checkpointing
+
+
 def test_options_are_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen: list[Settings] = []
     monkeypatch.setattr(sections, "run", lambda settings, _: chosen.append(settings) or [])

@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import gpu, gpu_page, gpu_parts
 from benchmarks.contenders import Networks, Ours
-from benchmarks.gpu_parts import PARTS, TINY, Part, PhaseKernels, n_parts
+from benchmarks.gpu_parts import PARTS, TINY, Part, PhaseKernels, PhasePeaks, n_parts
 from ebft_study.cost import MicroBatchPlan
 from ebft_study.errors import ConfigError
 
@@ -173,6 +173,19 @@ def test_the_phases_of_a_step_have_all_its_operations() -> None:
         assert observed.calls[name] == whole.count(name) > 0
     assert sum(counts["kernels"] for counts in observed.counts.values()) == sum(observed.calls.values())
     assert set(observed.counts) == set(gpu_parts.PHASES.values())
+
+
+def test_the_peak_of_a_phase_is_that_of_all_its_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    readings, resets = iter([5, 9, 7, 3]), []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _device: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", resets.append)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _device: next(readings))
+    peaks, device = PhasePeaks(), torch.device("cuda")
+    for name in ("rollout_seconds", "scoring_seconds", "rollout_seconds", "scoring_seconds"):
+        with peaks.seconds(name, device):
+            pass
+    assert peaks.peaks == {"rollout_seconds": 7, "scoring_seconds": 9}
+    assert resets == [device] * 4
 
 
 def test_parts_are_counted_as_a_step_cuts_them() -> None:
