@@ -107,9 +107,10 @@ def _here(name: str, sizes: Sizes, _limit: float) -> Facts:
     return measure(name, sizes, keep=lambda _record: None)
 
 
-def isolated(name: str, _sizes: Sizes, limit: float, command: Sequence[str] = ()) -> Facts:
+def isolated(name: str, sizes: Sizes, limit: float, command: Sequence[str] = ()) -> Facts:
     """A part's record from a process group of its own, which is ended after `limit` seconds."""
-    program = command or (sys.executable, "-m", "benchmarks.gpu", "--only", name, "--child")
+    tiny = ("--tiny",) if sizes is TINY else ()
+    program = command or (sys.executable, "-m", "benchmarks.gpu", *tiny, "--only", name, "--child")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "record.json"
         process = subprocess.Popen([*program, str(file)], cwd=ROOT, process_group=0)

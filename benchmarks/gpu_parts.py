@@ -313,7 +313,7 @@ PARTS = {
     "step": Part(step, 120),
     "checkpointed": Part(checkpointed, 75),
     "published": Part(published, 75),
-    "kernels": Part(kernels, 60),
+    "kernels": Part(kernels, 90),
     "lora_7b": Part(lora_7b, 100),
     "lora_3b": Part(lora_3b, 60),
     "architectures": Part(architectures, 120),

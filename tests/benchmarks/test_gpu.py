@@ -119,6 +119,12 @@ def unfinished(known: int) -> str:
     return json.dumps({"state": gpu.UNFINISHED, "why": "", "facts": {"known": known}})
 
 
+def test_a_part_runs_in_a_process_of_its_own() -> None:
+    record = gpu.isolated("published", TINY, 600)
+    assert (record["state"], record["why"]) == ("done", "")
+    assert set(record["facts"]["seconds_per_sequence"]) == {"sdpa", "eager"}
+
+
 def test_a_process_that_ends_leaves_what_it_knew() -> None:
     script = f"import os, sys; open(sys.argv[1], 'w').write('{unfinished(3)}'); os.abort()"
     record = gpu.isolated("step", TINY, 100, [sys.executable, "-c", script])
