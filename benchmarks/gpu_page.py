@@ -41,7 +41,7 @@ def _lines(parts: Mapping[str, Any]) -> Iterator[str]:
                 yield f"  {model}: " + "; ".join(f"{dtype} {outcome}" for dtype, outcome in by_dtype.items())
         elif name == "published" and facts:
             yield from _published(facts, parts.get("step", {"facts": {}})["facts"])
-        elif name == "kernels" and facts:
+        elif name.startswith("kernels") and facts:
             yield from _kernels(facts)
         yield ""
 

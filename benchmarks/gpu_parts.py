@@ -1,12 +1,12 @@
 """What the check of a GPU measures: parts, each a generator of facts, so that what is known outlives what fails later.
 
-tests           `tests/gpu`: attention and a step on the GPU against the CPU
-architectures   some of `tests/architectures.py`: block passes on the GPU against plain ones on the CPU, in two types
-step            our step at the paper's setting: seconds and memory by phase, against the cost model
-checkpointed    the same with activation checkpointing
-published       the published way of computing it, some sequences of the same batch
-kernels         kernels of one part of it, by phase, and those with the most time
-lora_3b, lora_7b  a step with adapters
+tests             `tests/gpu`: attention and a step on the GPU against the CPU
+architectures     block passes on the GPU against plain ones on the CPU, in two types (`tests/architectures.py`)
+step              our step at the paper's setting: seconds and memory by phase, against the cost model
+checkpointed      the same with activation checkpointing
+published         the published way of computing it, some sequences of the same batch
+kernels, kernels_checkpointed   kernels of one part of these steps, by phase, and those with the most time
+lora_7b, lora_3b  a step of larger models with adapters
 """
 
 from __future__ import annotations
@@ -277,18 +277,18 @@ class PhaseKernels(MetricAccumulator):
                 counts["synchronisations"] += 1
 
 
-def kernels(sizes: Sizes) -> Iterator[Facts]:
+def profiled_part(whole: Settings) -> Iterator[Facts]:
     """Kernels of one part with about as many blocks as a part of the step has; on a CPU, operations.
 
     Fewer sequences with all their anchors launch as many kernels as more sequences with some.
     """
-    plan, n_anchors = micro_batch_plan(sizes.step), len(sizes.step.shape.anchors)
+    plan, n_anchors = micro_batch_plan(whole), len(whole.shape.anchors)
     size = max(1, plan.micro_batch_size * plan.anchors_at_once // n_anchors)
-    settings = replace(sizes.step, batch_size=size, micro_batch_size=size, anchors_at_once=n_anchors)
+    settings = replace(whole, batch_size=size, micro_batch_size=size, anchors_at_once=n_anchors)
     ours, observed = Ours(settings, Networks.from_settings(settings)), PhaseKernels()
     ours.step()
     taken = seconds(ours.step, settings.device)
-    yield {"sequences": size, "parts_of_a_step": n_parts(sizes.step, plan), "seconds": taken}
+    yield {"sequences": size, "parts_of_a_step": n_parts(whole, plan), "seconds": taken}
     ours.step(observed)
     phases = {phase: dict(observed.counts.get(metric, {})) for phase, metric in PHASES.items()}
     longest = [
@@ -298,6 +298,14 @@ def kernels(sizes: Sizes) -> Iterator[Facts]:
     total = sum(counts.get("kernels", 0) for counts in phases.values())
     busy = sum(counts.get("device_nanoseconds", 0) for counts in phases.values()) / 1e9
     yield {"phases": phases, "kernels": total, "device_seconds": busy, "longest": longest}
+
+
+def kernels(sizes: Sizes) -> Iterator[Facts]:
+    return profiled_part(sizes.step)
+
+
+def kernels_checkpointed(sizes: Sizes) -> Iterator[Facts]:
+    return profiled_part(replace(sizes.step, activation_checkpointing=True))
 
 
 @dataclass(frozen=True)
@@ -317,5 +325,6 @@ PARTS = {
     "lora_7b": Part(lora_7b, 100),
     "lora_3b": Part(lora_3b, 60),
     "architectures": Part(architectures, 120),
+    "kernels_checkpointed": Part(kernels_checkpointed, 90),
 }
 """In the order in which they run; together they may take less (`gpu.LIMIT_SECONDS`)."""

@@ -51,7 +51,9 @@ def test_every_part_runs_tiny_on_a_bare_machine(tmp_path: Path) -> None:
     assert facts["checkpointed"]["flops"]["total"] > facts["step"]["flops"]["total"] > facts["step"]["flops"]["scoring"]
     assert facts["lora_7b"]["settings"]["lora_rank"] == 2
     assert set(facts["published"]["seconds_per_sequence"]) == {"sdpa", "eager"}
-    assert len(facts["kernels"]["longest"]) == gpu_parts.LONGEST_KERNELS
+    for name in ("kernels", "kernels_checkpointed"):
+        assert len(facts[name]["longest"]) == gpu_parts.LONGEST_KERNELS
+    assert facts["kernels_checkpointed"]["kernels"] > facts["kernels"]["kernels"]
     page = (tmp_path / "gpu.txt").read_text()
     assert page in ended.stdout
     assert all(f"\n{name}: done" in page for name in PARTS)
