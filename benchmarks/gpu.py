@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     sizes = TINY if options.tiny else FULL
     if options.child:
         (name,) = options.only
-        measure(name, sizes, keep=lambda record: options.child.write_text(json.dumps(record)))
+        measure(name, sizes, keep=lambda record: _write(options.child, json.dumps(record)))
         return 0
     options.out.mkdir(parents=True, exist_ok=True)
     run = _here if options.tiny else isolated
@@ -72,11 +72,18 @@ def check(names: Sequence[str], sizes: Sizes, out: Path, run: Callable[[str, Siz
         record = run(name, sizes, limit) if left > 0 else {"state": "skipped", "why": "no time is left", "facts": {}}
         records[name] = {**record, "part_seconds": time.monotonic() - began}
         _say(started, one_line(name, records[name]))
-        (out / "gpu.json").write_text(json.dumps(result, indent=1) + "\n")
-        (out / "gpu.txt").write_text(page(result))
+        _write(out / "gpu.json", json.dumps(result, indent=1) + "\n")
+        _write(out / "gpu.txt", page(result))
     print(page(result), flush=True)
     failed = (r["state"] == "failed" or r["facts"].get("wrong") for r in records.values())
     return int(any(failed))
+
+
+def _write(file: Path, text: str) -> None:
+    """Replace a file, so that whoever is ended meanwhile leaves the old one."""
+    new = file.with_suffix(".new")
+    new.write_text(text)
+    new.replace(file)
 
 
 def _say(started: float, text: str) -> None:
