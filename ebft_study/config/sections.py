@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
 
@@ -264,6 +264,12 @@ class EvaluationConfig(Section):
         "unbiased",
         description="unbiased: the best of k by all samples; authors: of the first k, translations chosen by COMET",
     )
+
+    @property
+    def of_benchmarks(self) -> dict[str, Any]:
+        """The settings that the scores on each of the benchmarks depend on."""
+        moot = {"benchmarks", "benchmark_every_steps"}
+        return {name: value for name, value in self if name.startswith("benchmark") and name not in moot}
 
 
 class VerifierConfig(Section):

@@ -123,7 +123,7 @@ def draw_plain(draws: Draws) -> Sentence:
 
 def _draw_sentence(draws: Draws, words: float = 1.0) -> Sentence:
     nouns, adjectives, verbs, adverbs = (
-        list(known)[: round(words * len(known))] for known in (NOUNS, ADJECTIVES, VERBS, ADVERBS)
+        list(lexicon)[: round(words * len(lexicon))] for lexicon in (NOUNS, ADJECTIVES, VERBS, ADVERBS)
     )
     subject, target = (
         NounPhrase(

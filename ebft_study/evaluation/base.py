@@ -56,13 +56,12 @@ def benchmark_key(config: RunConfig, base: Any, benchmark: Benchmark, *, engine:
     Args:
         engine: what samples the answers (`RolloutBackend.engine`): its draws are not those of another one.
     """
-    settings = dict(config.evaluation)
     inputs = {
         **_of_model(config, base),
         "benchmark": benchmark.fingerprint,
         "engine": engine,
-        "seed": settings["evaluation_seed"],
-        "evaluation": {k: settings[k] for k in settings if k.startswith("benchmark_") and k != "benchmark_every_steps"},
+        "seed": config.evaluation.evaluation_seed,
+        "evaluation": config.evaluation.of_benchmarks,
         "verifier": config.verifier.model_dump(include=VERIFIER_LIMITS),
     }
     return _hash(inputs)

@@ -47,8 +47,8 @@ VERIFIER = (
 )
 """Settings that change the rewards of a verifier."""
 BENCHMARK = (
-    *("benchmarks", "benchmark_problems", "benchmark_samples", "benchmark_temperature", "benchmark_max_tokens"),
-    "benchmark_protocol",
+    *("benchmarks", "benchmark_problems", "benchmark_samples", "benchmark_temperature", "benchmark_top_p"),
+    *("benchmark_max_tokens", "benchmark_protocol"),
 )
 """Settings that change the scores of a benchmark."""
 TEXT = ("dataset", "sequence_length", "packing")

@@ -115,4 +115,6 @@ def test_metrics_are_compared_within_settings_that_exist() -> None:
     of_training = {"model", "feature_network", "random_weights", "depths", "pooling", "normalize", "completion_length"}
     assert set(within) - of_training == judged - its_own
     assert its_own | {"temperature"} <= judged
+    of_benchmarks = {name for name in settings if name.startswith("benchmark")} - {"benchmark_every_steps"}
+    assert set(METRICS["benchmark_score"].comparable_within) == of_benchmarks
     assert METRICS["ce_loss"].comparable_within == ("dataset", "sequence_length", "packing")

@@ -92,5 +92,4 @@ def benchmark_evaluations(run: RunConfig) -> int:
 
 def benchmark_settings(run: RunConfig) -> tuple[Any, ...]:
     """All settings that one evaluation depends on."""
-    settings = run.evaluation.model_dump(exclude={"benchmark_every_steps"})
-    return tuple(value for name, value in settings.items() if name.startswith("benchmark"))
+    return (run.evaluation.benchmarks, *run.evaluation.of_benchmarks.values())
