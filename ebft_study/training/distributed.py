@@ -118,7 +118,7 @@ def shard(model: nn.Module, *, world_size: int, precision: str) -> None:
 
 
 class _TrainedShards(Shards):
-    """Units of FSDP. While they are gathered, passes leave them so; otherwise a layer's pass gathers and releases it."""
+    """Units of FSDP. Gathered, they stay so; otherwise a pass through a layer gathers and releases it."""
 
     def __init__(self, units: Sequence[FSDPModule]) -> None:
         self.units = units
