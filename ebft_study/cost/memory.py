@@ -22,8 +22,8 @@ class Memory:
     gradients_bytes: float
     optimizer_bytes: float
     frozen_bytes: float
-    """Feature network, judge, and the base model of the KL term. Of all four, a worker with sharded weights has its part;
-    what it gathers of the others' is counted in the phase that it is gathered for."""
+    """Feature network, judge, and the base model of the KL term. Of all four, a worker with sharded weights has its
+    part; what it gathers of the others' is counted in the phase that it is gathered for."""
     prefix_bytes: float
     """A micro-batch's sequences, from first to last: activations, keys and values, and the gradients that these
     collect; keys and values in the feature network."""

@@ -21,7 +21,7 @@ from ebft_study.networks.sharding import shards_of
 from ebft_study.training.memory import shapes
 from ebft_study.training.update import Run
 from tests.cost.test_cost import LiveBytes
-from tests.tiny_run import tiny_config, write_data, write_model
+from tests.tiny_run import WORDS, tiny_config, write_model
 
 SIZES: dict[str, Any] = {
     "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 6, "num_attention_heads": 8,
@@ -126,7 +126,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("EBFT_STUDY_CACHE", str(there / "cache"))
         write_model(there / "model")
-        write_data(there / "data.jsonl")
+        (there / "data.jsonl").write_text("\n".join(json.dumps({"text": " ".join(WORDS * 8)}) for _ in range(60)))
         torch.manual_seed(0)
         ids = json.loads((there / "model" / "config.json").read_text())
         config = Qwen2Config(**SIZES, tie_word_embeddings=False, **{key: ids[key] for key in ("eos_token_id",)})
