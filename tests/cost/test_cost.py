@@ -582,9 +582,10 @@ def test_what_every_worker_holds() -> None:
 
 def test_what_workers_with_shards_hold_and_gather() -> None:
     """All of it float32: counted by hand, against workers that hold everything."""
-    shape, plan = ModelShape.from_config(Qwen2Config(**SIZES)), MicroBatchPlan(2, 4)
+    V, H, L = 32, SIZES["hidden_size"], SIZES["num_hidden_layers"]
+    shape, plan = ModelShape.from_config(Qwen2Config(**{**SIZES, "vocab_size": V})), MicroBatchPlan(2, 4)
     step = replace(Case(kl=0.1).step(), batch_size=8, world_size=4, differentiable_rollouts=False, judge_parameters=7)
-    n, V, H, L = shape.n_parameters, SIZES["vocab_size"], SIZES["hidden_size"], SIZES["num_hidden_layers"]
+    n = shape.n_parameters
     features, outer = shape.cut(step.depths).body_parameters, V * H + H
     assert shape.outer_parameters == outer
     layer = (n - outer) // L
