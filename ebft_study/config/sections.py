@@ -204,7 +204,7 @@ class TrainingConfig(Section):
     )
     sharding: Literal["none", "fsdp"] = Field(
         "none",
-        description="fsdp: divide weights, optimizer states, frozen networks among a trial's workers; none: repeat them",
+        description="fsdp: divide weights, optimizer states and frozen networks among workers; none: repeat them",
     )
     activation_checkpointing: bool = Field(
         False, description="recompute activations in the backward pass instead of storing them"
