@@ -24,17 +24,17 @@ from tests.cost.test_cost import LiveBytes
 from tests.tiny_run import WORDS, tiny_config, write_model
 
 SIZES: dict[str, Any] = {
-    "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 6, "num_attention_heads": 8,
+    "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6, "num_attention_heads": 8,
     "num_key_value_heads": 4, "vocab_size": 2000,
 }  # fmt: skip
 COMMON = {
-    "sharding": "fsdp", "batch_size": 4, "sequence_length": 64, "completion_length": 4, "stride": 8, "n_samples": 2,
+    "sharding": "fsdp", "batch_size": 2, "sequence_length": 64, "completion_length": 4, "stride": 8, "n_samples": 2,
 }  # fmt: skip
 RUNS: dict[str, dict[str, Any]] = {
     "ebft": {},
     "all-terms": {"gamma": 0.1, "kl_coefficient": 0.1, "ema_decay": 0.9},
     "checkpointed": {"activation_checkpointing": True, "kl_coefficient": 0.1},
-    "in-parts": {"micro_batch_size": 1, "anchors_at_once": 3},
+    "in-parts": {"batch_size": 4, "micro_batch_size": 1, "anchors_at_once": 3},
     "few-tokens": {"sequence_length": 16},
     "sft": {"method": "sft"},
     "unsharded": {"sharding": "none"},
