@@ -169,7 +169,7 @@ class _FrozenShards(Shards):
 
     def gather(self) -> None:
         everything = self.own.new_empty(dist.get_world_size() * len(self.own))
-        dist.all_gather_into_tensor(everything, self.own)
+        dist.all_gather_single(everything, self.own)
         start = 0
         for parameter, shape in zip(self.parameters, self.shapes, strict=True):
             parameter.data = everything[start : start + shape.numel()].view(shape)
