@@ -28,13 +28,14 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 4, "vocab_size": 2000,
 }  # fmt: skip
 COMMON = {
-    "sharding": "fsdp", "batch_size": 2, "sequence_length": 64, "completion_length": 4, "stride": 8, "n_samples": 2,
+    "sharding": "fsdp", "batch_size": 4, "micro_batch_size": 1, "sequence_length": 64, "completion_length": 4, "stride": 8, "n_samples": 2,
 }  # fmt: skip
+"""Two micro-batches: before the first, a step has no gradients yet, which the plan counts all the same."""
 RUNS: dict[str, dict[str, Any]] = {
     "ebft": {},
     "all-terms": {"gamma": 0.1, "kl_coefficient": 0.1, "ema_decay": 0.9},
     "checkpointed": {"activation_checkpointing": True, "kl_coefficient": 0.1},
-    "in-parts": {"batch_size": 4, "micro_batch_size": 1, "anchors_at_once": 3},
+    "in-parts": {"anchors_at_once": 3},
     "few-tokens": {"sequence_length": 16},
     "sft": {"method": "sft"},
     "unsharded": {"sharding": "none"},
@@ -126,7 +127,9 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("EBFT_STUDY_CACHE", str(there / "cache"))
         write_model(there / "model")
-        (there / "data.jsonl").write_text("\n".join(json.dumps({"text": " ".join(WORDS * 8)}) for _ in range(60)))
+        (there / "data.jsonl").write_text(
+            "\n".join(json.dumps({"text": " ".join(WORDS[k % 18 :] + WORDS * 8) + f" {k}"}) for k in range(60))
+        )
         torch.manual_seed(0)
         ids = json.loads((there / "model" / "config.json").read_text())
         config = Qwen2Config(**SIZES, tie_word_embeddings=False, **{key: ids[key] for key in ("eos_token_id",)})
