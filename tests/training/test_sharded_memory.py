@@ -27,8 +27,9 @@ SIZES: dict[str, Any] = {
     "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6, "num_attention_heads": 8,
     "num_key_value_heads": 4, "vocab_size": 2000,
 }  # fmt: skip
-COMMON = {
-    "sharding": "fsdp", "batch_size": 4, "micro_batch_size": 1, "sequence_length": 64, "completion_length": 4, "stride": 8, "n_samples": 2,
+COMMON: dict[str, Any] = {
+    "sharding": "fsdp", "batch_size": 4, "micro_batch_size": 1, "sequence_length": 64, "completion_length": 4,
+    "stride": 8, "n_samples": 2,
 }  # fmt: skip
 """Two micro-batches: before the first, a step has no gradients yet, which the plan counts all the same."""
 RUNS: dict[str, dict[str, Any]] = {
