@@ -203,7 +203,8 @@ class TrainingConfig(Section):
         "float32", description="type of trained weights, their gradients and optimizer states; bfloat16 saves memory"
     )
     sharding: Literal["none", "fsdp"] = Field(
-        "none", description="fsdp: shard weights and optimizer states over a trial's workers; none: replicate them"
+        "none",
+        description="fsdp: divide weights, optimizer states and frozen networks among workers; none: repeat them",
     )
     activation_checkpointing: bool = Field(
         False, description="recompute activations in the backward pass instead of storing them"

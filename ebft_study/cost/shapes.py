@@ -99,6 +99,16 @@ class ModelShape:
         return self.vocabulary_size * self.hidden_size
 
     @property
+    def layer_parameters(self) -> int:
+        """Parameters of one layer, adapters left out."""
+        return self.layer_matrices // self.n_layers + self.small_parameters_per_layer
+
+    @property
+    def outer_parameters(self) -> int:
+        """Parameters outside the layers: embeddings, last norm and head."""
+        return self.n_parameters - self.n_layers * self.layer_parameters
+
+    @property
     def body_parameters(self) -> int:
         """Everything but the head; all that a feature network keeps."""
         small = self.n_layers * self.small_parameters_per_layer + self.hidden_size
@@ -197,7 +207,7 @@ class StepShape:
     world_size: int = 1
     """Workers that share the batch."""
     sharded: bool = False
-    """Weights, gradients and optimizer states are divided among the workers, not repeated on each."""
+    """Weights, gradients, optimizer states and frozen networks are divided among the workers, not repeated on each."""
     shared_features: bool = False
     """Feature network and base model are the generator without its adapters (LoRA), so there is no copy of it."""
     whole_answers: bool = False
@@ -211,6 +221,8 @@ class StepShape:
         """The step of a run; `changes` sets fields by name, above all those that a configuration does not contain."""
         rollout, training, answers = config.rollout, config.training, config.samples_answers
         length = config.max_answer_tokens if answers else rollout.completion_length
+        divided = training.sharding == "fsdp" and changes.get("world_size", 1) > 1
+        sampled_here = not answers and rollout.backend == "strided"
         shape = StepShape(
             method=config.method,
             sequence_length=config.data.sequence_length,
@@ -230,10 +242,15 @@ class StepShape:
             sharded=training.sharding == "fsdp",
             shared_features=config.lora.lora_rank > 0 and config.features.is_base,
             remote_features=config.features.backend == "service",
-            differentiable_rollouts=not answers and rollout.backend == "strided" and keeps_graph(length),
+            differentiable_rollouts=sampled_here and keeps_graph(length) and not divided,
             weight_average=config.optimizer.ema_decay is not None,
         )
         return replace(shape, **changes)
+
+    @property
+    def shards(self) -> int:
+        """Workers that the weights are divided among."""
+        return self.world_size if self.sharded else 1
 
     @property
     def anchors(self) -> range:

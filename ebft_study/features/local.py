@@ -35,6 +35,7 @@ from ebft_study.networks.blocks import (
 )
 from ebft_study.networks.loading import LoadedModel, frozen_copy, load_model
 from ebft_study.networks.lora import base_weights
+from ebft_study.networks.sharding import unsharded
 
 if TYPE_CHECKING:
     from ebft_study.config import RunConfig
@@ -82,7 +83,7 @@ class LocalFeatures:
         """See `FeatureBackend.embed`. One prefix serves samples, ground truth and all lengths."""
         G = completions.shape[-1]
         lengths = lengths or [G]
-        with self._running(), captured_layers(self.network, self.indices) as captured:
+        with self._running() as captured:
             prefix, layers = self._prefix(batch, captured)
             positions = completion_positions(anchors, G, batch.tokens.shape[1])
             psi = self._map([gather_rows(states, positions) for states in layers], lengths)
@@ -109,7 +110,7 @@ class LocalFeatures:
         """
         S, n, L = answers.shape
         starts, truth_lengths = anchors.positions[:, 0].tolist(), batch.answer_mask.sum(dim=1).tolist()
-        with self._running(), captured_layers(self.network, self.indices) as captured:
+        with self._running() as captured:
             prefix, layers = self._prefix(batch, captured)
             truths = [
                 self._pooled([states[s, a : a + length] for states in layers])
@@ -154,7 +155,13 @@ class LocalFeatures:
             setattr(body, self.names.norm, nn.Identity())
 
     @contextmanager
-    def _running(self) -> Iterator[None]:
+    def _running(self) -> Iterator[dict[int, Tensor]]:
+        """Context of the passes, with all weights; the states of the requested layers are collected in its value."""
+        with unsharded(self.network), self._shortened(), captured_layers(self.network, self.indices) as captured:
+            yield captured
+
+    @contextmanager
+    def _shortened(self) -> Iterator[None]:
         """Turn a shared network into the feature network inside the context, and back into the generator after it."""
         if not self.shared:
             yield

@@ -25,7 +25,7 @@ from ebft_study.networks.loading import LoadedModel, frozen_base, load_generator
 from ebft_study.rollouts import RolloutBackend
 from ebft_study.rollouts.answers import AnswerSampler, InProcessAnswers
 from ebft_study.rollouts.strided import StridedRollouts
-from ebft_study.training.distributed import shard
+from ebft_study.training.distributed import shard, shard_frozen
 from ebft_study.training.inputs import Inputs, read_inputs
 from ebft_study.training.memory import MemoryPlan, plan_micro_batches
 
@@ -52,6 +52,11 @@ class Parts:
     """Remarks for the user about choices that were made."""
     judging: Judging | None = None
     """The verifier that training learns from."""
+
+    @property
+    def networks(self) -> list[nn.Module]:
+        """The networks of an evaluation: generator, and feature network and judge of this process."""
+        return [self.base.model, *_networks(self.features, self.evaluator.judge)]
 
     def close(self) -> None:
         """Stop everything that was started for the run."""
@@ -115,10 +120,15 @@ def _with_networks(
     """The parts of a run, with weights."""
     base = load_generator(config, device=device, tokenizer=inputs.tokenizer)
     features, judge = services.networks(config, base) if services else load_networks(config, base)
+    sharded = config.training.sharding == "fsdp" and world_size > 1
+    if sharded:
+        shard_frozen(*(network for network in _networks(features, judge) if network is not base.model))
     rollouts = services.rollouts(config, device) if services else StridedRollouts()
     sft: Method = Sft(config.loss)
     method = sft
     frozen = frozen_base(config, base) if config.method != "sft" and config.loss.kl_coefficient > 0 else None
+    if sharded and frozen is not None and config.lora.lora_rank == 0:
+        shard_frozen(frozen)
     if inputs.judging is not None:
         method = Rlvr(
             config,
@@ -158,6 +168,10 @@ def planned(
     device = choose_device(config)
     fraction = services.gpu_fraction if services else 1.0
     return device, plan_micro_batches(config, device, world_size=world_size, gpu_fraction=fraction)
+
+
+def _networks(*backends: FeatureBackend | None) -> list[nn.Module]:
+    return [backend.network for backend in backends if isinstance(backend, LocalFeatures)]
 
 
 def answer_sampler(rollouts: RolloutBackend) -> AnswerSampler:

@@ -21,9 +21,10 @@ from ebft_study.data import Batch, batch_indices
 from ebft_study.errors import ConfigError, NonFiniteError
 from ebft_study.methods import LossDenominators, Method, MetricAccumulator, Observations, SamplesAhead, off_policy
 from ebft_study.networks.loading import trained_parameters
+from ebft_study.networks.sharding import is_sharded, unsharded
 from ebft_study.rollouts import ROLLOUT_STREAM, anchors_of, answer_anchors
 from ebft_study.training import vanishing
-from ebft_study.training.distributed import full_tensor, sum_gradients, sum_over_workers, unsharded
+from ebft_study.training.distributed import full_tensor, max_over_workers, scoring, sum_gradients, sum_over_workers
 from ebft_study.training.setup import autocast, build_parts
 from ebft_study.training.spent import CostMeter, Spent
 
@@ -109,12 +110,12 @@ class Run:
         loss, difference = 0.0, self.accumulator.of(off_policy.DIFFERENCE)
         answers = self.accumulator.of("answer_tokens")
         parts = list(_micro_batches(batch, anchors, noise, self.parts.memory_plan.micro_batch_size))
-        with unsharded(self.model):
-            self._prepare(parts)
+        self._prepare(parts)
+        with scoring(self.model):
             for part in parts:
                 loss += self._backward(*part, denominators)
-            with self.accumulator.seconds("optimizer_seconds", self.device):
-                sum_gradients(self.model, self.world_size)
+        with self.accumulator.seconds("optimizer_seconds", self.device):
+            sum_gradients(self.model, self.world_size)
         if self.samples_from_engine:
             self._check_parity(difference)
         with self.accumulator.seconds("optimizer_seconds", self.device):
@@ -134,13 +135,21 @@ class Run:
         self.accumulated_steps += 1
 
     def batch(self) -> tuple[Batch, Anchors, Tensor, LossDenominators]:
-        """This worker's rows of the step, with anchors, noise, and the denominators of the losses of all workers."""
+        """This worker's rows of the step, with anchors, noise, and the denominators of the losses of all workers.
+
+        Where weights are sharded, all workers must make the same passes: each has as many rows and anchors as any.
+        """
         config, data, rollout = self.config, self.parts.data["train"], self.config.rollout
         indices = batch_indices(size=len(data), batch_size=config.training.batch_size, step=self.step, seed=config.seed)
         batch = data.rows(indices[self.rank :: self.world_size]).to(self.device)
+        if is_sharded(self.model):
+            batch = batch.padded(-(-config.training.batch_size // self.world_size))
         anchors, length = anchors_of(batch, rollout), rollout.completion_length
         if config.samples_answers:  # whose draws follow from step and row alone
             anchors, length = answer_anchors(batch, config.max_answer_tokens), 0
+        if is_sharded(self.model):
+            (most,) = max_over_workers([anchors.positions.shape[1]], self.world_size, self.device)
+            anchors = anchors.padded(int(most))
         noise = uniforms(
             (config.seed, ROLLOUT_STREAM, self.step),
             batch.indices.tolist(),
@@ -156,7 +165,7 @@ class Run:
         """Sample for all micro-batches, with a method that does so before the first gradient."""
         if isinstance(self.method, SamplesAhead):
             sequences = [(batch, anchors) for batch, anchors, _ in parts]
-            with self.autocast():
+            with unsharded(self.model), self.autocast():
                 self.method.prepare(self.model, sequences, policy_version=self.step, accumulator=self.accumulator)
 
     def _backward(self, batch: Batch, anchors: Anchors, noise: Tensor, denominators: LossDenominators) -> float:

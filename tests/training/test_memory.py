@@ -53,6 +53,34 @@ def test_more_workers_lower_precision_or_adapters_make_it_fit(tmp_path: Path) ->
     assert adapted.peak_bytes <= 80 * 2**30
 
 
+PAPER = {"precision": "bfloat16", "completion_length": 8, "stride": 8, "n_samples": 4}
+"""With `large`, the setting of the paper's experiments."""
+
+
+def plan_large(folder: Path, *, workers: int, **changes: Any) -> memory.MemoryPlan:
+    settings = large(folder, **PAPER, **changes)
+    return memory.plan_for(settings, "cuda", total_bytes=memory.LARGE_GPU_BYTES, world_size=workers)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"kl_coefficient": 0.1, "gamma": 0.1, "ema_decay": 0.99}, {"method": "sft"}], ids=str
+)
+def test_all_weights_of_seven_billion_train_on_eight_large_gpus(tmp_path: Path, changes: dict[str, Any]) -> None:
+    plan = plan_large(tmp_path, workers=8, sharding="fsdp", **changes)
+    assert plan.peak_bytes <= 0.9 * memory.LARGE_GPU_BYTES
+    with pytest.raises(ConfigError, match="sharding=fsdp with more workers"):
+        plan_large(tmp_path, workers=8, **changes)
+
+
+def test_adapters_of_seven_billion_train_on_one_large_gpu(tmp_path: Path) -> None:
+    assert plan_large(tmp_path, workers=1, lora_rank=16).peak_bytes <= 0.9 * memory.LARGE_GPU_BYTES
+
+
+def test_too_few_workers_for_seven_billion_are_told_that_more_would_help(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="more workers_per_trial"):
+        plan_large(tmp_path, workers=2, sharding="fsdp")
+
+
 def test_adapters_are_counted_as_peft_makes_them(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, lora_rank=3, lora_targets=["q_proj", "down_proj"])
     everything = tiny_config(tmp_path, lora_rank=3)
