@@ -31,7 +31,7 @@ from ebft_study.data import Batch
 from ebft_study.features.local import LocalFeatures
 from ebft_study.methods import LossDenominators, MetricAccumulator, cross_entropy_term, differentiate
 from ebft_study.methods.judging import Judgements, Judging
-from ebft_study.methods.off_policy import OffPolicy, record_ratios
+from ebft_study.methods.off_policy import OffPolicy, RechunkProbe, record_ratios
 from ebft_study.networks.blocks import Prefix, completion_log_probs, run_prefix
 from ebft_study.rollouts import ROLLOUT_STREAM
 from ebft_study.rollouts.answers import Answers, AnswerSampler, Sampling, spread_rows
@@ -85,7 +85,7 @@ class Rlvr:
         self.sampling = Sampling(
             config.rollout.n_samples, config.max_answer_tokens, config.rollout.temperature, frozenset(end_tokens)
         )
-        self.features, self.off_policy = features, OffPolicy.from_config(config)
+        self.features, self.off_policy, self.probe = features, OffPolicy.from_config(config), RechunkProbe(config)
         self._sampled: deque[_Sampled] = deque()
 
     def prepare(
@@ -176,6 +176,17 @@ class Rlvr:
             leaves = prefix.leaves()
             loss = cross_entropy_term(model, leaves, batch, self.loss, denominators, accumulator)
             log_probs = self._score(model, leaves, anchors, answers)
+            if answers.policy_version is not None:
+                self.probe.record(
+                    model,
+                    batch,
+                    anchors,
+                    answers.tokens[:, None],
+                    log_probs[:, None],
+                    policy_version=denominators.policy_version,
+                    accumulator=accumulator,
+                    mask=answers.mask[:, None],
+                )
             if self.base is not None:
                 with torch.no_grad():
                     base_prefix = run_prefix(self.base, batch.tokens, batch.document_ids)
