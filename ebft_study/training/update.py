@@ -19,7 +19,7 @@ from ebft_study.algorithm.sampling import uniforms
 from ebft_study.config import OptimizerConfig, RunConfig
 from ebft_study.data import Batch, batch_indices
 from ebft_study.errors import ConfigError, NonFiniteError
-from ebft_study.methods import LossDenominators, Method, MetricAccumulator, Observations, SamplesAhead, off_policy
+from ebft_study.methods import LossDenominators, Method, MetricAccumulator, SamplesAhead, off_policy
 from ebft_study.networks.loading import trained_parameters
 from ebft_study.rollouts import ROLLOUT_STREAM, anchors_of, answer_anchors
 from ebft_study.training import vanishing
@@ -50,7 +50,7 @@ class Run:
         self.latest = dict[str, float]()
         self.has_warned = False
         self.rounding_noise = 0.0
-        """Mean difference of log-probabilities between two passes of this trainer in bfloat16, where it has an engine."""
+        """Mean difference of log-probabilities between two of the trainer's own passes: with an engine, in bfloat16."""
         self.spent = Spent()
         self.meter = CostMeter(config, self.parts.memory_plan, self.device, world_size=world_size)
         self.parameters = self.meter.parameters(self.model)
@@ -171,7 +171,7 @@ class Run:
         return loss
 
     def _compared(self) -> list[float]:
-        """Sums and numbers of the differences so far: of the engine from the trainer, and of the trainer from itself."""
+        """Sums and numbers of differences so far: of the engine from the trainer, and of the trainer from itself."""
         observed = (self.accumulator.of(name) for name in (off_policy.DIFFERENCE, off_policy.NOISE))
         return [number for each in observed for number in (each.total, each.count)]
 

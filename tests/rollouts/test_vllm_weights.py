@@ -21,8 +21,8 @@ from ebft_study.config import LoraConfig
 from ebft_study.errors import ConfigError
 from ebft_study.networks.lora import adapted_layers, add_adapters
 from ebft_study.rollouts.vllm import engine as engine_module
-from ebft_study.rollouts.vllm.engine import Engine, EngineOptions, SampleRequest
 from ebft_study.rollouts.vllm import weights as weights_module
+from ebft_study.rollouts.vllm.engine import Engine, EngineOptions, SampleRequest
 from ebft_study.rollouts.vllm.weights import Layout, Segment, SharedWeights, Weight, buckets, policy_weights
 from tests.small_models import ARCHITECTURES, small_model
 

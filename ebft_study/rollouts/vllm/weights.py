@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from ebft_study.errors import ConfigError
 from ebft_study.networks.lora import adapted_layers, copy_merged_rows
 
-SHARED_MEMORY = Path("/dev/shm")
+SHARED_MEMORY = Path("/dev/shm")  # whose room is checked before (`training.engine_memory`)
 _ALIGNMENT = 64
 _BUCKET_BYTES = {"cpu": 2**21}
 _DEVICE_BUCKET_BYTES = 2**26
