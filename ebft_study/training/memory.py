@@ -109,8 +109,8 @@ def budgets(config: RunConfig, device: str, *, total_bytes: float, gpu_fraction:
     limit, doubled = USABLE * total_bytes - engine, float(CPU_BUDGET_BYTES)
     if limit <= 0:
         raise ConfigError(
-            f"rollout.backend='vllm': memory={total_bytes / _GIB:.3g} GiB, and the engine takes {engine / _GIB:.3g} GiB, "
-            "weights in /dev/shm included. Use a smaller vllm.kv_cache_gib or model, or backend=strided"
+            f"rollout.backend='vllm': memory={total_bytes / _GIB:.3g} GiB, and the engine takes {engine / _GIB:.3g} "
+            "GiB, weights in /dev/shm included. Use a smaller vllm.kv_cache_gib or model, or backend=strided"
         )
     aims = list[float]()
     while doubled < limit:

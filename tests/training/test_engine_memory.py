@@ -71,12 +71,10 @@ def room(monkeypatch: pytest.MonkeyPatch, n_bytes: float) -> None:
 def test_too_little_shared_memory_is_refused_with_the_bytes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     room(monkeypatch, 2 * GIB)
     check_room(2 * GIB, policies=4)
-    with pytest.raises(
-        ConfigError, match=r"4 trials at a time.*need 3 GiB in /dev/shm, and 2 GiB are free.*--shm-size"
-    ):
+    with pytest.raises(ConfigError, match=r"4 trials at a time.*need 3 GiB in /dev/shm, and 2 GiB are free.*shm-size"):
         check_room(3 * GIB, policies=4)
     monkeypatch.undo()
-    with pytest.raises(ConfigError, match="not usable here .*backend=strided"):
+    with pytest.raises(ConfigError, match=r"not usable here .*backend=strided"):
         check_room(1.0, policies=1, folder=tmp_path / "missing")
 
 
@@ -98,7 +96,7 @@ def test_studies_and_runs_look_before_anything_starts(monkeypatch: pytest.Monkey
     with pytest.raises(ConfigError, match="/dev/shm"):
         start()
     room(monkeypatch, 0)
-    with pytest.raises(ConfigError, match="1 trial at a time.*/dev/shm"):
+    with pytest.raises(ConfigError, match=r"1 trial at a time.*/dev/shm"):
         single_run.run_single(
             config, StudySource("run.yaml"), folder=tmp_path / "run", resume=False, console=Console(quiet=True)
         )
@@ -113,17 +111,17 @@ def test_a_process_may_take_its_part_of_a_gpu_and_no_more(monkeypatch: pytest.Mo
     device = torch.device("cuda")
     monkeypatch.setattr(setup, "planned", lambda *_, **__: (device, plan))
 
-    class NothingWasRead(Exception):
+    class NothingReadError(Exception):
         pass
 
     def read(_config: RunConfig) -> None:
-        raise NothingWasRead
+        raise NothingReadError
 
     monkeypatch.setattr(setup, "read_inputs", read)
     colocated = served(tmp_path, **{"vllm.placement": "colocated", "vllm.gpu_memory_utilization": 0.1})
 
     def start(config: RunConfig, services: Services | None) -> None:
-        with pytest.raises(NothingWasRead):
+        with pytest.raises(NothingReadError):
             setup.build_parts(config, services=services)
 
     start(tiny_config(tmp_path), Services("t", gpu_fraction=0.25))

@@ -235,7 +235,7 @@ def _engines(row: PlannedGroup) -> str:
 
 
 def _sharing(row: PlannedGroup) -> str:
-    """`n=4: by memory 4 trials fit one GPU (gpus_per_worker: 0.25), 2 without smaller passes; the study's 1 allows 1`."""
+    """`n=4: by memory 4 trials fit one GPU (gpus_per_worker: 0.25), 2 without smaller passes; 1 allows 1`."""
     most, as_alone = row.trials_per_gpu
     given = row.group.example.resources.gpus_per_worker
     smaller = f", {as_alone} without smaller passes" if as_alone < most else ""
