@@ -87,7 +87,7 @@ class RolloutConfig(Section):
         None,
         gt=0.0,
         description="vllm: largest mean difference of log-probabilities between engine and trainer after a transfer; "
-        "default: 0.0001, or 0.3 in bfloat16",
+        "default: 0.0001, or in bfloat16 10 times that between two of the trainer's own passes",
     )
 
     @property

@@ -29,7 +29,7 @@ from ebft_study.cost import keeps_graph
 from ebft_study.data import Batch
 from ebft_study.features import FeatureBackend, Features
 from ebft_study.methods import LossDenominators, MetricAccumulator, cross_entropy_term, differentiate
-from ebft_study.methods.off_policy import OffPolicy
+from ebft_study.methods.off_policy import OffPolicy, RechunkProbe
 from ebft_study.networks.blocks import Prefix, completion_log_probs, run_prefix
 from ebft_study.networks.sharding import is_sharded, unsharded
 from ebft_study.rollouts import RolloutBackend, Rollouts
@@ -59,7 +59,7 @@ class Ebft:
         self.reward, self.loss, self.temperature = config.reward, config.loss, config.rollout.temperature
         self.rollouts, self.features, self.base = rollouts, features, base
         self.anchors_at_once, self.backend = anchors_at_once, config.training.attention
-        self.correction = OffPolicy.from_config(config)
+        self.correction, self.probe = OffPolicy.from_config(config), RechunkProbe(config)
 
     def backward(
         self,
@@ -90,7 +90,9 @@ class Ebft:
             with accumulator.seconds("feature_seconds", device):
                 advantages = self._advantages(batch, chosen, rollouts, accumulator)
             with accumulator.seconds("scoring_seconds", device):
-                loss += self._policy(model, leaves, base, chosen, rollouts, advantages, denominators, accumulator)
+                loss += self._policy(
+                    model, batch, leaves, base, chosen, rollouts, advantages, denominators, accumulator
+                )
         with accumulator.seconds("scoring_seconds", device):
             prefix.backward(leaves)
         return loss
@@ -115,6 +117,7 @@ class Ebft:
     def _policy(
         self,
         model: nn.Module,
+        batch: Batch,
         leaves: Prefix,
         base: Prefix | None,
         anchors: Anchors,
@@ -134,6 +137,15 @@ class Ebft:
             log_probs = self._score(model, leaves, anchors, rollouts.completions)
         weights = torch.ones_like(advantages)
         if rollouts.policy_version is not None:
+            self.probe.record(
+                model,
+                batch,
+                anchors,
+                rollouts.completions,
+                log_probs,
+                policy_version=denominators.policy_version,
+                accumulator=accumulator,
+            )
             weights = self.correction.weights(
                 log_probs, rollouts, anchors.valid, denominators.policy_version, accumulator
             )

@@ -32,7 +32,7 @@ from ebft_study.data import Batch
 from ebft_study.features.local import LocalFeatures
 from ebft_study.methods import LossDenominators, MetricAccumulator, cross_entropy_term, differentiate
 from ebft_study.methods.judging import Judgements, Judging
-from ebft_study.methods.off_policy import OffPolicy, record_ratios
+from ebft_study.methods.off_policy import OffPolicy, RechunkProbe, record_ratios
 from ebft_study.networks.blocks import Prefix, completion_log_probs, run_prefix
 from ebft_study.networks.sharding import unsharded
 from ebft_study.rollouts import ROLLOUT_STREAM
@@ -87,7 +87,7 @@ class Rlvr:
         self.sampling = Sampling(
             config.rollout.n_samples, config.max_answer_tokens, config.rollout.temperature, frozenset(end_tokens)
         )
-        self.features, self.off_policy = features, OffPolicy.from_config(config)
+        self.features, self.off_policy, self.probe = features, OffPolicy.from_config(config), RechunkProbe(config)
         self._sampled: deque[_Sampled] = deque()
 
     def prepare(
@@ -182,6 +182,17 @@ class Rlvr:
                     base_prefix = run_prefix(self.base, batch.tokens, batch.document_ids)
                     base = self._score(self.base, base_prefix, anchors, answers)
             log_probs = self._score(model, leaves, anchors, answers)
+            if answers.policy_version is not None:
+                self.probe.record(
+                    model,
+                    batch,
+                    anchors,
+                    answers.tokens[:, None],
+                    log_probs[:, None],
+                    policy_version=denominators.policy_version,
+                    accumulator=accumulator,
+                    mask=answers.mask[:, None],
+                )
         with accumulator.seconds("verifier_seconds", device):
             judgements = Judgements(
                 *(spread_rows(part.to(device), sampled.valid) for part in sampled.judgements.result())

@@ -183,6 +183,12 @@ METRICS: dict[str, Metric] = _by_name(
            "mean"),
     Metric("parity_max_difference", "nats/token", "largest such difference since the row before", "min",
            "max", of="parity_mean_difference"),
+    Metric("parity_off_fraction", "", "sampled tokens whose probability the engine and the trainer put more than 10 % "
+           "apart", "min", "mean"),
+    Metric("rechunk_mean_difference", "nats/token", "mean |difference| of log-probabilities between two of the "
+           "trainer's own passes over the same tokens, in bfloat16", "min", "mean"),
+    Metric("rechunk_off_fraction", "", "tokens whose probabilities in these passes are more than 10 % apart", "min",
+           "mean"),
     Metric("importance_ratio", "", "probability of a completion under the trainer over that under the engine, mean",
            aggregation="mean"),
     Metric("importance_ratio_min", "", "smallest such ratio since the row before",

@@ -16,6 +16,7 @@ from ebft_study.config import RunConfig
 from ebft_study.cost import Limits, ModelShape, StepShape, evaluation_flops, largest_plan, memory, step_cost
 from ebft_study.errors import ConfigError
 from ebft_study.networks.lora import ALL
+from ebft_study.training.engine_memory import engine_memory
 
 _GIB = 2**30
 CPU_BUDGET_BYTES = 4 * _GIB
@@ -103,19 +104,34 @@ def budgets(config: RunConfig, device: str, *, total_bytes: float, gpu_fraction:
     if config.training.memory_budget_gib is not None:
         return [config.training.memory_budget_gib * _GIB]
     if device == "cuda":
-        colocated = config.uses_engine and config.vllm.placement == "colocated"
-        rest = gpu_fraction - (config.vllm.gpu_memory_utilization if colocated else 0.0)
-        if rest <= 0:
-            raise ConfigError(
-                f"vllm.gpu_memory_utilization={config.vllm.gpu_memory_utilization:g}: a worker has {gpu_fraction:g} of "
-                "a GPU, and the engine takes all of it. Use a smaller one, more gpus_per_worker, or placement=own"
-            )
-        return [USABLE * rest * total_bytes]
-    limit, doubled = USABLE * total_bytes, float(CPU_BUDGET_BYTES)
+        return [USABLE * own_fraction(config, gpu_fraction) * total_bytes]
+    engine = engine_memory(config, device, shapes(config)[0]).total_bytes if config.uses_engine else 0.0
+    limit, doubled = USABLE * total_bytes - engine, float(CPU_BUDGET_BYTES)
+    if limit <= 0:
+        raise ConfigError(
+            f"rollout.backend='vllm': memory={total_bytes / _GIB:.3g} GiB, and the engine takes {engine / _GIB:.3g} "
+            "GiB, weights in /dev/shm included. Use a smaller vllm.kv_cache_gib or model, or backend=strided"
+        )
     aims = list[float]()
     while doubled < limit:
         aims, doubled = [*aims, doubled], 2 * doubled
     return [*aims, limit]
+
+
+def own_fraction(config: RunConfig, gpu_fraction: float) -> float:
+    """The part of a GPU that is the worker's own, without that of an engine beside it.
+
+    Raises:
+        ConfigError: the engine leaves nothing.
+    """
+    colocated = config.uses_engine and config.vllm.placement == "colocated"
+    rest = gpu_fraction - (config.vllm.gpu_memory_utilization if colocated else 0.0)
+    if rest <= 0:
+        raise ConfigError(
+            f"vllm.gpu_memory_utilization={config.vllm.gpu_memory_utilization:g}: a worker has {gpu_fraction:g} of "
+            "a GPU, and the engine takes all of it. Use a smaller one, more gpus_per_worker, or placement=own"
+        )
+    return rest
 
 
 def total_memory(device: torch.device) -> float:

@@ -27,7 +27,7 @@ from ebft_study.rollouts.answers import AnswerSampler, InProcessAnswers
 from ebft_study.rollouts.strided import StridedRollouts
 from ebft_study.training.distributed import shard, shard_frozen
 from ebft_study.training.inputs import Inputs, read_inputs
-from ebft_study.training.memory import MemoryPlan, plan_micro_batches
+from ebft_study.training.memory import MemoryPlan, own_fraction, plan_micro_batches
 
 if TYPE_CHECKING:
     from ebft_study.training.recorded import Services
@@ -98,14 +98,20 @@ def build_parts(config: RunConfig, *, world_size: int = 1, services: Services | 
         services: backends that the run may share with others; None: everything is done in process.
     """
     device, memory_plan = planned(config, world_size=world_size, services=services)
-    if services and services.gpu_fraction < 1 and device.type == "cuda":
-        torch.cuda.set_per_process_memory_fraction(services.gpu_fraction)  # who takes more fails, not its neighbours
+    if services and device.type == "cuda":
+        _limit_memory(own_fraction(config, services.gpu_fraction))
     inputs = read_inputs(config)
     try:
         return _with_networks(config, inputs, device, memory_plan, world_size=world_size, services=services)
     except BaseException:
         inputs.close()
         raise
+
+
+def _limit_memory(fraction: float) -> None:
+    """Give this process a part of its GPU: who takes more fails, not its neighbours."""
+    if fraction < 1:
+        torch.cuda.set_per_process_memory_fraction(fraction)
 
 
 def _with_networks(

@@ -19,7 +19,7 @@ from ebft_study.algorithm.sampling import uniforms
 from ebft_study.config import OptimizerConfig, RunConfig
 from ebft_study.data import Batch, batch_indices
 from ebft_study.errors import ConfigError, NonFiniteError
-from ebft_study.methods import LossDenominators, Method, MetricAccumulator, Observations, SamplesAhead, off_policy
+from ebft_study.methods import LossDenominators, Method, MetricAccumulator, SamplesAhead, off_policy
 from ebft_study.networks.loading import trained_parameters
 from ebft_study.networks.sharding import is_sharded, unsharded
 from ebft_study.rollouts import ROLLOUT_STREAM, anchors_of, answer_anchors
@@ -50,6 +50,8 @@ class Run:
         self.accumulator, self.accumulated_steps = MetricAccumulator(), 0
         self.latest = dict[str, float]()
         self.has_warned = False
+        self.rounding_noise = 0.0
+        """Mean difference of log-probabilities between two of the trainer's own passes: with an engine, in bfloat16."""
         self.spent = Spent()
         self.meter = CostMeter(config, self.parts.memory_plan, self.device, world_size=world_size)
         self.parameters = self.meter.parameters(self.model)
@@ -107,7 +109,7 @@ class Run:
             with unsharded(self.model):
                 self.parts.rollouts.update_weights(self.model, self.step)
         batch, anchors, noise, denominators = self.batch()
-        loss, difference = 0.0, self.accumulator.of(off_policy.DIFFERENCE)
+        loss, compared = 0.0, self._compared()
         answers = self.accumulator.of("answer_tokens")
         parts = list(_micro_batches(batch, anchors, noise, self.parts.memory_plan.micro_batch_size))
         self._prepare(parts)
@@ -117,7 +119,7 @@ class Run:
         with self.accumulator.seconds("optimizer_seconds", self.device):
             sum_gradients(self.model, self.world_size)
         if self.samples_from_engine:
-            self._check_parity(difference)
+            self._check_parity(compared)
         with self.accumulator.seconds("optimizer_seconds", self.device):
             self._apply_gradients(loss)
         sampled = denominators.contexts * self.config.rollout.n_samples * self.config.rollout.completion_length
@@ -177,11 +179,18 @@ class Run:
         self.accumulator.add("loss", loss, float(len(batch.indices)))
         return loss
 
-    def _check_parity(self, before: Observations) -> None:
+    def _compared(self) -> list[float]:
+        """Sums and numbers of differences so far: of the engine from the trainer, and of the trainer from itself."""
+        observed = (self.accumulator.of(name) for name in (off_policy.DIFFERENCE, off_policy.NOISE))
+        return [number for each in observed for number in (each.total, each.count)]
+
+    def _check_parity(self, before: list[float]) -> None:
         """Check the engine's differences of this step, before the weights change."""
-        now = self.accumulator.of(off_policy.DIFFERENCE)
-        total, count = self.sum_over_workers((now.total - before.total, now.count - before.count))
-        off_policy.check_parity(self.config, total, count, version=self.step)
+        since = (now - then for now, then in zip(self._compared(), before, strict=True))
+        total, count, noise, probed = self.sum_over_workers(since)
+        if probed:
+            self.rounding_noise = noise / probed
+        off_policy.check_parity(self.config, total, count, version=self.step, noise=self.rounding_noise)
 
     def _apply_gradients(self, loss: float) -> None:
         config, warm = self.config.optimizer, self.config.training.warm_start_steps

@@ -61,8 +61,9 @@ def test_metrics_have_the_agreed_names() -> None:
         "step_seconds rollout_seconds feature_seconds scoring_seconds optimizer_seconds sync_seconds"
     )
     engine = (
-        "policy_lag parity_mean_difference parity_max_difference importance_ratio importance_ratio_min "
-        "importance_ratio_max importance_weight importance_clipped_fraction effective_sample_fraction"
+        "policy_lag parity_mean_difference parity_max_difference parity_off_fraction rechunk_mean_difference "
+        "rechunk_off_fraction importance_ratio importance_ratio_min importance_ratio_max importance_weight "
+        "importance_clipped_fraction effective_sample_fraction"
     )
     service = (
         "feature_hit_rate_memory feature_hit_rate_disk sample_hit_rate ground_truth_hit_rate feature_tokens_embedded "

@@ -185,6 +185,11 @@ def _cluster_and_lock(
     with existing.connection(address, study=study.name) as capacity:
         study = study if capacity is None else study.on(capacity)
         checks.check_capacity(study)
+        if capacity is None and any(run.uses_engine for run in study.runs):
+            from ebft_study.study.resolving.service_plan import check_shared_memory
+
+            resources = study.spec.resources
+            check_shared_memory(study.runs, study.service_plan, resources, concurrency=study.concurrency)
         with lock.hold(folder, record=study_yaml.NAME) as lock_handle:
             if capacity is not None:
                 existing.check(folder.local, needs_dashboard=study.spec.resources.has_workers)

@@ -19,7 +19,7 @@ from ebft_study.study.driver import services
 from ebft_study.study.driver.monitor import Monitor
 from ebft_study.study.folder import attempts, history, study_yaml
 from ebft_study.study.folder.study_yaml import StudySource
-from ebft_study.study.resolving.service_plan import check_cache, plan_services
+from ebft_study.study.resolving.service_plan import check_cache, check_shared_memory, plan_services
 from ebft_study.study.spec.study_spec import ObjectiveSpec, ResourcesSpec, StudySpec, nested, paths
 from ebft_study.study.spec.trials import Configuration, Trial
 from ebft_study.study.view.display import Lines
@@ -42,6 +42,9 @@ def run_single(run: RunConfig, source: StudySource, *, folder: Path, resume: boo
     spec = StudySpec(study=run.name, question=question, run=nested(run), seeds=(run.seed,))
     _check_folder(folder, spec, resume)
     workers = Workers("cuda" if choose_device(run).type == "cuda" else "cpu")
+    if run.uses_engine:
+        alone = ResourcesSpec()
+        check_shared_memory([run], plan_services([run], alone, concurrency=1), alone, concurrency=1)
     provenance = prepare([run], workers=lambda _: workers)
     folder.mkdir(parents=True, exist_ok=True)
     study_yaml.write(folder, spec, source, provenance=provenance)

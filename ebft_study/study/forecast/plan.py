@@ -6,6 +6,7 @@ that finished in earlier studies of the same storage folder.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,11 +24,14 @@ from ebft_study.study.forecast.evidence import detectable_differences
 from ebft_study.study.forecast.prediction import Prediction, predict
 from ebft_study.study.forecast.trial_groups import TrialGroup, trial_groups
 from ebft_study.study.resolving.resolved import ResolvedStudy
+from ebft_study.study.resolving.service_plan import check_shared_memory
 from ebft_study.study.spec import promotion
 from ebft_study.study.spec.study_spec import ResourcesSpec
-from ebft_study.training.memory import LARGE_GPU_BYTES, USABLE, plan_for, total_memory
+from ebft_study.training.engine_memory import EngineMemory, engine_memory
+from ebft_study.training.memory import LARGE_GPU_BYTES, USABLE, plan_for, shapes, total_memory
 
 _GIB = 2**30
+_MOST_PER_GPU = 8
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,10 @@ class PlannedGroup:
     """Per worker, at the peak; NaN where not even the smallest micro-batches fit."""
     problem: str
     """Reason why it does not fit."""
+    engine: EngineMemory
+    """Memory of its engine on a CPU, besides that of its workers."""
+    trials_per_gpu: tuple[int, int]
+    """How many such trials of one worker fit one GPU, and how many of them without smaller passes; 0 elsewhere."""
 
     @property
     def fits(self) -> bool:
@@ -96,7 +104,10 @@ def plan(study: ResolvedStudy, *, storage: Location, memory_gib: float | None = 
     """
     prediction = predict(study, storage=storage)
     groups = [row.group for row in prediction.groups] if prediction else trial_groups(study)
-    planned = [PlannedGroup(group, *_memory(study, group, memory_gib)) for group in groups]
+    planned = [
+        PlannedGroup(group, *_memory(study, group, memory_gib), _engine(group), _trials_per_gpu(group, memory_gib))
+        for group in groups
+    ]
     return StudyPlan(study, planned, prediction, detectable_differences(study, storage=storage))
 
 
@@ -111,13 +122,43 @@ def _memory(study: ResolvedStudy, group: TrialGroup, memory_gib: float | None) -
     except ConfigError as error:
         return math.nan, str(error)
     workers = math.ceil(study.concurrency * processes / len(study.capacity.nodes))
-    needed = planned.peak_bytes / _GIB
-    if device == "cpu" and memory_gib is None and workers * planned.peak_bytes > USABLE * total:
+    needed, engine = planned.peak_bytes / _GIB, _engine(group)
+    engines = 1 if run.vllm.engine_scope == "study" else study.concurrency
+    beside = study.concurrency * engine.segment_bytes + engines * engine.process_bytes
+    if device == "cpu" and memory_gib is None and workers * planned.peak_bytes + beside > USABLE * total:
+        and_engines = f", and their engines {beside / _GIB:.3g} GiB" if beside else ""
         return math.nan, (
-            f"memory={total / _GIB:.3g} GiB: {workers} workers at a time need {needed:.3g} GiB each. "
+            f"memory={total / _GIB:.3g} GiB: {workers} workers at a time need {needed:.3g} GiB each{and_engines}. "
             "Use a smaller budget.max_concurrent_trials or training.memory_budget_gib"
         )
+    try:
+        if run.uses_engine and device == "cpu" and memory_gib is None:
+            check_shared_memory([run], study.service_plan, study.spec.resources, concurrency=study.concurrency)
+    except ConfigError as error:
+        return math.nan, str(error)
     return needed, ""
+
+
+def _engine(group: TrialGroup) -> EngineMemory:
+    run, resources = group.example.run, group.example.resources
+    if not run.uses_engine or resources.device_of(run) != "cpu":
+        return EngineMemory()
+    return engine_memory(run, "cpu", shapes(run)[0])
+
+
+def _trials_per_gpu(group: TrialGroup, memory_gib: float | None) -> tuple[int, int]:
+    """See `PlannedGroup.trials_per_gpu`; at most eight are tried."""
+    run, resources = group.example.run, group.example.resources
+    if resources.device_of(run) == "cpu" or resources.processes > 1 or run.training.memory_budget_gib is not None:
+        return 0, 0
+    total = LARGE_GPU_BYTES if memory_gib is None else memory_gib * _GIB
+    fitting = dict[int, tuple[int, int]]()
+    for number in range(1, _MOST_PER_GPU + 1):
+        with contextlib.suppress(ConfigError):
+            made = plan_for(run, "cuda", total_bytes=total, world_size=1, gpu_fraction=1 / number)
+            fitting[number] = made.micro_batch_size, made.anchors_at_once
+    as_alone = (number for number, passes in fitting.items() if passes == fitting.get(1))
+    return max(fitting, default=0), max(as_alone, default=0)
 
 
 # --- for people ------------------------------------------------------------------------------------------------
@@ -146,6 +187,8 @@ def summary(planned: StudyPlan) -> list[str]:
     lines = [f"{planned.n_trials} trials, {planned.concurrency} at a time, {' or '.join(workers)} each"]
     lines += [_levels(planned.study)] if planned.study.spec.seeds.promotes else []
     lines += [f"{row.group.label}: {row.problem}" for row in planned.groups if not row.fits]
+    lines += dict.fromkeys(_engines(row) for row in planned.groups if row.engine.total_bytes)
+    lines += [_sharing(row) for row in planned.groups if row.trials_per_gpu[0]]
     lines += dict.fromkeys(_benchmarks(row.group) for row in planned.groups if row.group.work.has_benchmarks)
     if planned.hours is None or planned.prediction is None:
         lines += ["no time predicted: no trial has finished here yet to measure this machine by"]
@@ -177,6 +220,31 @@ def _benchmarks(group: TrialGroup) -> str:
         f"benchmarks of {run.model}: {benchmark_evaluations(run)} per trial and one of the base model, each "
         f"{work.problems} problems, {work.answers} answers of up to {longest} tokens, "
         f"{work.flops / 1e12:.3g} TFLOP{judging}"
+    )
+
+
+def _engines(row: PlannedGroup) -> str:
+    """`engine of tiny-1m: 1.74 GiB besides the workers, and 0.01 GiB of weights in /dev/shm for each trial`."""
+    process, segment = row.engine.process_bytes / _GIB, row.engine.segment_bytes / _GIB
+    run = row.group.example.run
+    number = "for all trials" if run.vllm.engine_scope == "study" else "for each trial"
+    return (
+        f"engine of {run.model}: {process:.2f} GiB besides the workers {number}, and {segment:.2f} GiB of weights in "
+        "/dev/shm for each trial"
+    )
+
+
+def _sharing(row: PlannedGroup) -> str:
+    """`n=4: by memory 4 trials fit one GPU (gpus_per_worker: 0.25), 2 without smaller passes; 1 allows 1`."""
+    most, as_alone = row.trials_per_gpu
+    given = row.group.example.resources.gpus_per_worker
+    smaller = f", {as_alone} without smaller passes" if as_alone < most else ""
+    more = " or more" if most == _MOST_PER_GPU else ""
+    allowed = max(int(1 / given + 1e-9), 1)
+    part = math.floor(1000 / most) / 1000
+    return (
+        f"{row.group.label}: by memory {most}{more} trial{'s' * (most > 1)} fit{'s' * (most == 1)} one GPU "
+        f"(gpus_per_worker: {part:g}){smaller}; the study's {given:g} allows {allowed}"
     )
 
 
