@@ -12,7 +12,7 @@ from ebft_study.algorithm.anchors import find_anchors
 from ebft_study.algorithm.losses import importance_weights
 from ebft_study.config import RunConfig, build_run, nest
 from ebft_study.errors import ParityError, ServiceError
-from ebft_study.methods import MetricAccumulator
+from ebft_study.methods import MetricAccumulator, off_policy
 from ebft_study.methods.off_policy import OffPolicy, RechunkProbe, check_parity
 from ebft_study.networks.blocks import completion_log_probs, run_prefix
 from ebft_study.rollouts import Rollouts
@@ -174,6 +174,31 @@ def test_a_probe_runs_at_the_first_step_and_at_logged_ones_once() -> None:
         version for version in (1, 1, 2, 3, 3, 4, 7) if probed(probe, version).of("rechunk_mean_difference").count
     ]
     assert versions == [1, 3, 7]
+
+
+def test_workers_with_sharded_weights_probe_in_the_same_passes_whatever_their_anchors(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Layers that are gathered one by one need every worker in every pass: one without any anchor, too."""
+    passes: list[int] = []
+    monkeypatch.setattr(off_policy, "run_prefix", lambda *args: passes.append(1) or run_prefix(*args))
+    monkeypatch.setattr(off_policy, "is_sharded", lambda model: True)
+    for document_ids in ([[0] * 9 + [1] * 11], [[0] * 6], [[0] * 3]):
+        passes.clear()
+        batch, accumulator = small_batch(document_ids), MetricAccumulator()
+        anchors = find_anchors(batch.document_ids, completion_length=3, stride=2, first_context_length=2)
+        anchors = anchors.padded(9)
+        RechunkProbe(run(**LOW)).record(
+            small_model(),
+            batch,
+            anchors,
+            torch.zeros((1, 9, 1, 3), dtype=torch.long),
+            torch.zeros((1, 9, 1, 3)),
+            policy_version=0,
+            accumulator=accumulator,
+        )
+        assert len(passes) == 8
+        assert accumulator.of("rechunk_mean_difference").count == 3 * min(int(anchors.valid.sum()), 8)
 
 
 def test_rounding_is_probed_in_bfloat16_with_an_engine_alone() -> None:
