@@ -1,8 +1,9 @@
 """Kill -9 at random in the middle of a real study, and compare what is left with an undisturbed one: `make chaos`.
 
-Twelve trials of a tiny model in worker groups, two at a time. Driver, Train controller, worker and trial actor are
-killed in a random order at random moments; a killed driver is followed by `resume`. The last line printed is JSON: what
-was done and what went wrong. The exit code is 1 if anything did.
+Twelve trials of a tiny model in worker groups, two at a time: EBFT, RLVR and both in one, with a benchmark whose
+programs run in the sandbox. Driver, Train controller, worker and trial actor are killed in a random order at random
+moments, in the middle of rewards and evaluations too; a killed driver is followed by `resume`. The last line printed is
+JSON: what was done and what went wrong. The exit code is 1 if anything did.
 """
 
 from __future__ import annotations
@@ -31,16 +32,29 @@ from tests.tiny_run import write_data, write_model
 
 TITLES = {"trial": "ray::ImplicitFunc", "controller": "ray::TrainController", "worker": "ray::RayTrainWorker"}
 KINDS = ("driver", *TITLES)
-TABLES = ("metrics", "evaluations")
+TABLES = ("metrics", "evaluations", "scores")
 STUDY = {
     "question": "Does a study come to the same end, whatever is killed?",
-    "axes": {"alpha": [0.0, 1.0], "gamma": [0.0, 0.1]},
+    "axes": {
+        "arm": {
+            "choices": {
+                "alignment": {"alpha": 0.0},
+                "ebft": {"gamma": 0.1},
+                "rlvr": {"method": "rlvr", "baseline": "group_norm", "aggregation": "token_mean"},
+                "mixture": {"verifier_weight": 1.0},
+            }
+        }
+    },
     "seeds": [0, 1, 2],
     "resources": {"workers_per_trial": 1, "max_failures": 100},
     "budget": {"max_concurrent_trials": 2},
 }
 RUN = {
-    "text_column": "text", "sequence_length": 48, "completion_length": 4, "stride": 4, "n_samples": 4, "batch_size": 8,
+    "prompt_column": "prompt", "answer_column": "answer", "anchor_region": "answer", "ce_region": "answer",
+    "sequence_length": 48, "completion_length": 4, "stride": 4, "n_samples": 4, "batch_size": 8,
+    "verifier": "bleu", "max_answer_tokens": 12,
+    "benchmarks": ["mini"], "benchmark_every_steps": 10, "benchmark_problems": 8, "benchmark_samples": 2,
+    "benchmark_max_tokens": 12,
     "log_every_steps": 1, "eval_every_steps": 10, "checkpoint_every_steps": 10, "validation_sequences": 4,
     "heldout_sequences": 4, "profile_lengths": [1, 4], "features": {"backend": "local"},
 }  # fmt: skip
@@ -92,7 +106,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="ebft-chaos-") as folder:
         cwd = Path(folder)
         write_model(cwd / "model")
-        write_data(cwd / "data.jsonl", examples=200)
+        write_data(cwd / "data.jsonl", answers=True, examples=200)
         counts = Ordeal(cwd, options).run()
     print(json.dumps(counts))
     return int(any(counts["problems"].values()))

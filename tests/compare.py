@@ -8,6 +8,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
+
 from ebft_study import results
 
 KEYS = {
@@ -23,7 +26,7 @@ SHARED = ("evaluation_flops",)
 
 def different(one: Path, other: Path, table: str) -> int:
     """Number of rows that are not equal in every bit, or that only one of the studies has."""
-    frames = [results.read_table(folder, table).set_index(KEYS[table]).sort_index() for folder in (one, other)]
+    frames = [_rows(folder, table).set_index(KEYS[table]).sort_index() for folder in (one, other)]
     columns = [name for name in frames[0].columns if name not in (*TIMED, *SHARED) and not name.endswith("_seconds")]
     both = frames[0].index.intersection(frames[1].index)
     a, b = (frame.loc[both, columns] for frame in frames)
@@ -31,6 +34,12 @@ def different(one: Path, other: Path, table: str) -> int:
     for name in equal.columns[~equal.all()]:
         print(f"{table}.{name} differs in {int((~equal[name]).sum())} rows", file=sys.stderr)
     return int((~equal.all(axis=1)).sum()) + len(frames[0].index.symmetric_difference(frames[1].index))
+
+
+def _rows(folder: Path, table: str) -> pd.DataFrame:
+    """The rows, with lists as text: pandas compares no lists."""
+    rows = results.read_table(folder, table)
+    return rows.map(lambda value: str(value.tolist()) if isinstance(value, np.ndarray) else value)
 
 
 def main(one: str, other: str) -> int:
