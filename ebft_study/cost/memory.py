@@ -301,8 +301,8 @@ class _Phases:
             # Each weight is used in every pass; its gradients wait for one another, while the last pass is let go.
             length, graph = step.completion_length - 1, self.graph()
             waiting = step.weight_bytes * model.n_trainable + graph * (length - 1) // length if length > 1 else 0
-            backward = self.differentiating(self.blocks, blocks=True)
-            return max(graph, waiting) + max(head + self.logits(self.blocks, copies=2), backward)
+            decoding = self.differentiating(self.blocks, blocks=True)
+            return max(graph, waiting) + max(head + self.logits(self.blocks, copies=2), decoding)
         backward = self.gathered.backward + self.gathered.head_gradient + self.differentiating(n_tokens, blocks=True)
         return self.scored() + max(head + self.logits(n_tokens, copies=2), backward)
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -94,7 +94,7 @@ def shard(model: nn.Module, *, world_size: int, precision: str) -> None:
         for layer in getattr(model.get_decoder(), decoder_names(model).layers)  # type: ignore[operator]
     ]
     # Embeddings and head, which may be one parameter, belong to the root.
-    root = cast(FSDPModule, fully_shard(model, **options))
+    root = fully_shard(model, **options)
     for unit in (root, *layers):
         # Losses divide by global totals already: gradients are summed, not averaged.
         unit.set_gradient_divide_factor(1.0)
