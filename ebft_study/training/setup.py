@@ -123,7 +123,7 @@ def _with_networks(
     sharded = config.training.sharding == "fsdp" and world_size > 1
     if sharded:
         shard_frozen(*(network for network in _networks(features, judge) if network is not base.model))
-    rollouts = services.rollouts(config, device) if services else StridedRollouts()
+    rollouts = services.rollouts(config, device) if services else StridedRollouts(config.training.attention)
     sft: Method = Sft(config.loss)
     method = sft
     frozen = frozen_base(config, base) if config.method != "sft" and config.loss.kl_coefficient > 0 else None
@@ -142,7 +142,7 @@ def _with_networks(
         method = Ebft(
             config, rollouts=rollouts, features=features, base=frozen, anchors_at_once=memory_plan.anchors_at_once
         )
-    evaluator = Evaluator(config, StridedRollouts(), features, judge)
+    evaluator = Evaluator(config, StridedRollouts(config.training.attention), features, judge)
     remarks = [f"base model {base.fingerprint}", *inputs.remarks]
     if inputs.benchmarks and rollouts.engine:
         remarks.append(f"benchmarks are sampled by {rollouts.engine}")
