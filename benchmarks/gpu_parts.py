@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import math
 import multiprocessing
 import statistics
 import subprocess
@@ -34,8 +33,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.contenders import Naive, Networks, Ours
 from benchmarks.measure import matmul_ceiling, seconds
 from benchmarks.settings import PAPER, Settings
-from benchmarks.workload import compute_dtype, cost_of, memory_of, micro_batch_plan, random_inputs
-from ebft_study.cost import MicroBatchPlan
+from benchmarks.workload import compute_dtype, cost_of, memory_of, micro_batch_plan, n_parts, random_inputs
 from ebft_study.methods import MetricAccumulator
 
 Facts = dict[str, Any]
@@ -207,12 +205,6 @@ def measured_step(settings: Settings, sizes: Sizes, *, repeats: int) -> Iterator
                 "step": flops.total.flops / median / ceiling,
             },
         }
-
-
-def n_parts(settings: Settings, plan: MicroBatchPlan) -> int:
-    """Passes over blocks in a step: micro-batches times parts of their anchors."""
-    micro_batches = math.ceil(settings.batch_size / plan.micro_batch_size)
-    return micro_batches * math.ceil(len(settings.shape.anchors) / plan.anchors_at_once)
 
 
 def step(sizes: Sizes) -> Iterator[Facts]:

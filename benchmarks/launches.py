@@ -3,8 +3,8 @@
 The code that a GPU would run is run with the micro-batches, parts and tokens of the settings, but one sequence to a
 micro-batch and tiny widths, of which the number of kernels does not depend. It is linear in the number of layers, so
 two small numbers tell that of the real model. Every operation of PyTorch that computes counts as one kernel, the fused
-attention as one forward and three backward; views and allocations launch nothing. Some operations launch a few (sorting,
-decompositions), and lists of tensors one per 20 million numbers: `make gpu` counts what a GPU really launches.
+attention as one forward and three backward; views and allocations launch nothing. Some operations launch a few
+(sorting, decompositions), and lists of tensors one per 20 million numbers: `make gpu` counts what a GPU launches.
 """
 
 from __future__ import annotations
@@ -31,7 +31,13 @@ from ebft_study.features import local
 from ebft_study.methods import MetricAccumulator
 from ebft_study.networks import blocks
 
-TINY = {"hidden_size": 32, "intermediate_size": 32, "vocab_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+TINY = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "vocab_size": 32,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
 LAYERS = 4, 8
 """Two numbers of layers of which every depth of the features is a whole number."""
 ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "lift_fresh"}
@@ -75,7 +81,7 @@ class Counting(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if func.is_view:
             self.counts["views"] += 1
-        elif name in SYNCHRONISATIONS or name in ("index", "index_put_", "index_put") and _has_mask(args[1]):
+        elif name in SYNCHRONISATIONS or (name in ("index", "index_put_", "index_put") and _has_mask(args[1])):
             self.counts["synchronisations"] += 1
         elif name not in ALLOCATIONS:
             self.counts["kernels"] += 1

@@ -147,7 +147,7 @@ def _with_networks(
     if inputs.benchmarks and rollouts.engine:
         remarks.append(f"benchmarks are sampled by {rollouts.engine}")
     # Last: frozen copies of the generator were made before its weights are sharded.
-    remarks += [*_save_memory(config, base.model, world_size=world_size), memory_plan.describe()]
+    remarks += [*_save_memory(config, base.model, memory_plan, world_size=world_size), memory_plan.describe()]
     base.model.train()
     return Parts(
         *(device, memory_plan, inputs.text, inputs.data, base, features, rollouts, method, sft, evaluator),
@@ -190,7 +190,7 @@ def end_tokens(base: LoadedModel) -> list[int]:
     return [] if end is None else [end]
 
 
-def _save_memory(config: RunConfig, model: nn.Module, *, world_size: int) -> list[str]:
+def _save_memory(config: RunConfig, model: nn.Module, plan: MemoryPlan, *, world_size: int) -> list[str]:
     """Prepare the generator, in place, for checkpointing of activations and sharding; returns remarks for the user.
 
     Raises:
@@ -198,7 +198,7 @@ def _save_memory(config: RunConfig, model: nn.Module, *, world_size: int) -> lis
     """
     training, trained = config.training, sum(p.numel() for p in trained_parameters(model).values())
     remarks = [f"{trained} trained weights"]
-    if training.activation_checkpointing:
+    if plan.activation_checkpointing:
         checkpoint_activations(model, name=config.model)
     if training.sharding == "fsdp":
         if world_size > 1:
@@ -218,7 +218,7 @@ def checkpoint_activations(model: nn.Module, *, name: str) -> None:
         model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     except ValueError as error:
         raise ModelError(
-            f"training.activation_checkpointing=True: model {name!r} does not support it ({error}). Use False"
+            f"training.activation_checkpointing: model {name!r} does not support it ({error}). Use false"
         ) from error
     # Only reentrant checkpointing needs inputs that require gradients; frozen embeddings have no use for them.
     model.disable_input_require_grads()  # type: ignore[operator]
