@@ -322,7 +322,7 @@ class _Phases:
 
     def scored(self) -> int:
         """Bytes that scoring the blocks of a part again saves for its backward pass."""
-        model, step, n_tokens = self.model, self.step, self.block_tokens
+        n_tokens = self.block_tokens
         kept = n_tokens * self.saved(blocks=True)
         if self.limits.fused_attention and n_tokens:
             kept += self.copied
