@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -133,17 +133,15 @@ def as_on_a_gpu(sequences: int, vocabulary_size: int) -> Iterator[None]:
             (blocks, "logits_at_once", lambda device: rows * TINY["vocab_size"]),
             (local, "TOKENS_PER_PASS", {"cpu": limits.feature_tokens_at_once // sequences}),
             (flex_attention, "flex_attention", _fused),
+            (attention, "fused_on", lambda device: False),
+            (attention, "CHUNKS", {"cpu": limits.chunks}),
         ):
             patches.enter_context(patch.object(target, name, value))
         yield
 
 
-def count(settings: Settings, plan: MicroBatchPlan, *, decoding: Literal["fused", "chunked"] = "fused") -> Launches:
-    """Kernels, views and synchronisations of a step of the settings' model under a plan.
-
-    Args:
-        decoding: `chunked` decodes as a GPU does blocks of more than `blocks.LONGEST_FUSED` tokens.
-    """
+def count(settings: Settings, plan: MicroBatchPlan) -> Launches:
+    """Kernels, views and synchronisations of a step of the settings' model under a plan."""
     shape, sizes = settings.shape, MODELS.get(settings.model) or ladder()[settings.model]
     alone = replace(
         settings,
@@ -155,12 +153,8 @@ def count(settings: Settings, plan: MicroBatchPlan, *, decoding: Literal["fused"
     counted = []
     for n_layers in LAYERS:
         small = Qwen2Config(**{**sizes, **TINY, "num_hidden_layers": n_layers})
-        with as_on_a_gpu(plan.micro_batch_size, sizes["vocab_size"]), ExitStack() as patches:
-            patches.enter_context(patch.object(workload, "model_config", lambda name, small=small: small))
-            if decoding == "chunked":
-                patches.enter_context(patch.object(blocks, "LONGEST_FUSED", 0))
-                patches.enter_context(patch.object(attention, "fused_on", lambda device: False))
-                patches.enter_context(patch.object(attention, "CHUNKS", {"cpu": attention.CHUNKS["cuda"]}))
+        made = patch.object(workload, "model_config", lambda name, small=small: small)
+        with made, as_on_a_gpu(plan.micro_batch_size, sizes["vocab_size"]):
             ours = Ours(alone, Networks.from_settings(alone))
             for parameter in ours.networks.parameters:
                 parameter.grad = torch.zeros_like(parameter)
