@@ -13,7 +13,7 @@ nothing here has run on a GPU yet. Plans depend on the ratio of the two alone: a
 
 LAYER_FORWARD, LAYER_BACKWARD = 46, 102
 """Kernels of a layer in a pass under autocast, with fused attention (Qwen2; `tests/benchmarks/test_launches.py`)."""
-CHUNKED_DECODING = 20
+CHUNKED_DECODING = 33
 """More of them where a block is too long to be decoded by a fused call."""
 PASS, PART = 100, 250
 """Kernels of a pass outside its layers (mask, positions, head), and of a part's rewards and metrics."""

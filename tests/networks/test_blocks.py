@@ -63,8 +63,7 @@ def test_rollouts_equal_sampling_each_context_alone(architecture: str, completio
 
 
 @pytest.mark.filterwarnings("ignore")  # uncompiled it is slow, says PyTorch
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("architecture", "checkpointing"), [("qwen2-tied", True), ("gemma2-windows", False)])
 def test_a_gpu_decodes_by_one_fused_call_per_layer_and_token_with_the_same_result(
     architecture: str, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -75,12 +74,12 @@ def test_a_gpu_decodes_by_one_fused_call_per_layer_and_token_with_the_same_resul
     model, batch = small_model(architecture, layers=2).double().train(), small_batch(LAYOUTS)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    anchors = anchored(batch, 4)
-    noise = uniforms((7,), [0, 1, 2], n_anchors=anchors.positions.shape[1], n_samples=N, length=4)
+    anchors = anchored(batch)
+    noise = uniforms((7,), [0, 1, 2], n_anchors=anchors.positions.shape[1], n_samples=N, length=G)
     found = []
     for attention in ("chunked", "flex"):
         rollouts = StridedRollouts(attention).sample(model, batch, anchors, noise=noise, temperature=0.8)
-        assert len(calls) == (0 if attention == "chunked" else 2 * 3)
+        assert len(calls) == (0 if attention == "chunked" else 2 * (G - 1))
         gradients = torch.autograd.grad(rollouts.log_probs[anchors.valid].square().sum(), list(model.parameters()))
         with torch.no_grad():
             again = StridedRollouts(attention).sample(model, batch, anchors, noise=noise, temperature=0.8)
