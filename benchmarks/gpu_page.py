@@ -91,7 +91,8 @@ def _kernels(facts: Mapping[str, Any]) -> Iterator[str]:
     yield f"  {facts['sequences']} sequences as one part: {facts['seconds']:.3g} s; {of_step}"
     if "phases" not in facts:
         return
-    yield f"  {facts['kernels']:,} kernels, which take {facts['device_seconds']:.3g} s; by phase:"
+    predicted = f"{facts['predicted_kernels']:,.0f} predicted without the optimizer's"
+    yield f"  {facts['kernels']:,} kernels ({predicted}), which take {facts['device_seconds']:.3g} s; by phase:"
     for phase, counts in facts["phases"].items():
         others = ", ".join(f"{counts[k]:,} {k}" for k in ("launches", "copies", "synchronisations") if k in counts)
         busy = counts.get("device_nanoseconds", 0) / 1e9

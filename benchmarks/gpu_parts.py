@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import math
 import multiprocessing
 import statistics
 import subprocess
@@ -34,8 +33,8 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.contenders import Naive, Networks, Ours
 from benchmarks.measure import matmul_ceiling, seconds
 from benchmarks.settings import PAPER, Settings
-from benchmarks.workload import compute_dtype, cost_of, memory_of, micro_batch_plan, random_inputs
-from ebft_study.cost import MicroBatchPlan
+from benchmarks.workload import compute_dtype, cost_of, memory_of, micro_batch_plan, n_parts, random_inputs, shapes
+from ebft_study.cost import step_kernels
 from ebft_study.methods import MetricAccumulator
 
 Facts = dict[str, Any]
@@ -209,12 +208,6 @@ def measured_step(settings: Settings, sizes: Sizes, *, repeats: int) -> Iterator
         }
 
 
-def n_parts(settings: Settings, plan: MicroBatchPlan) -> int:
-    """Passes over blocks in a step: micro-batches times parts of their anchors."""
-    micro_batches = math.ceil(settings.batch_size / plan.micro_batch_size)
-    return micro_batches * math.ceil(len(settings.shape.anchors) / plan.anchors_at_once)
-
-
 def step(sizes: Sizes) -> Iterator[Facts]:
     return measured_step(sizes.step, sizes, repeats=sizes.repeats)
 
@@ -288,7 +281,9 @@ def profiled_part(whole: Settings) -> Iterator[Facts]:
     ours, observed = Ours(settings, Networks.from_settings(settings)), PhaseKernels()
     ours.step()
     taken = seconds(ours.step, settings.device)
-    yield {"sequences": size, "parts_of_a_step": n_parts(whole, plan), "seconds": taken}
+    predicted = step_kernels(*shapes(settings), settings.shape, ours.plan)
+    about = {"sequences": size, "parts_of_a_step": n_parts(whole, plan), "predicted_kernels": predicted}
+    yield {**about, "seconds": taken}
     ours.step(observed)
     phases = {phase: dict(observed.counts.get(metric, {})) for phase, metric in PHASES.items()}
     longest = [

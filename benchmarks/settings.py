@@ -31,6 +31,7 @@ class Section(StrEnum):
     memory = "memory"
     growth = "growth"
     profile = "profile"
+    launches = "launches"
 
 
 def _shape(

@@ -5,6 +5,7 @@ Weights and tokens are random: the cost of a step does not depend on their value
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -112,6 +113,12 @@ def micro_batch_plan(settings: Settings) -> MicroBatchPlan:
     return MicroBatchPlan(
         settings.micro_batch_size or plan.micro_batch_size, settings.anchors_at_once or plan.anchors_at_once
     )
+
+
+def n_parts(settings: Settings, plan: MicroBatchPlan) -> int:
+    """Passes over blocks in a step: micro-batches times parts of their anchors."""
+    micro_batches = math.ceil(settings.batch_size / plan.micro_batch_size)
+    return micro_batches * math.ceil(len(settings.shape.anchors) / plan.anchors_at_once)
 
 
 def cost_of(settings: Settings, *, counting: Literal["needed", "executed"]) -> StepCost:

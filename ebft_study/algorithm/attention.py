@@ -63,8 +63,8 @@ def prefix_attention(
 NOTHING = -1e30
 """Score of what must not be seen. A row with nothing to see then weighs nothing; infinities would give NaN."""
 
-CHUNKS = 6
-"""Into how many chunks a sequence is cut at least: more waste less computation, fewer cost less overhead."""
+CHUNKS = {"cpu": 6, "cuda": 1}
+"""Into how many chunks a sequence is cut at least: more waste less computation, fewer launch fewer kernels."""
 SMALL_MASK = 2**18
 """Entries of a mask worth keeping."""
 
@@ -138,7 +138,7 @@ def plan_chunks(
     if N == 0:
         return []
     widest = max(int(end.max() - start.min()), 1)
-    blocks = max(1, min(scores_at_once // (rows * widest), -(-N // CHUNKS)))
+    blocks = max(1, min(scores_at_once // (rows * widest), -(-N // CHUNKS[contexts.end.device.type])))
     sequences = max(1, min(S, scores_at_once // (rows * widest * blocks)))
     return [
         chunk

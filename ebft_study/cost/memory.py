@@ -6,6 +6,7 @@ import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from ebft_study.cost.launches import step_seconds
 from ebft_study.cost.shapes import FLOAT32_BYTES, GPU_LIMITS, Limits, MicroBatchPlan, ModelShape, StepShape
 from ebft_study.errors import ConfigError
 
@@ -201,6 +202,16 @@ class _Phases:
         """Bytes of a token's hidden states at all requested depths."""
         return FLOAT32_BYTES * self.network.hidden_size * len(self.step.depths)
 
+    @property
+    def decodes_fused(self) -> bool:
+        return 0 < self.step.completion_length - 1 <= self.limits.fused_decoding
+
+    @property
+    def copied(self) -> int:
+        """Bytes of a copy of the prefix's keys and values, of as many layers as keep theirs for the backward pass."""
+        layers = 1 if self.step.activation_checkpointing else self.model.n_layers
+        return 2 * layers * self.prefix_tokens * self.model.kv_size * self.step.compute_bytes
+
     def keys_values(self, model: ModelShape) -> int:
         """Bytes of a token's keys and values in all layers."""
         return 2 * model.n_layers * model.kv_size * self.step.compute_bytes
@@ -224,7 +235,8 @@ class _Phases:
     def differentiating(self, n_tokens: int, *, blocks: bool) -> int:
         """Bytes of one layer during its backward pass; saved activations are freed as their gradients are made."""
         again = saved_bytes_per_token(self.model, self.step, blocks=blocks) if self.step.activation_checkpointing else 0
-        score_copies = 3 if blocks and (self.step.differentiable_rollouts or not self.limits.fused_attention) else 0
+        fused = self.decodes_fused if self.step.differentiable_rollouts else self.limits.fused_attention
+        score_copies = 3 if blocks and not fused else 0
         return n_tokens * again + self.running(self.model, n_tokens, mlp_copies=1, score_copies=score_copies)
 
     def logits(self, n_rows: int, *, copies: int) -> int:
@@ -250,6 +262,8 @@ class _Phases:
         # Every decode pass keeps the keys and values of its block so far, unless it is going to run again.
         earlier = length if step.activation_checkpointing else (length - 1) * length // 2
         kept += self.blocks * earlier * self.keys_values(model)
+        if self.decodes_fused:
+            kept += self.copied * (1 if step.activation_checkpointing else length)
         if self.blocks <= self.limits.logit_rows(model):
             rows = self.block_tokens + self.blocks // step.n_samples if step.n_samples else 0
             kept += FLOAT32_BYTES * rows * model.vocabulary_size
@@ -258,7 +272,7 @@ class _Phases:
     def rollouts(self) -> int:
         """The graph of sampling, or keys and values of the blocks so far; a decode pass, or drawing from its logits."""
         kept = self.graph() if self.step.differentiable_rollouts else self.block_tokens * self.keys_values(self.model)
-        decoding = self.running(self.model, self.blocks, score_copies=2)
+        decoding = self.running(self.model, self.blocks, score_copies=0 if self.decodes_fused else 2)
         drawing = kept + max(decoding, self.logits(self.blocks, copies=3))
         prompts = self.plan.micro_batch_size * self.step.prompt_tokens
         own = prompts * (self.keys_values(self.model) + FLOAT32_BYTES * self.model.hidden_size)
@@ -308,11 +322,10 @@ class _Phases:
 
     def scored(self) -> int:
         """Bytes that scoring the blocks of a part again saves for its backward pass."""
-        model, step, n_tokens = self.model, self.step, self.block_tokens
+        n_tokens = self.block_tokens
         kept = n_tokens * self.saved(blocks=True)
         if self.limits.fused_attention and n_tokens:
-            copied_layers = 1 if step.activation_checkpointing else model.n_layers
-            kept += 2 * copied_layers * self.prefix_tokens * model.kv_size * step.compute_bytes
+            kept += self.copied
         return kept
 
 
@@ -328,9 +341,10 @@ def largest_plan(
     limits: Limits = GPU_LIMITS,
     given: tuple[int | None, int | None] = (None, None),
 ) -> MicroBatchPlan:
-    """The fewest passes whose peak memory fits into `budget_bytes` on one worker; depends on its arguments alone.
+    """The best plan whose peak memory fits into `budget_bytes` on one worker; depends on its arguments alone.
 
-    All sequences and all anchors if that fits; otherwise fewer anchors at a time, while a pass still has
+    On a GPU the one with the least predicted time (`step_seconds`). On a CPU the one with the fewest passes: all
+    sequences and all anchors if that fits; otherwise fewer anchors at a time, while a pass still has
     `EFFICIENT_BLOCK_TOKENS`; otherwise fewer sequences, with as many anchors as fit; at last fewer anchors still.
 
     Args:
@@ -339,11 +353,24 @@ def largest_plan(
     Raises:
         ConfigError: not even one sequence and one anchor at a time fit, or the sizes that the user has chosen do not.
     """
-    for plan in _plans(step, given):
+    launches, fitting = limits.fused_attention, list[MicroBatchPlan]()
+    for plan in _all_plans(step, given) if launches else _plans(step, given):
         needed = memory(model, features, step, plan, limits=limits)
         if needed.peak_bytes <= budget_bytes:
-            return plan
-    raise _does_not_fit(needed, step, plan, budget_bytes)
+            fitting.append(plan)
+            if not launches:
+                break
+    if not fitting:
+        raise _does_not_fit(needed, step, plan, budget_bytes)
+    return min(fitting, key=lambda plan: step_seconds(model, features, step, plan, limits=limits))
+
+
+def _all_plans(step: StepShape, given: tuple[int | None, int | None]) -> Iterator[MicroBatchPlan]:
+    """Candidates, from the largest to the smallest."""
+    whole = MicroBatchPlan.whole(step)
+    for S in _choices(whole.micro_batch_size, given[0]):
+        for A in _choices(whole.anchors_at_once, given[1]):
+            yield MicroBatchPlan(S, A)
 
 
 def _plans(step: StepShape, given: tuple[int | None, int | None]) -> Iterator[MicroBatchPlan]:

@@ -200,6 +200,7 @@ class StepShape:
     """Type of trained weights, their gradients and optimizer states."""
     weight_average: bool = False
     activation_checkpointing: bool = False
+    """`auto` counts as False where no plan decides (`training.memory`)."""
     differentiable_rollouts: bool = True
     """The completions are differentiated as they were sampled, not run again for that."""
     remote_features: bool = False
@@ -238,7 +239,7 @@ class StepShape:
             kl_coefficient=config.loss.kl_coefficient,
             precision=training.precision,
             weight_dtype=training.weight_dtype,
-            activation_checkpointing=training.activation_checkpointing,
+            activation_checkpointing=training.activation_checkpointing is True,
             sharded=training.sharding == "fsdp",
             shared_features=config.lora.lora_rank > 0 and config.features.is_base,
             remote_features=config.features.backend == "service",
@@ -325,19 +326,21 @@ class Limits:
     logits_at_once: int = 2**28
     scores_at_once: int = 2**28
     feature_tokens_at_once: int = 2**17
-    chunks: int = 6
+    chunks: int = 1
     """Into how many chunks the blocks of a pass are cut at least, by their contexts, in the `chunked` attention."""
     fused_attention: bool = True
-    """Blocks attend in one kernel (`flex`), except while decoding: no scores, but a copy of the prefix's keys and
-    values in every pass."""
+    """Blocks attend in one kernel (`flex`): no scores, but a copy of the prefix's keys and values in every pass."""
+    fused_decoding: int = 16
+    """Tokens of the longest blocks that are decoded in this way."""
 
     @staticmethod
     def on(device: str) -> Limits:
         """The sizes of the implementation on `cpu` or `cuda`."""
-        return GPU_LIMITS if device == "cuda" else Limits(2**24, 2**20, 2**10, fused_attention=False)
+        return GPU_LIMITS if device == "cuda" else CPU_LIMITS
 
     def logit_rows(self, model: ModelShape) -> int:
         return max(1, self.logits_at_once // model.vocabulary_size)
 
 
 GPU_LIMITS = Limits()
+CPU_LIMITS = Limits(2**24, 2**20, 2**10, 6, fused_attention=False, fused_decoding=0)

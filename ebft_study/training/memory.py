@@ -13,7 +13,16 @@ import psutil
 import torch
 
 from ebft_study.config import RunConfig
-from ebft_study.cost import Limits, ModelShape, StepShape, evaluation_flops, largest_plan, memory, step_cost
+from ebft_study.cost import (
+    Limits,
+    ModelShape,
+    StepShape,
+    evaluation_flops,
+    largest_plan,
+    memory,
+    step_cost,
+    step_seconds,
+)
 from ebft_study.errors import ConfigError
 from ebft_study.networks.lora import ALL
 from ebft_study.training.engine_memory import engine_memory
@@ -30,17 +39,23 @@ _CONTAINER_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/mem
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Numbers of sequences and anchors that a pass takes at a time, and the peak memory that it should need."""
+    """Numbers of sequences and anchors that a pass takes at a time, and the peak memory that it should need.
+
+    Activations are computed again in the backward pass where the run says so or, with `auto` on a GPU, where a step
+    should take less time with them, because more fits into a pass.
+    """
 
     micro_batch_size: int
     anchors_at_once: int
     peak_bytes: float
     budget_bytes: float
+    activation_checkpointing: bool = False
 
     def describe(self) -> str:
         """One line for the run's record."""
+        again = ", activation_checkpointing" if self.activation_checkpointing else ""
         return (
-            f"micro_batch_size={self.micro_batch_size}, anchors_at_once={self.anchors_at_once}: "
+            f"micro_batch_size={self.micro_batch_size}, anchors_at_once={self.anchors_at_once}{again}: "
             f"about {self.peak_bytes / _GIB:.2f} of {self.budget_bytes / _GIB:.2f} GiB"
         )
 
@@ -56,7 +71,7 @@ def plan_micro_batches(
 def plan_for(
     config: RunConfig, device: str, *, total_bytes: float, world_size: int, gpu_fraction: float = 1.0
 ) -> MemoryPlan:
-    """The fewest passes that fit; depends on the configuration, the shapes of the models and the type of machine alone.
+    """The best plan that fits; depends on the configuration, the shapes of the models and the type of machine alone.
 
     Reads no weights, so what cannot fit is refused before any are loaded. All workers and a resumed run make the same
     plan, whatever else uses the memory.
@@ -79,18 +94,31 @@ def plan_for(
 
 
 def fit_memory(config: RunConfig, device: str, *, world_size: int, budget_bytes: float) -> MemoryPlan:
-    """The fewest passes that fit into a budget, on `cpu` or `cuda`; no such device is needed.
+    """The best plan that fits into a budget, on `cpu` or `cuda`; no such device is needed.
 
     Raises:
         ConfigError: see `cost.largest_plan`.
     """
     shape, network = shapes(config)
     step = StepShape.from_config(config, world_size=world_size, judge_parameters=judge_parameters(config))
-    limits = Limits.on(device)
+    limits, wanted = Limits.on(device), config.training.activation_checkpointing
+    choices = [wanted] if isinstance(wanted, bool) else [False, True] if device == "cuda" else [False]
     chosen = (config.training.micro_batch_size, config.training.anchors_at_once)
-    plan = largest_plan(shape, network, step, budget_bytes=budget_bytes, limits=limits, given=chosen)
-    peak = memory(shape, network, step, plan, limits=limits).peak_bytes
-    return MemoryPlan(plan.micro_batch_size, plan.anchors_at_once, peak, budget_bytes)
+    found = list[tuple[float, MemoryPlan]]()
+    for checkpointing in choices:
+        step = replace(step, activation_checkpointing=checkpointing)
+        try:
+            plan = largest_plan(shape, network, step, budget_bytes=budget_bytes, limits=limits, given=chosen)
+        except ConfigError as error:
+            refusal = error
+            continue
+        peak = memory(shape, network, step, plan, limits=limits).peak_bytes
+        seconds = step_seconds(shape, network, step, plan, limits=limits)
+        made = MemoryPlan(plan.micro_batch_size, plan.anchors_at_once, peak, budget_bytes, checkpointing)
+        found.append((seconds, made))
+    if not found:
+        raise refusal
+    return min(found, key=lambda each: each[0])[1]
 
 
 def budgets(config: RunConfig, device: str, *, total_bytes: float, gpu_fraction: float = 1.0) -> list[float]:

@@ -111,7 +111,7 @@ class Services:
         if not config.uses_engine:
             from ebft_study.rollouts.strided import StridedRollouts
 
-            return StridedRollouts()
+            return StridedRollouts(config.training.attention)
         from ebft_study.networks.loading import source_of
         from ebft_study.rollouts import vllm
 

@@ -129,7 +129,7 @@ def _with_networks(
     sharded = config.training.sharding == "fsdp" and world_size > 1
     if sharded:
         shard_frozen(*(network for network in _networks(features, judge) if network is not base.model))
-    rollouts = services.rollouts(config, device) if services else StridedRollouts()
+    rollouts = services.rollouts(config, device) if services else StridedRollouts(config.training.attention)
     sft: Method = Sft(config.loss)
     method = sft
     frozen = frozen_base(config, base) if config.method != "sft" and config.loss.kl_coefficient > 0 else None
@@ -148,12 +148,12 @@ def _with_networks(
         method = Ebft(
             config, rollouts=rollouts, features=features, base=frozen, anchors_at_once=memory_plan.anchors_at_once
         )
-    evaluator = Evaluator(config, StridedRollouts(), features, judge)
+    evaluator = Evaluator(config, StridedRollouts(config.training.attention), features, judge)
     remarks = [f"base model {base.fingerprint}", *inputs.remarks]
     if inputs.benchmarks and rollouts.engine:
         remarks.append(f"benchmarks are sampled by {rollouts.engine}")
     # Last: frozen copies of the generator were made before its weights are sharded.
-    remarks += [*_save_memory(config, base.model, world_size=world_size), memory_plan.describe()]
+    remarks += [*_save_memory(config, base.model, memory_plan, world_size=world_size), memory_plan.describe()]
     base.model.train()
     return Parts(
         *(device, memory_plan, inputs.text, inputs.data, base, features, rollouts, method, sft, evaluator),
@@ -196,7 +196,7 @@ def end_tokens(base: LoadedModel) -> list[int]:
     return [] if end is None else [end]
 
 
-def _save_memory(config: RunConfig, model: nn.Module, *, world_size: int) -> list[str]:
+def _save_memory(config: RunConfig, model: nn.Module, plan: MemoryPlan, *, world_size: int) -> list[str]:
     """Prepare the generator, in place, for checkpointing of activations and sharding; returns remarks for the user.
 
     Raises:
@@ -204,7 +204,7 @@ def _save_memory(config: RunConfig, model: nn.Module, *, world_size: int) -> lis
     """
     training, trained = config.training, sum(p.numel() for p in trained_parameters(model).values())
     remarks = [f"{trained} trained weights"]
-    if training.activation_checkpointing:
+    if plan.activation_checkpointing:
         checkpoint_activations(model, name=config.model)
     if training.sharding == "fsdp":
         if world_size > 1:
@@ -224,7 +224,7 @@ def checkpoint_activations(model: nn.Module, *, name: str) -> None:
         model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     except ValueError as error:
         raise ModelError(
-            f"training.activation_checkpointing=True: model {name!r} does not support it ({error}). Use False"
+            f"training.activation_checkpointing: model {name!r} does not support it ({error}). Use false"
         ) from error
     # Only reentrant checkpointing needs inputs that require gradients; frozen embeddings have no use for them.
     model.disable_input_require_grads()  # type: ignore[operator]

@@ -69,8 +69,9 @@ def limits_of_the_implementation(device_type: str) -> Limits:
         logits_at_once=blocks.logits_at_once(device),
         scores_at_once=blocks._scores_at_once(device),
         feature_tokens_at_once=local.TOKENS_PER_PASS[device_type],
-        chunks=attention.CHUNKS,
-        fused_attention=device_type == "cuda",
+        chunks=attention.CHUNKS[device_type],
+        fused_attention=blocks.backend_on(device) == "flex",
+        fused_decoding=blocks.LONGEST_FUSED if blocks.backend_on(device) == "flex" else 0,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -79,6 +80,39 @@ def test_adapters_of_seven_billion_train_on_one_large_gpu(tmp_path: Path) -> Non
 def test_too_few_workers_for_seven_billion_are_told_that_more_would_help(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="more workers_per_trial"):
         plan_large(tmp_path, workers=2, sharding="fsdp")
+
+
+def test_a_gpu_computes_activations_again_where_a_step_takes_less_time_so(tmp_path: Path) -> None:
+    def plan(device: str = "cuda", gib: float = 71, **changes: Any) -> memory.MemoryPlan:
+        config = large(tmp_path, **{"precision": "bfloat16", "lora_rank": 16} | changes)
+        return memory.fit_memory(config, device, world_size=1, budget_bytes=gib * 2**30)
+
+    auto, never, always = plan(), plan(activation_checkpointing=False), plan(activation_checkpointing=True)
+    assert auto == always != never
+    assert "activation_checkpointing" in auto.describe()
+    assert "activation_checkpointing" not in never.describe()
+    assert auto.micro_batch_size * auto.anchors_at_once > never.micro_batch_size * never.anchors_at_once
+    # With room for everything there is no reason to, and a CPU has none at all.
+    assert not plan(gib=10_000).activation_checkpointing
+    assert not plan("cpu").activation_checkpointing
+    # What fits in no other way is run so.
+    assert plan(gib=17).activation_checkpointing
+    with pytest.raises(ConfigError, match="activation_checkpointing=true"):
+        plan(gib=17, activation_checkpointing=False)
+
+
+def test_a_run_does_as_its_plan_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    planned = memory.fit_memory
+
+    def again(*args: Any, **kwargs: Any) -> memory.MemoryPlan:
+        return replace(planned(*args, **kwargs), activation_checkpointing=True)
+
+    plain = Run(tiny_config(tmp_path))
+    monkeypatch.setattr(memory, "fit_memory", again)
+    checkpointed = Run(tiny_config(tmp_path))
+    assert (plain.model.is_gradient_checkpointing, checkpointed.model.is_gradient_checkpointing) == (False, True)
+    costs = [run.meter.update(samples=True).total.flops for run in (plain, checkpointed)]
+    assert costs[1] > 1.1 * costs[0]
 
 
 def test_adapters_are_counted_as_peft_makes_them(tmp_path: Path) -> None:
