@@ -65,17 +65,17 @@ class Counting(TorchDispatchMode):
     """Counts operations into `counts`."""
 
     def __init__(self, counts: Counter[str]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.counts, self.host = counts, _ReadsOnHost(counts)
 
     def __enter__(self) -> Counting:
-        self.host.__enter__()
-        super().__enter__()
+        self.host.__enter__()  # type: ignore[no-untyped-call]
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        self.host.__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self.host.__exit__(*error)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__

@@ -87,7 +87,8 @@ def _own_tiles(number: Tensor, n_queries: int, length: int, size: int) -> Tensor
     last_query = (first_query + TILE).clamp(max=n_queries) - 1
     low, high = first_query // length * size, (last_query // length + 1) * size
     own = (number >= low[:, None]) & (number < high[:, None])
-    return F.pad(own, (0, -len(number) % TILE)).unflatten(1, (-1, TILE)).any(-1)
+    tiles: Tensor = F.pad(own, (0, -len(number) % TILE)).unflatten(1, (-1, TILE)).any(-1)  # type: ignore[no-untyped-call]
+    return tiles
 
 
 def _ordered(tiles: Tensor) -> tuple[Tensor, Tensor]:

@@ -246,8 +246,8 @@ class _BlockCache:
             self.buffers[layer] = (key.new_empty(*shape, key.shape[4]), value.new_empty(*shape, value.shape[4]))
         for buffer, token in zip(self.buffers[layer], (key, value), strict=True):
             buffer[:, :, :, position] = token[:, :, :, 0]
-        keys, values = self.buffers[layer]
-        return keys[:, :, :, : position + 1], values[:, :, :, : position + 1]
+        key_buffer, value_buffer = self.buffers[layer]
+        return key_buffer[:, :, :, : position + 1], value_buffer[:, :, :, : position + 1]
 
     def tokens_before(self, layer: int, key: Tensor, value: Tensor, position: int) -> list[tuple[Tensor, Tensor]]:
         """Add token number `position`, [S, Hk, N, 1, D]; those before it are returned."""
