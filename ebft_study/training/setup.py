@@ -86,9 +86,7 @@ def choose_device(config: RunConfig) -> torch.device:
     return device
 
 
-def build_parts(
-    config: RunConfig, *, rank: int = 0, world_size: int = 1, services: Services | None = None
-) -> Parts:
+def build_parts(config: RunConfig, *, rank: int = 0, world_size: int = 1, services: Services | None = None) -> Parts:
     """Load and check everything; raises `EbftError` for problems that a user can repair.
 
     Args:

@@ -89,7 +89,11 @@ def test_any_damage_is_found(tmp_path: Path, format: Callable[..., None]) -> Non
 def test_numbers_of_the_record_are_part_of_what_is_verified(tmp_path: Path) -> None:
     checkpoint.save(tmp_path, STATE, step=4, metrics={"cfm_loss": 0.5})
     record = (tmp_path / "checkpoint.json").read_text()
-    for old, new in (('"step": 4', '"step": 5'), ('"cfm_loss": 0.5', '"cfm_loss": 0.4'), ("0.30000000000000004", "0.3")):
+    for old, new in (
+        ('"step": 4', '"step": 5'),
+        ('"cfm_loss": 0.5', '"cfm_loss": 0.4'),
+        ("0.30000000000000004", "0.3"),
+    ):
         assert old in record
         (tmp_path / "checkpoint.json").write_text(record.replace(old, new))
         assert checkpoint.recorded(tmp_path) is None is checkpoint.step_of(tmp_path)
