@@ -168,6 +168,35 @@ def features(
     _finish(report("features", services.tables(grid), json))
 
 
+@app.command()
+def weights(
+    context: typer.Context,
+    model: ModelName = "1.5b",
+    weight_dtype: Annotated[Precision, typer.Option(help="Of the weights in memory.")] = "bfloat16",
+    threads: Threads = 1,
+    json: Json = None,
+) -> None:
+    """Seconds, bytes and memory of a start, a checkpoint with all weights trained, and a resume, on a CPU."""
+    from benchmarks import weights
+
+    _finish(report("weights", weights.tables(_settings(context)), json))
+
+
+@app.command()
+def rounding(
+    model: Annotated[str, typer.Option(help="A model of the ladder, a hub id, or a folder.")] = "tiny-4m",
+    steps: Annotated[int, number("Updates.")] = 20,
+    learning_rate: Annotated[float, typer.Option(help="Of these updates.")] = 1e-6,
+    threads: Threads = 1,
+    json: Json = None,
+) -> None:
+    """What updates change in weights of bfloat16, rounded to nearest and stochastically, and of float32."""
+    from benchmarks import weights
+
+    tables = weights.rounding_tables(model, steps=steps, learning_rate=learning_rate, threads=threads)
+    _finish(report("rounding", tables, json))
+
+
 def _settings(context: typer.Context, **changes: Any) -> Settings:
     """The settings among a command's options, which have their names; `changes` are those that differ in form."""
     chosen = {f.name: context.params[f.name] for f in fields(Settings) if f.name in context.params}

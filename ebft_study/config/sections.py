@@ -180,6 +180,10 @@ class OptimizerConfig(Section):
     weight_decay: float = Field(0.0, ge=0.0)
     max_grad_norm: float | None = Field(1.0, gt=0.0)
     ema_decay: float | None = Field(None, gt=0.0, lt=1.0, description="evaluate an exponential average of the weights")
+    rounding: Literal["nearest", "stochastic"] = Field(
+        "nearest",
+        description="of bfloat16 weights and optimizer states; stochastic: at random, so that small steps are not lost",
+    )
 
 
 class TrainingConfig(Section):

@@ -286,6 +286,7 @@ def _load(
         attention=config.training.attention,
         n_tokens=config.data.sequence_length,
         completion_length=config.longest_completion,
+        is_first=bool(base.fingerprint),
     )
     if loaded.tokenizer.get_vocab() != base.tokenizer.get_vocab():
         raise ModelError(

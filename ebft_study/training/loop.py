@@ -23,7 +23,7 @@ from ebft_study import evaluation
 from ebft_study.config import RunConfig
 from ebft_study.errors import NonFiniteError, ParityError
 from ebft_study.evaluation import Measured
-from ebft_study.training import Recorder, Report, RunResult, checkpoint, downstream, state, validation
+from ebft_study.training import Recorder, Report, RunResult, downstream, state, validation
 from ebft_study.training.memory import shortage
 from ebft_study.training.setup import planned
 from ebft_study.training.update import Run
@@ -137,9 +137,7 @@ def observe(run: Run, recorder: Recorder | None, on_report: Report) -> None:
             recorder.samples(run.step, samples)
     if last or run.step % config.checkpoint.checkpoint_every_steps == 0:
         with tempfile.TemporaryDirectory(prefix="ebft-checkpoint-") as folder:
-            saved = state.collect(run)
-            if run.rank == 0:
-                checkpoint.save(Path(folder), saved, step=run.step, metrics=run.latest)
+            state.save(run, Path(folder))
             _report(run, on_report, Path(folder))
     elif evaluate:
         _report(run, on_report)

@@ -91,10 +91,11 @@ def choose_device(config: RunConfig) -> torch.device:
     return device
 
 
-def build_parts(config: RunConfig, *, world_size: int = 1, services: Services | None = None) -> Parts:
+def build_parts(config: RunConfig, *, rank: int = 0, world_size: int = 1, services: Services | None = None) -> Parts:
     """Load and check everything; raises `EbftError` for problems that a user can repair.
 
     Args:
+        rank: the first worker verifies and hashes the models for all.
         services: backends that the run may share with others; None: everything is done in process.
     """
     device, memory_plan = planned(config, world_size=world_size, services=services)
@@ -102,7 +103,7 @@ def build_parts(config: RunConfig, *, world_size: int = 1, services: Services | 
         _limit_memory(own_fraction(config, services.gpu_fraction))
     inputs = read_inputs(config)
     try:
-        return _with_networks(config, inputs, device, memory_plan, world_size=world_size, services=services)
+        return _with_networks(config, inputs, device, memory_plan, rank=rank, world_size=world_size, services=services)
     except BaseException:
         inputs.close()
         raise
@@ -120,11 +121,12 @@ def _with_networks(
     device: torch.device,
     memory_plan: MemoryPlan,
     *,
+    rank: int,
     world_size: int,
     services: Services | None,
 ) -> Parts:
     """The parts of a run, with weights."""
-    base = load_generator(config, device=device, tokenizer=inputs.tokenizer)
+    base = load_generator(config, device=device, tokenizer=inputs.tokenizer, is_first=rank == 0)
     features, judge = services.networks(config, base) if services else load_networks(config, base)
     sharded = config.training.sharding == "fsdp" and world_size > 1
     if sharded:

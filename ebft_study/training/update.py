@@ -25,6 +25,7 @@ from ebft_study.networks.sharding import is_sharded, unsharded
 from ebft_study.rollouts import ROLLOUT_STREAM, anchors_of, answer_anchors
 from ebft_study.training import vanishing
 from ebft_study.training.distributed import full_tensor, max_over_workers, scoring, sum_gradients, sum_over_workers
+from ebft_study.training.optimizer import ROUNDING_STREAM, new_optimizer
 from ebft_study.training.setup import autocast, build_parts
 from ebft_study.training.spent import CostMeter, Spent
 
@@ -44,7 +45,7 @@ class Run:
                 "each. Use a larger batch_size or fewer workers_per_trial"
             )
         self.config, self.rank, self.world_size = config, rank, world_size
-        self.parts = build_parts(config, world_size=world_size, services=services)
+        self.parts = build_parts(config, rank=rank, world_size=world_size, services=services)
         self.device, self.model = self.parts.device, self.parts.base.model
         self.step, self.tokens_seen = 0, 0
         self.accumulator, self.accumulated_steps = MetricAccumulator(), 0
@@ -216,13 +217,14 @@ class Run:
             self.latest["learning_rate"] = rate
 
     def _new_optimizer(self) -> torch.optim.AdamW:
-        """AdamW; weight decay on matrices only."""
-        config, parameters = self.config.optimizer, trained_parameters(self.model).values()
-        groups = [
-            {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay},
-            {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
-        ]
-        return torch.optim.AdamW(groups, lr=self.peak_learning_rate, betas=config.betas, fused=True)
+        parameters = list(trained_parameters(self.model).values())
+        shard = self.rank if is_sharded(self.model) else 0  # workers that all hold a weight must round it alike
+        return new_optimizer(
+            parameters,
+            self.config.optimizer,
+            learning_rate=self.peak_learning_rate,
+            rounding_key=lambda: (self.config.seed, ROUNDING_STREAM, self.step, shard),
+        )
 
 
 def _micro_batches(batch: Batch, anchors: Anchors, noise: Tensor, size: int) -> Iterator[tuple[Batch, Anchors, Tensor]]:

@@ -61,9 +61,14 @@ def training_metrics(run: Run) -> dict[str, float]:
 
 
 def vanishing_updates(run: Run, row: dict[str, float]) -> str:
-    """What to say, once, of a run most of whose updates vanish; '' otherwise, and while the learning rate is low."""
+    """What to say, once, of a run most of whose updates vanish; '' otherwise, and while the learning rate is low.
+
+    Rounded stochastically few weights change in a step, too, but nothing is lost on average.
+    """
     fraction, rate = row.get(vanishing.METRIC, 0.0), row["learning_rate"]
-    if run.has_warned or fraction <= vanishing.MOST or rate < run.peak_learning_rate / 2:
+    if run.has_warned or run.config.optimizer.rounding == "stochastic":
+        return ""
+    if fraction <= vanishing.MOST or rate < run.peak_learning_rate / 2:
         return ""
     run.has_warned = True
     return vanishing.warning(fraction, learning_rate=rate, weight_dtype=run.config.training.weight_dtype)

@@ -50,5 +50,6 @@ def warning(fraction: float, *, learning_rate: float, weight_dtype: str) -> str:
     return (
         f"{100 * fraction:.3g} % of the weights that have a gradient did not change: with weight_dtype={weight_dtype} "
         f"they have too few digits for steps of learning rate {learning_rate:.3g}. Use weight_dtype=float32 "
-        "(precision=bfloat16 keeps passes fast), lora_rank with it where memory is short, or a larger learning_rate"
+        "(precision=bfloat16 keeps passes fast), lora_rank with it or rounding=stochastic without it where memory is "
+        "short, or a larger learning_rate"
     )

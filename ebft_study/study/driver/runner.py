@@ -25,6 +25,7 @@ from ebft_study.study.folder import history, lock, study_yaml
 from ebft_study.study.folder.history import BUDGET_USED, History
 from ebft_study.study.folder.study_yaml import StudySource
 from ebft_study.study.folder.trial_states import TrialState
+from ebft_study.study.forecast.disk import study_disk
 from ebft_study.study.resolving import checks, extending
 from ebft_study.study.resolving.resolved import ResolvedStudy
 from ebft_study.study.resolving.study_file import resolve, section_of, with_sections
@@ -168,6 +169,8 @@ def _run(
             for change in study_yaml.changed_versions(folder):
                 console.print(f"note: the study was started with {change}", markup=False, highlight=False)
         _check_budget(study, past)
+        for problem in study_disk(study).shortages(folder, are_here=not study.capacity.is_existing):
+            console.print(f"note: {problem}", markup=False, highlight=False, soft_wrap=True)
         if not is_new and study_yaml.read(folder).budget != study.spec.budget:
             study_yaml.change_budget(folder, study.spec.budget)
         provenance = _prepare(study, console)

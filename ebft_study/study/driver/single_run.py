@@ -14,11 +14,13 @@ from rich.console import Console
 from ebft_study import results
 from ebft_study.config import EARLIER_DEFAULTS, RunConfig, build_run, with_paths
 from ebft_study.errors import ConfigError, EbftError, ResultsError
+from ebft_study.storage import storage_path
 from ebft_study.study.cluster import own
 from ebft_study.study.driver import services
 from ebft_study.study.driver.monitor import Monitor
 from ebft_study.study.folder import attempts, history, study_yaml
 from ebft_study.study.folder.study_yaml import StudySource
+from ebft_study.study.forecast.disk import checkpoint_disk
 from ebft_study.study.resolving.service_plan import check_cache, check_shared_memory, plan_services
 from ebft_study.study.spec.study_spec import ObjectiveSpec, ResourcesSpec, StudySpec, nested, paths
 from ebft_study.study.spec.trials import Configuration, Trial
@@ -52,7 +54,8 @@ def run_single(run: RunConfig, source: StudySource, *, folder: Path, resume: boo
     past = history.read(folder, objective).states
     monitor = Monitor(results.StudyRecorder(folder, study=run.name), past, objective)
     monitor.display = Lines(console, COLUMNS)
-    if problem := shortage(*planned(run)):
+    of_disk = checkpoint_disk([(run, 1)], concurrency=1).shortages(storage_path(folder))
+    for problem in filter(None, [*of_disk, shortage(*planned(run))]):
         console.print(f"note: {problem}", markup=False, highlight=False, soft_wrap=True)
     gpus = float(workers.device == "cuda")
     monitor.planned(Trial(TRIAL, Configuration("only", {}), run.seed, run, ResourcesSpec(gpus_per_worker=gpus)))

@@ -1,4 +1,4 @@
-"""The cost of a study before anything starts: trials, workers, memory per worker, work, and hours.
+"""The cost of a study before anything starts: trials, workers, memory per worker, disk, work, and hours.
 
 Work comes from the cost model; the throughput of this machine, and the cost of evaluations and starts, from the trials
 that finished in earlier studies of the same storage folder.
@@ -18,8 +18,9 @@ from rich.table import Table
 
 from ebft_study import text
 from ebft_study.errors import ConfigError
-from ebft_study.storage import Location
+from ebft_study.storage import Location, storage_path
 from ebft_study.study.forecast.benchmarks import benchmark_evaluations, benchmark_work
+from ebft_study.study.forecast.disk import CheckpointDisk, study_disk
 from ebft_study.study.forecast.evidence import detectable_differences
 from ebft_study.study.forecast.prediction import Prediction, predict
 from ebft_study.study.forecast.trial_groups import TrialGroup, trial_groups
@@ -67,6 +68,8 @@ class StudyPlan:
     groups: Sequence[PlannedGroup]
     prediction: Prediction | None
     """None where nothing was measured on this machine yet."""
+    disk: CheckpointDisk
+    disk_shortages: Sequence[str]
     evidence: Sequence[str] = ()
     """The differences that it will be able to tell apart, in sentences."""
 
@@ -108,7 +111,9 @@ def plan(study: ResolvedStudy, *, storage: Location, memory_gib: float | None = 
         PlannedGroup(group, *_memory(study, group, memory_gib), _engine(group), _trials_per_gpu(group, memory_gib))
         for group in groups
     ]
-    return StudyPlan(study, planned, prediction, detectable_differences(study, storage=storage))
+    disk = study_disk(study)
+    shortages = disk.shortages(storage_path(storage) / study.name, are_here=not study.capacity.is_existing)
+    return StudyPlan(study, planned, prediction, disk, shortages, detectable_differences(study, storage=storage))
 
 
 def _memory(study: ResolvedStudy, group: TrialGroup, memory_gib: float | None) -> tuple[float, str]:
@@ -189,6 +194,7 @@ def summary(planned: StudyPlan) -> list[str]:
     lines += [f"{row.group.label}: {row.problem}" for row in planned.groups if not row.fits]
     lines += dict.fromkeys(_engines(row) for row in planned.groups if row.engine.total_bytes)
     lines += [_sharing(row) for row in planned.groups if row.trials_per_gpu[0]]
+    lines += [planned.disk.describe(), *planned.disk_shortages]
     lines += dict.fromkeys(_benchmarks(row.group) for row in planned.groups if row.group.work.has_benchmarks)
     if planned.hours is None or planned.prediction is None:
         lines += ["no time predicted: no trial has finished here yet to measure this machine by"]
