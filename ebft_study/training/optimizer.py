@@ -52,7 +52,7 @@ class StochasticAdamW(torch.optim.AdamW):
         self._key = key
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         """Update every weight that has a gradient; `closure` is not supported."""
         assert closure is None
         seed = int(np.random.SeedSequence([*self._key()]).generate_state(1, np.uint64)[0])
@@ -83,9 +83,10 @@ class StochasticAdamW(torch.optim.AdamW):
         state["step"] += 1
 
 
-def _local(tensor: Tensor) -> Tensor:
+def _local(tensor: Any) -> Tensor:
     """This worker's shard, in the same memory; any other tensor as it is."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    local: Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local
 
 
 def round_stochastically(exact: Tensor, generator: torch.Generator) -> Tensor:
