@@ -176,6 +176,8 @@ METRICS: dict[str, Metric] = _by_name(
     Metric("optimizer_seconds", "s", "part of step_seconds spent on the update", "min", "per_worker"),
     Metric("sync_seconds", "s", "time to hand new weights to the rollout engine, its reading of them included", "min",
            "per_worker"),
+    Metric("checkpoint_seconds", "s", "time to write a checkpoint and to hand it over, of those since the row before",
+           "min", "mean"),
     # With rollouts from an engine.
     Metric("policy_lag", "updates", "updates by which the sampling weights were behind, mean over contexts", "min",
            "mean"),

@@ -136,7 +136,8 @@ def observe(run: Run, recorder: Recorder | None, on_report: Report) -> None:
         if recorder:
             recorder.samples(run.step, samples)
     if last or run.step % config.checkpoint.checkpoint_every_steps == 0:
-        with tempfile.TemporaryDirectory(prefix="ebft-checkpoint-") as folder:
+        timed = run.accumulator.seconds("checkpoint_seconds", run.device)
+        with timed, tempfile.TemporaryDirectory(prefix="ebft-checkpoint-") as folder:
             state.save(run, Path(folder))
             _report(run, on_report, Path(folder))
     elif evaluate:

@@ -58,7 +58,7 @@ def test_metrics_have_the_agreed_names() -> None:
         "loss policy_loss train_ce_loss kl reward alignment diversity advantage_std zero_variance_fraction "
         "duplicate_rate policy_entropy train_cfm_loss fm_whitened grad_norm learning_rate "
         "unchanged_weight_fraction tokens_per_second "
-        "step_seconds rollout_seconds feature_seconds scoring_seconds optimizer_seconds sync_seconds"
+        "step_seconds rollout_seconds feature_seconds scoring_seconds optimizer_seconds sync_seconds checkpoint_seconds"
     )
     engine = (
         "policy_lag parity_mean_difference parity_max_difference parity_off_fraction rechunk_mean_difference "
