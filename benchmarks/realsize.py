@@ -157,7 +157,9 @@ def measured(name: str, folder: Path) -> Facts:
             why = f"{_gib(facts['predicted_bytes'])} GiB are needed, {_gib(free)} GiB are free"
             return {"state": "skipped", "why": why, "facts": facts}
         facts |= run_way(name, folder, "model")
-    except (ConfigError, subprocess.SubprocessError) as error:
+    except ConfigError as error:
+        return {"state": "skipped", "why": str(error), "facts": facts}
+    except subprocess.SubprocessError as error:
         return {"state": "failed", "why": str(error), "facts": facts}
     facts["ratio"] = facts["peak_bytes"] / facts["predicted_bytes"]
     if abs(facts["ratio"] - 1) > TOLERANCE:
@@ -380,18 +382,8 @@ def write_data(file: Path) -> None:
 _SIZES = ("plan", "segment", "base", "predicted", "peak", "file", "checkpoint")
 _SECONDS = ("start", "step", "sync", "checkpoint")
 _HEADS = (
-    "plan",
-    "shared",
-    "base",
-    "predicted",
-    "measured",
-    "ratio",
-    "files",
-    "saved",
-    "start",
-    "step",
-    "sent",
-    "saving",
+    *("plan", "shared", "base", "predicted", "measured", "ratio", "files", "saved"),
+    *("start", "step", "sent", "saving"),
 )
 
 

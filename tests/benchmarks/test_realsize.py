@@ -32,7 +32,7 @@ def test_a_tiny_model_runs_by_the_same_command(tmp_path: Path) -> None:
     assert facts["predicted_bytes"] == facts["plan_bytes"] + facts["base_bytes"] > facts["base_bytes"] > GIB / 8
     assert 0 < facts["file_bytes"] < facts["peak_bytes"]
     assert all(facts[f"{name}_seconds"] > 0 for name in ("start", "step", "checkpoint"))
-    # Adapters of rank 16 and their two moments in float32: 16 (in + out) of seven matrices, in two layers of 128 by 128.
+    # Adapters and their two moments in float32, of rank 16: 16 (in + out) for each of seven matrices of two layers.
     trained = 2 * 16 * (2 * (128 + 128) + 2 * (128 + 64) + 3 * (128 + 128))
     assert 12 * trained < facts["checkpoint_bytes"] < 12 * trained + 2e5
     assert "lora" in (tmp_path / "realsize.txt").read_text()
