@@ -273,7 +273,7 @@ class Watch:
                 self.known = [self.root, *self.root.children(recursive=True)]
             self.looked = time.monotonic()
         for process in self.known:
-            with contextlib.suppress(psutil.Error, OSError, KeyError, ValueError):  # it has ended
+            with contextlib.suppress(psutil.Error, OSError, LookupError, ValueError):  # it has ended
                 self._read(process)
 
     def _read(self, process: psutil.Process) -> None:

@@ -314,9 +314,14 @@ class _Phases:
         if step.differentiable_rollouts:
             # Each weight is used in every pass; its gradients wait for one another, while the last pass is let go.
             length, graph = step.completion_length - 1, self.graph()
-            waiting = step.weight_bytes * model.n_trainable + graph * (length - 1) // length if length > 1 else 0
-            decoding = self.differentiating(self.blocks, blocks=True)
-            return max(graph, waiting) + max(head + self.logits(self.blocks, copies=2), decoding)
+            later, gradients = graph * (length - 1) // max(length, 1), step.weight_bytes * model.n_trainable
+            decoding, logits = self.differentiating(self.blocks, blocks=True), self.logits(self.blocks, copies=2)
+            if length > 0 and self.plan == MicroBatchPlan.whole(step):
+                # A step's only part: what waits becomes its gradients. The head has one of cross-entropy already.
+                before = head // 2 if step.gamma > 0 else 0
+                return before + max(graph - gradients, later) + max(head // 2 + logits, decoding)
+            waiting = gradients + later if length > 1 else 0
+            return max(graph, waiting) + max(head + logits, decoding)
         backward = self.gathered.backward + self.gathered.head_gradient + self.differentiating(n_tokens, blocks=True)
         return self.scored() + max(head + self.logits(n_tokens, copies=2), backward)
 
