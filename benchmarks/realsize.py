@@ -68,7 +68,7 @@ RUN: Facts = {
     "batch_size": 2,
     "gamma": 0.03,
     "precision": "bfloat16",
-    "steps": 3,
+    "steps": 2,
     "log_every_steps": 1,
     "eval_every_steps": 100,
     "sample_every_steps": 100,
@@ -93,7 +93,7 @@ class Way:
 
 WAYS = {
     "lora": Way(LORA),
-    "full": Way({"weight_dtype": "bfloat16", "activation_checkpointing": True, "learning_rate": 1e-4, "steps": 2}),
+    "full": Way({"weight_dtype": "bfloat16", "activation_checkpointing": True, "learning_rate": 1e-4}),
     "study": Way(LORA, trainer="RayTrainWorker"),
     "engine": Way({**LORA, "rollout.backend": "vllm", "kv_cache_gib": 0.25}, trainer="RayTrainWorker"),
 }
