@@ -65,7 +65,7 @@ RUN: Facts = {
     "n_samples": 4,
     "completion_length": 8,
     "stride": 8,
-    "batch_size": 2,
+    "batch_size": 1,
     "gamma": 0.03,
     "precision": "bfloat16",
     "steps": 2,
@@ -75,6 +75,7 @@ RUN: Facts = {
     "validation_sequences": 1,
     "heldout_sequences": 1,
     "profile_lengths": [8],
+    "cfm_samples": 2,
     "checkpoint_every_steps": 1,
     "keep_checkpoints": 1,
     "keep_best": 0,
@@ -125,6 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tiny", action="store_true", help="a tiny model: shows only that the commands run")
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and with it what runs
     with tempfile.TemporaryDirectory(prefix="ebft-realsize-", dir=options.out) as folder:
         return check(options.only or list(WAYS), TINY if options.tiny else FULL, options.out, Path(folder).resolve())
 
@@ -201,7 +203,7 @@ def command_of(name: str, folder: Path, model: str, results: Path) -> list[str]:
         "axes": {"alpha": [1.0]},
         "seeds": [0],
         "run": settings,
-        "resources": {"cpus_per_worker": os.cpu_count()},
+        "resources": {"cpus_per_worker": torch.get_num_threads()},
     }
     file.write_text(yaml.safe_dump(study))
     return [*program, "study", str(file), "--storage", str(results.parent)]
