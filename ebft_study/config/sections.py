@@ -210,10 +210,10 @@ class TrainingConfig(Section):
         "none",
         description="fsdp: divide weights, optimizer states and frozen networks among workers; none: repeat them",
     )
-    activation_checkpointing: bool | Literal["auto"] = Field(
-        "auto",
+    activation_checkpointing: bool | None = Field(
+        None,
         description="recompute activations in the backward pass instead of storing them; "
-        "auto: on a GPU, where a step takes less time so",
+        "default: on a GPU, where a step takes less time so",
     )
     device: Literal["auto", "cpu", "cuda"] = "auto"
     attention: Literal["auto", "chunked", "flex"] = Field("auto", description="auto: flex on a GPU, chunked elsewhere")
