@@ -608,7 +608,8 @@ def test_what_every_worker_holds() -> None:
 def test_what_workers_with_shards_hold_and_gather() -> None:
     """All of it float32: counted by hand, against workers that hold everything."""
     V, H, L = 32, SIZES["hidden_size"], SIZES["num_hidden_layers"]
-    shape, plan = ModelShape.from_config(Qwen2Config(**{**SIZES, "vocab_size": V})), MicroBatchPlan(2, 4)
+    config = Qwen2Config(**{**SIZES, "vocab_size": V, "tie_word_embeddings": True})
+    shape, plan = ModelShape.from_config(config), MicroBatchPlan(2, 4)
     step = replace(Case(kl=0.1).step(), batch_size=8, world_size=4, differentiable_rollouts=False, judge_parameters=7)
     n = shape.n_parameters
     features, outer = shape.cut(step.depths).body_parameters, V * H + H
