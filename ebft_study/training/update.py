@@ -52,7 +52,7 @@ class Run:
         self.latest = dict[str, float]()
         self.has_warned = False
         self.rounding = Observations()
-        """Differences of log-probabilities between two of the trainer's own passes so far: with an engine, in bfloat16."""
+        """Differences of log-probabilities between two of the trainer's own passes: with an engine, in bfloat16."""
         self.spent = Spent()
         self.meter = CostMeter(config, self.parts.memory_plan, self.device, world_size=world_size)
         self.parameters = self.meter.parameters(self.model)
