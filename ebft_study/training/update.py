@@ -19,7 +19,7 @@ from ebft_study.algorithm.sampling import uniforms
 from ebft_study.config import OptimizerConfig, RunConfig
 from ebft_study.data import Batch, batch_indices
 from ebft_study.errors import ConfigError, NonFiniteError
-from ebft_study.methods import LossDenominators, Method, MetricAccumulator, SamplesAhead, off_policy
+from ebft_study.methods import LossDenominators, Method, MetricAccumulator, Observations, SamplesAhead, off_policy
 from ebft_study.networks.loading import trained_parameters
 from ebft_study.networks.sharding import is_sharded, unsharded
 from ebft_study.rollouts import ROLLOUT_STREAM, anchors_of, answer_anchors
@@ -51,8 +51,8 @@ class Run:
         self.accumulator, self.accumulated_steps = MetricAccumulator(), 0
         self.latest = dict[str, float]()
         self.has_warned = False
-        self.rounding_noise = 0.0
-        """Mean difference of log-probabilities between two of the trainer's own passes: with an engine, in bfloat16."""
+        self.rounding = Observations()
+        """Differences of log-probabilities between two of the trainer's own passes: with an engine, in bfloat16."""
         self.spent = Spent()
         self.meter = CostMeter(config, self.parts.memory_plan, self.device, world_size=world_size)
         self.parameters = self.meter.parameters(self.model)
@@ -189,9 +189,9 @@ class Run:
         """Check the engine's differences of this step, before the weights change."""
         since = (now - then for now, then in zip(self._compared(), before, strict=True))
         total, count, noise, probed = self.sum_over_workers(since)
-        if probed:
-            self.rounding_noise = noise / probed
-        off_policy.check_parity(self.config, total, count, version=self.step, noise=self.rounding_noise)
+        self.rounding += Observations(probed, noise)
+        mean = self.rounding.total / max(self.rounding.count, 1.0)
+        off_policy.check_parity(self.config, total, count, version=self.step, noise=mean)
 
     def _apply_gradients(self, loss: float) -> None:
         config, warm = self.config.optimizer, self.config.training.warm_start_steps

@@ -307,10 +307,8 @@ def test_in_bfloat16_the_engine_follows_as_closely_as_rounding_lets_it(folder: P
     )
     assert outcome.status == "finished"
     assert 1e-3 < max(recorder.curve("parity_mean_difference").values()) < 0.2
-    # Measured: ...
-    assert max(recorder.curve("parity_mean_difference").values()) < 5 * min(
-        recorder.curve("rechunk_mean_difference").values()
-    )
+    engine, itself = (sum(recorder.curve(f"{name}_mean_difference").values()) for name in ("parity", "rechunk"))
+    assert engine < 6 * itself  # 2 to 4 times; 10 times is refused
 
 
 @pytest.mark.slow
