@@ -39,16 +39,16 @@ import torch
 import yaml
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from benchmarks.gpu import machine
 from benchmarks.measure import in_fresh_process
 from benchmarks.settings import MODELS
 from ebft_study import api
 from ebft_study.config import read_run
-from ebft_study.cost import StepShape
 from ebft_study.errors import ConfigError
-from ebft_study.pretraining.ladder import END_OF_TEXT, Qwen2Tokenizer
+from ebft_study.pretraining.ladder import END_OF_TEXT
+from ebft_study.training.engine_memory import engine_memory
 from ebft_study.training.memory import free_memory, plan_micro_batches, shapes
 
 Facts = dict[str, Any]
@@ -155,8 +155,9 @@ def measured(name: str, folder: Path) -> Facts:
         facts["base_bytes"] = small["peak_bytes"] - small["plan_bytes"] - small["segment_bytes"]
         facts["predicted_bytes"] = facts["plan_bytes"] + facts["segment_bytes"] + facts["base_bytes"]
         free = free_memory(torch.device("cpu"))
-        if facts["predicted_bytes"] > free:
-            why = f"{_gib(facts['predicted_bytes'])} GiB are needed, {_gib(free)} GiB are free"
+        needed = facts["predicted_bytes"] + facts["engine_bytes"]
+        if needed > free:
+            why = f"{_gib(needed)} GiB are needed, {_gib(free)} GiB are free"
             return {"state": "skipped", "why": why, "facts": facts}
         facts |= run_way(name, folder, "model")
     except ConfigError as error:
@@ -185,9 +186,9 @@ def planned(name: str, folder: Path, model: str) -> Facts:
     """
     config = read_run(settings_of(name, folder, model), source=name)
     plan = plan_micro_batches(config, torch.device("cpu"), world_size=1)
-    shape = shapes(config)[0]
-    segment = StepShape.from_config(config).compute_bytes * shape.n_parameters if config.uses_engine else 0
-    return {"plan_bytes": plan.peak_bytes, "segment_bytes": segment, "plan": plan.describe()}
+    engine = engine_memory(config, "cpu", shapes(config)[0])
+    own = {"segment_bytes": engine.segment_bytes, "engine_bytes": engine.process_bytes}
+    return {"plan_bytes": plan.peak_bytes, **own, "plan": plan.describe()}
 
 
 def command_of(name: str, folder: Path, model: str, results: Path) -> list[str]:

@@ -152,7 +152,12 @@ def pretend(monkeypatch: pytest.MonkeyPatch, *, peak: float, free: float = 100.0
     """The small model takes 1 GiB, 0.2 of it by plan; the large one has a plan of 4 GiB and takes `peak`."""
 
     def planned(name: str, folder: Path, model: str) -> dict[str, Any]:
-        return {"plan_bytes": (0.2 if model == "small" else 4.0) * GIB, "segment_bytes": 0, "plan": ""}
+        return {
+            "plan_bytes": (0.2 if model == "small" else 4.0) * GIB,
+            "segment_bytes": 0,
+            "engine_bytes": 0,
+            "plan": "",
+        }
 
     def run(name: str, folder: Path, model: str) -> dict[str, Any]:
         return {**planned(name, folder, model), "peak_bytes": (1.0 if model == "small" else peak) * GIB}
