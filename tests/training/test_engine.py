@@ -27,6 +27,7 @@ class Engine(WithoutGraph):
     """Samples as the trainer does, knows its weights' version, and may err in what it reports."""
 
     def __init__(self, error: float, late: int) -> None:
+        super().__init__()
         self.error, self.late, self.version = error, late, -1
         self.followed: list[int] = []
 
