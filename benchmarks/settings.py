@@ -115,6 +115,7 @@ class LoraSettings:
 @dataclass(frozen=True)
 class TrainingSettings:
     attention: Literal["auto"] = "auto"
+    log_every_steps: int = 5
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,7 @@ class StepConfig:
     loss: LossSettings = LossSettings()
     lora: LoraSettings = LoraSettings()
     training: TrainingSettings = TrainingSettings()
+    uses_engine: bool = False
 
 
 @dataclass(frozen=True)

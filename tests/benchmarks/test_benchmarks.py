@@ -213,7 +213,9 @@ def test_models_have_the_size_of_their_names(name: str, parameters: float) -> No
 def test_what_a_step_reads_is_that_of_a_run(settings: Settings) -> None:
     """The benchmark's plain settings take no value for granted that the run's sections have, too."""
     run = settings.run()
-    for section, values in asdict(settings.config).items():
+    plain = asdict(settings.config)
+    assert plain.pop("uses_engine") == run.uses_engine
+    for section, values in plain.items():
         assert {name: getattr(getattr(run, section), name) for name in values} == values
     assert settings.shape == StepShape.from_config(run)
 
