@@ -17,7 +17,7 @@ import pytest
 
 from ebft_study.errors import SandboxError
 from ebft_study.sandbox import Limits, Program, Sandbox, Tests, __main__, levels
-from ebft_study.sandbox.inside.zygote import Zygote
+from ebft_study.sandbox.inside import zygote
 from ebft_study.sandbox.worker import Worker, WorkerError
 from tests.sandbox.test_hostile import descendants
 
@@ -324,13 +324,19 @@ class SlowJail:
 
 
 @pytest.mark.parametrize(("seconds", "why"), [(0.0, ""), (3600.0, "wall")])
-def test_the_way_into_the_jail_is_no_part_of_a_programs_time(seconds: float, why: str, tmp_path: Path) -> None:
+def test_the_way_into_the_jail_is_no_part_of_a_programs_time(
+    seconds: float, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor has the program what is left of the time for that way."""
+    monkeypatch.setattr(zygote, "ENTRY_SECONDS", 10 * zygote.ENTRY_SECONDS)
     job = {"cpu_seconds": 300.0, "wall_seconds": 3.0}
     file = os.open(tmp_path / "program", os.O_RDWR | os.O_CREAT)
     ours, theirs = socket.socketpair()
+    started = time.monotonic()
     with ours, theirs:
-        zygote = Zygote(SlowJail(), theirs)  # type: ignore[arg-type]
-        child = zygote._start(job, file, [], lambda _text: time.sleep(seconds))
-        zygote._watch({"program": child}, job)
+        keeper = zygote.Zygote(SlowJail(), theirs)  # type: ignore[arg-type]
+        child = keeper._start(job, file, [], lambda _text: time.sleep(seconds))
+        keeper._watch({"program": child}, job)
     assert (child.why, child.report()["entered"]) == (why, True)
+    assert time.monotonic() - started < 240
     os.close(file)

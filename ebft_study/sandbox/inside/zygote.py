@@ -27,7 +27,8 @@ from . import candidate, jail, judge, kernel
 CPU_CLOCK = 2
 """Which clock of another process; see `clock_getcpuclockid`."""
 ENTRY_SECONDS = 30.0
-"""For making the jails of a program and its judge, which takes long on a busy machine. Wall time counts after it."""
+"""For making the jails of a program and its judge, which takes long on a busy machine. Wall time counts after it; the
+host has more patience (`worker.PATIENCE_SECONDS`)."""
 
 
 def main(level: str, control: int, host: int) -> None:
