@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup study paper test check bench chaos mutants scale decisions architectures clean
+.PHONY: help setup study paper test check bench gpu realsize chaos mutants scale decisions architectures clean
 
 help: ## what can be made
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -41,6 +41,13 @@ test: check ## linter, type checker and every test but the slow ones (chaos)
 
 bench: $(STAMP) ## time of an EBFT step, against the published way; writes bench/bench.json and bench.png
 	OMP_NUM_THREADS=1 $(BIN)/ebft-study bench --threads 1 --batch-size 2 --repeats 3 --json bench/bench.json --plot bench/bench.png
+
+# Installs nothing: a machine lent for its GPU may have no way to. Without .venv it takes $(PYTHON) and what that has.
+gpu: ## check the GPU path, in under 10 minutes (without one: make gpu ARGS=--tiny); writes bench/gpu.json and gpu.txt
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m benchmarks.gpu $(ARGS)
+
+realsize: $(STAMP) ## a 1.5B model with random weights as run, as study and with an engine, on a CPU: about 20 minutes, 20 GiB of disk
+	$(BIN)/python -m benchmarks.realsize $(ARGS)
 
 chaos: $(STAMP) ## slow tests of studies, then kill -9 at random in the middle of a real one, 20 times; ends with a line of JSON
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow

@@ -27,6 +27,7 @@ class _Recorder(StridedRollouts):
     """Strided rollouts that record their samples, some anchors at a time."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.sampled: list[Rollouts] = []
 
     def sample(self, *args: Any, **kwargs: Any) -> Rollouts:

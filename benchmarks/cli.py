@@ -91,6 +91,11 @@ def step(
         Attention, typer.Option(help="The naive contender's: fused, or the published code's probability matrices.")
     ] = Settings.naive_attention,
     precision: Annotated[Precision, typer.Option(help="Of activations.")] = Settings.precision,
+    weight_dtype: Annotated[Precision, typer.Option(help="Of trained weights.")] = Settings.weight_dtype,
+    activation_checkpointing: Annotated[
+        bool, typer.Option("--activation-checkpointing", help="Keep the inputs of layers only.")
+    ] = Settings.activation_checkpointing,
+    lora_rank: Annotated[int, typer.Option(min=0, metavar="N", help="Rank of adapters; 0 trains all weights.")] = 0,
     json: Json = None,
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE.png", help="Also draw the step's phases and its scaling.")
@@ -161,6 +166,35 @@ def features(
     settings = _settings(context, sequence_lengths=(sequence_length,), stride=completion_length)
     grid = services.Grid(settings, trials, steps, shared_completions)
     _finish(report("features", services.tables(grid), json))
+
+
+@app.command()
+def weights(
+    context: typer.Context,
+    model: ModelName = "1.5b",
+    weight_dtype: Annotated[Precision, typer.Option(help="Of the weights in memory.")] = "bfloat16",
+    threads: Threads = 1,
+    json: Json = None,
+) -> None:
+    """Seconds, bytes and memory of a start, a checkpoint with all weights trained, and a resume, on a CPU."""
+    from benchmarks import weights
+
+    _finish(report("weights", weights.tables(_settings(context)), json))
+
+
+@app.command()
+def rounding(
+    model: Annotated[str, typer.Option(help="A model of the ladder, a hub id, or a folder.")] = "tiny-4m",
+    steps: Annotated[int, number("Updates.")] = 20,
+    learning_rate: Annotated[float, typer.Option(help="Of these updates.")] = 1e-6,
+    threads: Threads = 1,
+    json: Json = None,
+) -> None:
+    """What updates change in weights of bfloat16, rounded to nearest and stochastically, and of float32."""
+    from benchmarks import weights
+
+    tables = weights.rounding_tables(model, steps=steps, learning_rate=learning_rate, threads=threads)
+    _finish(report("rounding", tables, json))
 
 
 def _settings(context: typer.Context, **changes: Any) -> Settings:

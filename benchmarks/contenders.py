@@ -12,9 +12,10 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
+from typing import TYPE_CHECKING, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from benchmarks.naive import attending, naive_features, naive_log_probs, naive_rewards, naive_rollouts
@@ -28,13 +29,17 @@ from ebft_study.methods import MetricAccumulator, differentiate
 from ebft_study.methods.ebft import Ebft
 from ebft_study.rollouts.strided import StridedRollouts
 
+if TYPE_CHECKING:
+    from ebft_study.config import RunConfig
+
 
 class Networks:
     """A generator, its optimizer, and the feature network with the same weights: whole, and as we use it."""
 
     def __init__(self, generator: PreTrainedModel, *, frozen_dtype: torch.dtype = torch.float32) -> None:
         self.generator, self.frozen_dtype = generator, frozen_dtype
-        self.parameters = list(generator.parameters())
+        self.parameters = [parameter for parameter in generator.parameters() if parameter.requires_grad]
+        self.has_adapters = len(self.parameters) < len(list(generator.parameters()))
 
     @staticmethod
     def from_settings(settings: Settings) -> Networks:
@@ -47,7 +52,9 @@ class Networks:
 
     @cached_property
     def features(self) -> LocalFeatures:
-        return LocalFeatures(self._frozen(), depths=DEPTHS, pooling="last_token", normalize="per_layer")
+        network: nn.Module = self.generator if self.has_adapters else self._frozen()
+        shared = self.has_adapters
+        return LocalFeatures(network, depths=DEPTHS, pooling="last_token", normalize="per_layer", shared=shared)
 
     def _frozen(self) -> PreTrainedModel:
         network = copy.deepcopy(self.generator).eval().requires_grad_(False)
@@ -71,7 +78,7 @@ class _Contender:
     """A way of computing a step, on networks and inputs."""
 
     def __init__(self, settings: Settings, networks: Networks, inputs: Inputs | None = None) -> None:
-        self.settings, self.networks, self.config = settings, networks, settings.run()
+        self.settings, self.networks, self.config = settings, networks, settings.config
         self.inputs = inputs or random_inputs(settings)
         self.denominators = self.inputs.denominators
 
@@ -109,7 +116,7 @@ class Ours(_Contender):
     def backward(self, accumulator: MetricAccumulator, sampler: StridedRollouts | None = None) -> None:
         """Add the gradient of all sequences to the parameters."""
         method = Ebft(
-            self.config,
+            cast("RunConfig", self.config),
             rollouts=sampler or StridedRollouts(),
             features=self.networks.features,
             base=None,
@@ -126,9 +133,9 @@ class Ours(_Contender):
                     accumulator=accumulator,
                 )
 
-    def step(self) -> None:
-        """Compute the gradient, and update."""
-        accumulator = MetricAccumulator()
+    def step(self, accumulator: MetricAccumulator | None = None) -> None:
+        """Compute the gradient, and update; an `accumulator` of one's own observes the phases."""
+        accumulator = accumulator or MetricAccumulator()
         self.backward(accumulator)
         with accumulator.seconds("optimizer_seconds", self.inputs.noise.device):
             self.networks.update()

@@ -59,9 +59,9 @@ def in_turn(works: Mapping[K, Callable[[], object]], *, repeats: int, device: st
     return times
 
 
-def matmul_ceiling(device: str, dtype: torch.dtype) -> float:
+def matmul_ceiling(device: str, dtype: torch.dtype, *, size: int | None = None) -> float:
     """FLOP/s of the best of several large matrix products."""
-    size = CEILING_SIZE[torch.device(device).type]
+    size = size or CEILING_SIZE[torch.device(device).type]
     first, second = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(first)
     times = in_turn({"product": lambda: torch.mm(first, second, out=out)}, repeats=CEILING_TRIES, device=device)

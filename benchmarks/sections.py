@@ -14,14 +14,16 @@ from torch.profiler import ProfilerActivity
 
 from benchmarks.agreement import agreement
 from benchmarks.contenders import Naive, Networks, Ours
+from benchmarks.launches import count as count_launches
 from benchmarks.measure import in_fresh_process, in_turn, matmul_ceiling, peak_bytes, seconds
 from benchmarks.naive import naive_rewards
 from benchmarks.rows import Row, Titled, compared, failure, judged, measured
 from benchmarks.settings import PAPER, SMALL, Section, Settings, ladder
-from benchmarks.workload import compute_dtype, cost_of, model_config, prepare, setting_rows
+from benchmarks.workload import compute_dtype, cost_of, model_config, n_parts, prepare, setting_rows, shapes
 from ebft_study.algorithm.rewards import feature_matching_rewards
-from ebft_study.cost import StepShape
-from ebft_study.errors import EbftError
+from ebft_study.cost import largest_plan, step_cost, step_kernels, step_seconds
+from ebft_study.errors import ConfigError, EbftError
+from ebft_study.training.memory import LARGE_GPU_BYTES, USABLE
 
 EPOCH = 100_000
 """Sequences."""
@@ -141,7 +143,7 @@ def _step_rows(name: str, ours: Ours, times: Mapping[str, list[float]], ceiling:
 
 def _phase_rows(name: str, ours: Ours, ceiling: float) -> Iterator[Row]:
     """Scoring is the forward pass of the sequences, and the backward pass of everything; the optimizer has no FLOPs."""
-    cost, shape = cost_of(ours.settings, counting="needed"), StepShape.from_config(ours.config)
+    cost, shape = cost_of(ours.settings, counting="needed"), ours.settings.shape
     phases = {
         "rollouts": ("rollout_seconds", cost.rollouts.token_forwards, cost.rollouts.flops),
         "features": ("feature_seconds", cost.features.token_forwards, cost.features.flops),
@@ -257,6 +259,38 @@ def profile(settings: Settings) -> list[Row]:
     return [Row("profile/step", total, "s"), *(Row(f"profile/{name}", taken, "s") for name, taken in longest)]
 
 
+# --- launches --------------------------------------------------------------------------------------------------
+
+
+def launches(settings: Settings) -> list[Row]:
+    """Kernels of our step on a GPU, with and without activation checkpointing, and which plan is chosen there.
+
+    Counted on any machine; the plans are those of a GPU of 80 GB, as in training.
+    """
+    rows, times = list[Row](), dict[str, float]()
+    for name, checkpointing in (("plain", False), ("checkpointed", True)):
+        chosen = replace(settings, device="cuda", activation_checkpointing=checkpointing)
+        step, budget = chosen.shape, USABLE * LARGE_GPU_BYTES
+        try:
+            plan = largest_plan(*shapes(chosen), step, budget_bytes=budget)
+        except ConfigError as error:
+            rows.append(failure(f"launches/{name}", error))
+            continue
+        counted = count_launches(chosen, plan).total
+        times[name] = step_seconds(*shapes(chosen), step, plan)
+        at = f"launches/{name}"
+        rows += [
+            Row(f"{at}/micro_batch_size", plan.micro_batch_size),
+            Row(f"{at}/anchors_at_once", plan.anchors_at_once),
+            Row(f"{at}/parts", n_parts(chosen, plan)),
+            *(Row(f"{at}/{kind}", counted[kind]) for kind in ("kernels", "views", "synchronisations")),
+            Row(f"{at}/predicted_kernels", step_kernels(*shapes(chosen), step, plan)),
+            Row(f"{at}/flops", step_cost(*shapes(chosen), step, plan=plan).total.flops, "FLOP"),
+            Row(f"{at}/predicted_seconds", times[name], "s"),
+        ]
+    return [*rows, Row("launches/chosen", min(times, key=lambda name: times[name]))] if times else rows
+
+
 RUN: dict[Section, Callable[[Settings], list[Row]]] = {
     Section.agreement: agreement,
     Section.rollouts: rollouts,
@@ -266,4 +300,5 @@ RUN: dict[Section, Callable[[Settings], list[Row]]] = {
     Section.memory: memory,
     Section.growth: growth,
     Section.profile: profile,
+    Section.launches: launches,
 }

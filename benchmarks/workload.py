@@ -5,10 +5,11 @@ Weights and tokens are random: the cost of a step does not depend on their value
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -18,11 +19,15 @@ from benchmarks.rows import Row
 from benchmarks.settings import MODELS, Settings, ladder
 from ebft_study.algorithm.anchors import Anchors, find_anchors
 from ebft_study.algorithm.losses import next_token_mask
-from ebft_study.cost import Limits, MicroBatchPlan, ModelShape, StepCost, StepShape, largest_plan, step_cost
+from ebft_study.cost import Limits, Memory, MicroBatchPlan, ModelShape, StepCost, largest_plan, memory, step_cost
 from ebft_study.data import Batch
 from ebft_study.errors import ConfigError
 from ebft_study.methods import LossDenominators
 from ebft_study.networks.blocks import ATTENTION
+from ebft_study.networks.lora import add_adapters
+
+if TYPE_CHECKING:
+    from ebft_study.config import LoraConfig
 
 CPU_TOKENS = 512
 """Tokens of a decoding pass that fill a CPU's matrix products and still fit into its cache."""
@@ -69,22 +74,39 @@ def model_config(name: str) -> Qwen2Config:
 def random_model(settings: Settings) -> PreTrainedModel:
     """The settings' model with random weights, made on its device, in training mode."""
     torch.manual_seed(0)
+    trained: torch.dtype = getattr(torch, settings.weight_dtype)
+    dtype = compute_dtype(settings) if settings.lora_rank else trained  # frozen weights, as in training
     with torch.device(settings.device):
         config = model_config(settings.model)
-        model: PreTrainedModel = Qwen2ForCausalLM._from_config(config, attn_implementation=ATTENTION)
+        model: PreTrainedModel = Qwen2ForCausalLM._from_config(config, attn_implementation=ATTENTION, dtype=dtype)
+    if settings.lora_rank:
+        adapters = cast("LoraConfig", settings.config.lora)
+        add_adapters(model, adapters, seed=0, dtype=trained, name=settings.model)
+    if settings.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.disable_input_require_grads()
     return model.train()
 
 
 # --- cost ------------------------------------------------------------------------------------------------------
 
 
+def shapes(settings: Settings) -> tuple[ModelShape, ModelShape]:
+    """Shapes of the generator, adapters included, and of the whole feature network."""
+    base = ModelShape.from_config(model_config(settings.model))
+    return (base.with_adapters(settings.lora_rank) if settings.lora_rank else base), base
+
+
 def micro_batch_plan(settings: Settings) -> MicroBatchPlan:
-    """The micro-batch plan of our step: the settings' own; else one that fills a CPU's products, or a GPU's memory."""
-    step, shape = StepShape.from_config(settings.run()), ModelShape.from_config(model_config(settings.model))
-    plan = MicroBatchPlan.whole(step)
+    """The micro-batch plan of our step: the settings' own; else one that fills a CPU's products, or a GPU's memory.
+
+    Raises:
+        ConfigError: a GPU has not enough memory for any.
+    """
+    plan = MicroBatchPlan.whole(settings.shape)
     if settings.device_type == "cuda":
-        memory = torch.cuda.get_device_properties(settings.device).total_memory
-        plan = largest_plan(shape, shape, step, budget_bytes=MEMORY_SHARE * memory)
+        budget = MEMORY_SHARE * torch.cuda.get_device_properties(settings.device).total_memory
+        plan = largest_plan(*shapes(settings), settings.shape, budget_bytes=budget)
     else:
         fitting = max(CPU_TOKENS // (settings.batch_size * settings.n_samples), 1)
         plan = replace(plan, anchors_at_once=min(fitting, plan.anchors_at_once))
@@ -93,11 +115,22 @@ def micro_batch_plan(settings: Settings) -> MicroBatchPlan:
     )
 
 
+def n_parts(settings: Settings, plan: MicroBatchPlan) -> int:
+    """Passes over blocks in a step: micro-batches times parts of their anchors."""
+    micro_batches = math.ceil(settings.batch_size / plan.micro_batch_size)
+    return micro_batches * math.ceil(len(settings.shape.anchors) / plan.anchors_at_once)
+
+
 def cost_of(settings: Settings, *, counting: Literal["needed", "executed"]) -> StepCost:
     """The cost of our step by the cost model."""
-    shape, step = ModelShape.from_config(model_config(settings.model)), StepShape.from_config(settings.run())
     limits, plan = Limits.on(settings.device_type), micro_batch_plan(settings)
-    return step_cost(shape, shape, step, plan=plan, limits=limits, counting=counting)
+    return step_cost(*shapes(settings), settings.shape, plan=plan, limits=limits, counting=counting)
+
+
+def memory_of(settings: Settings) -> Memory:
+    """The memory of our step by the cost model."""
+    limits, plan = Limits.on(settings.device_type), micro_batch_plan(settings)
+    return memory(*shapes(settings), settings.shape, plan, limits=limits)
 
 
 # --- inputs ----------------------------------------------------------------------------------------------------

@@ -62,7 +62,7 @@ def plan(study: ResolvedStudy, *, storage: Location = STUDIES, memory_gib: float
 
     Args:
         storage: the folder of earlier studies, whose trials show this machine's throughput.
-        memory_gib: of one worker, where the study does not say; default: 80 on a GPU, else its part of this machine's.
+        memory_gib: of a GPU, or of the machine for one worker; default: 79 ("80 GB") on a GPU, else this machine's.
     """
     from ebft_study.study.forecast.plan import plan
 

@@ -92,7 +92,8 @@ def plan(
     overrides: Overrides = None,
     profile: Profile = None,
     memory_gib: Annotated[
-        float | None, typer.Option(help="What one worker may use.", show_default="80 on a GPU, else this machine's")
+        float | None,
+        typer.Option(help="Memory of one GPU or CPU worker.", show_default="79, or this machine's"),
     ] = None,
     storage: Storage = api.STUDIES,
 ) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import platformdirs
-
 
 def cache_folder() -> Path:
     """Return the user's cache folder of this project; the environment variable EBFT_STUDY_CACHE overrides it."""
+    import platformdirs  # what computes needs no such folder, and runs where this is not installed
+
     return Path(os.environ.get("EBFT_STUDY_CACHE") or platformdirs.user_cache_dir("ebft-study"))

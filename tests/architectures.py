@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import logging
 import math
 import sys
@@ -88,14 +89,14 @@ def architectures() -> list[str]:
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
-def examine(model_type: str) -> dict[str, Outcome]:
-    """The outcome in each type of weights."""
+def examine(model_type: str, device: str = "cpu") -> dict[str, Outcome]:
+    """The outcome in each type of weights; block passes run on `device`, and plain ones on the CPU."""
     with tempfile.TemporaryDirectory() as folder, _quiet():
         try:
             _build(model_type, Path(folder))
         except Exception as error:
             return dict.fromkeys(DTYPES, Outcome("not built", _line(error)))
-        return {name: _run(Path(folder), name) for name in DTYPES}
+        return {name: _run(Path(folder), name, device) for name in DTYPES}
 
 
 def tiny_configs(model_type: str, vocabulary: int) -> Iterator[Any]:
@@ -159,11 +160,12 @@ def _build(model_type: str, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _run(folder: Path, dtype: str) -> Outcome:
+def _run(folder: Path, dtype: str, device: str) -> Outcome:
     try:
         ModelShape.from_config(read_config(str(folder)))
         model, network = (
-            load_model(str(folder), dtype=DTYPES[dtype], n_tokens=T, completion_length=G).model for _ in range(2)
+            load_model(str(folder), device=device, dtype=DTYPES[dtype], n_tokens=T, completion_length=G).model
+            for _ in range(2)
         )
         exact = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
         compared = list(_differences(model, network, exact))
@@ -188,17 +190,19 @@ def _differences(
     """
     documents = torch.tensor([[0] * 20 + [1] * (T - 20)])
     tokens = torch.randint(3, model.config.vocab_size, documents.shape, generator=torch.Generator().manual_seed(1))
-    batch = Batch(tokens, documents, documents >= 0, torch.arange(1))
-    anchors = find_anchors(documents, completion_length=G, stride=12, first_context_length=3)
+    batch = Batch(tokens, documents, documents >= 0, torch.arange(1)).to(model.device)
+    anchors = find_anchors(batch.document_ids, completion_length=G, stride=12, first_context_length=3)
     noise = uniforms((7,), [0], n_anchors=anchors.positions.shape[1], n_samples=2, length=G)
     rollouts = StridedRollouts().sample(model, batch, anchors, noise=noise, temperature=0.8)
-    prefix = run_prefix(model, tokens, documents)
+    prefix = run_prefix(model, batch.tokens, batch.document_ids)
     scored = completion_log_probs(model, prefix, anchors, rollouts.completions, temperature=0.8)
     local = LocalFeatures(network, depths=(0.5, 1.0), pooling="last_token", normalize="per_layer")
-    phi = local.embed(batch, anchors, rollouts.completions)[0].phi[0].flatten(0, 1)
+    phi = local.embed(batch, anchors, rollouts.completions)[0].phi[0].flatten(0, 1).cpu()
+    blocks = [log_probs[0].flatten().cpu() for log_probs in (scored, rollouts.log_probs)]
+    model = copy.deepcopy(model).cpu()  # the plain passes
     positions = anchors.positions[0].tolist()
     contexts = [tokens[0, (0 if position < 20 else 20) : position] for position in positions for _ in range(2)]
-    pairs = list(zip(contexts, rollouts.completions[0].flatten(0, 1), strict=True))
+    pairs = list(zip(contexts, rollouts.completions[0].flatten(0, 1).cpu(), strict=True))
 
     def plain(of: PreTrainedModel) -> tuple[Tensor, Tensor]:
         features = [naive_model.features(of, *pair, local.indices, "last_token", "per_layer") for pair in pairs]
@@ -207,8 +211,8 @@ def _differences(
     (log_probs, features), (exact_log_probs, exact_features) = plain(model), plain(exact)
     summary = torch.max if model.dtype == torch.float32 else torch.mean
     rounding = relative_difference(log_probs, exact_log_probs, model.dtype)
-    for ours in (scored, rollouts.log_probs):
-        yield relative_difference(ours[0].flatten(), log_probs, model.dtype), rounding
+    for ours in blocks:
+        yield relative_difference(ours, log_probs, model.dtype), rounding
     distances = ((ours - features).norm(dim=-1) for ours in (phi, exact_features))
     of_phi, of_exact = (float(summary(distance)) for distance in distances)
     yield of_phi, of_exact

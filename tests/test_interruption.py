@@ -19,7 +19,7 @@ from ebft_study.__main__ import main
 
 preparing = types.ModuleType("ebft_study.training.prepare")
 
-def prepare(runs):
+def prepare(runs, **_):
     {BLOCKED.replace(chr(10), "; ").rstrip("; ")}
 
 preparing.prepare = prepare

@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers import Qwen2Config
 
 from ebft_study import config
+from ebft_study.cost import ModelShape
 from ebft_study.study.forecast import plan as planning
 from ebft_study.study.resolving.study_file import load_study
 from ebft_study.study.spec import trials
+from ebft_study.training import memory
 
 FOLDER = Path(__file__).parent.parent / "search_spaces"
 RECIPES = sorted(FOLDER.glob("*.yaml"))
@@ -75,3 +78,38 @@ def test_a_laptop_holds_the_cpu_profile_without_any_model_being_trained(
     assert planned.fits
     assert planned.n_trials == trials.number_of_trials(study.spec)
     assert not list(tmp_path.rglob("pretraining.json"))
+
+
+def qwen(n_layers: int, hidden: int, inner: int, heads: int, kv_heads: int, vocabulary: int, tied: bool) -> ModelShape:
+    return ModelShape.from_config(
+        Qwen2Config(
+            num_hidden_layers=n_layers,
+            hidden_size=hidden,
+            intermediate_size=inner,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            vocab_size=vocabulary,
+            tie_word_embeddings=tied,
+        )
+    )
+
+
+QWEN = {
+    "Qwen/Qwen2.5-1.5B": qwen(28, 1536, 8960, 12, 2, 151936, True),
+    "Qwen/Qwen2.5-3B": qwen(36, 2048, 11008, 16, 2, 151936, True),
+    "Qwen/Qwen2.5-7B": qwen(28, 3584, 18944, 28, 4, 152064, False),
+}
+"""The published configurations."""
+
+
+def test_every_size_of_the_scaling_study_fits_the_gpus_that_it_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_shape", lambda name, _revision: QWEN[name])
+    spec = load_study(FOLDER / "model_scale.yaml", "cluster").spec
+    workers = dict[str, int]()
+    for trial in trials.trials_of(spec, trials.enumerated(spec)):
+        workers[trial.run.model] = trial.resources.processes
+        plan = memory.plan_for(
+            trial.run, "cuda", total_bytes=memory.LARGE_GPU_BYTES, world_size=trial.resources.processes
+        )
+        assert plan.peak_bytes <= plan.budget_bytes < memory.LARGE_GPU_BYTES, trial.label
+    assert workers == dict(zip(QWEN, (1, 2, 4), strict=True))

@@ -16,6 +16,11 @@ class Anchors(NamedTuple):
     valid: Tensor
     """[S, B] bool: False pads sequences that have fewer anchors than the batch's largest B."""
 
+    def padded(self, count: int) -> Anchors:
+        """The same anchors as the first of `count` of each sequence."""
+        more = count - self.positions.shape[1]
+        return Anchors(*(torch.nn.functional.pad(values, (0, more)) for values in self))
+
 
 def document_positions(document_ids: Tensor) -> Tensor:
     """Position of every token within its own document, [S, T] -> [S, T] int64, starting at 0.

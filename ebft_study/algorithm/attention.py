@@ -54,8 +54,8 @@ def prefix_attention(
         )
     T, groups = query.shape[2], query.shape[1] // key.shape[1]
     key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
-    scores = query.to(value.dtype) @ key.to(value.dtype).transpose(-1, -2) * scaling
-    capped = _capped(scores.to(torch.promote_types(scores.dtype, torch.float32)), softcap)
+    scores = _product(query.to(value.dtype), key.to(value.dtype).transpose(-1, -2)) * scaling
+    capped = _capped(scores, softcap)
     visible = torch.ones(T, T, dtype=torch.bool, device=query.device).tril() if mask is None else mask
     return capped.masked_fill(~visible, NOTHING).softmax(dim=-1).to(value.dtype) @ value
 
@@ -63,8 +63,8 @@ def prefix_attention(
 NOTHING = -1e30
 """Score of what must not be seen. A row with nothing to see then weighs nothing; infinities would give NaN."""
 
-CHUNKS = 6
-"""Into how many chunks a sequence is cut at least: more waste less computation, fewer cost less overhead."""
+CHUNKS = {"cpu": 6, "cuda": 1}
+"""Into how many chunks a sequence is cut at least: more waste less computation, fewer launch fewer kernels."""
 SMALL_MASK = 2**18
 """Entries of a mask worth keeping."""
 
@@ -138,7 +138,7 @@ def plan_chunks(
     if N == 0:
         return []
     widest = max(int(end.max() - start.min()), 1)
-    blocks = max(1, min(scores_at_once // (rows * widest), -(-N // CHUNKS)))
+    blocks = max(1, min(scores_at_once // (rows * widest), -(-N // CHUNKS[contexts.end.device.type])))
     sequences = max(1, min(S, scores_at_once // (rows * widest * blocks)))
     return [
         chunk
@@ -226,13 +226,13 @@ class _ChunkedAttention(torch.autograd.Function):
         softcap: float | None,
     ) -> Tensor:
         with torch.autocast(query.device.type, enabled=False):
-            grouped = _group(query * scaling, block_key)
-            output, lse = _attend(grouped, block_key, block_value, _hidden_in_block(query, block_key, window), softcap)
+            grouped, how = _group(query, block_key), (scaling, softcap)
+            output, lse = _attend(grouped, block_key, block_value, _hidden_in_block(query, block_key, window), *how)
             for chunk in chunks:
-                _attend_to_prefix(grouped, prefix_key, prefix_value, chunk, softcap, output, lse)
+                _attend_to_prefix(grouped, prefix_key, prefix_value, chunk, *how, output, lse)
         ctx.save_for_backward(grouped, prefix_key, prefix_value, block_key, block_value, output, lse)
-        ctx.chunks, ctx.scaling, ctx.heads, ctx.length = chunks, scaling, query.shape[1], query.shape[3]
-        ctx.window, ctx.softcap = window, softcap
+        ctx.chunks, ctx.heads, ctx.length = chunks, query.shape[1], query.shape[3]
+        ctx.window, ctx.how = window, how
         return _ungroup(output, query.shape[1], query.shape[3])
 
     @staticmethod
@@ -244,18 +244,18 @@ class _ChunkedAttention(torch.autograd.Function):
             delta = (gradient * output).sum(dim=-1, dtype=lse.dtype)
             hidden = _hidden_in_block(upstream, block_key, ctx.window)
             d_grouped, d_block_key, d_block_value = _attend_backward(
-                grouped, block_key, block_value, gradient, output, lse, delta, hidden, ctx.softcap
+                grouped, block_key, block_value, gradient, output, lse, delta, hidden, *ctx.how
             )
             d_prefix_key, d_prefix_value = torch.zeros_like(prefix_key), torch.zeros_like(prefix_value)
             for chunk in ctx.chunks:
                 s, keys = chunk.sequences, chunk.keys
                 q, dy, y, z, d = (_rows(tensor, chunk) for tensor in (grouped, gradient, output, lse, delta))
                 k, v = prefix_key[s, :, keys], prefix_value[s, :, keys]
-                dq, dk, dv = _attend_backward(q, k, v, dy, y, z, d, chunk, ctx.softcap)
+                dq, dk, dv = _attend_backward(q, k, v, dy, y, z, d, chunk, *ctx.how)
                 d_grouped[s, :, chunk.blocks] += dq.view_as(d_grouped[s, :, chunk.blocks])
                 d_prefix_key[s, :, keys] += dk
                 d_prefix_value[s, :, keys] += dv
-            d_query = _ungroup(d_grouped * ctx.scaling, ctx.heads, ctx.length)
+            d_query = _ungroup(d_grouped, ctx.heads, ctx.length)
         return d_query, d_prefix_key, d_prefix_value, d_block_key, d_block_value, None, None, None, None
 
 
@@ -288,9 +288,18 @@ def _capped(scores: Tensor, softcap: float) -> Tensor:
     return softcap * torch.tanh(scores / softcap)
 
 
-def _scores(query: Tensor, key: Tensor, hidden: Tensor | Chunk, softcap: float | None) -> Tensor:
-    scores = query @ key.transpose(-1, -2)
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b` in float32 or wider. Rounded to bfloat16, scores of 200 are off by up to 0.5, and the softmax by half."""
+    if a.dtype in (torch.float32, torch.float64):
+        return a @ b
+    if a.is_cuda:  # sums are float32 in any case; they need not be rounded
+        flat: Tensor = torch.bmm(a.flatten(0, -3), b.flatten(0, -3), out_dtype=torch.float32)
+        return flat.view(*a.shape[:-1], b.shape[-1])
+    return a.float() @ b.float()
+
+
+def _scores(query: Tensor, key: Tensor, hidden: Tensor | Chunk, scaling: float, softcap: float | None) -> Tensor:
+    scores = _product(query, key.transpose(-1, -2)).mul_(scaling)
     if softcap is not None:
         scores = _capped(scores, softcap)
     if isinstance(hidden, Tensor):
@@ -314,12 +323,12 @@ def _is_fused(key: Tensor, value: Tensor, hidden: Tensor | Chunk, softcap: float
 
 
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | Chunk, softcap: float | None
+    query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | Chunk, scaling: float, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
     """Outputs of a softmax over these keys alone, and its log-normaliser."""
     if isinstance(hidden, Chunk) and _is_fused(key, value, hidden, softcap):
-        return _fused(query, key, value, attn_mask=hidden.additive_mask(query, key), scale=1.0)  # type: ignore[no-any-return]
-    scores = _scores(query, key, hidden, softcap)
+        return _fused(query, key, value, attn_mask=hidden.additive_mask(query, key), scale=scaling)  # type: ignore[no-any-return]
+    scores = _scores(query, key, hidden, scaling, softcap)
     largest = scores.amax(dim=-1, keepdim=True)
     weights = scores.sub_(largest).exp_()
     total = weights.sum(dim=-1, keepdim=True)
@@ -332,13 +341,15 @@ def _attend_to_prefix(
     prefix_key: Tensor,
     prefix_value: Tensor,
     chunk: Chunk,
+    scaling: float,
     softcap: float | None,
     output: Tensor,
     lse: Tensor,
 ) -> None:
     """Merge the attention of one chunk's blocks to their contexts into `output` and `lse`, in place."""
     s, b, keys = chunk.sequences, chunk.blocks, chunk.keys
-    part, part_lse = _attend(_rows(grouped, chunk), prefix_key[s, :, keys], prefix_value[s, :, keys], chunk, softcap)
+    states = _rows(grouped, chunk), prefix_key[s, :, keys], prefix_value[s, :, keys]
+    part, part_lse = _attend(*states, chunk, scaling, softcap)
     old, old_lse = output[s, :, b], lse[s, :, b]
     # The weight of the part in the joint softmax is exp(part_lse - logaddexp(old_lse, part_lse)).
     weight = torch.sigmoid(part_lse.view_as(old_lse) - old_lse)
@@ -355,9 +366,10 @@ def _attend_backward(
     lse: Tensor,
     delta: Tensor,
     hidden: Tensor | Chunk,
+    scaling: float,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of (scaled) queries, keys and values.
+    """Gradients of queries, keys and values.
 
     `output`, `gradient` (of the output) and `lse` are those of the joint softmax; `delta` is the inner product of the
     first two.
@@ -365,12 +377,12 @@ def _attend_backward(
     if isinstance(hidden, Chunk) and _is_fused(key, value, hidden, softcap):
         mask = hidden.additive_mask(query, key)
         arguments = (gradient, query, key, value, output, lse, 0.0, False)
-        return _fused_backward(*arguments, attn_mask=mask, scale=1.0)  # type: ignore[no-any-return]
-    scores = _scores(query, key, hidden, softcap)
+        return _fused_backward(*arguments, attn_mask=mask, scale=scaling)  # type: ignore[no-any-return]
+    scores = _scores(query, key, hidden, scaling, softcap)
     # d(c tanh(s / c)) / ds; 0 where nothing is seen.
     slope = None if softcap is None else 1 - (scores.clamp(min=-softcap) / softcap).square()
     weights = scores.sub_(lse[..., None]).exp_()
     d_value = weights.to(value.dtype).transpose(-1, -2) @ gradient
-    d_scores = (gradient @ value.transpose(-1, -2)).to(weights.dtype).sub_(delta[..., None]).mul_(weights)
-    d_scores = (d_scores if slope is None else d_scores.mul_(slope)).to(value.dtype)
+    d_scores = _product(gradient, value.transpose(-1, -2)).sub_(delta[..., None]).mul_(weights)
+    d_scores = (d_scores if slope is None else d_scores.mul_(slope)).mul_(scaling).to(value.dtype)
     return d_scores @ key, d_scores.transpose(-1, -2) @ query, d_value

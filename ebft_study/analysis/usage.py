@@ -163,8 +163,15 @@ def _rollout_engine(metrics: pd.DataFrame) -> Facts:
         "Rollout engine against trainer, |difference of log-probabilities|",
         f"mean {mean:.1e}, largest {largest:.1e}",
     )
+    noise, off = rows["rechunk_mean_difference"].mean(), 100 * rows["rechunk_off_fraction"].mean()
+    itself = (
+        "Trainer against itself, cut another way (bfloat16)",
+        f"mean {noise:.1e}, {off:.2g} % of ratios off by more than 10 %; "
+        f"the engine's {100 * rows['parity_off_fraction'].mean():.2g} %",
+    )
     return [
         *([] if text.is_missing(largest) else [parity]),
+        *([] if text.is_missing(noise) else [itself]),
         ("Weight transfer per step (median)", _milliseconds(rows["sync_seconds"].median())),
         ("Sampling weights behind by", f"{rows['policy_lag'].mean():.2g} updates on average"),
         (

@@ -13,7 +13,7 @@ from typing import Any
 from ebft_study.config.sections import RunConfig, Section
 from ebft_study.errors import ConfigError
 
-EARLIER_DEFAULTS: dict[str, Any] = {"loss.kl_estimator": "k3"}
+EARLIER_DEFAULTS: dict[str, Any] = {"loss.kl_estimator": "k3", "training.activation_checkpointing": False}
 """Dotted path -> default in version 0.1 of a setting that has another one now. Studies of that version keep it."""
 
 

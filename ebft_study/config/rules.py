@@ -276,6 +276,12 @@ RULES = (
         "precision={training.precision} computes more exactly than such weights are stored",
         "Use precision=bfloat16 with it, or weight_dtype=float32",
     ),
+    _without_reader(
+        "optimizer.rounding",
+        lambda run: run.training.weight_dtype != "float32",
+        "float32 weights have the digits for every step, so nothing reads it",
+        "Use weight_dtype=bfloat16 with it, or drop it",
+    ),
     Rule(
         "rollout.n_samples",
         lambda run: run.method == "ebft" and _samples_once(run) and run.reward.alpha > 0,

@@ -87,7 +87,7 @@ class RolloutConfig(Section):
         None,
         gt=0.0,
         description="vllm: largest mean difference of log-probabilities between engine and trainer after a transfer; "
-        "default: 0.0001, or 0.3 in bfloat16",
+        "default: 0.0001, or in bfloat16 10 times that between two of the trainer's own passes",
     )
 
     @property
@@ -180,6 +180,10 @@ class OptimizerConfig(Section):
     weight_decay: float = Field(0.0, ge=0.0)
     max_grad_norm: float | None = Field(1.0, gt=0.0)
     ema_decay: float | None = Field(None, gt=0.0, lt=1.0, description="evaluate an exponential average of the weights")
+    rounding: Literal["nearest", "stochastic"] = Field(
+        "nearest",
+        description="of bfloat16 weights and optimizer states; stochastic: at random, so that small steps are not lost",
+    )
 
 
 class TrainingConfig(Section):
@@ -203,10 +207,13 @@ class TrainingConfig(Section):
         "float32", description="type of trained weights, their gradients and optimizer states; bfloat16 saves memory"
     )
     sharding: Literal["none", "fsdp"] = Field(
-        "none", description="fsdp: shard weights and optimizer states over a trial's workers; none: replicate them"
+        "none",
+        description="fsdp: divide weights, optimizer states and frozen networks among workers; none: repeat them",
     )
-    activation_checkpointing: bool = Field(
-        False, description="recompute activations in the backward pass instead of storing them"
+    activation_checkpointing: bool | None = Field(
+        None,
+        description="recompute activations in the backward pass instead of storing them; "
+        "default: on a GPU, where a step takes less time so",
     )
     device: Literal["auto", "cpu", "cuda"] = "auto"
     attention: Literal["auto", "chunked", "flex"] = Field("auto", description="auto: flex on a GPU, chunked elsewhere")

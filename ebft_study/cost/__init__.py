@@ -4,7 +4,8 @@
     step_cost(model, features, step)         FLOPs by phase
     evaluation_flops(model, features, step)  those of an evaluation of its sequences
     memory(model, features, step, plan)      peak bytes of a worker by phase, under a micro-batch plan
-    largest_plan(..., budget_bytes=...)      the plan with the fewest passes that fits
+    largest_plan(..., budget_bytes=...)      the best plan that fits: the fewest passes or, on a GPU, the least time
+    step_kernels, step_seconds               kernels of a step on a GPU, and its predicted time
 
 Letters: T tokens per sequence, C first context, s stride, B anchors at `a_b = C + b s`, n samples of G tokens each,
 N = B n blocks, S sequences and A anchors at a time, H hidden size, V vocabulary. Per sequence an EBFT step runs
@@ -22,7 +23,8 @@ causal attention as a full square, blocks against the longest context of their c
 """
 
 from ebft_study.cost.flops import PhaseCost, StepCost, answers_flops, evaluation_flops, step_cost
-from ebft_study.cost.memory import Memory, largest_plan, memory, saved_bytes_per_token
+from ebft_study.cost.launches import step_kernels, step_seconds
+from ebft_study.cost.memory import Memory, embedded_bytes_per_token, largest_plan, memory, saved_bytes_per_token
 from ebft_study.cost.shapes import Limits, MicroBatchPlan, ModelShape, StepShape, keeps_graph
 
 __all__ = [
@@ -34,10 +36,13 @@ __all__ = [
     "StepCost",
     "StepShape",
     "answers_flops",
+    "embedded_bytes_per_token",
     "evaluation_flops",
     "keeps_graph",
     "largest_plan",
     "memory",
     "saved_bytes_per_token",
     "step_cost",
+    "step_kernels",
+    "step_seconds",
 ]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from ebft_study.config import RunConfig
 from ebft_study.errors import ModelError
+
+if TYPE_CHECKING:
+    from ebft_study.config import RunConfig
 
 FLOAT32_BYTES = 4
 _INNER_SIZES = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
@@ -95,6 +97,16 @@ class ModelShape:
     @property
     def head_parameters(self) -> int:
         return self.vocabulary_size * self.hidden_size
+
+    @property
+    def layer_parameters(self) -> int:
+        """Parameters of one layer, adapters left out."""
+        return self.layer_matrices // self.n_layers + self.small_parameters_per_layer
+
+    @property
+    def outer_parameters(self) -> int:
+        """Parameters outside the layers: embeddings, last norm and head."""
+        return self.n_parameters - self.n_layers * self.layer_parameters
 
     @property
     def body_parameters(self) -> int:
@@ -188,6 +200,7 @@ class StepShape:
     """Type of trained weights, their gradients and optimizer states."""
     weight_average: bool = False
     activation_checkpointing: bool = False
+    """`auto` counts as False where no plan decides (`training.memory`)."""
     differentiable_rollouts: bool = True
     """The completions are differentiated as they were sampled, not run again for that."""
     remote_features: bool = False
@@ -195,7 +208,7 @@ class StepShape:
     world_size: int = 1
     """Workers that share the batch."""
     sharded: bool = False
-    """Weights, gradients and optimizer states are divided among the workers, not repeated on each."""
+    """Weights, gradients, optimizer states and frozen networks are divided among the workers, not repeated on each."""
     shared_features: bool = False
     """Feature network and base model are the generator without its adapters (LoRA), so there is no copy of it."""
     whole_answers: bool = False
@@ -209,6 +222,8 @@ class StepShape:
         """The step of a run; `changes` sets fields by name, above all those that a configuration does not contain."""
         rollout, training, answers = config.rollout, config.training, config.samples_answers
         length = config.max_answer_tokens if answers else rollout.completion_length
+        divided = training.sharding == "fsdp" and changes.get("world_size", 1) > 1
+        sampled_here = not answers and rollout.backend == "strided"
         shape = StepShape(
             method=config.method,
             sequence_length=config.data.sequence_length,
@@ -224,14 +239,19 @@ class StepShape:
             kl_coefficient=config.loss.kl_coefficient,
             precision=training.precision,
             weight_dtype=training.weight_dtype,
-            activation_checkpointing=training.activation_checkpointing,
+            activation_checkpointing=training.activation_checkpointing is True,
             sharded=training.sharding == "fsdp",
             shared_features=config.lora.lora_rank > 0 and config.features.is_base,
             remote_features=config.features.backend == "service",
-            differentiable_rollouts=not answers and rollout.backend == "strided" and keeps_graph(length),
+            differentiable_rollouts=sampled_here and keeps_graph(length) and not divided,
             weight_average=config.optimizer.ema_decay is not None,
         )
         return replace(shape, **changes)
+
+    @property
+    def shards(self) -> int:
+        """Workers that the weights are divided among."""
+        return self.world_size if self.sharded else 1
 
     @property
     def anchors(self) -> range:
@@ -306,19 +326,21 @@ class Limits:
     logits_at_once: int = 2**28
     scores_at_once: int = 2**28
     feature_tokens_at_once: int = 2**17
-    chunks: int = 6
+    chunks: int = 1
     """Into how many chunks the blocks of a pass are cut at least, by their contexts, in the `chunked` attention."""
     fused_attention: bool = True
-    """Blocks attend in one kernel (`flex`), except while decoding: no scores, but a copy of the prefix's keys and
-    values in every pass."""
+    """Blocks attend in one kernel (`flex`): no scores, but a copy of the prefix's keys and values in every pass."""
+    fused_decoding: int = 16
+    """Tokens of the longest blocks that are decoded in this way."""
 
     @staticmethod
     def on(device: str) -> Limits:
         """The sizes of the implementation on `cpu` or `cuda`."""
-        return GPU_LIMITS if device == "cuda" else Limits(2**24, 2**20, 2**10, fused_attention=False)
+        return GPU_LIMITS if device == "cuda" else CPU_LIMITS
 
     def logit_rows(self, model: ModelShape) -> int:
         return max(1, self.logits_at_once // model.vocabulary_size)
 
 
 GPU_LIMITS = Limits()
+CPU_LIMITS = Limits(2**24, 2**20, 2**10, 6, fused_attention=False, fused_decoding=0)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ebft_study.config import DataConfig
 from ebft_study.data.builtin import SOURCES, load_builtin
 from ebft_study.data.examples import SPLITS, Example, TextDataset
 from ebft_study.data.presets import PRESETS
 from ebft_study.data.tables import BUILDERS, HUB_ID, load_file, load_hub
 from ebft_study.data.tokens import PADDING_DOCUMENT, Batch, TokenDataset, batch_indices, tokenize
 from ebft_study.errors import DataError
+
+if TYPE_CHECKING:
+    from ebft_study.config import DataConfig
 
 __all__ = [
     "PADDING_DOCUMENT",

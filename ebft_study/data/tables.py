@@ -13,15 +13,17 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ebft_study.config import DataConfig
 from ebft_study.data.cache import Facts, cached_examples
 from ebft_study.data.examples import SPLITS, Example, TextDataset, build_dataset, digest, split_of
 from ebft_study.data.presets import PRESETS, Row, RowMapping, prompt_and_answer, raw_text
 from ebft_study.data.unit_tests import read_assertions
 from ebft_study.errors import DataError, one_line
 from ebft_study.paths import cache_folder
+
+if TYPE_CHECKING:
+    from ebft_study.config import DataConfig
 
 BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")

@@ -39,6 +39,13 @@ class Batch:
         """Return the rows with these numbers, repetitions allowed."""
         return Batch(self.tokens[rows], self.document_ids[rows], self.answer_mask[rows], self.indices[rows])
 
+    def padded(self, count: int) -> Batch:
+        """The same rows as the first of `count`; the others are padding from their first to their last token."""
+        own = len(self.indices)
+        batch = self.select(torch.arange(count, device=self.indices.device).clamp(max=own - 1))
+        batch.document_ids[own:], batch.answer_mask[own:] = PADDING_DOCUMENT, False
+        return batch
+
     def to(self, device: torch.device | str) -> Batch:
         """Copy the batch to `device`."""
         return Batch(*(tensor.to(device) for tensor in vars(self).values()))

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from ebft_study.algorithm.anchors import Anchors
 from ebft_study.algorithm.features import Normalization, Pooling
-from ebft_study.config import RunConfig
 from ebft_study.data import Batch
 
 if TYPE_CHECKING:
+    from ebft_study.config import RunConfig
     from ebft_study.networks.blocks import Backend
 
 

@@ -1,11 +1,11 @@
 """Embeds many requests in few passes, and each feature once: the work of the feature service, without Ray.
 
-requests -> keys -> cache -> one pass for the missing features of all requests -> cache, replies
+requests -> keys -> cache -> passes for the missing features of all requests -> cache, replies
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,12 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from ebft_study.algorithm.anchors import Anchors, contexts_of
+from ebft_study.cost import ModelShape, embedded_bytes_per_token
 from ebft_study.data import PADDING_DOCUMENT, Batch
 from ebft_study.features.cache import TieredCache
 from ebft_study.features.keys import FeatureSpec, Keys, sequence_keys
 from ebft_study.features.local import LocalFeatures, over_same_weights
 from ebft_study.networks.blocks import Backend
 from ebft_study.networks.verification import verify
+
+PASS_BYTES = {"cpu": 2**30, "cuda": 2**32}
+"""Memory of the sequences of one pass. Requests of several trials take several passes where they need more."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +131,7 @@ class Embedder:
         return self._local(spec).indices
 
     def embed(self, requests: Sequence[FeatureRequest]) -> list[FeatureReply]:
-        """Embed all requests; those of one spec and the same lengths share one pass.
+        """Embed all requests; those of one spec and the same lengths share passes, as many as `PASS_BYTES` hold.
 
         Raises:
             ModelError: the network is not exact over sequences as long as these (see `verify`).
@@ -154,7 +158,9 @@ class Embedder:
         rows: dict[bytes, np.ndarray] = {}
         for job in jobs:
             rows |= self._look_up(job)
-        computed = self._compute(_missing_parts(jobs, rows))
+        computed = dict[bytes, np.ndarray]()
+        for parts in self._passes(_missing_parts(jobs, rows)):
+            computed |= self._compute(parts)
         # Ground truth comes again in every epoch and trial; samples, n times as many, seldom do.
         truths = {key for job in jobs for key in job.truths()}
         self.cache.put({key: row for key, row in computed.items() if key in truths})
@@ -193,8 +199,6 @@ class Embedder:
 
     def _compute(self, parts: list[_Part]) -> dict[bytes, np.ndarray]:
         """Run all parts in one pass; returns their missing features and ground truth by key."""
-        if not parts:
-            return {}
         request = parts[0].request
         batch, anchors, completions = _join(parts, self.device)
         local = self._local(request.spec)
@@ -209,6 +213,26 @@ class Embedder:
                 computed |= {key: psi[row, b] for b, key in enumerate(keys.truth) if key is not None}
                 computed |= {keys.sample(b, j): phi[row, b, j] for b, j in np.argwhere(part.missing).tolist()}
         return computed
+
+    def _passes(self, parts: list[_Part]) -> Iterator[list[_Part]]:
+        """Cut the parts, in order, into passes that fit into `PASS_BYTES`; a pass has at least one."""
+        joined, largest = list[_Part](), 0
+        for part in parts:
+            larger = max(largest, self._bytes(part.request))
+            if joined and larger * (len(joined) + 1) > PASS_BYTES[self.device.type]:
+                yield joined
+                joined, larger = [], self._bytes(part.request)
+            joined.append(part)
+            largest = larger
+        if joined:
+            yield joined
+
+    def _bytes(self, request: FeatureRequest) -> int:
+        """Return the memory of one sequence of a request, with the features of its completions."""
+        shape, width = ModelShape.from_config(self.network.config), next(self.network.parameters()).element_size()
+        per_token = embedded_bytes_per_token(shape, request.spec.depths, compute_bytes=width)
+        T, (B, n) = int(request.tokens.shape[1]), map(int, request.completions.shape[1:3])
+        return per_token * T + 4 * B * (n + 1) * sum(self._feature_sizes(request))
 
     def _local(self, spec: FeatureSpec) -> LocalFeatures:
         if spec not in self._backends:

@@ -6,11 +6,14 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ebft_study.algorithm.features import Normalization, Pooling
-from ebft_study.config import RunConfig
+
+if TYPE_CHECKING:
+    from ebft_study.config import RunConfig
 
 KEY_BYTES = 32
 _VERSION = 1  # of the computation of features; raise it when that changes

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,6 @@ from ebft_study.algorithm.anchors import (
     gather_rows,
 )
 from ebft_study.algorithm.features import Normalization, Pooling, feature_map, layer_indices
-from ebft_study.config import RunConfig
 from ebft_study.data import Batch
 from ebft_study.errors import ModelError
 from ebft_study.features import Features
@@ -35,6 +35,10 @@ from ebft_study.networks.blocks import (
 )
 from ebft_study.networks.loading import LoadedModel, frozen_copy, load_model
 from ebft_study.networks.lora import base_weights
+from ebft_study.networks.sharding import unsharded
+
+if TYPE_CHECKING:
+    from ebft_study.config import RunConfig
 
 TOKENS_PER_PASS = {"cpu": 2**10, "cuda": 2**17}
 """Completion tokens per pass; more are embedded in several passes, with the same result."""
@@ -79,7 +83,7 @@ class LocalFeatures:
         """See `FeatureBackend.embed`. One prefix serves samples, ground truth and all lengths."""
         G = completions.shape[-1]
         lengths = lengths or [G]
-        with self._running(), captured_layers(self.network, self.indices) as captured:
+        with self._running() as captured:
             prefix, layers = self._prefix(batch, captured)
             positions = completion_positions(anchors, G, batch.tokens.shape[1])
             psi = self._map([gather_rows(states, positions) for states in layers], lengths)
@@ -106,7 +110,7 @@ class LocalFeatures:
         """
         S, n, L = answers.shape
         starts, truth_lengths = anchors.positions[:, 0].tolist(), batch.answer_mask.sum(dim=1).tolist()
-        with self._running(), captured_layers(self.network, self.indices) as captured:
+        with self._running() as captured:
             prefix, layers = self._prefix(batch, captured)
             truths = [
                 self._pooled([states[s, a : a + length] for states in layers])
@@ -151,7 +155,13 @@ class LocalFeatures:
             setattr(body, self.names.norm, nn.Identity())
 
     @contextmanager
-    def _running(self) -> Iterator[None]:
+    def _running(self) -> Iterator[dict[int, Tensor]]:
+        """Context of the passes, with all weights; the states of the requested layers are collected in its value."""
+        with unsharded(self.network), self._shortened(), captured_layers(self.network, self.indices) as captured:
+            yield captured
+
+    @contextmanager
+    def _shortened(self) -> Iterator[None]:
         """Turn a shared network into the feature network inside the context, and back into the generator after it."""
         if not self.shared:
             yield
@@ -276,6 +286,7 @@ def _load(
         attention=config.training.attention,
         n_tokens=config.data.sequence_length,
         completion_length=config.longest_completion,
+        is_first=bool(base.fingerprint),
     )
     if loaded.tokenizer.get_vocab() != base.tokenizer.get_vocab():
         raise ModelError(

@@ -34,7 +34,7 @@ from ebft_study.networks.loading import load_model
 QUEUE_REQUESTS = 64
 """Capacity of the queue; trials with further requests wait."""
 PASS_REQUESTS = 16
-"""Most requests in one pass, which bounds its memory."""
+"""Most requests that are embedded together; `embedder.PASS_BYTES` bounds the memory of each pass."""
 _WHO = "the feature service"
 _TIMEOUT_SETTING = "features.service_timeout_seconds"
 T = TypeVar("T")
@@ -105,7 +105,7 @@ class FeatureService:
                 queued.append(self._queue.get_nowait())
             queued = [entry for entry in queued if not entry.reply.done()]
             if not await self._reply(queued) and len(queued) > 1:
-                # One of them may be at fault, or all of them too large for one pass.
+                # One of them may be at fault.
                 for entry in queued:
                     await self._reply([entry])
 

@@ -7,17 +7,19 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from ebft_study.algorithm.anchors import Anchors
 from ebft_study.algorithm.losses import cross_entropy_loss
-from ebft_study.config import LossConfig
 from ebft_study.data import Batch
 from ebft_study.networks.blocks import Prefix, next_token_log_probs
 from ebft_study.results.metrics import AGGREGATED, QUANTITIES, REGISTER, Aggregation, Metric, unknown
+
+if TYPE_CHECKING:
+    from ebft_study.config import LossConfig
 
 
 @dataclass(frozen=True)

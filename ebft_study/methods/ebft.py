@@ -4,7 +4,7 @@
       └── leaves, cut off from it; for some anchors at a time:
             sample      decode G - 1 tokens of every block; the log-probabilities keep their graph, if G is short
             embed       frozen network -> phi, psi -> rewards -> advantages
-            score       only without that graph: run the blocks again, in one pass
+            score       only without that graph (and with sharded weights): run the blocks again, in one pass
             backward    into the weights and the leaves
     prefix, backward, once, with what the leaves collected
 
@@ -15,6 +15,7 @@ for rounding.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -24,14 +25,17 @@ from ebft_study.algorithm.anchors import Anchors
 from ebft_study.algorithm.losses import kl_loss, kl_penalty, policy_gradient_loss
 from ebft_study.algorithm.metrics import conditional_feature_matching, duplicate_fraction, whitened_feature_matching
 from ebft_study.algorithm.rewards import Rewards, feature_matching_rewards
-from ebft_study.config import RunConfig
 from ebft_study.cost import keeps_graph
 from ebft_study.data import Batch
 from ebft_study.features import FeatureBackend, Features
 from ebft_study.methods import LossDenominators, MetricAccumulator, cross_entropy_term, differentiate
-from ebft_study.methods.off_policy import OffPolicy
+from ebft_study.methods.off_policy import OffPolicy, RechunkProbe
 from ebft_study.networks.blocks import Prefix, completion_log_probs, run_prefix
+from ebft_study.networks.sharding import is_sharded, unsharded
 from ebft_study.rollouts import RolloutBackend, Rollouts
+
+if TYPE_CHECKING:
+    from ebft_study.config import RunConfig
 
 
 class Ebft:
@@ -55,7 +59,7 @@ class Ebft:
         self.reward, self.loss, self.temperature = config.reward, config.loss, config.rollout.temperature
         self.rollouts, self.features, self.base = rollouts, features, base
         self.anchors_at_once, self.backend = anchors_at_once, config.training.attention
-        self.correction = OffPolicy.from_config(config)
+        self.correction, self.probe = OffPolicy.from_config(config), RechunkProbe(config)
 
     def backward(
         self,
@@ -73,7 +77,7 @@ class Ebft:
             prefix = run_prefix(model, batch.tokens, batch.document_ids)
             leaves, base = prefix.leaves(), self._base_prefix(batch)
             loss = cross_entropy_term(model, leaves, batch, self.loss, denominators, accumulator)
-        keep = keeps_graph(noise.shape[3])
+        keep = keeps_graph(noise.shape[3]) and not is_sharded(model)
         for part in self._parts(anchors):
             chosen = Anchors(*(tensor[:, part] for tensor in anchors))
             with (
@@ -86,7 +90,9 @@ class Ebft:
             with accumulator.seconds("feature_seconds", device):
                 advantages = self._advantages(batch, chosen, rollouts, accumulator)
             with accumulator.seconds("scoring_seconds", device):
-                loss += self._policy(model, leaves, base, chosen, rollouts, advantages, denominators, accumulator)
+                loss += self._policy(
+                    model, batch, leaves, base, chosen, rollouts, advantages, denominators, accumulator
+                )
         with accumulator.seconds("scoring_seconds", device):
             prefix.backward(leaves)
         return loss
@@ -111,6 +117,7 @@ class Ebft:
     def _policy(
         self,
         model: nn.Module,
+        batch: Batch,
         leaves: Prefix,
         base: Prefix | None,
         anchors: Anchors,
@@ -121,11 +128,24 @@ class Ebft:
     ) -> float:
         """Policy gradient (and KL) of some anchors."""
         n_pairs = max(denominators.contexts, 1.0) * advantages.shape[2]
+        if base is not None and self.base is not None:
+            # First: if its weights are gathered for it, there are no activations yet.
+            with torch.no_grad(), unsharded(self.base):
+                base_log_probs = self._score(self.base, base, anchors, rollouts.completions)
         log_probs = rollouts.log_probs
         if not log_probs.requires_grad:
             log_probs = self._score(model, leaves, anchors, rollouts.completions)
         weights = torch.ones_like(advantages)
         if rollouts.policy_version is not None:
+            self.probe.record(
+                model,
+                batch,
+                anchors,
+                rollouts.completions,
+                log_probs,
+                policy_version=denominators.policy_version,
+                accumulator=accumulator,
+            )
             weights = self.correction.weights(
                 log_probs, rollouts, anchors.valid, denominators.policy_version, accumulator
             )
@@ -135,9 +155,7 @@ class Ebft:
         )
         # The parts of all workers and micro-batches add up to the whole loss.
         accumulator.add("policy_loss", loss.detach(), float(anchors.valid.sum()))
-        if base is not None and self.base is not None:
-            with torch.no_grad():
-                base_log_probs = self._score(self.base, base, anchors, rollouts.completions)
+        if base is not None:
             penalty = kl_penalty(log_probs, base_log_probs, anchors.valid, estimator=self.loss.kl_estimator)
             kl = kl_loss(penalty, weights, aggregation=self.loss.aggregation, denominator=n_pairs)
             loss = loss + self.loss.kl_coefficient * kl
@@ -151,7 +169,10 @@ class Ebft:
 
     @torch.no_grad()
     def _base_prefix(self, batch: Batch) -> Prefix | None:
-        return None if self.base is None else run_prefix(self.base, batch.tokens, batch.document_ids)
+        if self.base is None:
+            return None
+        with unsharded(self.base):
+            return run_prefix(self.base, batch.tokens, batch.document_ids)
 
 
 def _tally_rollouts(

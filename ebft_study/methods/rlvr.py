@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ebft_study.algorithm.advantages import feature_matching_advantages, reward_advantages
@@ -31,8 +32,9 @@ from ebft_study.data import Batch
 from ebft_study.features.local import LocalFeatures
 from ebft_study.methods import LossDenominators, MetricAccumulator, cross_entropy_term, differentiate
 from ebft_study.methods.judging import Judgements, Judging
-from ebft_study.methods.off_policy import OffPolicy, record_ratios
+from ebft_study.methods.off_policy import OffPolicy, RechunkProbe, record_ratios
 from ebft_study.networks.blocks import Prefix, completion_log_probs, run_prefix
+from ebft_study.networks.sharding import unsharded
 from ebft_study.rollouts import ROLLOUT_STREAM
 from ebft_study.rollouts.answers import Answers, AnswerSampler, Sampling, spread_rows
 
@@ -85,7 +87,7 @@ class Rlvr:
         self.sampling = Sampling(
             config.rollout.n_samples, config.max_answer_tokens, config.rollout.temperature, frozenset(end_tokens)
         )
-        self.features, self.off_policy = features, OffPolicy.from_config(config)
+        self.features, self.off_policy, self.probe = features, OffPolicy.from_config(config), RechunkProbe(config)
         self._sampled: deque[_Sampled] = deque()
 
     def prepare(
@@ -175,11 +177,22 @@ class Rlvr:
             prefix = run_prefix(model, batch.tokens, batch.document_ids)
             leaves = prefix.leaves()
             loss = cross_entropy_term(model, leaves, batch, self.loss, denominators, accumulator)
-            log_probs = self._score(model, leaves, anchors, answers)
             if self.base is not None:
-                with torch.no_grad():
+                with torch.no_grad(), unsharded(self.base):
                     base_prefix = run_prefix(self.base, batch.tokens, batch.document_ids)
                     base = self._score(self.base, base_prefix, anchors, answers)
+            log_probs = self._score(model, leaves, anchors, answers)
+            if answers.policy_version is not None:
+                self.probe.record(
+                    model,
+                    batch,
+                    anchors,
+                    answers.tokens[:, None],
+                    log_probs[:, None],
+                    policy_version=denominators.policy_version,
+                    accumulator=accumulator,
+                    mask=answers.mask[:, None],
+                )
         with accumulator.seconds("verifier_seconds", device):
             judgements = Judgements(
                 *(spread_rows(part.to(device), sampled.valid) for part in sampled.judgements.result())
@@ -233,9 +246,11 @@ class Rlvr:
     def _score(self, model: nn.Module, prefix: Prefix, anchors: Anchors, answers: Answers) -> Tensor:
         """Log-probabilities [S, n, L] of the answers' tokens."""
         temperature, backend = self.sampling.temperature, self.config.training.attention
-        return completion_log_probs(
-            model, prefix, anchors, answers.tokens[:, None], temperature=temperature, backend=backend
-        )[:, 0]
+        length = answers.tokens.shape[2]
+        # At least two tokens: workers with sharded weights must make the same passes, and one token needs none.
+        tokens = F.pad(answers.tokens[:, None], (0, max(2 - length, 0)))
+        scored = completion_log_probs(model, prefix, anchors, tokens, temperature=temperature, backend=backend)
+        return scored[:, 0, :, :length]
 
 
 def prompts_of(batch: Batch, anchors: Anchors) -> list[list[int]]:

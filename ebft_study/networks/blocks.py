@@ -34,7 +34,11 @@ ATTENTION = "ebft_blocks"
 """Name under which the attention function is registered with transformers."""
 
 Backend = Literal["auto", "chunked", "flex"]
-"""Implementation of attention. `auto`: `flex` on a GPU, `chunked` elsewhere and for one token at a time."""
+"""Implementation of attention. `auto`: `flex` on a GPU, `chunked` elsewhere."""
+
+LONGEST_FUSED = 16
+"""Tokens of the longest blocks that are decoded by `flex`: every earlier token costs a tile of 128 x 128 scores, of
+which few are used. Longer ones are decoded in chunks."""
 
 KeysValues = dict[int, tuple[Tensor, Tensor]]
 """Layer -> keys and values."""
@@ -43,6 +47,11 @@ KeysValues = dict[int, tuple[Tensor, Tensor]]
 def logits_at_once(device: torch.device) -> int:
     """Logits in memory at a time."""
     return 2**28 if device.type == "cuda" else 2**24
+
+
+def backend_on(device: torch.device) -> Backend:
+    """Implementation of attention that `auto` stands for."""
+    return "flex" if device.type == "cuda" else "chunked"
 
 
 def _scores_at_once(device: torch.device) -> int:
@@ -165,34 +174,43 @@ class _BlocksPass:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, variant: AttentionVariant) -> Tensor:
         N = self.blocks.contexts.end.shape[1]
         q, k, v = (states.unflatten(2, (N, -1)) for states in (query, key, value))
-        k, length = k.to(v.dtype), q.shape[3]
+        attend = self._attend_fused if self._is_fused(q) else self._attend_in_chunks
+        return attend(layer, q, k.to(v.dtype), v, variant).flatten(2, 3)
+
+    def _is_fused(self, query: Tensor) -> bool:
+        backend = backend_on(query.device) if self.backend == "auto" else self.backend
+        return backend == "flex" and (self.cache is None or self.cache.capacity <= LONGEST_FUSED)
+
+    def _attend_fused(self, layer: int, q: Tensor, k: Tensor, v: Tensor, variant: AttentionVariant) -> Tensor:
+        prefix_key, prefix_value = self.prefix[layer]
+        T, length, first = prefix_key.shape[2], q.shape[3], self.position
+        scaling, window, softcap = variant.among(T + first + length)
+        mask = self.blocks.plan(
+            ("flex", length, first, window),
+            lambda: flex_mask(self.blocks.contexts, n_prefix=T, length=length, first=first, window=window),
+        )
+        earlier = self.cache.tokens_before(layer, k, v, first) if self.cache is not None else ()
+        return flex_block_attention(
+            q, prefix_key, prefix_value, k, v, mask=mask, scaling=scaling, softcap=softcap, earlier=earlier
+        )
+
+    def _attend_in_chunks(self, layer: int, q: Tensor, k: Tensor, v: Tensor, variant: AttentionVariant) -> Tensor:
+        length = q.shape[3]
         if self.cache is not None:
             k, v = self.cache.extend(layer, k, v, self.position)
         prefix_key, prefix_value = self.prefix[layer]
-        T = prefix_key.shape[2]
-        scaling, window, softcap = variant.among(T + k.shape[3])
-        backend = ("flex" if q.is_cuda and length > 1 else "chunked") if self.backend == "auto" else self.backend
-        if backend == "flex" and self.cache is None:
-            mask = self.blocks.plan(
-                ("flex", length, window),
-                lambda: flex_mask(self.blocks.contexts, n_prefix=T, length=length, window=window),
-            )
-            output = flex_block_attention(
-                q, prefix_key, prefix_value, k, v, mask=mask, scaling=scaling, softcap=softcap
-            )
-        else:
-            rows, first = q.shape[1] * length, k.shape[3] - length
-            scores = _scores_at_once(q.device)
-            chunks = self.blocks.plan(
-                ("chunks", rows, window, first if window else 0),
-                lambda: plan_chunks(
-                    self.blocks.contexts, rows=rows, scores_at_once=scores, window=window, first=first, length=length
-                ),
-            )
-            output = block_attention(
-                q, prefix_key, prefix_value, k, v, chunks=chunks, scaling=scaling, window=window, softcap=softcap
-            )
-        return output.flatten(2, 3)
+        scaling, window, softcap = variant.among(prefix_key.shape[2] + k.shape[3])
+        rows, first = q.shape[1] * length, k.shape[3] - length
+        scores = _scores_at_once(q.device)
+        chunks = self.blocks.plan(
+            ("chunks", rows, window, first if window else 0),
+            lambda: plan_chunks(
+                self.blocks.contexts, rows=rows, scores_at_once=scores, window=window, first=first, length=length
+            ),
+        )
+        return block_attention(
+            q, prefix_key, prefix_value, k, v, chunks=chunks, scaling=scaling, window=window, softcap=softcap
+        )
 
 
 def run_blocks(
@@ -207,41 +225,51 @@ def run_blocks(
 
 @dataclass
 class _BlockCache:
-    """Keys and values of the blocks' tokens so far: in buffers of their final size, or one by one for gradients."""
+    """Keys and values of the blocks' tokens so far: in buffers of their final size, or token by token.
+
+    Activation checkpointing runs a token again after later ones were added: it attends to the same keys as before.
+    """
 
     capacity: int
     buffers: KeysValues = field(default_factory=dict)
     tokens: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    """Layer -> keys and values [S, Hk, N, D] of every token."""
 
     def extend(self, layer: int, key: Tensor, value: Tensor, position: int) -> tuple[Tensor, Tensor]:
-        """Add token number `position`, [S, Hk, N, 1, D]; all of them up to it are returned.
-
-        Activation checkpointing runs a token again after later ones were added: it attends to the same keys as before.
-        """
+        """Add token number `position`, [S, Hk, N, 1, D]; all of them up to it are returned."""
         if torch.is_grad_enabled():
-            return self._join(layer, key, value, position)
+            earlier = self.tokens_before(layer, key, value, position)
+            keys, values = zip(*earlier, (key.squeeze(3), value.squeeze(3)), strict=True)
+            return torch.stack(keys, dim=3), torch.stack(values, dim=3)
         if layer not in self.buffers:
             shape = (*key.shape[:3], self.capacity)
             self.buffers[layer] = (key.new_empty(*shape, key.shape[4]), value.new_empty(*shape, value.shape[4]))
         for buffer, token in zip(self.buffers[layer], (key, value), strict=True):
             buffer[:, :, :, position] = token[:, :, :, 0]
-        keys, values = self.buffers[layer]
-        return keys[:, :, :, : position + 1], values[:, :, :, : position + 1]
+        key_buffer, value_buffer = self.buffers[layer]
+        return key_buffer[:, :, :, : position + 1], value_buffer[:, :, :, : position + 1]
 
-    def _join(self, layer: int, key: Tensor, value: Tensor, position: int) -> tuple[Tensor, Tensor]:
+    def tokens_before(self, layer: int, key: Tensor, value: Tensor, position: int) -> list[tuple[Tensor, Tensor]]:
+        """Add token number `position`, [S, Hk, N, 1, D]; those before it are returned."""
         earlier = self.tokens.setdefault(layer, [])
         if position == len(earlier):
-            earlier.append((key, value))
-        keys, values = zip(*earlier[:position], (key, value), strict=True)
-        return torch.cat(keys, dim=3), torch.cat(values, dim=3)
+            earlier.append((key.squeeze(3), value.squeeze(3)))
+        return earlier[:position]
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with some of the sequences, [S] bool."""
+        self.buffers = {layer: (k[rows], v[rows]) for layer, (k, v) in self.buffers.items()}
+        self.tokens = {layer: [(k[rows], v[rows]) for k, v in of] for layer, of in self.tokens.items()}
 
 
 class Decoder:
     """Advances all blocks, one token at a time, against one prefix."""
 
-    def __init__(self, model: nn.Module, prefix: Prefix, blocks: Blocks, capacity: int) -> None:
+    def __init__(
+        self, model: nn.Module, prefix: Prefix, blocks: Blocks, capacity: int, *, backend: Backend = "auto"
+    ) -> None:
         """`capacity`: how many tokens will be run at most."""
-        self.model, self.prefix, self.blocks = model, prefix, blocks
+        self.model, self.prefix, self.blocks, self.backend = model, prefix, blocks, backend
         self.cache, self.length = _BlockCache(capacity), 0
 
     def keep(self, rows: Tensor) -> None:
@@ -249,11 +277,11 @@ class Decoder:
         kept = {layer: (key[rows], value[rows]) for layer, (key, value) in self.prefix.keys_values.items()}
         self.prefix = replace(self.prefix, keys_values=kept)
         self.blocks = Blocks(Contexts(*(bound[rows] for bound in self.blocks.contexts)))
-        self.cache.buffers = {layer: (k[rows], v[rows]) for layer, (k, v) in self.cache.buffers.items()}
+        self.cache.keep(rows)
 
     def advance(self, tokens: Tensor) -> Tensor:
         """Run the next token of every block, [S, N] -> last hidden states [S, N, H]."""
-        description = _BlocksPass(self.prefix.keys_values, self.blocks, "chunked", self.cache, self.length)
+        description = _BlocksPass(self.prefix.keys_values, self.blocks, self.backend, self.cache, self.length)
         states = _hidden_states(self.model, tokens, self.blocks.positions(self.length, 1), description)
         self.length += 1
         return states

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from ebft_study.config import RunConfig
 from ebft_study.errors import ModelError
 from ebft_study.networks.blocks import ATTENTION, Backend
 from ebft_study.networks.lora import BaseModel, add_adapters
-from ebft_study.networks.verification import SUPPORTED, verify
+from ebft_study.networks.verification import SUPPORTED, copy_with_weights, verify
 from ebft_study.pretraining.ladder import LADDER, architecture, ensure_tiny_model
+
+if TYPE_CHECKING:
+    from ebft_study.config import RunConfig
 
 transformers_logging.disable_progress_bar()
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -33,6 +34,7 @@ class LoadedModel:
     tokenizer: PreTrainedTokenizerFast
     name: str
     fingerprint: str
+    """Empty on workers that did not hash them."""
     n_parameters: int
     folder: str
 
@@ -47,19 +49,25 @@ def load_model(
     attention: Backend = "auto",
     n_tokens: int = 128,
     completion_length: int = 8,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    is_first: bool = True,
 ) -> LoadedModel:
     """A ladder model, hub model or local folder, with weights of type `dtype`, in evaluation mode, without dropout.
+
+    Weights are mapped from their files and copied to the device one after another, in their type.
 
     Args:
         random_weights: keep the architecture but draw the weights anew from a fixed seed (an ablation of the paper).
         n_tokens, completion_length: the longest sequence and completion that it will see, for the check.
+        tokenizer: the model's, where it is loaded already.
+        is_first: of the workers that load the same model, this one verifies and hashes it; the others have no
+            fingerprint.
 
     Raises:
         ModelError: nothing usable at `name`, or an architecture that block-parallel rollouts cannot run.
     """
-    source = source_of(name)
+    source, tokenizer = source_of(name), tokenizer or load_tokenizer(name, revision=revision)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
         if random_weights:
             config = AutoConfig.from_pretrained(source, revision=revision)
             with torch.random.fork_rng():
@@ -67,17 +75,32 @@ def load_model(
                 model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION, dtype=torch.float32)
         else:
             model = AutoModelForCausalLM.from_pretrained(
-                source, revision=revision, dtype=dtype, attn_implementation=ATTENTION
+                source, revision=revision, dtype=dtype, attn_implementation=ATTENTION, device_map={"": device}
             )
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(_explain(name, error)) from error
+    model = _without_dropout(cast_weights(model, dtype, device)).to(device).eval()
+    if is_first:
+        verify(model, name=name, n_tokens=n_tokens, completion_length=completion_length, backend=attention)
+    n_parameters = sum(p.numel() for p in model.parameters())
+    return LoadedModel(
+        model, tokenizer, name, fingerprint(model) if is_first else "", n_parameters, str(Path(source).name)
+    )
+
+
+def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedTokenizerFast:
+    """The tokenizer of what `load_model` would load; no weights are read.
+
+    Raises:
+        ModelError: nothing usable at `name`, or a tokenizer that marks no end.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(source_of(name), revision=revision)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(_explain(name, error)) from error
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
         raise ModelError(f"model {name!r}: its tokenizer has neither a padding nor an end token. Add one and save it")
-    model = _without_dropout(cast_weights(model, dtype)).to(device).eval()
-    verify(model, name=name, n_tokens=n_tokens, completion_length=completion_length, backend=attention)
-    return LoadedModel(
-        model, tokenizer, name, fingerprint(model), sum(p.numel() for p in model.parameters()), str(Path(source).name)
-    )
+    return tokenizer
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -104,10 +127,13 @@ def source_of(name: str) -> str:
     return str(ensure_tiny_model(name)) if name in LADDER else name
 
 
-def cast_weights(model: ModuleT, dtype: torch.dtype) -> ModuleT:
-    """The model with all weights of type `dtype`, in place; buffers, such as rotary frequencies, keep their digits."""
+def cast_weights(model: ModuleT, dtype: torch.dtype, device: torch.device | str | None = None) -> ModuleT:
+    """The model with all weights of type `dtype`, in place, one after another.
+
+    Buffers, such as rotary frequencies, keep their digits.
+    """
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
+        parameter.data = parameter.data.to(device, dtype)
     return model
 
 
@@ -143,8 +169,17 @@ def _architecture(model: nn.Module) -> dict[str, Any]:
     return {key: value for key, value in config.to_dict().items() if key not in ignored and not key.startswith("_")}
 
 
-def load_generator(config: RunConfig, *, device: torch.device | str = "cpu") -> LoadedModel:
+def load_generator(
+    config: RunConfig,
+    *,
+    device: torch.device | str = "cpu",
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    is_first: bool = True,
+) -> LoadedModel:
     """The model that a run trains, with fresh adapters if it trains these; it computes the same as the base model.
+
+    Args:
+        tokenizer, is_first: see `load_model`.
 
     Raises:
         ModelError: see `load_model`, or adapters for layers that the model does not have.
@@ -157,6 +192,8 @@ def load_generator(config: RunConfig, *, device: torch.device | str = "cpu") -> 
         attention=config.training.attention,
         n_tokens=config.data.sequence_length,
         completion_length=config.longest_completion,
+        tokenizer=tokenizer,
+        is_first=is_first,
     )
     if config.lora.lora_rank > 0:
         dtype = getattr(torch, config.training.weight_dtype)
@@ -180,8 +217,8 @@ def frozen_base(config: RunConfig, base: LoadedModel) -> nn.Module:
 
 def frozen_copy(config: RunConfig, base: LoadedModel) -> nn.Module:
     """A copy of the generator as it is now, without gradients, in the precision of the passes."""
-    copied: nn.Module = copy.deepcopy(base.model).eval().requires_grad_(False)
-    return cast_weights(copied, getattr(torch, config.training.precision))
+    copied: nn.Module = copy_with_weights(base.model, getattr(torch, config.training.precision))
+    return copied.eval()
 
 
 def _explain(name: str, error: Exception) -> str:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from ebft_study.config import LoraConfig
 from ebft_study.errors import ModelError
+
+if TYPE_CHECKING:
+    from ebft_study.config import LoraConfig
 
 ALL = "all-linear"
 
@@ -51,6 +53,30 @@ def _targets(model: nn.Module, config: LoraConfig, name: str) -> list[str]:
             f"{', '.join(missing) or 'anything'}. Use {ALL} or some of {', '.join(sorted(linear))}"
         )
     return sorted(wanted)
+
+
+def adapted_layers(model: nn.Module) -> dict[str, Any]:
+    """The layers of a model that have adapters, by name."""
+    if not any(".lora_" in name for name, _ in model.named_parameters()):
+        return {}  # peft takes seconds to import
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+
+
+@torch.no_grad()
+def copy_merged_rows(layer: Any, weight: Tensor, rows: slice, target: Tensor, scratch: Tensor) -> None:
+    """Write rows of `W + scaling B A`, added up in float32, into `target`; a weight is merged in little memory.
+
+    Args:
+        weight: these rows of the base layer's W.
+        scratch: float32, of at least as many numbers as `target`; its content is lost.
+    """
+    up, down = layer.lora_B["default"].weight[rows].float(), layer.lora_A["default"].weight.float()
+    merged = scratch[: target.numel()].view(target.shape)
+    with torch.autocast(weight.device.type, enabled=False):
+        torch.mm(up * layer.scaling["default"], down, out=merged)
+    target.copy_(merged.add_(weight))
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import torch
@@ -27,6 +27,7 @@ SUPPORTED = (
     "Use a decoder-only model with standard attention, such as Qwen2, Qwen3, Llama, Mistral or Gemma; "
     "docs/architectures.md lists all"
 )
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 4e-2, torch.float16: 4e-2}
 """Measured in bfloat16: at most 0.022 between two orders of the same sums, 0.085 and more for unsupported attention."""
 
@@ -45,10 +46,19 @@ def verify(model: nn.Module, *, name: str, n_tokens: int, completion_length: int
     """
     try:
         if next(model.parameters()).dtype != torch.float32 and _has_room_for_float32(model):
-            _compare(copy.deepcopy(model).float(), n_tokens, completion_length, "chunked")
+            _compare(copy_with_weights(model, torch.float32).float(), n_tokens, completion_length, "chunked")
         _compare(model, n_tokens, completion_length, backend)
     except ModelError as error:
         raise ModelError(f"model {name!r}: {error}") from None
+
+
+def copy_with_weights(model: ModuleT, dtype: torch.dtype) -> ModuleT:
+    """A frozen copy with all weights of type `dtype`, made without a copy of them in their own type."""
+    cast = {
+        id(parameter): nn.Parameter(parameter.detach().to(dtype, copy=True), requires_grad=False)
+        for parameter in model.parameters()
+    }
+    return copy.deepcopy(model, cast)  # type: ignore[arg-type]
 
 
 def _compare(model: nn.Module, n_tokens: int, completion_length: int, backend: Backend) -> None:

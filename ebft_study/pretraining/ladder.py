@@ -23,7 +23,6 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-from ebft_study.config import DataConfig
 from ebft_study.data import TextDataset, load_text
 from ebft_study.paths import cache_folder
 from ebft_study.pretraining.ngram import SMOOTHING, TrigramModel
@@ -85,6 +84,8 @@ def ensure_tiny_model(name: str) -> Path:
 
     Safe for several processes: one trains, the others wait. An interrupted pretraining leaves nothing behind.
     """
+    from ebft_study.config import DataConfig
+
     recipe = LADDER[name]
     corpus = load_text(DataConfig(dataset=recipe.corpus))
     folder = cache_folder() / "models" / f"{name}-{recipe_digest(recipe, corpus)}"

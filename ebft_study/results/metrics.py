@@ -164,6 +164,8 @@ METRICS: dict[str, Metric] = _by_name(
     Metric("fm_whitened", "", "whitened feature-matching objective with the sign of a loss", "min", "mean"),
     Metric("grad_norm", "", "global norm of the gradient before clipping", aggregation="mean"),
     Metric("learning_rate", "", "learning rate of this update"),
+    Metric("unchanged_weight_fraction", "", "weights with a gradient that a step leaves as they are: too few digits",
+           "min", "mean"),
     Metric("tokens_per_second", "tokens/s", "training tokens, prefix and sampled, per second", "max"),
     Metric("step_seconds", "s", "duration of the optimizer step", "min", "per_worker"),
     Metric("rollout_seconds", "s", "part of step_seconds spent sampling", "min", "per_worker"),
@@ -174,6 +176,8 @@ METRICS: dict[str, Metric] = _by_name(
     Metric("optimizer_seconds", "s", "part of step_seconds spent on the update", "min", "per_worker"),
     Metric("sync_seconds", "s", "time to hand new weights to the rollout engine, its reading of them included", "min",
            "per_worker"),
+    Metric("checkpoint_seconds", "s", "time to write a checkpoint and to hand it over, of those since the row before",
+           "min", "mean"),
     # With rollouts from an engine.
     Metric("policy_lag", "updates", "updates by which the sampling weights were behind, mean over contexts", "min",
            "mean"),
@@ -181,6 +185,12 @@ METRICS: dict[str, Metric] = _by_name(
            "mean"),
     Metric("parity_max_difference", "nats/token", "largest such difference since the row before", "min",
            "max", of="parity_mean_difference"),
+    Metric("parity_off_fraction", "", "sampled tokens whose probability the engine and the trainer put more than 10 % "
+           "apart", "min", "mean"),
+    Metric("rechunk_mean_difference", "nats/token", "mean |difference| of log-probabilities between two of the "
+           "trainer's own passes over the same tokens, in bfloat16", "min", "mean"),
+    Metric("rechunk_off_fraction", "", "tokens whose probabilities in these passes are more than 10 % apart", "min",
+           "mean"),
     Metric("importance_ratio", "", "probability of a completion under the trainer over that under the engine, mean",
            aggregation="mean"),
     Metric("importance_ratio_min", "", "smallest such ratio since the row before",

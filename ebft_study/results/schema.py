@@ -22,7 +22,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from ebft_study.config import RunConfig, Section, short_name
 from ebft_study.results.metrics import COST, METRICS, Metric, in_table
 
 if TYPE_CHECKING:
@@ -172,6 +171,8 @@ def columns(table: str) -> tuple[Column, ...]:
 @functools.cache
 def hyperparameters() -> tuple[Column, ...]:
     """Every setting of a run as a typed column under its short name (`alpha`, not `reward.alpha`)."""
+    from ebft_study.config import short_name
+
     return tuple(
         Column(short_name(path), _type_name(annotation), f"setting {path}: {text}" if text else f"setting {path}")
         for path, annotation, text in _settings()
@@ -179,6 +180,9 @@ def hyperparameters() -> tuple[Column, ...]:
 
 
 def _settings() -> Iterator[tuple[str, Any, str | None]]:
+    # Needs pydantic, which what only counts metrics may not have.
+    from ebft_study.config import RunConfig, Section
+
     for name, field in RunConfig.model_fields.items():
         if isinstance(field.default, Section):
             for leaf, inner in type(field.default).model_fields.items():

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ebft_study.algorithm.anchors import Anchors, find_anchors
-from ebft_study.config import RolloutConfig
 from ebft_study.data import Batch
 from ebft_study.networks.blocks import Prefix
 from ebft_study.rollouts.answers import AnswerSampler
+
+if TYPE_CHECKING:
+    from ebft_study.config import RolloutConfig
 
 
 @dataclass(frozen=True)

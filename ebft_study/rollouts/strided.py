@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ebft_study.algorithm.anchors import Anchors
 from ebft_study.data import Batch
-from ebft_study.networks.blocks import Blocks, Decoder, Prefix, run_prefix, sample_tokens, states_before
+from ebft_study.networks.blocks import Backend, Blocks, Decoder, Prefix, run_prefix, sample_tokens, states_before
+from ebft_study.networks.sharding import unsharded
 from ebft_study.rollouts import Rollouts
 from ebft_study.rollouts.answers import AnswerSampler, InProcessAnswers
 
@@ -25,6 +26,10 @@ class StridedRollouts:
     """
 
     engine = ""
+
+    def __init__(self, attention: Backend = "auto") -> None:
+        """`attention`: of decoding."""
+        self.attention: Backend = attention
 
     def answers_of(self, model: nn.Module) -> contextlib.AbstractContextManager[AnswerSampler]:
         """See `RolloutBackend.answers_of`."""
@@ -51,17 +56,28 @@ class StridedRollouts:
         if B == 0:
             empty = torch.empty(S, 0, n, G, device=batch.tokens.device)
             return Rollouts(empty.long(), empty)
-        noise = noise.to(batch.tokens.device)
-        prefix = prefix or run_prefix(model, batch.tokens, batch.document_ids)
-        # The token before an anchor predicts the first completion token, one distribution for all n samples.
-        tokens, log_probs = sample_tokens(model, states_before(prefix, anchors), noise[..., 0], temperature=temperature)
-        sampled, scores = [tokens], [log_probs]
-        decoder = Decoder(model, prefix, Blocks.of(batch.document_ids, anchors, n), G - 1)
-        for t in range(1, G):
-            states = decoder.advance(sampled[-1].flatten(1))
-            tokens, log_probs = sample_tokens(
-                model, states, noise[..., t].flatten(1)[..., None], temperature=temperature
-            )
-            sampled.append(tokens.view(S, B, n))
-            scores.append(log_probs.view(S, B, n))
-        return Rollouts(torch.stack(sampled, dim=-1), torch.stack(scores, dim=-1))
+        with unsharded(model):
+            return _sample(model, batch, anchors, noise.to(batch.tokens.device), temperature, prefix, self.attention)
+
+
+def _sample(
+    model: nn.Module,
+    batch: Batch,
+    anchors: Anchors,
+    noise: Tensor,
+    temperature: float,
+    prefix: Prefix | None,
+    attention: Backend,
+) -> Rollouts:
+    S, B, n, G = noise.shape
+    prefix = prefix or run_prefix(model, batch.tokens, batch.document_ids)
+    # The token before an anchor predicts the first completion token, one distribution for all n samples.
+    tokens, log_probs = sample_tokens(model, states_before(prefix, anchors), noise[..., 0], temperature=temperature)
+    sampled, scores = [tokens], [log_probs]
+    decoder = Decoder(model, prefix, Blocks.of(batch.document_ids, anchors, n), G - 1, backend=attention)
+    for t in range(1, G):
+        states = decoder.advance(sampled[-1].flatten(1))
+        tokens, log_probs = sample_tokens(model, states, noise[..., t].flatten(1)[..., None], temperature=temperature)
+        sampled.append(tokens.view(S, B, n))
+        scores.append(log_probs.view(S, B, n))
+    return Rollouts(torch.stack(sampled, dim=-1), torch.stack(scores, dim=-1))

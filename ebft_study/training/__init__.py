@@ -8,10 +8,21 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 Report = Callable[[dict[str, float], Path | None], None]
 """Called with the latest metrics and, where one was written, the folder of a new checkpoint."""
+
+
+class Workers(NamedTuple):
+    """The processes of a trial."""
+
+    device: Literal["cpu", "cuda"] = "cpu"
+    number: int = 1
+    gpu_fraction: float = 1.0
+    """The part of a GPU that each may use."""
+    are_here: bool = True
+    """They run on this machine, not on others of a cluster."""
 
 
 class Recorder(Protocol):

@@ -15,9 +15,9 @@ from ebft_study.evaluation.downstream.benchmarks import Benchmark
 from ebft_study.evaluation.downstream.contamination import overlap
 from ebft_study.evaluation.downstream.protocol import Protocol, judges_of
 from ebft_study.networks.loading import LoadedModel
+from ebft_study.networks.sharding import unsharded
 from ebft_study.rollouts.answers import AnswerSampler
 from ebft_study.training import Recorder
-from ebft_study.training.distributed import unsharded
 from ebft_study.training.update import Run
 
 SCORE = "benchmark_score"

@@ -23,7 +23,9 @@ from ebft_study import evaluation
 from ebft_study.config import RunConfig
 from ebft_study.errors import NonFiniteError, ParityError
 from ebft_study.evaluation import Measured
-from ebft_study.training import Recorder, Report, RunResult, checkpoint, downstream, state, validation
+from ebft_study.training import Recorder, Report, RunResult, downstream, state, validation
+from ebft_study.training.memory import shortage
+from ebft_study.training.setup import planned
 from ebft_study.training.update import Run
 
 if TYPE_CHECKING:
@@ -56,6 +58,8 @@ def train(
     started, startup_seconds = time.perf_counter(), math.nan
     status: Literal["finished", "stopped"] = "finished"
     reason = ""
+    if recorder and (problem := shortage(*planned(config, world_size=world_size, services=services))):
+        recorder.event("memory", problem)  # now: what runs out of memory has no time to say so
     run = Run(config, rank=rank, world_size=world_size, services=services)
     try:
         start(run, recorder, on_report, start_from)
@@ -110,6 +114,8 @@ def observe(run: Run, recorder: Recorder | None, on_report: Report) -> None:
         run.latest.pop(downstream.SCORE, None)
     if last or run.step % config.training.log_every_steps == 0:
         row |= validation.training_metrics(run)
+        if recorder and (problem := validation.vanishing_updates(run, row)):
+            recorder.event("vanishing", problem, step=run.step)
     if evaluate:
         heldout: Measured | None = None
         if method_begins:
@@ -130,10 +136,9 @@ def observe(run: Run, recorder: Recorder | None, on_report: Report) -> None:
         if recorder:
             recorder.samples(run.step, samples)
     if last or run.step % config.checkpoint.checkpoint_every_steps == 0:
-        with tempfile.TemporaryDirectory(prefix="ebft-checkpoint-") as folder:
-            saved = state.collect(run)
-            if run.rank == 0:
-                checkpoint.save(Path(folder), saved, step=run.step, metrics=run.latest)
+        timed = run.accumulator.seconds("checkpoint_seconds", run.device)
+        with timed, tempfile.TemporaryDirectory(prefix="ebft-checkpoint-") as folder:
+            state.save(run, Path(folder))
             _report(run, on_report, Path(folder))
     elif evaluate:
         _report(run, on_report)

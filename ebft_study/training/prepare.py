@@ -1,21 +1,30 @@
 """Find every mistake that needs files, and fill the caches, once before a study or run starts.
 
-Afterwards every trial finds its data tokenised, its models on disk and the base model's evaluation measured.
+Afterwards every trial finds its data tokenised, its models on disk and, as far as one process on a CPU can measure it
+for others, the base model's evaluation.
 """
 
 from __future__ import annotations
 
+import gc
 import json
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ebft_study.config import RunConfig
+from ebft_study.cost import ModelShape
+from ebft_study.errors import ConfigError
 from ebft_study.evaluation.base import CONTEXTS, VERIFIER_LIMITS
-from ebft_study.networks.loading import base_dtype
+from ebft_study.networks.loading import base_dtype, read_config, source_of
 from ebft_study.paths import cache_folder
-from ebft_study.training import downstream
-from ebft_study.training.setup import Parts
+from ebft_study.training import Workers, downstream
+from ebft_study.training.inputs import Inputs, read_inputs
+from ebft_study.training.memory import free_memory, plan_for, plan_micro_batches, total_memory
+from ebft_study.training.setup import choose_device
 from ebft_study.training.tracking import check_login
 from ebft_study.training.update import Run
 from ebft_study.training.validation import evaluate_shared, shared_model
@@ -25,12 +34,20 @@ NETWORK = {"feature_network", "random_weights", "depths", "pooling", "normalize"
 """Settings that determine the features; the others decide where they are computed."""
 
 
-def prepare(configs: Iterable[RunConfig]) -> dict[str, Any]:
-    """Load and check everything that `configs` need.
+def prepare(
+    configs: Iterable[RunConfig], *, workers: Callable[[RunConfig], Workers] = lambda _: Workers()
+) -> dict[str, Any]:
+    """Check everything that `configs` need, and measure the base models that trials can share.
+
+    Weights are read only to measure, in this process: where trials are on GPUs, have several workers or a model for
+    which there is no room here, the first of them measures it, if any.
+
+    Args:
+        workers: of the trials with a configuration.
 
     Returns:
-        Provenance: `data` (data set name -> versions, sizes, hash) and `models` (name -> parameters, fingerprint and,
-        for the tiny ladder, perplexities of pretraining).
+        Provenance: `data` (data set name -> versions, sizes, hash) and `models` (name -> parameters, fingerprint of
+        weights that were read and, for the tiny ladder, perplexities of pretraining).
 
     Raises:
         EbftError: the first thing that a user must repair.
@@ -40,19 +57,55 @@ def prepare(configs: Iterable[RunConfig]) -> dict[str, Any]:
     check_verifiers(configs)
     data: dict[str, Any] = {}
     models: dict[str, Any] = {}
-    for config in _distinct(configs):
-        run = Run(config)
+    for config in _distinct(configs, workers):
+        _check_memory(config, workers(config))
+        inputs = read_inputs(config)
+        inputs.close()
+        data[inputs.text.name] = _describe_data(inputs)
+        models.setdefault(config.model, _describe_model(config))
+        if _is_measured_here(config, workers(config)):
+            models[config.model]["fingerprint"] = _measure(config)
+    gc.collect()  # trials need the memory
+    return {"data": data, "models": models}
+
+
+def _check_memory(config: RunConfig, workers: Workers) -> None:
+    """Refuse what cannot fit, where the memory of the workers is known."""
+    device = torch.device(workers.device)
+    if config.training.memory_budget_gib is not None:
+        total = math.inf  # which leaves the budget
+    elif workers.are_here and (device.type == "cpu" or torch.cuda.is_available()):
+        total = total_memory(device)
+    else:
+        return
+    plan_for(config, device.type, total_bytes=total, world_size=workers.number, gpu_fraction=workers.gpu_fraction)
+
+
+def _is_measured_here(config: RunConfig, workers: Workers) -> bool:
+    """Whether trials can use a measurement of this process, and it has room for the model."""
+    if workers.device != "cpu" or workers.number > 1 or choose_device(config).type != "cpu":
+        return False
+    device = torch.device("cpu")
+    try:
+        return plan_micro_batches(config, device, world_size=1).peak_bytes <= free_memory(device)
+    except ConfigError:
+        return False
+
+
+def _measure(config: RunConfig) -> str:
+    """Evaluate the base model, or find that it was; returns its fingerprint."""
+    run = Run(config)
+    try:
         base_model = shared_model(run)
         evaluate_shared(run, base_model)
         if not config.uses_engine:  # the first trials have the engine that samples for them
             downstream.measure_shared(run, base_model)
+    finally:
         run.parts.close()
-        data[run.parts.text.name] = _describe_data(run.parts)
-        models[config.model] = _describe_model(run.parts)
-    return {"data": data, "models": models}
+    return run.parts.base.fingerprint
 
 
-def _distinct(configs: Iterable[RunConfig]) -> list[RunConfig]:
+def _distinct(configs: Iterable[RunConfig], workers: Callable[[RunConfig], Workers]) -> list[RunConfig]:
     """One configuration per combination of settings that data, models or the base evaluation depend on."""
     seen: dict[str, RunConfig] = {}
     for config in configs:
@@ -65,16 +118,17 @@ def _distinct(configs: Iterable[RunConfig]) -> list[RunConfig]:
             "dtype": str(base_dtype(config)),
             "answers": [config.max_answer_tokens, config.verifier.model_dump()] if config.samples_answers else None,
             "adapters": config.lora.lora_targets if config.lora.lora_rank > 0 else None,
+            "workers": workers(config),
         }
         seen.setdefault(json.dumps(parts, sort_keys=True), config)
     return list(seen.values())
 
 
-def _describe_data(parts: Parts) -> dict[str, Any]:
-    splits = parts.data.items()
+def _describe_data(inputs: Inputs) -> dict[str, Any]:
+    splits = inputs.data.items()
     return {
-        **parts.text.provenance,
-        "fingerprint": parts.text.fingerprint,
+        **inputs.text.provenance,
+        "fingerprint": inputs.text.fingerprint,
         "sequences": {split: len(rows) for split, rows in splits},
         "tokens": {split: int((rows.document_ids >= 0).sum()) for split, rows in splits},
         "dropped": {split: rows.dropped for split, rows in splits},
@@ -82,10 +136,10 @@ def _describe_data(parts: Parts) -> dict[str, Any]:
     }
 
 
-def _describe_model(parts: Parts) -> dict[str, Any]:
-    base = parts.base
-    described: dict[str, Any] = {"parameters": base.n_parameters, "fingerprint": base.fingerprint}
-    record = Path(cache_folder() / "models" / base.folder / "pretraining.json")
+def _describe_model(config: RunConfig) -> dict[str, Any]:
+    model = read_config(config.model, revision=config.model_revision)
+    described: dict[str, Any] = {"parameters": ModelShape.from_config(model).n_parameters}
+    record = cache_folder() / "models" / Path(source_of(config.model)).name / "pretraining.json"
     if record.exists():
         pretraining = json.loads(record.read_text())
         described |= {key: pretraining[key] for key in ("perplexity", "trigram_perplexity", "train_tokens")}

@@ -43,6 +43,8 @@ class Attempt:
     """Path or URL of the checkpoint to resume from."""
     loop: str = LOOP
     """The training loop, as `module:function`."""
+    gpu_fraction: float = 1.0
+    """The part of a GPU that each worker may use."""
 
     @property
     def name(self) -> str:
@@ -70,7 +72,7 @@ def train_recorded(
                 start_from=start_from,
                 rank=rank,
                 world_size=world_size,
-                services=Services(owner=attempt.name, rank=rank),
+                services=Services(owner=attempt.name, rank=rank, gpu_fraction=attempt.gpu_fraction),
             )
     finally:
         if isinstance(recorder, WandbRecorder):
@@ -94,7 +96,7 @@ def _recorder(config: RunConfig, attempt: Attempt) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Services:
-    """Backends as configured, for one worker of a trial, which may be actors that its study shares.
+    """What its study gives one worker of a trial: backends as configured, which may be shared actors; part of a GPU.
 
     Ray is imported only for those that need it.
     """
@@ -102,13 +104,14 @@ class Services:
     owner: str
     """Trial and attempt."""
     rank: int = 0
+    gpu_fraction: float = 1.0
 
     def rollouts(self, config: RunConfig, device: torch.device) -> RolloutBackend:
         """The backend that training samples from; evaluation has its own, whose noise is the same for all models."""
         if not config.uses_engine:
             from ebft_study.rollouts.strided import StridedRollouts
 
-            return StridedRollouts()
+            return StridedRollouts(config.training.attention)
         from ebft_study.networks.loading import source_of
         from ebft_study.rollouts import vllm
 

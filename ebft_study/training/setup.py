@@ -1,4 +1,4 @@
-"""Load and check everything that a run needs before its first step: data, models, method, evaluator."""
+"""Load and check everything that a run needs before its first step: data first, then models, method, evaluator."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ import torch
 from torch import nn
 
 from ebft_study.config import RunConfig
-from ebft_study.data import TextDataset, TokenDataset, load_text, tokenize
-from ebft_study.errors import ConfigError, DataError, ModelError
+from ebft_study.data import TextDataset, TokenDataset
+from ebft_study.errors import ConfigError, ModelError
 from ebft_study.evaluation import Evaluator
-from ebft_study.evaluation.downstream import check_engine_room, check_room
-from ebft_study.evaluation.downstream.benchmarks import Benchmark, load_benchmarks
+from ebft_study.evaluation.downstream.benchmarks import Benchmark
 from ebft_study.features import FeatureBackend
 from ebft_study.features.local import LocalFeatures, load_networks
 from ebft_study.methods import Method
 from ebft_study.methods.ebft import Ebft
-from ebft_study.methods.judging import Judging, judging_of
+from ebft_study.methods.judging import Judging
 from ebft_study.methods.rlvr import Rlvr
 from ebft_study.methods.sft import Sft
 from ebft_study.networks.loading import LoadedModel, frozen_base, load_generator, trained_parameters
-from ebft_study.rollouts import RolloutBackend, anchors_of
+from ebft_study.rollouts import RolloutBackend
 from ebft_study.rollouts.answers import AnswerSampler, InProcessAnswers
 from ebft_study.rollouts.strided import StridedRollouts
-from ebft_study.training.distributed import shard
-from ebft_study.training.memory import MemoryPlan, plan_micro_batches
+from ebft_study.training.distributed import shard, shard_frozen
+from ebft_study.training.inputs import Inputs, read_inputs
+from ebft_study.training.memory import MemoryPlan, own_fraction, plan_micro_batches
 
 if TYPE_CHECKING:
     from ebft_study.training.recorded import Services
@@ -52,6 +52,11 @@ class Parts:
     """Remarks for the user about choices that were made."""
     judging: Judging | None = None
     """The verifier that training learns from."""
+
+    @property
+    def networks(self) -> list[nn.Module]:
+        """The networks of an evaluation: generator, and feature network and judge of this process."""
+        return [self.base.model, *_networks(self.features, self.evaluator.judge)]
 
     def close(self) -> None:
         """Stop everything that was started for the run."""
@@ -86,29 +91,57 @@ def choose_device(config: RunConfig) -> torch.device:
     return device
 
 
-def build_parts(config: RunConfig, *, world_size: int = 1, services: Services | None = None) -> Parts:
+def build_parts(config: RunConfig, *, rank: int = 0, world_size: int = 1, services: Services | None = None) -> Parts:
     """Load and check everything; raises `EbftError` for problems that a user can repair.
 
     Args:
+        rank: the first worker verifies and hashes the models for all.
         services: backends that the run may share with others; None: everything is done in process.
     """
-    device = choose_device(config)
-    text = load_text(config.data)
-    memory_plan = plan_micro_batches(config, device, world_size=world_size)
-    base = load_generator(config, device=device)
-    data = tokenized(config, text, base)
+    device, memory_plan = planned(config, world_size=world_size, services=services)
+    if services and device.type == "cuda":
+        _limit_memory(own_fraction(config, services.gpu_fraction))
+    inputs = read_inputs(config)
+    try:
+        return _with_networks(config, inputs, device, memory_plan, rank=rank, world_size=world_size, services=services)
+    except BaseException:
+        inputs.close()
+        raise
+
+
+def _limit_memory(fraction: float) -> None:
+    """Give this process a part of its GPU: who takes more fails, not its neighbours."""
+    if fraction < 1:
+        torch.cuda.set_per_process_memory_fraction(fraction)
+
+
+def _with_networks(
+    config: RunConfig,
+    inputs: Inputs,
+    device: torch.device,
+    memory_plan: MemoryPlan,
+    *,
+    rank: int,
+    world_size: int,
+    services: Services | None,
+) -> Parts:
+    """The parts of a run, with weights."""
+    base = load_generator(config, device=device, tokenizer=inputs.tokenizer, is_first=rank == 0)
     features, judge = services.networks(config, base) if services else load_networks(config, base)
-    rollouts = services.rollouts(config, device) if services else StridedRollouts()
+    sharded = config.training.sharding == "fsdp" and world_size > 1
+    if sharded:
+        shard_frozen(*(network for network in _networks(features, judge) if network is not base.model))
+    rollouts = services.rollouts(config, device) if services else StridedRollouts(config.training.attention)
     sft: Method = Sft(config.loss)
-    method, judging, remarks = sft, None, list[str]()
+    method = sft
     frozen = frozen_base(config, base) if config.method != "sft" and config.loss.kl_coefficient > 0 else None
-    if config.samples_answers:
-        judging, without_room = judging_of(config, text, data, base.tokenizer)
-        remarks += without_room
+    if sharded and frozen is not None and config.lora.lora_rank == 0:
+        shard_frozen(frozen)
+    if inputs.judging is not None:
         method = Rlvr(
             config,
             sampler=answer_sampler(rollouts),
-            judging=judging,
+            judging=inputs.judging,
             base=frozen,
             end_tokens=end_tokens(base),
             features=features if config.method == "ebft" and isinstance(features, LocalFeatures) else None,
@@ -117,17 +150,36 @@ def build_parts(config: RunConfig, *, world_size: int = 1, services: Services | 
         method = Ebft(
             config, rollouts=rollouts, features=features, base=frozen, anchors_at_once=memory_plan.anchors_at_once
         )
-    evaluator = Evaluator(config, StridedRollouts(), features, judge)
-    benchmarks, skipped = benchmarks_of(config, base)
-    remarks += [f"benchmarks are sampled by {rollouts.engine}"] if benchmarks and rollouts.engine else []
+    evaluator = Evaluator(config, StridedRollouts(config.training.attention), features, judge)
+    remarks = [f"base model {base.fingerprint}", *inputs.remarks]
+    if inputs.benchmarks and rollouts.engine:
+        remarks.append(f"benchmarks are sampled by {rollouts.engine}")
     # Last: frozen copies of the generator were made before its weights are sharded.
-    remarks += [*_save_memory(config, base.model, world_size=world_size), memory_plan.describe(), *skipped]
+    remarks += [*_save_memory(config, base.model, memory_plan, world_size=world_size), memory_plan.describe()]
     base.model.train()
     return Parts(
-        *(device, memory_plan, text, data, base, features, rollouts, method, sft, evaluator, benchmarks),
+        *(device, memory_plan, inputs.text, inputs.data, base, features, rollouts, method, sft, evaluator),
+        benchmarks=inputs.benchmarks,
         remarks=remarks,
-        judging=judging,
+        judging=inputs.judging,
     )
+
+
+def planned(
+    config: RunConfig, *, world_size: int = 1, services: Services | None = None
+) -> tuple[torch.device, MemoryPlan]:
+    """The device of a run, and its micro-batches.
+
+    Raises:
+        ConfigError: there is no such device, or what cannot fit.
+    """
+    device = choose_device(config)
+    fraction = services.gpu_fraction if services else 1.0
+    return device, plan_micro_batches(config, device, world_size=world_size, gpu_fraction=fraction)
+
+
+def _networks(*backends: FeatureBackend | None) -> list[nn.Module]:
+    return [backend.network for backend in backends if isinstance(backend, LocalFeatures)]
 
 
 def answer_sampler(rollouts: RolloutBackend) -> AnswerSampler:
@@ -146,24 +198,7 @@ def end_tokens(base: LoadedModel) -> list[int]:
     return [] if end is None else [end]
 
 
-def benchmarks_of(config: RunConfig, base: LoadedModel) -> tuple[tuple[Benchmark, ...], tuple[str, ...]]:
-    """The benchmarks of a run, and remarks on those that are skipped.
-
-    Raises:
-        EbftError: a benchmark cannot be read, or has prompts that are too long for the model.
-    """
-    settings = config.evaluation
-    benchmarks, skipped = load_benchmarks(settings.benchmarks, problems=settings.benchmark_problems)
-    positions = getattr(base.model.config, "max_position_embeddings", None)
-    longest = settings.benchmark_max_tokens
-    check_room(benchmarks, base.tokenizer, max_tokens=longest, positions=positions)
-    if config.uses_engine:
-        room = config.vllm.longest_request_tokens or config.longest_request
-        check_engine_room(benchmarks, base.tokenizer, max_tokens=longest, request_tokens=room)
-    return benchmarks, skipped
-
-
-def _save_memory(config: RunConfig, model: nn.Module, *, world_size: int) -> list[str]:
+def _save_memory(config: RunConfig, model: nn.Module, plan: MemoryPlan, *, world_size: int) -> list[str]:
     """Prepare the generator, in place, for checkpointing of activations and sharding; returns remarks for the user.
 
     Raises:
@@ -171,7 +206,7 @@ def _save_memory(config: RunConfig, model: nn.Module, *, world_size: int) -> lis
     """
     training, trained = config.training, sum(p.numel() for p in trained_parameters(model).values())
     remarks = [f"{trained} trained weights"]
-    if training.activation_checkpointing:
+    if plan.activation_checkpointing:
         checkpoint_activations(model, name=config.model)
     if training.sharding == "fsdp":
         if world_size > 1:
@@ -191,55 +226,7 @@ def checkpoint_activations(model: nn.Module, *, name: str) -> None:
         model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     except ValueError as error:
         raise ModelError(
-            f"training.activation_checkpointing=True: model {name!r} does not support it ({error}). Use False"
+            f"training.activation_checkpointing: model {name!r} does not support it ({error}). Use false"
         ) from error
     # Only reentrant checkpointing needs inputs that require gradients; frozen embeddings have no use for them.
     model.disable_input_require_grads()  # type: ignore[operator]
-
-
-def tokenized(config: RunConfig, text: TextDataset, base: LoadedModel) -> dict[str, TokenDataset]:
-    """All splits as rows of tokens.
-
-    Raises:
-        ConfigError: a sequence length beyond the model's positions, or a need for answers that the data lack.
-        DataError: no sequence of a split is long enough for a single anchor.
-    """
-    positions = getattr(base.model.config, "max_position_embeddings", None)
-    longest = config.data.sequence_length + config.longest_completion
-    if positions is not None and longest > positions:
-        raise ConfigError(
-            f"data.sequence_length={config.data.sequence_length}: with completions it reaches position {longest}, but "
-            f"model {config.model!r} has {positions}. Use a shorter sequence_length"
-        )
-    regions = {"rollout.anchor_region": config.rollout.anchor_region, "loss.ce_region": config.loss.ce_region}
-    for key, region in regions.items():
-        if region == "answer" and not text.has_answers:
-            raise ConfigError(f"{key}='answer': data set {text.name!r} is raw text without answers. Use {key}=all")
-    splits = {
-        split: tokenize(
-            examples,
-            base.tokenizer,
-            sequence_length=config.data.sequence_length,
-            packing=config.data.packing,
-            has_answers=text.has_answers,
-        )
-        for split, examples in text.splits.items()
-    }
-    for split, data in splits.items():
-        _check_anchors(config, split, data)
-    return splits
-
-
-def _check_anchors(config: RunConfig, split: str, data: TokenDataset) -> None:
-    rollout, evaluation = config.rollout, config.evaluation
-    sample = data.rows(torch.arange(min(len(data), 2048)))
-    lengths = {"completion_length": rollout.completion_length}
-    if evaluation.judge is not None:
-        lengths["judge_completion_length"] = evaluation.judge_completion_length
-    for key, length in lengths.items():
-        if not bool(anchors_of(sample, rollout, completion_length=length).valid.any()):
-            raise DataError(
-                f"data.dataset={config.data.dataset!r}: no sequence of split {split!r} has room for one anchor "
-                f"(context {rollout.context_length} + completion {length} tokens, region {rollout.anchor_region}). "
-                f"Use a shorter {key} or first_context_length, or longer texts"
-            )

@@ -62,7 +62,8 @@ class CostMeter:
 
     def __init__(self, config: RunConfig, plan: MemoryPlan, device: torch.device, *, world_size: int) -> None:
         self._config, self._shapes = config, shapes(config)
-        self._step = StepShape.from_config(config, world_size=world_size)
+        again = plan.activation_checkpointing
+        self._step = StepShape.from_config(config, world_size=world_size, activation_checkpointing=again)
         self._energy, self._cpu = EnergyMeter(device, world_size=world_size), time.process_time()
         self._passes, self._limits = MicroBatchPlan(plan.micro_batch_size, plan.anchors_at_once), Limits.on(device.type)
         self._costs: dict[StepShape, StepCost] = {}

@@ -26,44 +26,49 @@ Tensors = dict[str, dict[str, Tensor]]
 """Kind (weights, average, or a state of the optimizer) -> name of a parameter -> tensor."""
 
 
-def collect(run: Run) -> dict[str, Any]:
-    """State of a run, on the CPU. Every worker must call this; only the first one gets tensors."""
-    return {
+def save(run: Run, folder: Path) -> None:
+    """Write a checkpoint of a run into an existing folder.
+
+    Every worker must call this, and the first one writes: sharded tensors are gathered one after another.
+    """
+    state = {
         "step": run.step,
         "tokens_seen": run.tokens_seen,
         "spent": dataclasses.asdict(run.spent),
         "tally": {**dataclasses.asdict(run.accumulator), "steps": run.accumulated_steps},
         "latest": run.latest,
-        "tensors": _collect_tensors(run),
+        "tensors": _tensors(run),
     }
+    if run.rank == 0:
+        checkpoint.save(
+            folder, state, step=run.step, metrics=run.latest, complete=lambda tensor: full_tensor(tensor).cpu()
+        )
+    else:
+        for tensor in checkpoint.tensors_of(state):
+            full_tensor(tensor)
 
 
-def _collect_tensors(run: Run) -> Tensors:
+def _tensors(run: Run) -> Tensors:
+    """This worker's tensors, or its shards of them."""
     parameters = trained_parameters(run.model)
     tensors: Tensors = {
         "weights": {name: p.detach() for name, p in parameters.items()},
-        "average": run.average.weights,
+        "average": dict(run.average.weights),
     }
     for name, parameter in parameters.items():
         for kind, tensor in run.optimizer.state[parameter].items():
             tensors.setdefault(kind, {})[name] = tensor
-    collected: Tensors = {kind: {} for kind in tensors}
-    for kind, named in tensors.items():
-        for name, tensor in named.items():
-            complete = full_tensor(tensor)
-            if run.rank == 0:
-                collected[kind][name] = complete.cpu()
-    return collected
+    return tensors
 
 
 @torch.no_grad()
 def restore(run: Run, folder: Path) -> None:
-    """Continue a run from a checkpoint folder; every worker takes its part of the tensors.
+    """Continue a run from a checkpoint folder, which the first worker verifies; every worker takes its part of it.
 
     Raises:
         CheckpointError: the folder is no checkpoint of this run's trained parameters.
     """
-    saved = checkpoint.load(folder)
+    saved = checkpoint.load(folder, verify=run.rank == 0)
     if "tensors" not in saved:
         raise CheckpointError(f"{folder}: an older version wrote it. Continue with that one, or start from scratch")
     run.step, run.tokens_seen, run.latest = saved["step"], saved["tokens_seen"], saved["latest"]

@@ -21,8 +21,11 @@ from ebft_study.data import Batch, batch_indices
 from ebft_study.errors import ConfigError, NonFiniteError
 from ebft_study.methods import LossDenominators, Method, MetricAccumulator, Observations, SamplesAhead, off_policy
 from ebft_study.networks.loading import trained_parameters
+from ebft_study.networks.sharding import is_sharded, unsharded
 from ebft_study.rollouts import ROLLOUT_STREAM, anchors_of, answer_anchors
-from ebft_study.training.distributed import full_tensor, sum_gradients, sum_over_workers, unsharded
+from ebft_study.training import vanishing
+from ebft_study.training.distributed import full_tensor, max_over_workers, scoring, sum_gradients, sum_over_workers
+from ebft_study.training.optimizer import ROUNDING_STREAM, new_optimizer
 from ebft_study.training.setup import autocast, build_parts
 from ebft_study.training.spent import CostMeter, Spent
 
@@ -42,11 +45,14 @@ class Run:
                 "each. Use a larger batch_size or fewer workers_per_trial"
             )
         self.config, self.rank, self.world_size = config, rank, world_size
-        self.parts = build_parts(config, world_size=world_size, services=services)
+        self.parts = build_parts(config, rank=rank, world_size=world_size, services=services)
         self.device, self.model = self.parts.device, self.parts.base.model
         self.step, self.tokens_seen = 0, 0
         self.accumulator, self.accumulated_steps = MetricAccumulator(), 0
         self.latest = dict[str, float]()
+        self.has_warned = False
+        self.rounding = Observations()
+        """Differences of log-probabilities between two of the trainer's own passes: with an engine, in bfloat16."""
         self.spent = Spent()
         self.meter = CostMeter(config, self.parts.memory_plan, self.device, world_size=world_size)
         self.parameters = self.meter.parameters(self.model)
@@ -65,6 +71,12 @@ class Run:
     def metrics(self) -> dict[str, float]:
         """The latest metrics, with cost and size."""
         return {**self.latest, **self.spent.row(), **self.parameters}
+
+    @property
+    def is_logged(self) -> bool:
+        """Whether this update ends with a row of training metrics."""
+        step = self.step + 1
+        return step % self.config.training.log_every_steps == 0 or step == self.config.total_steps
 
     @property
     def samples(self) -> bool:
@@ -98,17 +110,17 @@ class Run:
             with unsharded(self.model):
                 self.parts.rollouts.update_weights(self.model, self.step)
         batch, anchors, noise, denominators = self.batch()
-        loss, difference = 0.0, self.accumulator.of(off_policy.DIFFERENCE)
+        loss, compared = 0.0, self._compared()
         answers = self.accumulator.of("answer_tokens")
         parts = list(_micro_batches(batch, anchors, noise, self.parts.memory_plan.micro_batch_size))
-        with unsharded(self.model):
-            self._prepare(parts)
+        self._prepare(parts)
+        with scoring(self.model):
             for part in parts:
                 loss += self._backward(*part, denominators)
-            with self.accumulator.seconds("optimizer_seconds", self.device):
-                sum_gradients(self.model, self.world_size)
+        with self.accumulator.seconds("optimizer_seconds", self.device):
+            sum_gradients(self.model, self.world_size)
         if self.samples_from_engine:
-            self._check_parity(difference)
+            self._check_parity(compared)
         with self.accumulator.seconds("optimizer_seconds", self.device):
             self._apply_gradients(loss)
         sampled = denominators.contexts * self.config.rollout.n_samples * self.config.rollout.completion_length
@@ -126,13 +138,21 @@ class Run:
         self.accumulated_steps += 1
 
     def batch(self) -> tuple[Batch, Anchors, Tensor, LossDenominators]:
-        """This worker's rows of the step, with anchors, noise, and the denominators of the losses of all workers."""
+        """This worker's rows of the step, with anchors, noise, and the denominators of the losses of all workers.
+
+        Where weights are sharded, all workers must make the same passes: each has as many rows and anchors as any.
+        """
         config, data, rollout = self.config, self.parts.data["train"], self.config.rollout
         indices = batch_indices(size=len(data), batch_size=config.training.batch_size, step=self.step, seed=config.seed)
         batch = data.rows(indices[self.rank :: self.world_size]).to(self.device)
+        if is_sharded(self.model):
+            batch = batch.padded(-(-config.training.batch_size // self.world_size))
         anchors, length = anchors_of(batch, rollout), rollout.completion_length
         if config.samples_answers:  # whose draws follow from step and row alone
             anchors, length = answer_anchors(batch, config.max_answer_tokens), 0
+        if is_sharded(self.model):
+            (most,) = max_over_workers([anchors.positions.shape[1]], self.world_size, self.device)
+            anchors = anchors.padded(int(most))
         noise = uniforms(
             (config.seed, ROLLOUT_STREAM, self.step),
             batch.indices.tolist(),
@@ -148,7 +168,7 @@ class Run:
         """Sample for all micro-batches, with a method that does so before the first gradient."""
         if isinstance(self.method, SamplesAhead):
             sequences = [(batch, anchors) for batch, anchors, _ in parts]
-            with self.autocast():
+            with unsharded(self.model), self.autocast():
                 self.method.prepare(self.model, sequences, policy_version=self.step, accumulator=self.accumulator)
 
     def _backward(self, batch: Batch, anchors: Anchors, noise: Tensor, denominators: LossDenominators) -> float:
@@ -160,11 +180,18 @@ class Run:
         self.accumulator.add("loss", loss, float(len(batch.indices)))
         return loss
 
-    def _check_parity(self, before: Observations) -> None:
+    def _compared(self) -> list[float]:
+        """Sums and numbers of differences so far: of the engine from the trainer, and of the trainer from itself."""
+        observed = (self.accumulator.of(name) for name in (off_policy.DIFFERENCE, off_policy.NOISE))
+        return [number for each in observed for number in (each.total, each.count)]
+
+    def _check_parity(self, before: list[float]) -> None:
         """Check the engine's differences of this step, before the weights change."""
-        now = self.accumulator.of(off_policy.DIFFERENCE)
-        total, count = self.sum_over_workers((now.total - before.total, now.count - before.count))
-        off_policy.check_parity(self.config, total, count, version=self.step)
+        since = (now - then for now, then in zip(self._compared(), before, strict=True))
+        total, count, noise, probed = self.sum_over_workers(since)
+        self.rounding += Observations(probed, noise)
+        mean = self.rounding.total / max(self.rounding.count, 1.0)
+        off_policy.check_parity(self.config, total, count, version=self.step, noise=mean)
 
     def _apply_gradients(self, loss: float) -> None:
         config, warm = self.config.optimizer, self.config.training.warm_start_steps
@@ -179,7 +206,10 @@ class Run:
         rate = learning_rate_at(config, self.peak_learning_rate, within, length)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        unchanged = vanishing.watch(parameters) if self.is_logged and rate > 0 else None
         self.optimizer.step()
+        if unchanged is not None:
+            self.accumulator.add(vanishing.METRIC, *unchanged())
         self.optimizer.zero_grad(set_to_none=True)
         self.average.update(self.model)
         if self.rank == 0:
@@ -187,13 +217,14 @@ class Run:
             self.latest["learning_rate"] = rate
 
     def _new_optimizer(self) -> torch.optim.AdamW:
-        """AdamW; weight decay on matrices only."""
-        config, parameters = self.config.optimizer, trained_parameters(self.model).values()
-        groups = [
-            {"params": [p for p in parameters if p.dim() > 1], "weight_decay": config.weight_decay},
-            {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
-        ]
-        return torch.optim.AdamW(groups, lr=self.peak_learning_rate, betas=config.betas, fused=True)
+        parameters = list(trained_parameters(self.model).values())
+        shard = self.rank if is_sharded(self.model) else 0  # workers that all hold a weight must round it alike
+        return new_optimizer(
+            parameters,
+            self.config.optimizer,
+            learning_rate=self.peak_learning_rate,
+            rounding_key=lambda: (self.config.seed, ROUNDING_STREAM, self.step, shard),
+        )
 
 
 def _micro_batches(batch: Batch, anchors: Anchors, noise: Tensor, size: int) -> Iterator[tuple[Batch, Anchors, Tensor]]:

@@ -28,10 +28,12 @@ from ebft_study.methods import MetricAccumulator, Observations
 from ebft_study.methods.judging import Judgements
 from ebft_study.methods.rlvr import Rlvr, prompts_of
 from ebft_study.networks.loading import LoadedModel, fingerprint
+from ebft_study.networks.sharding import is_sharded, unsharded
 from ebft_study.results.metrics import QUANTITIES
 from ebft_study.rollouts import anchors_of, answer_anchors
 from ebft_study.rollouts.answers import InProcessAnswers
-from ebft_study.training.distributed import is_sharded, max_over_workers, unsharded
+from ebft_study.training import vanishing
+from ebft_study.training.distributed import max_over_workers
 from ebft_study.training.update import Run
 
 SAMPLED_SEQUENCES, SAMPLED_CONTEXTS = 2, 2
@@ -56,6 +58,20 @@ def training_metrics(run: Run) -> dict[str, float]:
     run.latest |= row
     run.accumulator, run.accumulated_steps = MetricAccumulator(), 0
     return row
+
+
+def vanishing_updates(run: Run, row: dict[str, float]) -> str:
+    """What to say, once, of a run most of whose updates vanish; '' otherwise, and while the learning rate is low.
+
+    Rounded stochastically few weights change in a step, too, but nothing is lost on average.
+    """
+    fraction, rate = row.get(vanishing.METRIC, 0.0), row["learning_rate"]
+    if run.has_warned or run.config.optimizer.rounding == "stochastic":
+        return ""
+    if fraction <= vanishing.MOST or rate < run.peak_learning_rate / 2:
+        return ""
+    run.has_warned = True
+    return vanishing.warning(fraction, learning_rate=rate, weight_dtype=run.config.training.weight_dtype)
 
 
 def cost(run: Run) -> dict[str, float]:
@@ -153,7 +169,7 @@ def measure_heldout(run: Run) -> Measured:
 
 
 def _measure(run: Run, split: str, sequences: int, lengths: Sequence[int], *, with_entropy: bool) -> Measured:
-    with run.average.applied(run.model), unsharded(run.model), run.autocast():
+    with run.average.applied(run.model), unsharded(*run.parts.networks), run.autocast():
         measured = run.parts.evaluator.measure(
             run.model,
             run.parts.data[split],
@@ -182,7 +198,7 @@ def sample_rows(run: Run) -> list[dict[str, Any]]:
     Contexts of the validation split and noise are always the same; the model is the current one. All workers gather
     the weights, the first one samples.
     """
-    with unsharded(run.model), run.autocast():
+    with unsharded(*run.parts.networks), run.autocast():
         if run.rank > 0:
             return []
         run.model.eval()

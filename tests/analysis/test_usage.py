@@ -165,6 +165,10 @@ def test_an_engine_is_described_by_its_extremes_and_means() -> None:
     assert rows["Sampling weights behind by"] == "0.5 updates on average"
     assert rows["Importance ratios"] == "0.5 to 3, 25 % truncated, at least 90 % of samples effective"
     assert rows["Weight transfer per step (median)"] == "500.0 ms"
+    rounded = probed | {"rechunk_mean_difference": 0.01, "rechunk_off_fraction": 0.08, "parity_off_fraction": 0.075}
+    itself = "mean 1.0e-02, 8 % of ratios off by more than 10 %; the engine's 7.5 %"
+    assert dict(usage.services(metrics(rounded)))["Trainer against itself, cut another way (bfloat16)"] == itself
+    assert not any("itself" in label for label in rows)
 
 
 def test_the_feature_service_is_described_by_what_it_found_and_saved() -> None:

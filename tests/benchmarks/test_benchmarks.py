@@ -6,14 +6,14 @@ import functools
 import json
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import agreement, figure, measure, naive, sections, workload
+from benchmarks import agreement, figure, measure, naive, sections, weights, workload
 from benchmarks.contenders import Naive, Networks, Ours
 from benchmarks.rows import Row, judged, line, measured
 from benchmarks.settings import MODELS, PAPER, Section, Settings, ladder
@@ -22,10 +22,12 @@ from ebft_study import cli
 from ebft_study.algorithm.anchors import Anchors, find_anchors
 from ebft_study.algorithm.rewards import feature_matching_rewards
 from ebft_study.algorithm.whitening import whitened_products
-from ebft_study.cost import ModelShape
+from ebft_study.cost import ModelShape, StepShape
 from ebft_study.features import local
+from ebft_study.training.update import Run
 from tests.benchmarks import assert_refused, run_command
 from tests.small_models import small_batch, small_model
+from tests.tiny_run import tiny_config
 
 TINY = Settings(
     model="tiny-1m",
@@ -97,8 +99,7 @@ def test_a_step_leaves_weights_as_they_were_and_no_gradients() -> None:
 
 
 def change(other: Naive, section: str, **values: Any) -> None:
-    changed = getattr(other.config, section).model_copy(update=values)
-    other.config = other.config.model_copy(update={section: changed})
+    other.config = replace(other.config, **{section: replace(getattr(other.config, section), **values)})
 
 
 @torch.no_grad()
@@ -198,20 +199,52 @@ def test_naive_rewards_are_those_of_the_paper() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "parameters"), [("7m", 7.1e6), ("50m", 51.7e6), ("1.5b", 1.54e9), ("7b", 7.62e9), ("tiny-4m", 4.2e6)]
+    ("name", "parameters"),
+    [("7m", 7.1e6), ("50m", 51.7e6), ("1.5b", 1.54e9), ("3b", 3.09e9), ("7b", 7.62e9), ("tiny-4m", 4.2e6)],
 )
 def test_models_have_the_size_of_their_names(name: str, parameters: float) -> None:
     assert ModelShape.from_config(workload.model_config(name)).n_parameters == pytest.approx(parameters, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [TINY, PAPER, replace(PAPER, lora_rank=16), replace(PAPER, weight_dtype="bfloat16", activation_checkpointing=True)],
+)
+def test_what_a_step_reads_is_that_of_a_run(settings: Settings) -> None:
+    """The benchmark's plain settings take no value for granted that the run's sections have, too."""
+    run = settings.run()
+    plain = asdict(settings.config)
+    assert plain.pop("uses_engine") == run.uses_engine
+    for section, values in plain.items():
+        assert {name: getattr(getattr(run, section), name) for name in values} == values
+    assert settings.shape == StepShape.from_config(run)
+
+
+def test_the_measured_model_is_the_one_that_is_planned() -> None:
+    settings = replace(TINY, precision="bfloat16", lora_rank=2, activation_checkpointing=True)
+    networks = Networks.from_settings(settings)
+    assert networks.generator.is_gradient_checkpointing
+    assert {p.dtype for p in networks.parameters} == {torch.float32}
+    assert {p.dtype for p in networks.generator.parameters() if not p.requires_grad} == {torch.bfloat16}
+    assert networks.features.network is networks.generator
+    # Two moments of four bytes for every trained weight.
+    assert workload.memory_of(settings).optimizer_bytes == 8 * sum(p.numel() for p in networks.parameters)
+    everything = Networks.from_settings(replace(TINY, weight_dtype="bfloat16"))
+    assert {p.dtype for p in everything.parameters} == {torch.bfloat16}
+    assert len(everything.parameters) == len(list(everything.generator.parameters()))
+    assert not everything.generator.is_gradient_checkpointing
 
 
 def test_options_are_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen: list[Settings] = []
     monkeypatch.setattr(sections, "run", lambda settings, _: chosen.append(settings) or [])
     arguments = "--device cuda --model 1.5b --sequence-length 1024 --batch-size 16 --precision bfloat16 --threads 3"
-    for words in ("", arguments, "--sequence-length 64 128 --threads 1"):
+    adapters = "--lora-rank 16 --weight-dtype bfloat16 --activation-checkpointing"
+    for words in ("", arguments, "--sequence-length 64 128 --threads 1", adapters):
         assert run_command(words).exit_code == 0
     several = replace(Settings(), sequence_lengths=(64, 128), threads=1)
-    assert chosen == [Settings(), replace(PAPER, threads=3), several]
+    adapted = replace(Settings(), lora_rank=16, weight_dtype="bfloat16", activation_checkpointing=True)
+    assert chosen == [Settings(), replace(PAPER, threads=3), several, adapted]
     assert set(MODELS).isdisjoint(ladder())
 
 
@@ -378,3 +411,56 @@ def test_a_fresh_process_knows_nothing_of_the_memory_of_its_parent() -> None:
     work = functools.partial(torch.ones, size, dtype=torch.uint8)
     assert 0.9 * size < measure.in_fresh_process(measure.peak_bytes, work, "cpu") < 1.5 * size
     assert measure.resident_bytes()[1] > len(large)
+
+
+# --- weights ---------------------------------------------------------------------------------------------------
+
+
+def test_weights_are_loaded_saved_and_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process: bytes of the checkpoint are weights and two states, and nothing of a number depends on time."""
+    monkeypatch.setattr(weights, "in_fresh_process", lambda function, *arguments: function(*arguments))
+    settings = Settings(model="tiny-1m", weight_dtype="bfloat16")
+    rows = {row.name: row for _, table in weights.tables(settings) for row in table}
+    parts = ("start", "start_of_other_workers", "checkpoint", "resume")
+    assert all(isinstance(rows[f"{part}/seconds"].value, float) for part in parts)
+    n_parameters = ModelShape.from_config(workload.model_config("tiny-1m")).n_parameters
+    assert rows["checkpoint/files"].value == pytest.approx(3 * 2 * n_parameters, rel=0.02)
+
+
+def test_what_is_left_of_steps_is_measured_along_those_of_float32(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moves = {"nearest": [0, 0, 0, 1], "stochastic": [0, 4, 0, 3], "float32": [1, 2, 3, 4]}
+
+    def moved(model: str, steps: int, rate: float, changes: dict[str, str]) -> torch.Tensor:
+        assert (model, steps, rate) == ("m", 3, 0.5)
+        (name,) = [name for name, value in weights.TYPES.items() if value == changes]
+        return torch.tensor(moves[name]).float()
+
+    monkeypatch.setattr(weights, "_moves", moved)
+    result = run_command(f"rounding --model m --steps 3 --learning-rate 0.5 --json {tmp_path / 'rows.json'}")
+    assert result.exit_code == 0
+    rows = {row["name"]: row["value"] for row in json.loads((tmp_path / "rows.json").read_text())}
+    assert rows == pytest.approx(
+        {"nearest/changed": 25, "nearest/way": 100 * 4 / 30, "stochastic/changed": 50, "stochastic/way": 100 * 20 / 30}
+        | {"float32/changed": 100, "float32/way": 100}
+    )
+
+
+def test_moves_are_differences_of_matrices_after_updates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a model and data of a test, at a rate at which every type moves."""
+
+    def configured(settings: dict[str, Any], source: str) -> Any:
+        training = {name: settings["training"][name] for name in ("steps", "weight_dtype", "precision")}
+        rate = settings["optimizer"]["learning_rate"]
+        return tiny_config(tmp_path, method=settings["method"], learning_rate=rate, **training)
+
+    monkeypatch.setattr(weights, "build_run", configured)
+    name = tiny_config(tmp_path).model
+    move = weights._moves(name, 2, 0.01, weights.TYPES["float32"])
+    run = Run(tiny_config(tmp_path, method="sft", precision="bfloat16", learning_rate=0.01, steps=2))
+    before = {n: p.detach().clone() for n, p in run.model.named_parameters() if p.dim() > 1}
+    for _ in range(2):
+        run.update()
+    after = dict(run.model.named_parameters())
+    assert torch.equal(move, torch.cat([(after[n].detach() - p).flatten() for n, p in before.items()]))

@@ -76,6 +76,7 @@ class Pretended(WithoutGraph):
     """Strided rollouts that behave like an engine: no gradients, and seconds spent on weights."""
 
     def __init__(self, error: float = 0.0) -> None:
+        super().__init__()
         self.error, self.versions = error, list[int]()
 
     def update_weights(self, model: nn.Module, version: int) -> None:

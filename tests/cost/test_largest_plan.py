@@ -7,8 +7,19 @@ from dataclasses import replace
 import pytest
 from transformers import Qwen2Config
 
-from ebft_study.cost import MicroBatchPlan, ModelShape, StepShape, largest_plan, memory
+from ebft_study.cost import (
+    Limits,
+    MicroBatchPlan,
+    ModelShape,
+    StepShape,
+    largest_plan,
+    memory,
+    step_cost,
+    step_kernels,
+    step_seconds,
+)
 from ebft_study.cost.memory import EFFICIENT_BLOCK_TOKENS
+from ebft_study.cost.shapes import GPU_LIMITS
 from ebft_study.errors import ConfigError
 
 SMALL = ModelShape.from_config(
@@ -44,8 +55,46 @@ LONG = StepShape(
 )
 
 
-def peak(plan: MicroBatchPlan, step: StepShape = LONG) -> float:
-    return memory(LARGE, LARGE, step, plan).peak_bytes
+CPU = Limits.on("cpu")
+
+
+def peak(plan: MicroBatchPlan, step: StepShape = LONG, limits: Limits = GPU_LIMITS) -> float:
+    return memory(LARGE, LARGE, step, plan, limits=limits).peak_bytes
+
+
+@pytest.mark.parametrize("given", [(None, None), (4, None), (None, 32)])
+@pytest.mark.parametrize("step", [LONG, replace(LONG, activation_checkpointing=True)], ids=["plain", "checkpointing"])
+def test_a_gpu_takes_the_plan_with_the_least_predicted_time_that_fits(
+    step: StepShape, given: tuple[int | None, int | None]
+) -> None:
+    sizes = [given[0]] if given[0] else [16, 8, 4, 2, 1]
+    anchors = [given[1]] if given[1] else [127, 64, 32, 16, 8, 4, 2, 1]
+    seconds = {
+        plan: step_seconds(LARGE, LARGE, step, plan) for plan in (MicroBatchPlan(S, A) for S in sizes for A in anchors)
+    }
+    chosen = set()
+    for budget in (2**30 * gib for gib in (30, 33, 36, 40, 50, 70, 100, 200, 2000)):
+        fitting = {plan: time for plan, time in seconds.items() if peak(plan, step) <= budget}
+        if fitting:
+            plan = largest_plan(LARGE, LARGE, step, budget_bytes=budget, given=given)
+            assert seconds[plan] == min(fitting.values())
+            chosen.add(plan)
+    assert len(chosen) > (1 if given == (None, None) else 0)
+
+
+def test_predicted_time_is_that_of_products_and_of_kernels() -> None:
+    whole, halves = MicroBatchPlan(16, 127), MicroBatchPlan(8, 127)
+    kernels = [step_kernels(LARGE, LARGE, LONG, plan) for plan in (whole, halves)]
+    assert kernels[1] == 2 * kernels[0]
+    flops = [step_cost(LARGE, LARGE, LONG, plan=plan).total.flops for plan in (whole, halves)]
+    seconds = [step_seconds(LARGE, LARGE, LONG, plan) for plan in (whole, halves)]
+    assert seconds[1] - seconds[0] == pytest.approx((flops[1] - flops[0]) / 4e14 + kernels[0] * 5e-6)
+    shared = replace(LONG, world_size=2)
+    assert step_seconds(LARGE, LARGE, shared, MicroBatchPlan(8, 127)) == pytest.approx(
+        flops[1] / 2 / 4e14 + kernels[0] * 5e-6, rel=1e-3
+    )
+    slower = step_seconds(LARGE, LARGE, replace(LONG, precision="float32"), whole)
+    assert slower == pytest.approx(flops[0] / 5e13 + kernels[0] * 5e-6)
 
 
 def test_everything_at_once_where_there_is_room() -> None:
@@ -57,13 +106,13 @@ def test_everything_at_once_where_there_is_room() -> None:
 
 
 @pytest.mark.parametrize("step", [LONG, replace(LONG, activation_checkpointing=True)], ids=["plain", "checkpointing"])
-def test_a_split_fits_and_nothing_preferred_to_it_does(step: StepShape) -> None:
+def test_on_a_cpu_a_split_fits_and_nothing_preferred_to_it_does(step: StepShape) -> None:
     seen = []
-    budget = peak(MicroBatchPlan.whole(step), step)
-    while budget >= peak(MicroBatchPlan(1, 1), step):
-        plan = largest_plan(LARGE, LARGE, step, budget_bytes=budget)
-        assert peak(plan, step) <= budget
-        assert plan == largest_plan(LARGE, LARGE, step, budget_bytes=budget)
+    budget = peak(MicroBatchPlan.whole(step), step, CPU)
+    while budget >= peak(MicroBatchPlan(1, 1), step, CPU):
+        plan = largest_plan(LARGE, LARGE, step, budget_bytes=budget, limits=CPU)
+        assert peak(plan, step, CPU) <= budget
+        assert plan == largest_plan(LARGE, LARGE, step, budget_bytes=budget, limits=CPU)
         seen.append(plan)
         budget *= 0.98
     assert seen == sorted(seen, key=lambda plan: (-plan.micro_batch_size, -plan.anchors_at_once))
@@ -78,8 +127,8 @@ def test_a_split_fits_and_nothing_preferred_to_it_does(step: StepShape) -> None:
 
 def test_short_completions_are_not_cut_below_what_fills_a_pass() -> None:
     step = replace(LONG, sequence_length=64, n_samples=2, completion_length=2, batch_size=4, precision="float32")
-    least = memory(SMALL, SMALL, step, MicroBatchPlan(2, 7)).peak_bytes
-    assert largest_plan(SMALL, SMALL, step, budget_bytes=least) == MicroBatchPlan(2, 7)
+    least = memory(SMALL, SMALL, step, MicroBatchPlan(2, 7), limits=CPU).peak_bytes
+    assert largest_plan(SMALL, SMALL, step, budget_bytes=least, limits=CPU) == MicroBatchPlan(2, 7)
 
 
 def test_a_chosen_size_is_kept_and_the_other_one_fitted_to_it() -> None:

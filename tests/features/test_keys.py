@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import typing
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from ebft_study.data import Batch
 from ebft_study.features.cache import MemoryCache, TieredCache
 from ebft_study.features.embedder import Embedder, FeatureRequest
 from ebft_study.features.keys import FeatureSpec, sequence_keys
+from ebft_study.features.local import LocalFeatures
 from ebft_study.networks.loading import fingerprint
 from tests.small_models import small_batch, small_model
 
@@ -130,3 +132,40 @@ def test_a_sequence_of_which_everything_is_known_is_not_run(embedder: Embedder) 
     assert reply.usage.tokens_saved == 16 + 6 * 4 + 5 * 4
     assert reply.usage.truth_hits == reply.usage.truths == 6
     assert reply.usage.sample_hits == reply.usage.samples - 1
+
+
+def test_joined_requests_take_as_many_passes_as_memory_holds(
+    embedder: Embedder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each pass holds as many sequences as fit, or a single one, and the features are the same."""
+    generator = torch.Generator().manual_seed(0)
+    asked = []
+    for T in (16, 16, 24, 16, 16):
+        batch = replace(small_batch([[0] * T] * 2), tokens=torch.randint(0, 40, (2, T), generator=generator))
+        anchors = find_anchors(batch.document_ids, completion_length=4, stride=4, first_context_length=4)
+        drawn = torch.randint(0, 40, (2, anchors.positions.shape[1], 2, 4), generator=generator)
+        asked.append(FeatureRequest.from_batch(SPEC, batch, anchors, drawn, None))
+    together = embedder.embed(asked)
+    shapes: list[tuple[int, int]] = []
+    embed = LocalFeatures.embed
+
+    def counted(self: LocalFeatures, batch: Batch, *rest: Any, **keywords: Any) -> Any:
+        shapes.append(tuple(batch.tokens.shape))  # type: ignore[arg-type]
+        return embed(self, batch, *rest, **keywords)
+
+    monkeypatch.setattr(LocalFeatures, "embed", counted)
+    small, large = embedder._bytes(asked[0]), embedder._bytes(asked[2])
+    for budget, expected in (
+        (3 * large, [(4, 16), (3, 24), (3, 16)]),
+        (4 * small, [(4, 16), (2, 24), (4, 16)]),
+        (1, [(1, 16)] * 4 + [(1, 24)] * 2 + [(1, 16)] * 4),
+        (10 * large, [(10, 24)]),
+    ):
+        monkeypatch.setattr("ebft_study.features.embedder.PASS_BYTES", {"cpu": budget})
+        shapes.clear()
+        fresh = Embedder(small_model(), TieredCache(MemoryCache(2**24), None), fingerprint="f")
+        for one, other in zip(fresh.embed(asked), together, strict=True):
+            np.testing.assert_allclose(one.phi[0], other.phi[0], atol=1e-6)
+            np.testing.assert_allclose(one.psi[0], other.psi[0], atol=1e-6)
+            assert one.usage == other.usage
+        assert shapes == expected, budget

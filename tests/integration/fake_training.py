@@ -70,5 +70,5 @@ def _metrics(config: RunConfig, step: int) -> dict[str, float]:
     return {"ce_loss": ce, "cfm_loss": cfm, "sequences_seen": float(step * config.training.batch_size)}
 
 
-def prepare(configs: Any) -> dict[str, Any]:
+def prepare(configs: Any, **_: Any) -> dict[str, Any]:
     return {"data": {"fake": {"fingerprint": "0"}}, "configurations": len(configs)}

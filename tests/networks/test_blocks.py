@@ -7,16 +7,17 @@ from typing import Any, get_args
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention import flex_attention
 from transformers import AutoModelForCausalLM, BloomConfig, GptOssConfig, LlamaConfig, MistralConfig
 
-from ebft_study.algorithm.anchors import Anchors, completions_at, find_anchors
+from ebft_study.algorithm.anchors import Anchors, Contexts, completions_at, find_anchors
 from ebft_study.algorithm.features import Normalization
 from ebft_study.algorithm.sampling import uniforms
 from ebft_study.data import Batch
 from ebft_study.errors import ModelError
 from ebft_study.features.local import LocalFeatures
 from ebft_study.networks import blocks
-from ebft_study.networks.blocks import ATTENTION, completion_log_probs, run_prefix, token_log_probs
+from ebft_study.networks.blocks import ATTENTION, Decoder, completion_log_probs, run_prefix, token_log_probs
 from ebft_study.networks.verification import verify
 from ebft_study.rollouts.strided import StridedRollouts
 from tests.references import naive_model
@@ -59,6 +60,46 @@ def test_rollouts_equal_sampling_each_context_alone(architecture: str, completio
             tokens, log_probs = naive_model.sample(model, context, noise[s, b, j], 0.8)
             assert rollouts.completions[s, b, j].tolist() == tokens
             torch.testing.assert_close(rollouts.log_probs[s, b, j], torch.tensor(log_probs), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")  # uncompiled it is slow, says PyTorch
+@pytest.mark.parametrize(("architecture", "checkpointing"), [("qwen2-tied", True), ("gemma2-windows", False)])
+def test_a_gpu_decodes_by_one_fused_call_per_layer_and_token_with_the_same_result(
+    architecture: str, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *tensors: None)  # it knows gradients on a CPU
+    calls: list[int] = []
+    fused = blocks.flex_block_attention
+    monkeypatch.setattr(blocks, "flex_block_attention", lambda *a, **k: (calls.append(1), fused(*a, **k))[1])
+    model, batch = small_model(architecture, layers=2).double().train(), small_batch(LAYOUTS)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    anchors = anchored(batch)
+    noise = uniforms((7,), [0, 1, 2], n_anchors=anchors.positions.shape[1], n_samples=N, length=G)
+    found = []
+    for attention in ("chunked", "flex"):
+        rollouts = StridedRollouts(attention).sample(model, batch, anchors, noise=noise, temperature=0.8)
+        assert len(calls) == (0 if attention == "chunked" else 2 * (G - 1))
+        gradients = torch.autograd.grad(rollouts.log_probs[anchors.valid].square().sum(), list(model.parameters()))
+        with torch.no_grad():
+            again = StridedRollouts(attention).sample(model, batch, anchors, noise=noise, temperature=0.8)
+        assert torch.equal(again.completions, rollouts.completions)
+        found.append([rollouts.completions, rollouts.log_probs.detach(), again.log_probs, *gradients])
+    for ours, expected in zip(*reversed(found), strict=True):
+        torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-6)
+
+
+def test_long_blocks_are_decoded_in_chunks_on_a_gpu_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fused(*_: object, **__: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(blocks, "flex_block_attention", fused)
+    model, batch = small_model(), small_batch([[0] * 4])
+    prefix = run_prefix(model, batch.tokens, batch.document_ids)
+    where = blocks.Blocks(Contexts(torch.zeros(1, 2, dtype=torch.long), torch.full((1, 2), 4)))
+    Decoder(model, prefix, where, blocks.LONGEST_FUSED + 1, backend="flex").advance(torch.zeros(1, 2, dtype=torch.long))
+    with pytest.raises(AssertionError):
+        Decoder(model, prefix, where, blocks.LONGEST_FUSED, backend="flex").advance(torch.zeros(1, 2, dtype=torch.long))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import PhiConfig, PhiForCausalLM
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, PhiConfig, PhiForCausalLM
 
 from ebft_study.algorithm.anchors import find_anchors
 from ebft_study.algorithm.sampling import uniforms
 from ebft_study.errors import ModelError
 from ebft_study.features.local import load_networks
+from ebft_study.networks import loading, verification
 from ebft_study.networks.blocks import completion_log_probs, run_prefix
-from ebft_study.networks.loading import load_model
+from ebft_study.networks.loading import fingerprint, frozen_copy, load_model
 from ebft_study.rollouts.strided import StridedRollouts
+from ebft_study.training.setup import build_parts
 from tests.small_models import small_batch
 from tests.tiny_run import tiny_config, write_model
 
@@ -94,3 +100,114 @@ def test_the_feature_network_is_frozen(tmp_path: Path) -> None:
     network = load_networks(config, load_model(config.model))[0].network
     assert not any(p.requires_grad for p in network.parameters())
     assert not network.training
+
+
+# --- types, devices and workers --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_are_those_of_the_files_in_the_type_that_is_asked_for(tmp_path: Path, dtype: torch.dtype) -> None:
+    """And their fingerprint is the hash over names, shapes, types and bytes that caches were keyed by before."""
+    folder = write_model(tmp_path / "model")
+    loaded = load_model(str(folder), dtype=dtype)
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    config = {
+        k: v for k, v in plain.config.to_dict().items() if k not in ("transformers_version", "dtype", "use_cache")
+    }
+    digest = hashlib.sha256(json.dumps({k: v for k, v in config.items() if k[0] != "_"}, sort_keys=True).encode())
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(loaded.model.state_dict()[name], tensor.to(dtype))
+        digest.update(
+            f"{name}{tuple(tensor.shape)}{dtype}".encode() + bytes(tensor.to(dtype).view(torch.uint8).numpy())
+        )
+    assert loaded.fingerprint == digest.hexdigest()[:16]
+    assert loaded.model.get_input_embeddings().weight is loaded.model.get_output_embeddings().weight
+    for (name, own), (_, theirs) in zip(loaded.model.named_buffers(), plain.named_buffers(), strict=True):
+        assert own.dtype == theirs.dtype == torch.float32, name
+        assert torch.equal(own, theirs)
+
+
+def test_weights_go_to_the_device_as_they_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In their type: the model that transformers returns has none elsewhere."""
+    folder, read = write_model(tmp_path / "model"), []
+    from_pretrained = AutoModelForCausalLM.from_pretrained
+
+    def reading(*arguments: Any, **options: Any) -> Any:
+        model = from_pretrained(*arguments, **options)
+        read.extend((p.device.type, p.dtype) for p in model.parameters())
+        return model
+
+    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", reading)
+    load_model(str(folder), device="meta", dtype=torch.bfloat16, is_first=False)
+    assert set(read) == {("meta", torch.bfloat16)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_random_weights_are_drawn_in_float32_whatever_their_type(tmp_path: Path, dtype: torch.dtype) -> None:
+    folder = write_model(tmp_path / "model")
+    torch.manual_seed(0)
+    expected = AutoModelForCausalLM.from_config(AutoModelForCausalLM.from_pretrained(folder).config).float()
+    drawn = load_model(str(folder), random_weights=True, dtype=dtype).model
+    for name, parameter in expected.named_parameters():
+        assert torch.equal(drawn.get_parameter(name), parameter.to(dtype))
+
+
+class LargestOf(TorchDispatchMode):
+    """Entries of the largest tensor of each type that an operation returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: dict[torch.dtype, int] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
+        result = function(*arguments, **(options or {}))
+        if isinstance(result, torch.Tensor) and "detach" not in str(function):
+            self.sizes[result.dtype] = max(self.sizes.get(result.dtype, 0), result.numel())
+        return result
+
+
+def test_a_frozen_copy_in_another_type_needs_no_copy_in_the_first(tmp_path: Path) -> None:
+    config = tiny_config(tmp_path, precision="bfloat16")
+    base = load_model(config.model)
+    with LargestOf() as made:
+        copied = frozen_copy(config, base)
+    assert made.sizes[torch.bfloat16] == max(p.numel() for p in base.model.parameters())
+    assert made.sizes.get(torch.float32, 0) <= 8  # rotary frequencies
+    assert fingerprint(copied) == load_model(config.model, dtype=torch.bfloat16).fingerprint
+    assert fingerprint(base.model) == base.fingerprint
+    assert copied.get_input_embeddings().weight is copied.get_output_embeddings().weight
+    assert not copied.training
+    assert not any(p.requires_grad for p in copied.parameters())
+    assert all(p.requires_grad for p in base.model.parameters())
+    own = {p.data_ptr() for p in frozen_copy(tiny_config(tmp_path), base).parameters()}
+    assert not own & {p.data_ptr() for p in base.model.parameters()}
+
+
+def test_of_several_workers_the_first_verifies_and_hashes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Generator, feature network and judge."""
+    judge = str(write_model(tmp_path / "judge", seed=3))
+    config = tiny_config(tmp_path, random_weights=True, judge=judge, judge_completion_length=3)
+    verified: list[str] = []
+    monkeypatch.setattr(loading, "verify", lambda model, name, **options: verified.append(name))
+    second = build_parts(config, rank=1, world_size=2)
+    assert verified == []
+    assert second.base.fingerprint == second.features.fingerprint == ""
+    first = build_parts(config, rank=0, world_size=2)
+    assert sorted(verified) == sorted([config.model, config.model, judge])
+    assert first.base.fingerprint == fingerprint(second.base.model)
+    judges = [parts.evaluator.judge for parts in (first, second)]
+    assert [bool(each and each.fingerprint) for each in judges] == [True, False]
+
+
+def test_a_model_in_16_bits_is_compared_in_float32_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[set[torch.dtype]] = []
+    compare = verification._compare
+
+    def comparing(model: torch.nn.Module, *arguments: Any) -> None:
+        compared.append({p.dtype for p in model.parameters()})
+        compare(model, *arguments)
+
+    monkeypatch.setattr(verification, "_compare", comparing)
+    loaded = load_model(str(write_model(tmp_path / "model")), dtype=torch.bfloat16)
+    assert compared == [{torch.float32}, {torch.bfloat16}]
+    assert {p.dtype for p in loaded.model.parameters()} == {torch.bfloat16}

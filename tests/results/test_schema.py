@@ -56,12 +56,14 @@ def test_metrics_have_the_agreed_names() -> None:
     )
     training = (
         "loss policy_loss train_ce_loss kl reward alignment diversity advantage_std zero_variance_fraction "
-        "duplicate_rate policy_entropy train_cfm_loss fm_whitened grad_norm learning_rate tokens_per_second "
-        "step_seconds rollout_seconds feature_seconds scoring_seconds optimizer_seconds sync_seconds"
+        "duplicate_rate policy_entropy train_cfm_loss fm_whitened grad_norm learning_rate "
+        "unchanged_weight_fraction tokens_per_second "
+        "step_seconds rollout_seconds feature_seconds scoring_seconds optimizer_seconds sync_seconds checkpoint_seconds"
     )
     engine = (
-        "policy_lag parity_mean_difference parity_max_difference importance_ratio importance_ratio_min "
-        "importance_ratio_max importance_weight importance_clipped_fraction effective_sample_fraction"
+        "policy_lag parity_mean_difference parity_max_difference parity_off_fraction rechunk_mean_difference "
+        "rechunk_off_fraction importance_ratio importance_ratio_min importance_ratio_max importance_weight "
+        "importance_clipped_fraction effective_sample_fraction"
     )
     service = (
         "feature_hit_rate_memory feature_hit_rate_disk sample_hit_rate ground_truth_hit_rate feature_tokens_embedded "

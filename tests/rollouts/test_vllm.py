@@ -281,8 +281,9 @@ def test_late_weights_are_weighted_within_the_allowed_lag(folder: Path) -> None:
     assert "parity_max_difference" not in lagged[0]
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_an_engine_that_misses_an_update_stops_the_run_with_the_numbers(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, monkeypatch: pytest.MonkeyPatch, precision: str
 ) -> None:
     update_weights = VllmRollouts.update_weights
 
@@ -293,7 +294,8 @@ def test_an_engine_that_misses_an_update_stops_the_run_with_the_numbers(
 
     monkeypatch.setattr(VllmRollouts, "update_weights", forgetful)
     # The engine takes a new version for a reason to read the segment again, which still holds the old weights.
-    outcome, _ = trained(folder, "stale", learning_rate=1e-2, steps=6)
+    scope = "study" if precision == "float32" else "trial"
+    outcome, _ = trained(folder, "stale", learning_rate=1e-2, steps=6, precision=precision, engine_scope=scope)
     assert (outcome.status, outcome.step) == ("stopped", 1)
     assert "differ from the trainer's by" in outcome.reason
     assert "rollout.parity_threshold" in outcome.reason
@@ -305,6 +307,8 @@ def test_in_bfloat16_the_engine_follows_as_closely_as_rounding_lets_it(folder: P
     )
     assert outcome.status == "finished"
     assert 1e-3 < max(recorder.curve("parity_mean_difference").values()) < 0.2
+    engine, itself = (sum(recorder.curve(f"{name}_mean_difference").values()) for name in ("parity", "rechunk"))
+    assert engine < 6 * itself  # 2 to 4 times; 10 times is refused
 
 
 @pytest.mark.slow

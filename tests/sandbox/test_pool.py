@@ -17,6 +17,7 @@ import pytest
 
 from ebft_study.errors import SandboxError
 from ebft_study.sandbox import Limits, Program, Sandbox, Tests, __main__, levels
+from ebft_study.sandbox.inside import zygote
 from ebft_study.sandbox.worker import Worker, WorkerError
 from tests.sandbox.test_hostile import descendants
 
@@ -210,11 +211,16 @@ def test_nothing_is_left_of_a_host_that_ends(how: signal.Signals, level: str, tm
             stderr=stderr,
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
+    left: list[int] = []
+
+    def sleeps() -> bool:
+        """Keeper, zygote, program and judge: it runs the sleeping program."""
+        left[:] = descendants(host.pid)
+        return len(left) >= 4 and _sleeps(host.pid)
+
     try:
-        # host, keeper, zygote, program, judge: it runs the sleeping program
-        wait_until(lambda: host.poll() is not None or (len(descendants(host.pid)) >= 4 and _sleeps(host.pid)))
+        wait_until(lambda: host.poll() is not None or sleeps())
         assert host.poll() is None, errors.read_text()
-        left = descendants(host.pid)
         assert len(left) >= 4, left
         host.send_signal(how)
         host.wait(240)
@@ -304,3 +310,33 @@ def test_a_program_that_was_ended_on_its_way_into_the_jail_did_not_run(
                 worker.judge(GOOD, LOOSE)
     finally:
         worker.close()
+
+
+class SlowJail:
+    """Takes longer to enter than a program may run, as on a busy machine."""
+
+    fork = staticmethod(os.fork)
+
+    def enter(self, descriptors: list[int], limits: dict[str, Any], parent: int) -> None:
+        time.sleep(4.0)
+        (done,) = descriptors
+        os.dup2(done, 0)
+
+
+@pytest.mark.parametrize(("seconds", "why"), [(0.0, ""), (3600.0, "wall")])
+def test_the_way_into_the_jail_is_no_part_of_a_programs_time(
+    seconds: float, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor has the program what is left of the time for that way."""
+    monkeypatch.setattr(zygote, "ENTRY_SECONDS", 10 * zygote.ENTRY_SECONDS)
+    job = {"cpu_seconds": 300.0, "wall_seconds": 3.0}
+    file = os.open(tmp_path / "program", os.O_RDWR | os.O_CREAT)
+    ours, theirs = socket.socketpair()
+    started = time.monotonic()
+    with ours, theirs:
+        keeper = zygote.Zygote(SlowJail(), theirs)  # type: ignore[arg-type]
+        child = keeper._start(job, file, [], lambda _text: time.sleep(seconds))
+        keeper._watch({"program": child}, job)
+    assert (child.why, child.report()["entered"]) == (why, True)
+    assert time.monotonic() - started < 240
+    os.close(file)

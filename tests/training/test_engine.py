@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +27,7 @@ class Engine(WithoutGraph):
     """Samples as the trainer does, knows its weights' version, and may err in what it reports."""
 
     def __init__(self, error: float, late: int) -> None:
+        super().__init__()
         self.error, self.late, self.version = error, late, -1
         self.followed: list[int] = []
 
@@ -43,6 +45,7 @@ class Pretended:
     """Stands in for `Services`."""
 
     engine: Engine
+    gpu_fraction: float = 1.0
 
     def rollouts(self, config: RunConfig, device: torch.device) -> RolloutBackend:
         return self.engine
@@ -84,6 +87,34 @@ def test_a_resumed_run_follows_from_its_step_on(tmp_path: Path) -> None:
 def test_weights_that_are_too_old_end_the_attempt(tmp_path: Path) -> None:
     with pytest.raises(ServiceError, match=r"rollouts of policy version 1 at version 2: max_policy_lag=0"):
         run(engine_config(tmp_path, steps=3), late=1, error=0.0)
+
+
+class Stale(Engine):
+    """Samples from the first weights that it was sent, and reports the newest version."""
+
+    def update_weights(self, model: nn.Module, version: int) -> None:
+        self.first = getattr(self, "first", None) or copy.deepcopy(model)
+        super().update_weights(model, version)
+
+    def sample(self, model: nn.Module, *arguments: Any, prefix: Any = None, **keywords: Any) -> Rollouts:
+        return super().sample(self.first, *arguments, **keywords)
+
+
+def in_bfloat16(folder: Path, engine: Engine) -> tuple[Any, Any]:
+    config = engine_config(folder, precision="bfloat16", warm_start_steps=0, learning_rate=1e-2, log_every_steps=3)
+    return run_tiny(config, services=Pretended(engine))
+
+
+def test_in_bfloat16_rounding_is_told_from_weights_that_are_wrong(tmp_path: Path) -> None:
+    """Measured by the trainer at the first step and at logged ones, judged at all."""
+    right, recorder = in_bfloat16(tmp_path, Engine(0.0, 0))
+    assert right.status == "finished"
+    assert min(recorder.curve("rechunk_mean_difference").values()) > 0
+    assert list(recorder.curve("rechunk_off_fraction")) == [3]
+    for wrong in (Stale(0.0, 0), Engine(1.0, 0)):
+        stopped, _ = in_bfloat16(tmp_path, wrong)
+        assert (stopped.status, stopped.step) == ("stopped", 1 if isinstance(wrong, Stale) else 0)
+        assert "two passes of the trainer itself" in stopped.reason
 
 
 def _worker(rank: int, folder: str) -> None:

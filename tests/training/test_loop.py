@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.multiprocessing as multiprocessing
 
-from ebft_study.errors import CheckpointError, ConfigError, DataError
+from ebft_study.errors import CheckpointError, ConfigError, DataError, EbftError
 from ebft_study.results.metrics import COST
 from ebft_study.training import checkpoint
 from ebft_study.training.loop import train
@@ -291,3 +291,21 @@ def test_a_checkpoint_of_version_0_1_within_a_row_of_metrics_loses_nothing(tmp_p
     _, rest = run_tiny(config, start_from=folder)
     for name in (*DETERMINISTIC, "policy_loss", "duplicate_rate", "policy_entropy"):
         assert rest.rows[3][name] == whole.rows[3][name], name
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dataset": "nowhere.jsonl"}, "nowhere.jsonl"),
+        ({"sequence_length": 200}, "reaches position"),
+        ({"packing": False, "sequence_length": 120, "first_context_length": 110}, "has room for one anchor"),
+        ({"method": "rlvr", "max_answer_tokens": 60}, "room for so long"),
+        ({"benchmarks": ["mini"], "benchmark_max_tokens": 120}, "benchmark_max_tokens"),
+    ],
+)
+def test_mistakes_in_data_show_before_weights_are_read(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    config = tiny_config(tmp_path, **(answered(tmp_path, **changes) if "method" in changes else changes))
+    for file in (tmp_path / "model").glob("*.safetensors"):
+        file.unlink()
+    with pytest.raises(EbftError, match=message):
+        Run(config)

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from ebft_study.algorithm.anchors import find_anchors
+from ebft_study.algorithm.anchors import Anchors, find_anchors
+from ebft_study.data.tokens import PADDING_DOCUMENT
 from ebft_study.errors import ModelError
 from ebft_study.features.local import LocalFeatures
 from ebft_study.methods import MetricAccumulator
@@ -39,6 +40,33 @@ def gradients(run: Run) -> dict[str, torch.Tensor]:
             run.model, batch, anchors, noise=noise, denominators=denominators, accumulator=MetricAccumulator()
         )
     return {name: p.grad for name, p in run.model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(
+    "changes", [{"gamma": 0.3, "kl_coefficient": 0.2}, {"completion_length": 1}, {"method": "sft"}], ids=str
+)
+def test_rows_and_anchors_of_padding_change_no_gradient(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """Workers with shards have as many of both as any other worker."""
+    run = started(tmp_path, **changes)
+    batch, anchors, noise, denominators = run.batch()
+    S, B = anchors.valid.shape
+    padded = batch.padded(S + 2)
+    assert (padded.document_ids[S:] == PADDING_DOCUMENT).all()
+    more = Anchors(*(torch.cat([part, torch.zeros_like(part[:2])]) for part in anchors)).padded(B + 3)
+    assert more.valid.sum() == anchors.valid.sum()
+    draws = torch.full((S + 2, B + 3, *noise.shape[2:]), 0.5)
+    draws[:S, :B] = noise
+    found = []
+    for case in ((batch, anchors, noise), (padded, more, draws)):
+        run.model.zero_grad()
+        accumulator = MetricAccumulator()
+        run.method.backward(run.model, *case[:2], noise=case[2], denominators=denominators, accumulator=accumulator)
+        found.append(({name: p.grad.clone() for name, p in run.model.named_parameters()}, accumulator.row()))
+    for name, gradient in found[0][0].items():
+        torch.testing.assert_close(found[1][0][name], gradient, atol=1e-6, rtol=1e-5)
+    for name, value in found[0][1].items():
+        if not name.endswith("seconds"):
+            assert found[1][1][name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
 
 
 # --- activation checkpointing ----------------------------------------------------------------------------------
@@ -121,7 +149,7 @@ def test_nothing_is_checkpointed_where_no_gradient_is_wanted(tmp_path: Path, mon
 def test_an_architecture_without_checkpointing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = small_model()
     monkeypatch.setattr(type(model), "supports_gradient_checkpointing", False)
-    with pytest.raises(ModelError, match="activation_checkpointing=True: model 'old' does not support it"):
+    with pytest.raises(ModelError, match="activation_checkpointing: model 'old' does not support it"):
         checkpoint_activations(model, name="old")
 
 

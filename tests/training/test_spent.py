@@ -179,8 +179,8 @@ def test_the_cost_before_a_checkpoint_of_version_0_1_is_unknown(
     run_tiny(config, on_report=keep_checkpoints(tmp_path))
     load = checkpoint.load
 
-    def load_old(folder: Path) -> dict[str, Any]:
-        return {name: value for name, value in load(folder).items() if name != "spent"}
+    def load_old(folder: Path, **options: bool) -> dict[str, Any]:
+        return {name: value for name, value in load(folder, **options).items() if name != "spent"}
 
     monkeypatch.setattr(checkpoint, "load", load_old)
     outcome, rest = run_tiny(config, start_from=tmp_path / "step-2")

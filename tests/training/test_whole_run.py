@@ -124,7 +124,7 @@ def assert_equal(ours: torch.Tensor, expected: torch.Tensor) -> None:
     """To 1e-5; Adam divides gradients near zero by their own size, and so magnifies the rounding of a few entries."""
     error = (ours - expected).detach().abs()
     assert float((error <= 1e-5).float().mean()) > 0.995
-    assert float(error.max()) < 5e-5
+    assert float(error.max()) < 1e-4
 
 
 def test_everything_that_a_run_measures_is_as_defined(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ from ebft_study.rollouts.vllm.engine import (
     SampleReply,
     SampleRequest,
 )
-from ebft_study.rollouts.vllm.weights import SharedWeights, policy_weights
+from ebft_study.rollouts.vllm.weights import SharedWeights, Weight, policy_weights
 
 _START_SECONDS = 600.0
 _STOP_SECONDS = 10.0
@@ -232,7 +232,7 @@ class VllmRollouts:
             self._engine = start_engine(self.options, self.engine_name)
         actors.answer(self._engine.start.remote(self.options), who=_WHO, seconds=_START_SECONDS)
 
-    def _share(self, weights: dict[str, Tensor]) -> SharedWeights:
+    def _share(self, weights: dict[str, Weight]) -> SharedWeights:
         """Create a segment, have the engine map it, and remove its name."""
         # The engine would round the weights to its own type anyway.
         segment = SharedWeights(weights, dtype=getattr(torch, self.options.dtype))

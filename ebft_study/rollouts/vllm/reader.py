@@ -12,7 +12,7 @@ import torch
 import vllm._custom_ops as operators
 import vllm.model_executor.layers.utils as layers
 
-from ebft_study.rollouts.vllm.weights import Layout, views
+from ebft_study.rollouts.vllm.weights import Layout, Segment
 
 # On a CPU, vLLM's products (oneDNN's and, in bfloat16, its own) keep packed copies of the weights, which loading new
 # ones does not reach; a tied head would silently use the old ones. Plain products read the weights themselves.
@@ -27,7 +27,7 @@ class WeightReader:
 
     def map_weights(self, policy: str, path: str, layout: Layout) -> None:
         """Map a policy's segment, whose name may be removed afterwards."""
-        self._segments()[policy] = views(path, layout)
+        self._segments()[policy] = Segment(path, layout)
 
     def evict_weights(self, policy: str) -> None:
         """Unmap a policy's segment, and those of policies below it (`policy/answers`)."""
@@ -37,8 +37,9 @@ class WeightReader:
     @torch.no_grad()
     def read_weights(self, policy: str) -> None:
         """Load the policy's present weights into the model; into a sharded model, this worker's part of them."""
-        self.model_runner.model.load_weights(iter(self._segments()[policy].items()))
+        model = self.model_runner.model
+        model.load_weights(self._segments()[policy].read(next(model.parameters()).device))
 
-    def _segments(self) -> dict[str, dict[str, torch.Tensor]]:
-        segments: dict[str, dict[str, torch.Tensor]] = self.__dict__.setdefault("policy_segments", {})
+    def _segments(self) -> dict[str, Segment]:
+        segments: dict[str, Segment] = self.__dict__.setdefault("policy_segments", {})
         return segments

@@ -26,6 +26,9 @@ from . import candidate, jail, judge, kernel
 
 CPU_CLOCK = 2
 """Which clock of another process; see `clock_getcpuclockid`."""
+ENTRY_SECONDS = 30.0
+"""For making the jails of a program and its judge, which takes long on a busy machine. Wall time counts after it; the
+host has more patience (`worker.PATIENCE_SECONDS`)."""
 
 
 def main(level: str, control: int, host: int) -> None:
@@ -79,6 +82,8 @@ class Child:
     handle: int
     why: str = ""
     """Why it was killed: `cpu`, `wall`, or `over` when nobody needs it any more."""
+    has_entered: bool | None = None
+    """None while it is on its way into the jail."""
     status: int | None = None
     cpu_seconds: float = 0.0
 
@@ -97,10 +102,15 @@ class Child:
         self.status, self.cpu_seconds = os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime
         os.close(self.handle)
 
-    def report(self) -> dict[str, Any]:
-        entered = os.read(self.entered, 1) == b"1"
+    def arrive(self) -> None:
+        """Read whether it has entered the jail; waits until it has, or has ended."""
+        self.has_entered = os.read(self.entered, 1) == b"1"
         os.close(self.entered)
-        return {"entered": entered, "why": self.why, "status": self.status, "cpu_seconds": self.cpu_seconds}
+
+    def report(self) -> dict[str, Any]:
+        if self.has_entered is None:
+            self.arrive()
+        return {"entered": self.has_entered, "why": self.why, "status": self.status, "cpu_seconds": self.cpu_seconds}
 
 
 class Zygote:
@@ -164,7 +174,7 @@ class Zygote:
 
     def _watch(self, children: dict[str, Child], job: dict[str, Any]) -> None:
         """Wait until all have ended; end what is out of time, and the program when its judge has ended."""
-        deadline = time.monotonic() + job["wall_seconds"]
+        deadline = time.monotonic() + ENTRY_SECONDS + job["wall_seconds"]
         while running := [child for child in children.values() if child.status is None]:
             for child in running:
                 if child.why:
@@ -177,9 +187,16 @@ class Zygote:
             left = [job["cpu_seconds"] - child.cpu_used() for child in running if not child.why]
             patience = max(0.01, min([deadline - time.monotonic(), *left]))
             handles = [child.handle for child in running]
-            ready = select.select([self.control.fileno(), *handles], [], [], patience)[0]
+            coming = [child for child in running if child.has_entered is None]
+            watched = [self.control.fileno(), *handles, *(child.entered for child in coming)]
+            ready = select.select(watched, [], [], patience)[0]
             if self.control.fileno() in ready:
                 os._exit(0)  # the host hung up, and everything below ends with this process
+            arrived = [child for child in coming if child.entered in ready]
+            for child in arrived:
+                child.arrive()
+            if arrived and len(arrived) == len(coming):
+                deadline = time.monotonic() + job["wall_seconds"]
             for child in running:
                 if child.handle in ready:
                     child.end()

@@ -74,7 +74,6 @@ def running(*, namespace: str, slots: int, dashboard: bool, travelling_bytes: fl
     """
     import ray
 
-    most = _MOST_MEMORY * psutil.virtual_memory().total
     with _known_to_its_processes(), keeping_sigterm():
         ray.init(
             address="local",
@@ -84,12 +83,18 @@ def running(*, namespace: str, slots: int, dashboard: bool, travelling_bytes: fl
             include_dashboard=dashboard,
             log_to_driver=False,
             logging_level=logging.ERROR,
-            object_store_memory=int(min(_OBJECT_STORE_BYTES + travelling_bytes, max(most, _OBJECT_STORE_BYTES))),
+            object_store_memory=object_store_bytes(travelling_bytes),
         )
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def object_store_bytes(travelling_bytes: float = 0.0) -> int:
+    """Size of Ray's object store, in /dev/shm: its pages are taken as they are needed."""
+    most = _MOST_MEMORY * psutil.virtual_memory().total
+    return int(min(_OBJECT_STORE_BYTES + travelling_bytes, max(most, _OBJECT_STORE_BYTES)))
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ebft_study import report, text
+from ebft_study.config import RunConfig
 from ebft_study.errors import ConfigError, EbftError, ResultsError, rule_broken
 from ebft_study.results import copies
 from ebft_study.storage import Location, StoragePath, absolute, storage_path
@@ -24,11 +25,13 @@ from ebft_study.study.folder import history, lock, study_yaml
 from ebft_study.study.folder.history import BUDGET_USED, History
 from ebft_study.study.folder.study_yaml import StudySource
 from ebft_study.study.folder.trial_states import TrialState
+from ebft_study.study.forecast.disk import study_disk
 from ebft_study.study.resolving import checks, extending
 from ebft_study.study.resolving.resolved import ResolvedStudy
 from ebft_study.study.resolving.study_file import resolve, section_of, with_sections
 from ebft_study.study.search import journal
 from ebft_study.study.spec.study_spec import StudySpec
+from ebft_study.training import Workers
 
 INTERRUPTED = 130
 
@@ -166,6 +169,8 @@ def _run(
             for change in study_yaml.changed_versions(folder):
                 console.print(f"note: the study was started with {change}", markup=False, highlight=False)
         _check_budget(study, past)
+        for problem in study_disk(study).shortages(folder, are_here=not study.capacity.is_existing):
+            console.print(f"note: {problem}", markup=False, highlight=False, soft_wrap=True)
         if not is_new and study_yaml.read(folder).budget != study.spec.budget:
             study_yaml.change_budget(folder, study.spec.budget)
         provenance = _prepare(study, console)
@@ -183,6 +188,11 @@ def _cluster_and_lock(
     with existing.connection(address, study=study.name) as capacity:
         study = study if capacity is None else study.on(capacity)
         checks.check_capacity(study)
+        if capacity is None and any(run.uses_engine for run in study.runs):
+            from ebft_study.study.resolving.service_plan import check_shared_memory
+
+            resources = study.spec.resources
+            check_shared_memory(study.runs, study.service_plan, resources, concurrency=study.concurrency)
         with lock.hold(folder, record=study_yaml.NAME) as lock_handle:
             if capacity is not None:
                 existing.check(folder.local, needs_dashboard=study.spec.resources.has_workers)
@@ -220,8 +230,12 @@ def _prepare(study: ResolvedStudy, console: Console) -> dict[str, object]:
     """Load or build data and models once, before any process is started for a trial."""
     from ebft_study.training.prepare import prepare
 
+    def workers(run: RunConfig) -> Workers:
+        resources, is_here = study.spec.resources.for_run(run), not study.capacity.is_existing
+        return Workers(resources.device_of(run), resources.processes, resources.gpu_fraction, is_here)
+
     console.print("preparing data and models")
-    return dict(prepare(study.runs))
+    return dict(prepare(study.runs, workers=workers))
 
 
 def _report(folder: StoragePath, console: Console) -> Path | StoragePath | None:

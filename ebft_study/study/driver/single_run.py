@@ -14,16 +14,18 @@ from rich.console import Console
 from ebft_study import results
 from ebft_study.config import EARLIER_DEFAULTS, RunConfig, build_run, with_paths
 from ebft_study.errors import ConfigError, EbftError, ResultsError
+from ebft_study.storage import storage_path
 from ebft_study.study.cluster import own
 from ebft_study.study.driver import services
 from ebft_study.study.driver.monitor import Monitor
 from ebft_study.study.folder import attempts, history, study_yaml
 from ebft_study.study.folder.study_yaml import StudySource
-from ebft_study.study.resolving.service_plan import check_cache, plan_services
+from ebft_study.study.forecast.disk import checkpoint_disk
+from ebft_study.study.resolving.service_plan import check_cache, check_shared_memory, plan_services
 from ebft_study.study.spec.study_spec import ObjectiveSpec, ResourcesSpec, StudySpec, nested, paths
 from ebft_study.study.spec.trials import Configuration, Trial
 from ebft_study.study.view.display import Lines
-from ebft_study.training import RunResult
+from ebft_study.training import RunResult, Workers
 
 TRIAL = "t0000"
 COLUMNS = ("ce_loss", "cfm_loss", "reward")
@@ -32,22 +34,30 @@ _MAY_GROW = "run.training.steps:"
 
 def run_single(run: RunConfig, source: StudySource, *, folder: Path, resume: bool, console: Console) -> RunResult:
     """Train `run` in this process. `resume`: from the newest checkpoint in `folder`, if there is any."""
+    from ebft_study.training.memory import shortage
     from ebft_study.training.prepare import prepare
-    from ebft_study.training.setup import choose_device
+    from ebft_study.training.setup import choose_device, planned
 
     folder = folder.resolve()
     run = _with_recorded_defaults(run, folder, source.name)
     question = f"A single run of {Path(source.name).name}."
     spec = StudySpec(study=run.name, question=question, run=nested(run), seeds=(run.seed,))
     _check_folder(folder, spec, resume)
-    provenance = prepare([run])
+    workers = Workers("cuda" if choose_device(run).type == "cuda" else "cpu")
+    if run.uses_engine:
+        alone = ResourcesSpec()
+        check_shared_memory([run], plan_services([run], alone, concurrency=1), alone, concurrency=1)
+    provenance = prepare([run], workers=lambda _: workers)
     folder.mkdir(parents=True, exist_ok=True)
     study_yaml.write(folder, spec, source, provenance=provenance)
     objective = spec.objective.metric
     past = history.read(folder, objective).states
     monitor = Monitor(results.StudyRecorder(folder, study=run.name), past, objective)
     monitor.display = Lines(console, COLUMNS)
-    gpus = float(choose_device(run).type == "cuda")
+    of_disk = checkpoint_disk([(run, 1)], concurrency=1).shortages(storage_path(folder))
+    for problem in filter(None, [*of_disk, shortage(*planned(run))]):
+        console.print(f"note: {problem}", markup=False, highlight=False, soft_wrap=True)
+    gpus = float(workers.device == "cuda")
     monitor.planned(Trial(TRIAL, Configuration("only", {}), run.seed, run, ResourcesSpec(gpus_per_worker=gpus)))
     monitor.started(TRIAL)
     try:

@@ -85,6 +85,7 @@ def _run_attempt(task: TrialTask) -> None:
         attempt=number,
         start_from=str(start_from) if start_from else None,
         loop=task.loop,
+        gpu_fraction=task.resources_spec.gpu_fraction,
     )
     fit = _fit_workers if task.resources_spec.workers_per_trial else _fit_in_process
     last: dict[str, Any] = {}

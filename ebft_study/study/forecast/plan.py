@@ -1,4 +1,4 @@
-"""The cost of a study before anything starts: trials, workers, memory per worker, work, and hours.
+"""The cost of a study before anything starts: trials, workers, memory per worker, disk, work, and hours.
 
 Work comes from the cost model; the throughput of this machine, and the cost of evaluations and starts, from the trials
 that finished in earlier studies of the same storage folder.
@@ -6,29 +6,33 @@ that finished in earlier studies of the same storage folder.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import psutil
+import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from ebft_study import text
 from ebft_study.errors import ConfigError
-from ebft_study.storage import Location
+from ebft_study.storage import Location, storage_path
 from ebft_study.study.forecast.benchmarks import benchmark_evaluations, benchmark_work
+from ebft_study.study.forecast.disk import CheckpointDisk, study_disk
 from ebft_study.study.forecast.evidence import detectable_differences
 from ebft_study.study.forecast.prediction import Prediction, predict
 from ebft_study.study.forecast.trial_groups import TrialGroup, trial_groups
 from ebft_study.study.resolving.resolved import ResolvedStudy
+from ebft_study.study.resolving.service_plan import check_shared_memory
 from ebft_study.study.spec import promotion
 from ebft_study.study.spec.study_spec import ResourcesSpec
-from ebft_study.training.memory import fit_memory
+from ebft_study.training.engine_memory import EngineMemory, engine_memory
+from ebft_study.training.memory import LARGE_GPU_BYTES, USABLE, plan_for, shapes, total_memory
 
 _GIB = 2**30
-_GPU_MEMORY_GIB = 80.0  # of the larger ones, at least
+_MOST_PER_GPU = 8
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,10 @@ class PlannedGroup:
     """Per worker, at the peak; NaN where not even the smallest micro-batches fit."""
     problem: str
     """Reason why it does not fit."""
+    engine: EngineMemory
+    """Memory of its engine on a CPU, besides that of its workers."""
+    trials_per_gpu: tuple[int, int]
+    """How many such trials of one worker fit one GPU, and how many of them without smaller passes; 0 elsewhere."""
 
     @property
     def fits(self) -> bool:
@@ -60,6 +68,8 @@ class StudyPlan:
     groups: Sequence[PlannedGroup]
     prediction: Prediction | None
     """None where nothing was measured on this machine yet."""
+    disk: CheckpointDisk
+    disk_shortages: Sequence[str]
     evidence: Sequence[str] = ()
     """The differences that it will be able to tell apart, in sentences."""
 
@@ -92,31 +102,68 @@ def plan(study: ResolvedStudy, *, storage: Location, memory_gib: float | None = 
 
     Args:
         storage: the folder of earlier studies, whose trials show the throughput of this machine.
-        memory_gib: of one worker, where the study does not say; default: 80 on a GPU, else its part of this machine's.
+        memory_gib: of a GPU, or of the machine's memory for one worker; default: 79 ("80 GB") on a GPU, else what the
+            machine has, of which each concurrent worker must leave the others theirs.
     """
-    memory_gib = memory_gib or _default_memory_gib(study)
     prediction = predict(study, storage=storage)
     groups = [row.group for row in prediction.groups] if prediction else trial_groups(study)
-    planned = [PlannedGroup(group, *_memory(group, memory_gib)) for group in groups]
-    return StudyPlan(study, planned, prediction, detectable_differences(study, storage=storage))
+    planned = [
+        PlannedGroup(group, *_memory(study, group, memory_gib), _engine(group), _trials_per_gpu(group, memory_gib))
+        for group in groups
+    ]
+    disk = study_disk(study)
+    shortages = disk.shortages(storage_path(storage) / study.name, are_here=not study.capacity.is_existing)
+    return StudyPlan(study, planned, prediction, disk, shortages, detectable_differences(study, storage=storage))
 
 
-def _default_memory_gib(study: ResolvedStudy) -> float:
-    if study.spec.resources.gpus_per_worker:
-        return _GPU_MEMORY_GIB
-    total = float(psutil.virtual_memory().total) / _GIB
-    return total / (study.concurrency * study.spec.resources.processes)
-
-
-def _memory(group: TrialGroup, memory_gib: float) -> tuple[float, str]:
-    """GiB per worker at the peak, or NaN and why it does not fit."""
+def _memory(study: ResolvedStudy, group: TrialGroup, memory_gib: float | None) -> tuple[float, str]:
+    """GiB per worker at the peak, as its run will plan it, or NaN and why it does not fit."""
     run, resources = group.example.run, group.example.resources
-    budget = (run.training.memory_budget_gib or memory_gib) * _GIB
+    device, processes = resources.device_of(run), resources.processes
+    default = LARGE_GPU_BYTES if device == "cuda" else total_memory(torch.device("cpu"))
+    total = default if memory_gib is None else memory_gib * _GIB
     try:
-        fitted = fit_memory(run, resources.device_of(run), world_size=resources.processes, budget_bytes=budget)
+        planned = plan_for(run, device, total_bytes=total, world_size=processes, gpu_fraction=resources.gpu_fraction)
     except ConfigError as error:
         return math.nan, str(error)
-    return fitted.peak_bytes / _GIB, ""
+    workers = math.ceil(study.concurrency * processes / len(study.capacity.nodes))
+    needed, engine = planned.peak_bytes / _GIB, _engine(group)
+    engines = 1 if run.vllm.engine_scope == "study" else study.concurrency
+    beside = study.concurrency * engine.segment_bytes + engines * engine.process_bytes
+    if device == "cpu" and memory_gib is None and workers * planned.peak_bytes + beside > USABLE * total:
+        and_engines = f", and their engines {beside / _GIB:.3g} GiB" if beside else ""
+        return math.nan, (
+            f"memory={total / _GIB:.3g} GiB: {workers} workers at a time need {needed:.3g} GiB each{and_engines}. "
+            "Use a smaller budget.max_concurrent_trials or training.memory_budget_gib"
+        )
+    try:
+        if run.uses_engine and device == "cpu" and memory_gib is None:
+            check_shared_memory([run], study.service_plan, study.spec.resources, concurrency=study.concurrency)
+    except ConfigError as error:
+        return math.nan, str(error)
+    return needed, ""
+
+
+def _engine(group: TrialGroup) -> EngineMemory:
+    run, resources = group.example.run, group.example.resources
+    if not run.uses_engine or resources.device_of(run) != "cpu":
+        return EngineMemory()
+    return engine_memory(run, "cpu", shapes(run)[0])
+
+
+def _trials_per_gpu(group: TrialGroup, memory_gib: float | None) -> tuple[int, int]:
+    """See `PlannedGroup.trials_per_gpu`; at most eight are tried."""
+    run, resources = group.example.run, group.example.resources
+    if resources.device_of(run) == "cpu" or resources.processes > 1 or run.training.memory_budget_gib is not None:
+        return 0, 0
+    total = LARGE_GPU_BYTES if memory_gib is None else memory_gib * _GIB
+    fitting = dict[int, tuple[int, int]]()
+    for number in range(1, _MOST_PER_GPU + 1):
+        with contextlib.suppress(ConfigError):
+            made = plan_for(run, "cuda", total_bytes=total, world_size=1, gpu_fraction=1 / number)
+            fitting[number] = made.micro_batch_size, made.anchors_at_once
+    as_alone = (number for number, passes in fitting.items() if passes == fitting.get(1))
+    return max(fitting, default=0), max(as_alone, default=0)
 
 
 # --- for people ------------------------------------------------------------------------------------------------
@@ -145,6 +192,9 @@ def summary(planned: StudyPlan) -> list[str]:
     lines = [f"{planned.n_trials} trials, {planned.concurrency} at a time, {' or '.join(workers)} each"]
     lines += [_levels(planned.study)] if planned.study.spec.seeds.promotes else []
     lines += [f"{row.group.label}: {row.problem}" for row in planned.groups if not row.fits]
+    lines += dict.fromkeys(_engines(row) for row in planned.groups if row.engine.total_bytes)
+    lines += [_sharing(row) for row in planned.groups if row.trials_per_gpu[0]]
+    lines += [planned.disk.describe(), *planned.disk_shortages]
     lines += dict.fromkeys(_benchmarks(row.group) for row in planned.groups if row.group.work.has_benchmarks)
     if planned.hours is None or planned.prediction is None:
         lines += ["no time predicted: no trial has finished here yet to measure this machine by"]
@@ -176,6 +226,31 @@ def _benchmarks(group: TrialGroup) -> str:
         f"benchmarks of {run.model}: {benchmark_evaluations(run)} per trial and one of the base model, each "
         f"{work.problems} problems, {work.answers} answers of up to {longest} tokens, "
         f"{work.flops / 1e12:.3g} TFLOP{judging}"
+    )
+
+
+def _engines(row: PlannedGroup) -> str:
+    """`engine of tiny-1m: 1.74 GiB besides the workers, and 0.01 GiB of weights in /dev/shm for each trial`."""
+    process, segment = row.engine.process_bytes / _GIB, row.engine.segment_bytes / _GIB
+    run = row.group.example.run
+    number = "for all trials" if run.vllm.engine_scope == "study" else "for each trial"
+    return (
+        f"engine of {run.model}: {process:.2f} GiB besides the workers {number}, and {segment:.2f} GiB of weights in "
+        "/dev/shm for each trial"
+    )
+
+
+def _sharing(row: PlannedGroup) -> str:
+    """`n=4: by memory 4 trials fit one GPU (gpus_per_worker: 0.25), 2 without smaller passes; 1 allows 1`."""
+    most, as_alone = row.trials_per_gpu
+    given = row.group.example.resources.gpus_per_worker
+    smaller = f", {as_alone} without smaller passes" if as_alone < most else ""
+    more = " or more" if most == _MOST_PER_GPU else ""
+    allowed = max(int(1 / given + 1e-9), 1)
+    part = math.floor(1000 / most) / 1000
+    return (
+        f"{row.group.label}: by memory {most}{more} trial{'s' * (most > 1)} fit{'s' * (most == 1)} one GPU "
+        f"(gpus_per_worker: {part:g}){smaller}; the study's {given:g} allows {allowed}"
     )
 
 

@@ -12,7 +12,9 @@ from ebft_study import text
 from ebft_study.config import RunConfig
 from ebft_study.cost import StepShape, step_cost
 from ebft_study.features import NetworkOptions
+from ebft_study.study.cluster.own import object_store_bytes
 from ebft_study.study.spec.study_spec import ResourcesSpec
+from ebft_study.training.engine_memory import check_room, engine_memory
 from ebft_study.training.memory import shapes
 
 SERVICE_PROCESS_BYTES = 700 * 2**20
@@ -100,6 +102,21 @@ def check_cache(runs: Sequence[RunConfig], plan: ServicePlan, resources: Resourc
         from ebft_study.features.cache import open_cache
 
         open_cache(network_options(wanted, resources), lambda _problem: None)
+
+
+def check_shared_memory(
+    runs: Sequence[RunConfig], plan: ServicePlan, resources: ResourcesSpec, *, concurrency: int
+) -> None:
+    """Refuse, before anything starts, engines whose weights this machine's shared memory cannot hold.
+
+    Raises:
+        ConfigError: less is free in /dev/shm.
+    """
+    served = [run for run in runs if run.uses_engine]
+    if served:
+        largest = max(engine_memory(run, resources.device_of(run), shapes(run)[0]).segment_bytes for run in served)
+        objects = object_store_bytes(plan.travelling_bytes)
+        check_room(concurrency * largest + objects, policies=concurrency)
 
 
 def may_need_service(run: RunConfig) -> bool:

@@ -349,6 +349,11 @@ class ResourcesSpec(Section):
         return max(1, self.workers_per_trial)
 
     @property
+    def gpu_fraction(self) -> float:
+        """The part of a GPU that a worker may use; without effect on a CPU."""
+        return min(self.gpus_per_worker, 1.0) or 1.0
+
+    @property
     def gpus(self) -> float:
         """All GPUs of one trial."""
         return self.processes * self.gpus_per_worker

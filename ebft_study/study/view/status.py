@@ -15,7 +15,10 @@ from ebft_study.study.folder import history, lock, study_yaml, trial_states
 from ebft_study.study.spec import trials
 from ebft_study.study.view.display import Plan, print_plain, render
 
-_EVENTS = ("retry", "failed", "stopped", "refused", "resumed", "interrupted", "features", "cache", "promoted", EXPLOIT)
+_EVENTS = (
+    *("retry", "failed", "stopped", "refused", "resumed", "interrupted", "features", "cache", "promoted", EXPLOIT),
+    *("memory", "vanishing"),
+)
 _MOST_EVENTS = 12
 _MOST_TRIALS = 100
 

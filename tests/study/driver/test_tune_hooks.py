@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from ray.tune.search import Searcher
 
 from ebft_study.errors import DataError, EbftError
@@ -21,7 +22,10 @@ from ebft_study.study.spec import normalize, trials
 from ebft_study.study.spec.study_spec import ResourcesSpec
 from ebft_study.study.spec.trial_task import TrialTask
 from ebft_study.study.stopping.rules import RuleMonitor
+from ebft_study.training import RunResult, setup
+from ebft_study.training.recorded import LOOP, train_recorded
 from tests.studies import task, task_of
+from tests.tiny_run import tiny_config
 
 # --- relay -----------------------------------------------------------------------------------------------------
 
@@ -282,6 +286,31 @@ def test_a_trial_that_is_not_tried_again_only_says_so(monkeypatch: pytest.Monkey
     trial.run_trial(task(failed="RuntimeError: out of memory").to_config())
     (last,) = reported
     assert last["outcome"] == {"status": "failed", "reason": "RuntimeError: out of memory"}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_trial_plans_with_its_part_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
+    """From the resources of a study to the memory plan of a worker, in its own process and in a trial's."""
+    card, budgets = SimpleNamespace(total_memory=80 * 2**30), list[float]()
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    monkeypatch.setattr(setup, "choose_device", lambda _: torch.device("cuda"))
+
+    def train(config: Any, *, services: Any, world_size: int, **_: Any) -> RunResult:
+        budgets.append(setup.planned(config, world_size=world_size, services=services)[1].budget_bytes)
+        return RunResult("finished", "", 0, {}, 0.0)
+
+    def fit(task: TrialTask, attempt: Any, _: Any) -> dict[str, Any]:
+        return train_recorded(task.run_config, attempt, on_report=None)
+
+    monkeypatch.setattr("ebft_study.training.loop.train", train)
+    monkeypatch.setattr(trial, "_fit_workers" if workers else "_fit_in_process", fit)
+    monkeypatch.setattr(trial.ray.tune, "report", lambda _: None)
+    monkeypatch.setattr(trial.ray.tune, "get_checkpoint", lambda: None)
+    for number, gpus in enumerate((0.25, 1.0, 2.0)):
+        run, resources = tiny_config(tmp_path), ResourcesSpec(workers_per_trial=workers, gpus_per_worker=gpus)
+        given = {"run": run.model_dump(mode="json"), "resources": resources.model_dump(), "loop": LOOP}
+        trial.run_trial(task(trial_id=f"t{number}", study_folder=str(tmp_path), **given).to_config())
+    assert budgets == [0.9 * part * card.total_memory for part in (0.25, 1, 1)]
 
 
 def test_what_tune_pickles_holds_nothing() -> None:

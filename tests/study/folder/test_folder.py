@@ -65,7 +65,7 @@ def test_the_newest_checkpoint_is_the_highest_complete_step_of_all_attempts(tmp_
     save(first / "checkpoint_00000020", 20)
     save(second / "checkpoint_00000030", 30)
     damaged = save(second / "checkpoint_00000040", 40)
-    (damaged / "state.pt").write_bytes(b"half")
+    (damaged / "state-00001-of-00001.safetensors").write_bytes(b"half")
     save(attempts.folder(tmp_path, "t00011", 1) / "checkpoint_00000090", 90)
     assert attempts.newest_checkpoint(tmp_path, "t0001") == second / "checkpoint_00000030"
     (second / "checkpoint_00000030" / "checkpoint.json").delete()
@@ -123,7 +123,7 @@ def test_attempts_and_checkpoints_in_a_store(tmp_path: Path, s3_query: str) -> N
     own = attempts.folder(study, "t0001", 2)
     for step in (1, 2, 3):
         attempts.keep_checkpoint(own, save(tmp_path / f"{step}", step, cfm_loss=float(step)), step=step)
-    damaged = own / "checkpoint_00000003" / "state.pt"
+    damaged = own / "checkpoint_00000003" / "state-00001-of-00001.safetensors"
     damaged.write_bytes(b"half")
     newest = attempts.newest_checkpoint(study, "t0001")
     assert newest == own / "checkpoint_00000002"

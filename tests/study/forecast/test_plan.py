@@ -5,13 +5,16 @@ from __future__ import annotations
 import datetime
 import json
 import math
+import re
 import socket
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from ebft_study import config
@@ -24,7 +27,8 @@ from ebft_study.study.cluster.capacity import ClusterCapacity, Node
 from ebft_study.study.forecast import benchmarks, prediction, throughput
 from ebft_study.study.forecast import plan as planning
 from ebft_study.study.spec.study_spec import StudySpec
-from ebft_study.training.memory import fit_memory, shapes
+from ebft_study.training import engine_memory
+from ebft_study.training.memory import fit_memory, plan_micro_batches, shapes
 from tests.evaluation.downstream import files
 from tests.studies import resolved
 from tests.tiny_run import tiny_config, write_model
@@ -114,6 +118,98 @@ def test_the_judge_is_part_of_the_cost_of_evaluations_and_of_memory(
     assert more == pytest.approx(n_sequences * (cost.features.flops + sampling))
     memory, without = (fit_memory(r, "cpu", world_size=1, budget_bytes=2**32).peak_bytes for r in (judged, settings))
     assert memory - without == 4 * judge.body_parameters
+
+
+def test_a_plan_is_the_one_that_a_run_makes(
+    run: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On this CPU, on a GPU of "80 GB", on parts of it, and with a budget in the settings."""
+    card = SimpleNamespace(total_memory=79.3 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    axes = {"reward.alpha": [0.0]}
+    gpus = ClusterCapacity((Node(64, 8),))
+    cases: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        ({}, {}),
+        ({}, {"gpus_per_worker": 1}),
+        ({}, {"gpus_per_worker": 0.000012}),
+        ({"training": {"memory_budget_gib": 0.0009}}, {"gpus_per_worker": 1}),
+    ]
+    budgets = set()
+    for settings, resources in cases:
+        given = config.merge(run, {"training": {"device": "auto"}} | settings)
+        study = replace(resolved(spec(given, axes=axes, resources=resources)), capacity=gpus)
+        (row,) = planning.plan(study, storage=tmp_path).groups
+        device = torch.device("cuda" if resources else "cpu")
+        fraction = study.spec.resources.gpu_fraction
+        made = plan_micro_batches(row.group.example.run, device, world_size=1, gpu_fraction=fraction)
+        assert row.memory_gib == made.peak_bytes / 2**30, resources
+        budgets.add(made.budget_bytes)
+    assert len(budgets) == 4
+
+
+def test_workers_at_a_time_share_the_machine(
+    run: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = resolved(spec(run, axes={"reward.alpha": [0.0]}))
+    (row,) = planning.plan(study, storage=tmp_path).groups
+    monkeypatch.setattr(planning, "total_memory", lambda _: 1.5 * row.memory_gib * 2**30)
+    crowded = replace(study, capacity=ClusterCapacity((Node(2),)))
+    assert crowded.concurrency == 2
+    (refused,) = planning.plan(crowded, storage=tmp_path).groups
+    assert re.search(r"2 workers at a time need .* GiB each.*max_concurrent_trials", refused.problem)
+    apart = replace(study, capacity=ClusterCapacity((Node(1), Node(1))))
+    assert planning.plan(apart, storage=tmp_path).fits
+
+
+def test_engines_beside_the_workers_count_on_a_cpu(
+    run: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = config.merge(run, {"rollout": {"backend": "vllm"}, "vllm": {"kv_cache_gib": 0.25}})
+    study = resolved(spec(served, axes={"reward.alpha": [0.0]}))
+    crowded = replace(study, capacity=ClusterCapacity((Node(2),)))
+    (row,) = planning.plan(crowded, storage=tmp_path).groups
+    assert row.fits
+    assert row.engine.process_bytes > 0.25 * 2**30
+    lines = "\n".join(planning.summary(planning.plan(crowded, storage=tmp_path)))
+    assert f"{row.engine.process_bytes / 2**30:.2f} GiB besides the workers for each trial" in lines
+    needed = 2 * (row.memory_gib * 2**30 + row.engine.total_bytes) / 0.9
+    for total, problem in ((1.001 * needed, ""), (0.99 * needed, "2 workers at a time need .*, and their engines")):
+        monkeypatch.setattr(planning, "total_memory", lambda _, total=total: total)
+        (found,) = planning.plan(crowded, storage=tmp_path).groups
+        assert re.search(problem, found.problem), found.problem
+        assert bool(found.problem) == bool(problem)
+    monkeypatch.setattr(engine_memory.os, "statvfs", lambda _: SimpleNamespace(f_bavail=1, f_frsize=4096))
+    monkeypatch.setattr(planning, "total_memory", lambda _: 2 * needed)
+    (found,) = planning.plan(crowded, storage=tmp_path).groups
+    assert "/dev/shm" in found.problem
+
+
+def test_a_plan_says_how_many_trials_share_a_gpu(run: dict[str, Any], tmp_path: Path) -> None:
+    """By the memory that a run would plan with on such a part of it."""
+    gpus, axes = ClusterCapacity((Node(64, 8),)), {"reward.alpha": [0.0]}
+
+    def shared(memory_gib: float, **changes: Any) -> tuple[planning.PlannedGroup, str]:
+        given = config.merge(run, {"training": {"device": "auto"}} | changes.pop("run", {}))
+        resources = {"gpus_per_worker": 1} | changes
+        study = replace(resolved(spec(given, axes=axes, resources=resources)), capacity=gpus)
+        found = planning.plan(study, storage=tmp_path, memory_gib=memory_gib)
+        lines = [line for line in planning.summary(found) if "by memory" in line]
+        return found.groups[0], "\n".join(lines)
+
+    alone, _ = shared(1.0)
+    peak = alone.memory_gib / 0.9
+    row, line = shared(3.5 * peak, gpus_per_worker=0.5)
+    assert row.trials_per_gpu[1] == 3  # as they run alone
+    assert 3 < row.trials_per_gpu[0] <= 8  # smaller passes need less
+    assert "(gpus_per_worker: 0." in line
+    assert "3 without smaller passes; the study's 0.5 allows 2" in line
+    _, line = shared(1000.0)
+    assert "by memory 8 or more trials fit one GPU (gpus_per_worker: 0.125); the study's 1 allows 1" in line
+    engine = {"rollout": {"backend": "vllm"}, "vllm": {"placement": "colocated", "gpu_memory_utilization": 0.3}}
+    row, _ = shared(1000.0, run=engine)
+    assert row.trials_per_gpu == (3, 3)  # a quarter would be the engine's alone
+    for several in ({"workers_per_trial": 2}, {"gpus_per_worker": 0}):
+        assert shared(1000.0, **several)[0].trials_per_gpu == (0, 0)
 
 
 def finish(storage: Path, run: dict[str, Any], *, step_seconds: float, train: float, total: float, host: str) -> None:

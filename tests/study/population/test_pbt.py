@@ -253,7 +253,7 @@ def test_the_newest_complete_checkpoint_of_the_donor_is_taken(folder: Path) -> N
         cluster.report(f"t000{i}", INTERVAL, float(i))
     best = cluster.trials["t0001"]
     best.save(15)
-    (best.save(20) / checkpoint.STATE).write_bytes(b"half")
+    next(best.save(20).glob("*.safetensors")).write_bytes(b"half")
     cluster.report("t0004", INTERVAL, 4.0)
     assert cluster.taken()[0]["donor_step"] == 15
     assert cluster.trials["t0004"].start() == 15
