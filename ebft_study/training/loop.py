@@ -67,6 +67,10 @@ def train(
             startup_seconds = time.perf_counter() - started
         while run.step < config.total_steps:
             run.update()
+            while run.notices:
+                notice = run.notices.pop(0)
+                if recorder:
+                    recorder.event("memory", notice, step=run.step)
             observe(run, recorder, on_report)
         finish(run, recorder)
     except (NonFiniteError, ParityError) as error:

@@ -121,6 +121,23 @@ def fit_memory(config: RunConfig, device: str, *, world_size: int, budget_bytes:
     return min(found, key=lambda each: each[0])[1]
 
 
+def smaller(config: RunConfig, device: str, plan: MemoryPlan) -> MemoryPlan | None:
+    """The plan of one worker with passes of half as many sequences or, of single ones, of half as many anchors.
+
+    None where they have one of each.
+    """
+    halves = -(-plan.micro_batch_size // 2), -(-plan.anchors_at_once // 2)
+    if plan.micro_batch_size > 1:
+        passes = {"micro_batch_size": halves[0], "anchors_at_once": plan.anchors_at_once}
+    elif plan.anchors_at_once > 1:
+        passes = {"micro_batch_size": 1, "anchors_at_once": halves[1]}
+    else:
+        return None
+    changes = {**passes, "activation_checkpointing": plan.activation_checkpointing}
+    changed = config.model_copy(update={"training": config.training.model_copy(update=changes)})
+    return replace(fit_memory(changed, device, world_size=1, budget_bytes=math.inf), budget_bytes=plan.budget_bytes)
+
+
 def budgets(config: RunConfig, device: str, *, total_bytes: float, gpu_fraction: float = 1.0) -> list[float]:
     """Bytes that a worker may use: the first number is the aim, the last one the limit.
 

@@ -65,7 +65,12 @@ class CostMeter:
         again = plan.activation_checkpointing
         self._step = StepShape.from_config(config, world_size=world_size, activation_checkpointing=again)
         self._energy, self._cpu = EnergyMeter(device, world_size=world_size), time.process_time()
-        self._passes, self._limits = MicroBatchPlan(plan.micro_batch_size, plan.anchors_at_once), Limits.on(device.type)
+        self._limits = Limits.on(device.type)
+        self.set_passes(plan)
+
+    def set_passes(self, plan: MemoryPlan) -> None:
+        """Count the updates to come with the passes of another plan."""
+        self._passes = MicroBatchPlan(plan.micro_batch_size, plan.anchors_at_once)
         self._costs: dict[StepShape, StepCost] = {}
 
     def update(self, *, samples: bool, sampled_tokens: float = 0.0) -> StepCost:

@@ -20,11 +20,13 @@ from ebft_study.config import OptimizerConfig, RunConfig
 from ebft_study.data import Batch, batch_indices
 from ebft_study.errors import ConfigError, NonFiniteError
 from ebft_study.methods import LossDenominators, Method, MetricAccumulator, Observations, SamplesAhead, off_policy
+from ebft_study.methods.ebft import Ebft
 from ebft_study.networks.loading import trained_parameters
 from ebft_study.networks.sharding import is_sharded, unsharded
 from ebft_study.rollouts import ROLLOUT_STREAM, anchors_of, answer_anchors
 from ebft_study.training import vanishing
 from ebft_study.training.distributed import full_tensor, max_over_workers, scoring, sum_gradients, sum_over_workers
+from ebft_study.training.memory import MemoryPlan, smaller
 from ebft_study.training.optimizer import ROUNDING_STREAM, new_optimizer
 from ebft_study.training.setup import autocast, build_parts
 from ebft_study.training.spent import CostMeter, Spent
@@ -51,6 +53,8 @@ class Run:
         self.accumulator, self.accumulated_steps = MetricAccumulator(), 0
         self.latest = dict[str, float]()
         self.has_warned = False
+        self.notices = list[str]()
+        """What the user should know of the last update."""
         self.rounding = Observations()
         """Differences of log-probabilities between two of the trainer's own passes: with an engine, in bfloat16."""
         self.spent = Spent()
@@ -110,13 +114,8 @@ class Run:
             with unsharded(self.model):
                 self.parts.rollouts.update_weights(self.model, self.step)
         batch, anchors, noise, denominators = self.batch()
-        loss, compared = 0.0, self._compared()
-        answers = self.accumulator.of("answer_tokens")
-        parts = list(_micro_batches(batch, anchors, noise, self.parts.memory_plan.micro_batch_size))
-        self._prepare(parts)
-        with scoring(self.model):
-            for part in parts:
-                loss += self._backward(*part, denominators)
+        compared, answers = self._compared(), self.accumulator.of("answer_tokens")
+        loss = self._gradients(batch, anchors, noise, denominators)
         with self.accumulator.seconds("optimizer_seconds", self.device):
             sum_gradients(self.model, self.world_size)
         if self.samples_from_engine:
@@ -163,6 +162,39 @@ class Run:
         counts = float(anchors.valid.sum()), float(batch.ce_mask(config.loss.ce_region).sum())
         contexts, ce_tokens = self.sum_over_workers(counts)
         return batch, anchors, noise, LossDenominators(contexts, max(ce_tokens, 1.0), self.step)
+
+    def _gradients(self, batch: Batch, anchors: Anchors, noise: Tensor, denominators: LossDenominators) -> float:
+        """Gradients of this worker's rows, in smaller passes if memory runs out; returns its share of the loss.
+
+        Several workers cannot do so: the others wait in the passes that they share.
+        """
+        seen = dict(self.accumulator.observed)
+        while True:
+            try:
+                loss, plan = 0.0, self.parts.memory_plan
+                parts = list(_micro_batches(batch, anchors, noise, plan.micro_batch_size))
+                self._prepare(parts)
+                with scoring(self.model):
+                    for part in parts:
+                        loss += self._backward(*part, denominators)
+                return loss
+            except torch.OutOfMemoryError:
+                less = smaller(self.config, self.device.type, plan) if self.world_size == 1 else None
+                if less is None:
+                    raise
+            # Below the handler, whose traceback holds the tensors of the pass.
+            self.notices.append(f"step {self.step + 1} ran out of memory: {plan.describe()}. Now {less.describe()}")
+            self._set_plan(less)
+            self.accumulator.observed = dict(seen)
+            self.optimizer.zero_grad(set_to_none=True)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _set_plan(self, plan: MemoryPlan) -> None:
+        self.parts.memory_plan = plan
+        self.meter.set_passes(plan)
+        if isinstance(self.parts.method, Ebft):
+            self.parts.method.anchors_at_once = plan.anchors_at_once
 
     def _prepare(self, parts: list[tuple[Batch, Anchors, Tensor]]) -> None:
         """Sample for all micro-batches, with a method that does so before the first gradient."""

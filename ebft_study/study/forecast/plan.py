@@ -157,11 +157,11 @@ def _trials_per_gpu(group: TrialGroup, memory_gib: float | None) -> tuple[int, i
     if resources.device_of(run) == "cpu" or resources.processes > 1 or run.training.memory_budget_gib is not None:
         return 0, 0
     total = LARGE_GPU_BYTES if memory_gib is None else memory_gib * _GIB
-    fitting = dict[int, tuple[int, int]]()
+    fitting = dict[int, tuple[int, int, bool]]()
     for number in range(1, _MOST_PER_GPU + 1):
         with contextlib.suppress(ConfigError):
             made = plan_for(run, "cuda", total_bytes=total, world_size=1, gpu_fraction=1 / number)
-            fitting[number] = made.micro_batch_size, made.anchors_at_once
+            fitting[number] = made.micro_batch_size, made.anchors_at_once, made.activation_checkpointing
     as_alone = (number for number, passes in fitting.items() if passes == fitting.get(1))
     return max(fitting, default=0), max(as_alone, default=0)
 

@@ -136,7 +136,7 @@ def test_a_plan_is_the_one_that_a_run_makes(
     ]
     budgets = set()
     for settings, resources in cases:
-        given = config.merge(run, {"training": {"device": "auto"}} | settings)
+        given = config.merge(config.merge(run, {"training": {"device": "auto"}}), settings)
         study = replace(resolved(spec(given, axes=axes, resources=resources)), capacity=gpus)
         (row,) = planning.plan(study, storage=tmp_path).groups
         device = torch.device("cuda" if resources else "cpu")
@@ -178,7 +178,9 @@ def test_engines_beside_the_workers_count_on_a_cpu(
         (found,) = planning.plan(crowded, storage=tmp_path).groups
         assert re.search(problem, found.problem), found.problem
         assert bool(found.problem) == bool(problem)
-    monkeypatch.setattr(engine_memory.os, "statvfs", lambda _: SimpleNamespace(f_bavail=1, f_frsize=4096))
+    monkeypatch.setattr(
+        engine_memory.os, "statvfs", lambda _: SimpleNamespace(f_bavail=1, f_frsize=4096, f_blocks=1, f_bfree=1)
+    )
     monkeypatch.setattr(planning, "total_memory", lambda _: 2 * needed)
     (found,) = planning.plan(crowded, storage=tmp_path).groups
     assert "/dev/shm" in found.problem
