@@ -48,6 +48,7 @@ from ebft_study import api
 from ebft_study.config import read_run
 from ebft_study.errors import ConfigError
 from ebft_study.pretraining.ladder import END_OF_TEXT
+from ebft_study.training.checkpoint import RECORD
 from ebft_study.training.engine_memory import engine_memory
 from ebft_study.training.memory import free_memory, plan_micro_batches, shapes
 
@@ -239,7 +240,7 @@ def tables_of(results: Path) -> Facts:
     steps = tables.metrics[tables.metrics["step"] > 0]
     names = {"step_seconds", "sync_seconds", "checkpoint_seconds"} & set(steps.columns)
     seconds = {name: steps[name].median() for name in sorted(names)}
-    saved = max(results.rglob("checkpoint_*/"), key=lambda path: path.name)
+    saved = max((path.parent for path in results.rglob(RECORD)), key=lambda folder: folder.name)  # not Tune's own
     return {
         **{name: float(value) for name, value in seconds.items() if value == value},
         "start_seconds": float(tables.trials["startup_seconds"].iloc[0]),

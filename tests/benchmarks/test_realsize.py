@@ -7,8 +7,10 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pandas as pd
 import psutil
 import pytest
 import torch
@@ -146,6 +148,22 @@ def test_a_command_that_fails_or_hangs_says_so(tmp_path: Path) -> None:
 
 
 # --- the comparison ----------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_is_ours_and_not_the_one_that_tune_links_to_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    sizes = {"t/checkpoint_00000001/checkpoint.json": 5, "t/checkpoint_00000002/checkpoint.json": 7}
+    sizes |= {"t/checkpoint_00000002/state.safetensors": 11, "tune/trial/checkpoint_000001/link.json": 100}
+    for name, size in sizes.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(bytes(size))
+    tables = SimpleNamespace(
+        metrics=pd.DataFrame({"step": [0, 1, 2], "step_seconds": [9.0, 1.0, 3.0]}),
+        trials=pd.DataFrame({"startup_seconds": [4.0]}),
+    )
+    monkeypatch.setattr(realsize.api, "read_results", lambda _: tables)
+    assert realsize.tables_of(tmp_path) == {"step_seconds": 2.0, "start_seconds": 4.0, "checkpoint_bytes": 18}
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, *, peak: float, free: float = 100.0) -> None:
