@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from ebft_study.errors import ConfigError
 
 if TYPE_CHECKING:
+    import duckdb
     from rich.console import Console
 
     from ebft_study.config import RunConfig
@@ -147,6 +148,13 @@ def read_results(study: Location, *, storage: Location = STUDIES) -> Results:
     from ebft_study import results
 
     return results.load(find(study, storage))
+
+
+def catalog(storage: Location = STUDIES) -> duckdb.DuckDBPyConnection:
+    """All studies of a folder as one DuckDB database, read now: docs/comparing.md has its views."""
+    from ebft_study import results
+
+    return results.catalog(storage)
 
 
 def write_report(study: Location, *, storage: Location = STUDIES) -> Path | StoragePath:

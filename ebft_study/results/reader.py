@@ -71,13 +71,23 @@ def find_study(study: Location) -> StoragePath:
     path = storage_path(study)
     candidates = [path] if path.local is None else [path, storage_path(STUDIES_FOLDER / path.local)]
     for folder in candidates:
-        if copies.either_exists(folder / "study.yaml") or (folder / "results").exists():
+        if _holds_study(folder):
             return folder
     if path.local is None:
         raise ResultsError(f"{study}: holds no study. Check the URL: it ends with the study's name")
     names = sorted(path.parent.name for path in STUDIES_FOLDER.glob("*/study.yaml"))
     hint = f"Studies here: {', '.join(names)}" if names else f"No studies in {STUDIES_FOLDER.resolve()}"
     raise ResultsError(f"{study}: is neither a study's folder nor the name of one in ./{STUDIES_FOLDER}. {hint}")
+
+
+def studies_in(storage: Location) -> list[StoragePath]:
+    """The folders of all studies in a folder, by name."""
+    here = storage_path(storage)
+    return [here / name for name in here.names() if _holds_study(here / name)]
+
+
+def _holds_study(folder: StoragePath) -> bool:
+    return copies.either_exists(folder / "study.yaml") or (folder / "results").exists()
 
 
 def read_spec(folder: StoragePath, problems: list[str]) -> dict[str, Any]:
@@ -213,23 +223,23 @@ def _parse(source: Any, path: StoragePath, table: str) -> pyarrow.Table:
     if b"schema_version" not in metadata or metadata.get(b"table", table.encode()) != table.encode():
         raise ResultsError(f"{path}: is not a file of the table {table!r}. Move it out of the results folder")
     try:
-        return _to_present_schema(content, table)
+        return to_present_schema(content, table)
     except pa.ArrowException as error:
         raise ResultsError(f"{path}: does not fit the table {table!r} ({one_line(error)}). Remove it") from None
 
 
-def _to_present_schema(content: pyarrow.Table, table: str) -> pyarrow.Table:
+def to_present_schema(content: pyarrow.Table, table: str) -> pyarrow.Table:
     """Columns of the schema cast to today's type, absent ones null, others kept: they are someone's data."""
     import pyarrow as pa
 
     present = schema.arrow_schema(table)
     if content.schema.equals(present):
         return content
+    by_name, known = dict(zip(content.column_names, content.columns, strict=True)), set(present.names)
     columns = [
-        content[f.name].cast(f.type) if f.name in content.column_names else pa.nulls(content.num_rows, f.type)
-        for f in present
+        by_name[f.name].cast(f.type) if f.name in by_name else pa.nulls(content.num_rows, f.type) for f in present
     ]
-    extra = [name for name in content.column_names if name not in present.names]
+    extra = [name for name in content.column_names if name not in known]
     nullable = [f.with_nullable(True) for f in present] + [content.schema.field(name) for name in extra]
     return pa.Table.from_arrays(columns + [content[name] for name in extra], schema=pa.schema(nullable))
 

@@ -19,9 +19,9 @@ from ebft_study import config, results
 from ebft_study.config import RunConfig
 from ebft_study.cost import StepShape, step_cost
 from ebft_study.errors import EbftError
-from ebft_study.results import cell_value
+from ebft_study.results import cell_value, studies_in
 from ebft_study.results.reader import read_spec
-from ebft_study.storage import Location, StoragePath, storage_path
+from ebft_study.storage import Location, StoragePath
 from ebft_study.study.forecast.benchmarks import benchmark_evaluations, benchmark_work
 from ebft_study.study.spec.trials import Trial
 from ebft_study.training.memory import evaluated_sequence_flops, shapes
@@ -130,8 +130,7 @@ def measured(storage: Location) -> Measurements:
 
 def earlier_studies(storage: Location) -> list[StoragePath]:
     """The folders of all studies in a folder, the newest first."""
-    here = storage_path(storage)
-    records = [path for name in here.names() if (path := here / name / "study.yaml").exists()]
+    records = [path for folder in studies_in(storage) if (path := folder / "study.yaml").exists()]
     return [path.parent for path in sorted(records, key=lambda path: path.changed_at() or 0.0, reverse=True)]
 
 
