@@ -16,12 +16,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ebft_study.errors import ConfigError
+from ebft_study.errors import ConfigError, ResultsError
 
 if TYPE_CHECKING:
     import duckdb
     from rich.console import Console
 
+    from ebft_study.analysis.comparison import Comparison
     from ebft_study.config import RunConfig
     from ebft_study.results import Results
     from ebft_study.storage import Location, StoragePath
@@ -162,6 +163,52 @@ def write_report(study: Location, *, storage: Location = STUDIES) -> Path | Stor
     from ebft_study import report
 
     return report.write_report(find(study, storage))
+
+
+def compare(
+    studies: Sequence[Location],
+    across: Sequence[str] = (),
+    *,
+    storage: Location = STUDIES,
+    output: Location | None = None,
+) -> Comparison:
+    """Compare studies, running or finished, with the first one of them; docs/comparing.md has the rules.
+
+    Args:
+        studies: two or more.
+        across: settings that are compared: configurations are the same that differ in nothing else.
+        output: where to write the page with all differences; default: nowhere.
+
+    Raises:
+        ResultsError: they cannot be compared, in one line that says why.
+    """
+    from ebft_study import config
+    from ebft_study.analysis import comparison
+    from ebft_study.analysis.summary import summarize
+
+    results = {name: read_results(folder) for name, folder in _distinct(studies, storage).items()}
+    names = [config.short_name(config.resolve_key(key, source="across")) for key in across]
+    compared = comparison.compare({name: summarize(each) for name, each in results.items()}, across=names)
+    if output is not None:
+        from ebft_study.report.comparison import write
+        from ebft_study.storage import storage_path
+
+        write(compared, storage_path(output))
+    return compared
+
+
+def _distinct(studies: Sequence[Location], storage: Location) -> dict[str, StoragePath]:
+    """The folders of studies by name, or by location where two have one name; refuses one that is given twice."""
+    from ebft_study.storage import absolute
+
+    folders = [absolute(find(study, storage)) for study in studies]
+    for folder in folders:
+        if folders.count(folder) > 1:
+            raise ResultsError(f"{folder}: is given twice, and equals itself. Name another study")
+    names = [folder.name for folder in folders]
+    return {
+        name if names.count(name) == 1 else str(folder): folder for name, folder in zip(names, folders, strict=True)
+    }
 
 
 def evaluate(

@@ -153,6 +153,31 @@ def report(name: StudyName, storage: Storage = api.STUDIES) -> None:
 
 
 @app.command()
+def compare(
+    names: Annotated[list[str], typer.Argument(help="Studies, by name, folder or URL; the first is the reference.")],
+    across: Annotated[
+        list[str] | None, typer.Option(help="A setting that is compared: configurations may differ in it.")
+    ] = None,
+    output: Annotated[
+        str | None, typer.Option(help="The page.", show_default="comparison_<first>_<second>_....html")
+    ] = None,
+    storage: Storage = api.STUDIES,
+) -> None:
+    """Compare studies: configurations that they have in common, and what else differs.
+
+    [dim]ebft-study compare alpha_gamma alpha_gamma_again[/dim]
+
+    [dim]ebft-study compare alpha_gamma alpha_gamma_k3 --across kl_estimator[/dim]
+    """
+    from ebft_study.report.comparison import sentences
+
+    target = output or f"comparison_{'_'.join(Path(name.partition('?')[0]).name for name in names)}.html"
+    for sentence in sentences(api.compare(names, across or (), storage=storage, output=target)):
+        typer.echo(sentence)
+    typer.echo(target)
+
+
+@app.command()
 def evaluate(
     name: StudyName,
     arguments: Annotated[

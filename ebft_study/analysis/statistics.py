@@ -83,6 +83,10 @@ class Interval:
     sequence_error: float = 0.0
     """Standard error over sequences, of the mean over seeds; 0 where single sequences are not known."""
     n_sequences: int = 0
+    degrees: float | None = None
+    """Degrees of freedom of `error`, where they are not n - 1."""
+    sequence_degrees: float | None = None
+    """Those of `sequence_error`, where they are not n_sequences - 1."""
 
     @property
     def low(self) -> float:
@@ -101,14 +105,15 @@ class Interval:
 
     @property
     def half_width(self) -> float:
-        return self._half_width(1 - CONFIDENCE)
+        return self.half_width_at(1 - CONFIDENCE)
 
-    def _half_width(self, p: float) -> float:
+    def half_width_at(self, p: float) -> float:
         """Half-width of the interval at confidence 1 - p; NaN with one seed."""
         if self.n < 2:
             return math.nan
-        over_sequences = t_quantile(p, self.n_sequences - 1) * self.sequence_error if self.n_sequences else 0.0
-        return math.hypot(t_quantile(p, self.n - 1) * self.error, over_sequences)
+        degrees, of_sequences = self.degrees or self.n - 1, self.sequence_degrees or self.n_sequences - 1
+        over_sequences = t_quantile(p, of_sequences) * self.sequence_error if self.n_sequences else 0.0
+        return math.hypot(t_quantile(p, degrees) * self.error, over_sequences)
 
     @property
     def p_value(self) -> float:
@@ -122,7 +127,7 @@ class Interval:
         smallest = math.log(1e-12)
 
         def excess(log_p: float) -> float:
-            return self._half_width(math.exp(log_p)) - abs(self.mean)
+            return self.half_width_at(math.exp(log_p)) - abs(self.mean)
 
         return math.exp(brentq(excess, smallest, 0.0)) if excess(smallest) > 0 else math.exp(smallest)
 
@@ -217,6 +222,73 @@ def paired_difference(
     """Mean of `values - reference` over the seeds that both have, with its t-interval."""
     shared = sorted(values.keys() & reference.keys())
     return mean_interval((values[seed] - reference[seed] for seed in shared), dependent=dependent)
+
+
+def pairs_seeds(values: Mapping[int, float], reference: Mapping[int, float]) -> bool:
+    """Whether two configurations are compared seed by seed: two seeds or more, half of the smaller's at least."""
+    shared = len(values.keys() & reference.keys())
+    return shared >= 2 and 2 * shared >= min(len(values), len(reference))
+
+
+def difference(
+    values: Mapping[int, float], reference: Mapping[int, float], *, same_sequences: bool = False
+) -> Interval:
+    """Mean of `values` minus that of `reference`, paired by as much as both share: seeds, held-out sequences.
+
+    Over seeds that they do not share (`pairs_seeds`), and over sequences that they do not, the two are independent: the
+    squared errors add up, with Welch's degrees of freedom.
+
+    Args:
+        same_sequences: both were measured on the same sequences, which values that do not know theirs cannot tell. The
+            interval is then over seeds alone; else there is none.
+    """
+    left, right = ({seed: value for seed, value in of.items() if math.isfinite(value)} for of in (values, reference))
+    if pairs_seeds(left, right):
+        shared = sorted(left.keys() & right.keys())
+        minuends, subtrahends = [left[seed] for seed in shared], [right[seed] for seed in shared]
+        over_seeds = mean_interval(float(a) - float(b) for a, b in zip(minuends, subtrahends, strict=True))
+    else:
+        minuends, subtrahends = list(left.values()), list(right.values())
+        over_seeds = _unpaired(minuends, subtrahends)
+    if is_paired([*minuends, *subtrahends]):
+        ours, theirs = _over_seeds(minuends), _over_seeds(subtrahends)
+        n = len(ours.counts)
+        return replace(over_seeds, sequence_error=(ours - theirs).standard_error, n_sequences=n if n > 1 else 0)
+    if is_paired(minuends) and is_paired(subtrahends):
+        ours, theirs = _over_seeds(minuends), _over_seeds(subtrahends)
+        error, degrees = _welch(ours.standard_error, len(ours.counts), theirs.standard_error, len(theirs.counts))
+        n = len(ours.counts) + len(theirs.counts)
+        return replace(over_seeds, sequence_error=error, n_sequences=n, sequence_degrees=degrees)
+    return over_seeds if same_sequences else replace(over_seeds, n=min(over_seeds.n, 1))
+
+
+def _unpaired(values: Sequence[float], reference: Sequence[float]) -> Interval:
+    """Difference of the means of two independent samples, without an interval where one has less than two values."""
+    ours, theirs = mean_interval(map(float, values)), mean_interval(map(float, reference))
+    if ours.n < 2 or theirs.n < 2:
+        return Interval(ours.mean - theirs.mean, math.nan, min(ours.n, theirs.n))
+    error, degrees = _welch(ours.error, ours.n, theirs.error, theirs.n)
+    return Interval(ours.mean - theirs.mean, error, ours.n + theirs.n, degrees=degrees)
+
+
+def _welch(error: float, n: int, other_error: float, other_n: int) -> tuple[float, float]:
+    """Standard error of a difference of two independent means, and its degrees of freedom."""
+    square, other = error**2, other_error**2
+    if not square + other > 0:
+        return square + other, float(min(n, other_n) - 1)
+    return math.sqrt(square + other), (square + other) ** 2 / (square**2 / (n - 1) + other**2 / (other_n - 1))
+
+
+def _over_seeds(values: Sequence[float]) -> Score:
+    """The mean of values that are known by the same sequences."""
+    scores = [value for value in values if isinstance(value, Score)]
+    over_seeds = np.mean([score.values for score in scores], axis=0)
+    return Score(float(np.mean(scores)), scores[0].sequences, scores[0].counts, over_seeds)
+
+
+def mean_value(values: Sequence[float]) -> float:
+    """The mean of values, known by sequence where all of them are."""
+    return _over_seeds(values) if is_paired(values) else float(np.mean(values))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import datetime
 import io
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import matplotlib
@@ -31,20 +33,15 @@ def write(study_folder: StoragePath) -> Path | StoragePath:
     study = summarize(load(study_folder))
     spec = study.results.spec
     figures = draw_all(study)
-    svgs = {figure.name: _svg(figure) for figure in figures}
+    svgs = {figure.name: as_svg(figure) for figure in figures}
     for figure in figures:
         _save(figure, svgs[figure.name], study_folder / "figures")
     verdicts = judge(study)
     rulings = [(name, sum(v.ruling == name for v in verdicts)) for name in ("agrees", "disagrees", "cannot tell")]
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    page = environment.get_template(TEMPLATE).render(
-        text=text,
+    page = render(
+        TEMPLATE,
+        figures,
+        svgs,
         names=content.NAMES,
         study=study,
         question=spec.get("question"),
@@ -71,16 +68,35 @@ def write(study_folder: StoragePath) -> Path | StoragePath:
         race=content.race_rows(study),
         samples=list(content.sample_groups(study)),
         missing=content.missing(study, list(svgs)),
-        figures=figures,
-        svgs={name: Markup(_inline(svg, name)) for name, svg in svgs.items()},
-        written=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
     target = study_folder / "report.html"
     target.write_bytes(page.encode())
     return target.local or target
 
 
-def _svg(figure: ReportFigure) -> str:
+def render(template: str, figures: Sequence[ReportFigure], svgs: Mapping[str, str], **content: Any) -> str:
+    """A page from its template, with its figures inline.
+
+    Args:
+        svgs: of the figures, by name.
+    """
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    return environment.get_template(template).render(
+        text=text,
+        figures=figures,
+        svgs={name: Markup(_inline(svg, name)) for name, svg in svgs.items()},
+        written=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        **content,
+    )
+
+
+def as_svg(figure: ReportFigure) -> str:
     """The figure as SVG: equal data give equal bytes."""
     buffer = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": figure.name, "svg.fonttype": "path"}):
