@@ -1,8 +1,8 @@
 """Studies compared: configurations that are the same in both, with the difference of their held-out values.
 
-The first study is the reference. Configurations are joined by `identity`, compared by as much as both share (`difference`:
-seeds, held-out sequences), and judged together: Holm's correction counts every difference that was tested. Values that
-are equal to the last digit, or of the very same trials, need no test.
+The first study is the reference. Configurations are joined by `identity`, compared by as much as both share, seeds and
+held-out sequences (`difference`), and judged together: Holm's correction counts every difference that was tested.
+Values that are equal to the last digit, or of the very same trials, need no test.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ebft_study import text
-from ebft_study.analysis.configuration import BySeed, Configuration
+from ebft_study.analysis.configuration import BySeed, Configuration, grouped
 from ebft_study.analysis.identity import Identity, different, identifying, identity
 from ebft_study.analysis.selection import comparable
 from ebft_study.analysis.settings import NOT_AN_AXIS
@@ -168,8 +168,7 @@ def _joined(studies: Mapping[str, StudySummary], across: Sequence[str]) -> tuple
     for name in across:
         if name not in known:
             raise ResultsError(f"compare: across={name!r}: is no setting that studies can differ in")
-    # Settings that do not identify a configuration do so where a study varies them.
-    also = sorted({name for study in studies.values() for name in _varied(study)} - {*identifying()})
+    also = sorted({name for study in studies.values() for name in _telling_apart(study)})
     tables = {name: _by_identity(name, study, also, across) for name, study in studies.items()}
     (reference, ours), *others = tables.items()
     pairs, notes = list[Pair](), list[str]()
@@ -185,13 +184,13 @@ def _joined(studies: Mapping[str, StudySummary], across: Sequence[str]) -> tuple
     return pairs, notes
 
 
-def _varied(study: StudySummary) -> list[str]:
-    values: dict[str, set[str]] = {}
-    for c in study.configurations:
-        for column in schema.hyperparameters():
-            if column.name not in (*NOT_AN_AXIS, *c.unread):
-                values.setdefault(column.name, set()).add(repr(c.settings[column.name]))
-    return [name for name, of_name in values.items() if len(of_name) > 1]
+def _telling_apart(study: StudySummary) -> set[str]:
+    """Settings that identify no configuration, but tell apart configurations of this study that are else the same."""
+    names = {column.name for column in schema.hyperparameters()} - {*NOT_AN_AXIS, *identifying()}
+    found: set[str] = set()
+    for alike in grouped(study.configurations, lambda c: tuple(identity(c.settings).items())).values():
+        found |= {name for name in names if len({repr(c.settings[name]) for c in alike}) > 1}
+    return found
 
 
 def _by_identity(
@@ -234,8 +233,8 @@ def _nothing_in_common(
     if apart:
         remedy = f"No metric compares across {text.listed(apart)}"
     return (
-        f"{reference} and {name}: have no configuration in common. The nearest, {one.label} and {other.label}, differ in "
-        f"{shown}. {remedy}"
+        f"{reference} and {name}: have no configuration in common. The nearest, {one.label} and {other.label}, differ "
+        f"in {shown}. {remedy}"
     )
 
 
@@ -297,7 +296,7 @@ def _of_metric(study: str, metric: str, usable: Sequence[tuple[Pair, BySeed, ByS
         yield _difference(study, pair.label, metric, theirs, ours, _same_sequences(pair), same_trials=same_trials)
     maps = comparable([pair.reference for pair, *_ in usable], metric, at_one_length=True)
     if len(usable) > 1 and len(maps) == 1:
-        ours, theirs = (_average([each[side] for each in usable]) for side in (1, 2))
+        ours, theirs = _average([ours for _, ours, _ in usable]), _average([theirs for *_, theirs in usable])
         if ours and theirs:
             label = f"average of {len(usable)} configurations"
             same = all(_same_trials(*each) for each in usable)
@@ -368,7 +367,7 @@ def _same_sequences(pair: Pair) -> bool:
 
 
 def _same_trials(pair: Pair, ours: BySeed, theirs: BySeed) -> bool:
-    """Whether both hold the very same trials, if their values are equal: those that one machine started at one moment."""
+    """Whether both hold the very same trials, if their values are equal: one machine started them at one moment."""
     starts = [_starts(c) for c in (pair.reference, pair.other)]
     return all(starts[0].get(seed) == starts[1].get(seed) is not None for seed in ours.keys() & theirs.keys())
 
@@ -383,7 +382,8 @@ def _judged(differences: Sequence[Difference]) -> tuple[Difference, ...]:
     """The differences with Holm's correction, and what follows from it."""
     adjusted = holm([each.p_value for each in differences])
     return tuple(
-        dataclasses.replace(each, p_value=p, ruling=_ruling(each, p)) for each, p in zip(differences, adjusted, strict=True)
+        dataclasses.replace(each, p_value=p, ruling=_ruling(each, p))
+        for each, p in zip(differences, adjusted, strict=True)
     )
 
 

@@ -50,7 +50,9 @@ def identifying() -> tuple[str, ...]:
 def different(one: Identity, other: Identity) -> dict[str, tuple[Any, Any]]:
     """Settings in which two configurations differ, with both values; None for one that the method does not read."""
     names = dict.fromkeys((*one, *other))
-    return {n: (one.get(n), other.get(n)) for n in names if n not in one or n not in other or not same(one[n], other[n])}
+    return {
+        n: (one.get(n), other.get(n)) for n in names if n not in one or n not in other or not same(one[n], other[n])
+    }
 
 
 def same(value: Any, other: Any) -> bool:

@@ -252,8 +252,8 @@ def difference(
         over_seeds = _unpaired(minuends, subtrahends)
     if is_paired([*minuends, *subtrahends]):
         ours, theirs = _over_seeds(minuends), _over_seeds(subtrahends)
-        n = len(ours.counts)
-        return replace(over_seeds, sequence_error=(ours - theirs).standard_error, n_sequences=n if n > 1 else 0)
+        error, n = _sequence_error(ours.counts, ours.values - theirs.values), len(ours.counts)
+        return replace(over_seeds, sequence_error=error, n_sequences=n) if n > 1 else over_seeds
     if is_paired(minuends) and is_paired(subtrahends):
         ours, theirs = _over_seeds(minuends), _over_seeds(subtrahends)
         error, degrees = _welch(ours.standard_error, len(ours.counts), theirs.standard_error, len(theirs.counts))

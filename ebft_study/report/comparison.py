@@ -247,7 +247,7 @@ def costs(studies: Mapping[str, StudySummary]) -> Table:
 
 
 def pair_costs(comparison: Comparison) -> Iterator[tuple[str, str, list[str]]]:
-    """Study, configuration, and FLOPs and time of updates of a trial in the reference, in the study, and their ratio."""
+    """Study, configuration, and FLOPs and time of a trial's updates: of the reference, of the study, their ratio."""
     for pair in comparison.pairs:
         cells = [cell for name in ("flops", "update_seconds") for cell in _amounts(pair, name)]
         if any(cell != text.NOTHING for cell in cells):
@@ -269,4 +269,3 @@ def problems(comparison: Comparison) -> list[str]:
     if unknown:
         notes.append(f"Whether the data are the same is not known: {text.listed(unknown)} recorded no fingerprint.")
     return notes
-

@@ -1,6 +1,6 @@
 """All studies of a storage folder as one DuckDB database: questions across studies are one query.
 
-    ebft_study.catalog("studies").sql("SELECT study, avg(final_cfm_loss) FROM trials WHERE method = 'ebft' GROUP BY ALL")
+    ebft_study.catalog("studies").sql("SELECT study, trial_id FROM trials WHERE method = 'ebft' AND alpha = 1")
 
 Its views hold what `reader.read_table` returns for each study, so they mean the same: one row per trial, step or
 measurement, of the highest attempt, under the present schema.

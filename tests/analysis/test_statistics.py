@@ -237,7 +237,7 @@ def test_few_shared_seeds_of_many_are_not_all_that_is_compared() -> None:
     left, right = ({seed: float(seed % 3) for seed in range(*ends)} for ends in ((0, 10), (8, 18)))
     assert not pairs_seeds(left, right)
     assert difference(left, right, same_sequences=True).n == 20
-    assert pairs_seeds(left, {seed: 0.0 for seed in range(5, 15)})
+    assert pairs_seeds(left, dict.fromkeys(range(5, 15), 0.0))
     assert not pairs_seeds({0: 1.0}, {0: 2.0})
 
 
