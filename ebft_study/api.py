@@ -279,15 +279,9 @@ def find(study: Location, storage: Location = STUDIES) -> StoragePath:
     Raises:
         ResultsError: there is none.
     """
-    from ebft_study.results import copies, find_study
-    from ebft_study.storage import storage_path
+    from ebft_study.results import find_in
 
-    if "://" in str(study):
-        return find_study(study)
-    in_storage = storage_path(storage) / str(study)
-    if in_storage.local is None or copies.either_exists(in_storage / "study.yaml"):
-        return find_study(in_storage)
-    return find_study(study)
+    return find_in(study, storage)
 
 
 def _console(console: Console | None) -> Console:

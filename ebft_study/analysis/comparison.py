@@ -298,10 +298,9 @@ def _of_metric(study: str, metric: str, usable: Sequence[tuple[Pair, BySeed, ByS
     if len(usable) > 1 and len(maps) == 1:
         ours, theirs = _average([ours for _, ours, _ in usable]), _average([theirs for *_, theirs in usable])
         if ours and theirs:
-            label = f"average of {len(usable)} configurations"
             same = all(_same_trials(*each) for each in usable)
             sequences = all(_same_sequences(pair) for pair, *_ in usable)
-            average = _difference(study, label, metric, theirs, ours, sequences, same_trials=same)
+            average = _difference(study, "average", metric, theirs, ours, sequences, same_trials=same)
             yield dataclasses.replace(average, is_average=True)
 
 

@@ -25,6 +25,14 @@ _NO_PART = (
 )
 """Settings, or whole sections, that are no part of what a trial trains. What evaluations measure is the metric's own
 matter (`Metric.map_of`)."""
+_MOOT: dict[str, tuple[str, Any]] = {
+    "kl_estimator": ("kl_coefficient", 0.0),
+    "lora_alpha": ("lora_rank", 0),
+    "lora_targets": ("lora_rank", 0),
+    "warm_start_learning_rate": ("warm_start_steps", 0),
+    "final_learning_rate_fraction": ("schedule", "constant"),
+}
+"""Setting -> another one, and its value with which the first has no effect."""
 Identity = dict[str, Any]
 """Short name of a setting -> its value."""
 
@@ -38,7 +46,9 @@ def identity(settings: Mapping[str, Any], *, also: Collection[str] = ()) -> Iden
     """
     unread = config.unread_settings(str(settings.get("method")))
     names = [name for name in (*identifying(), *also) if name not in unread]
-    return {name: _value(name, settings.get(name)) for name in names}
+    values = {name: _value(name, settings.get(name)) for name in names}
+    moot = {name for name, (other, value) in _MOOT.items() if other in values and values[other] == value}
+    return {name: value for name, value in values.items() if name not in moot}
 
 
 @functools.cache
@@ -58,7 +68,7 @@ def different(one: Identity, other: Identity) -> dict[str, tuple[Any, Any]]:
 def same(value: Any, other: Any) -> bool:
     """Whether two values of a setting are one, numbers up to the digits that searches round to."""
     if isinstance(value, float) and isinstance(other, float):
-        return math.isclose(value, other, rel_tol=2e-6)
+        return math.isclose(value, other, rel_tol=1e-5)
     return bool(value == other)
 
 

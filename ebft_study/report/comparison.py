@@ -97,7 +97,8 @@ def _sentence(name: str, comparison: Comparison) -> str:
     tested = f"after Holm's correction for {comparison.n_tested} differences"
     if clear:
         shown = "; ".join(
-            f"{NAMES.get(each.metric, each.metric)} of {each.label} is {each.ruling} by {each.interval.as_difference()}"
+            f"{NAMES.get(each.metric, each.metric)} {'on' if each.is_average else 'of'} {each.label} is {each.ruling} "
+            f"by {each.interval.as_difference()}"
             for each in clear[:3]
         )
         more = f"; and {len(clear) - 3} more" if len(clear) > 3 else ""
@@ -265,6 +266,12 @@ def problems(comparison: Comparison) -> list[str]:
     """Damaged files of the studies, and what is not recorded."""
     notes = [f"{name}: {each}" for name, study in comparison.studies.items() for each in study.results.problems]
     specs = {name: study.results.spec for name, study in comparison.studies.items()}
+    kinds = {name: spec.get("scheduler") for name, spec in specs.items()}
+    changing = [n for n, kind in kinds.items() if isinstance(kind, Mapping) and kind.get("kind") == "pbt"]
+    if changing:
+        notes.append(
+            f"A population changes the settings of its trials; those of the start count: {text.listed(changing)}."
+        )
     unknown = [name for name, spec in specs.items() if not fingerprints(spec, "data")]
     if unknown:
         notes.append(f"Whether the data are the same is not known: {text.listed(unknown)} recorded no fingerprint.")

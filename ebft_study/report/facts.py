@@ -62,6 +62,11 @@ def _procedure(spec: Mapping[str, Any]) -> Facts:
         number = f", {search.get('num_configurations')} configurations" if search.get("num_configurations") else ""
         sampler = f" ({search.get('sampler')})" if search.get("algorithm") == "optuna" else ""
         rows.append(("Search", f"{search.get('algorithm')}{sampler}{number}"))
+        if search.get("known"):
+            rows.append(("Known points, tried first", str(len(search["known"]))))
+        told = [f"{each['study']} ({len(each['points'])} configurations)" for each in spec.get("warm_start") or ()]
+        if told:
+            rows.append(("The search was told results of", text.listed(told)))
     if scheduler:
         settings = {name: value for name, value in scheduler.items() if name != "kind"}
         stopping = [f"{scheduler.get('kind')} ({_value(settings)})"] if scheduler.get("kind") != "none" else []

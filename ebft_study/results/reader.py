@@ -80,6 +80,16 @@ def find_study(study: Location) -> StoragePath:
     raise ResultsError(f"{study}: is neither a study's folder nor the name of one in ./{STUDIES_FOLDER}. {hint}")
 
 
+def find_in(study: Location, storage: Location) -> StoragePath:
+    """The folder of a study given by its name in a storage folder, or like `find_study`."""
+    if "://" in str(study):
+        return find_study(study)
+    in_storage = storage_path(storage) / str(study)
+    if in_storage.local is None or copies.either_exists(in_storage / "study.yaml"):
+        return find_study(in_storage)
+    return find_study(study)
+
+
 def studies_in(storage: Location) -> list[StoragePath]:
     """The folders of all studies in a folder, by name."""
     here = storage_path(storage)

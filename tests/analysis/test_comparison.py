@@ -104,7 +104,8 @@ def test_a_setting_that_an_older_version_did_not_have_has_the_default_of_then() 
     now = config.flatten(config.RunConfig())
     before = {**now, "anchor_region": None, "kl_estimator": None, "max_grad_norm": None}
     assert identity(before)["anchor_region"] == "all"
-    assert identity(before)["kl_estimator"] == "k3"
+    assert identity({**before, "kl_coefficient": 0.1})["kl_estimator"] == "k3"
+    assert "kl_estimator" not in identity(before), "without a KL term it has no effect"
     assert identity(before)["max_grad_norm"] is None, "none is a value of this setting: no clipping"
 
 
@@ -113,7 +114,7 @@ def test_a_difference_is_found_with_its_side_and_the_average_sees_it_too(first: 
     compared = compare(read(first, write_study(tmp_path / "worse", effects=effects, with_scores=True, noise=0.0021)))
     assert {each.ruling for each in compared.differences if each.metric == "ce_loss"} == {"higher"}
     assert {each.ruling for each in compared.differences if each.metric == "cfm_loss"} == {"cannot tell"}
-    found = only(compared, "average of 3 configurations")
+    found = only(compared, "average")
     assert found.is_average
     assert not found.is_better
     assert found.interval.mean == pytest.approx(0.05, abs=0.002)

@@ -29,7 +29,7 @@ from ebft_study.study.forecast.disk import study_disk
 from ebft_study.study.resolving import checks, extending
 from ebft_study.study.resolving.resolved import ResolvedStudy
 from ebft_study.study.resolving.study_file import resolve, section_of, with_sections
-from ebft_study.study.search import journal
+from ebft_study.study.search import earlier, journal
 from ebft_study.study.spec.study_spec import StudySpec
 from ebft_study.training import Workers
 
@@ -83,7 +83,7 @@ def run(
     """
     folder = _folder(study, storage)
     if not copies.either_exists(folder / study_yaml.NAME):
-        return _run(folder, study, console, address, is_new=True)
+        return _run(folder, _warm_started(study, storage, console), console, address, is_new=True)
     spec = study_yaml.read(folder)
     different = extending.differences(spec, study.spec)
     if different:
@@ -97,6 +97,15 @@ def run(
     if _is_over(folder, study, past):
         raise ResultsError(f"{folder}: this study is finished. See 'ebft-study status {name}', or use another --name")
     raise ResultsError(f"{folder}: this study was started before. Continue it with 'ebft-study resume {name}'")
+
+
+def _warm_started(study: ResolvedStudy, storage: Location, console: Console) -> ResolvedStudy:
+    """The study with what its search is told of earlier ones."""
+    spec = earlier.warm_started(study.spec, storage)
+    for each in spec.warm_start:
+        line = f"warm start: {earlier.described(each)}"
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    return replace(study, spec=spec)
 
 
 def resume(
@@ -175,6 +184,7 @@ def _run(
             study_yaml.change_budget(folder, study.spec.budget)
         provenance = _prepare(study, console)
         if is_new:
+            earlier.check_files(study.spec, provenance)
             study_yaml.write(folder, study.spec, study.source, provenance=provenance)
         reason = run_session(folder, study, past, console, lock_handle)
         return StudyResult(folder, past.states, reason, _report(folder, console))

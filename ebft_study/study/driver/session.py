@@ -36,7 +36,7 @@ from ebft_study.study.search.listed import Admission, ListedSearch, PopulationSe
 from ebft_study.study.search.optuna_search import OptunaSearch
 from ebft_study.study.search.promotion import PromotionSearch, Skip
 from ebft_study.study.spec.trial_task import TrialTask
-from ebft_study.study.spec.trials import Trial, shuffled
+from ebft_study.study.spec.trials import Trial, known_labels, shuffled
 from ebft_study.study.stopping.rules import RuleMonitor
 from ebft_study.study.view import display
 
@@ -126,7 +126,7 @@ def _search(folder: StoragePath, study: ResolvedStudy, past: History, monitor: M
     else:
         ordered = list(study.trials)
         if spec.scheduler.compares:
-            ordered = shuffled(ordered, study.name, lambda trial: trial.unit)
+            ordered = shuffled(ordered, study.name, lambda trial: trial.unit, first=known_labels(spec))
         waiting = [trial for trial in ordered if trial.trial_id not in past.trial_results]
         if spec.scheduler.kind == "pbt":
             search = PopulationSearch(waiting, slots=study.concurrency)

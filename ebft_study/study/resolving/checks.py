@@ -95,6 +95,9 @@ def _search_rules(spec: StudySpec) -> Iterator[Broken]:
     if number > available:
         rule = f"the axes hold only {available:.0f} different configurations"
         yield "search.num_configurations", number, rule, "Use algorithm: grid to run them all, or fewer"
+    for index, point in enumerate(spec.search.known):
+        if enumeration.is_excluded(spec, point):
+            yield f"search.known.{index}", point, "is excluded by the study", "Drop it, or exclude less"
 
 
 def _promotion_rules(spec: StudySpec) -> Iterator[Broken]:

@@ -39,7 +39,7 @@ def extended(old: StudySpec, study: ResolvedStudy) -> StudySpec:
     if not differences(old, new):
         raise ConfigError(f"{source}: --extend: nothing is added to the study. Add to {_MAY_GROW}, or use 'resume'")
     sizes = (*old.extended_from, StudySize.from_spec(old))
-    return new.model_copy(update={"extended_from": sizes, "defaults": old.defaults})
+    return new.model_copy(update={"extended_from": sizes, "defaults": old.defaults, "warm_start": old.warm_start})
 
 
 def differences(recorded: StudySpec, asked: StudySpec) -> list[str]:
@@ -47,7 +47,7 @@ def differences(recorded: StudySpec, asked: StudySpec) -> list[str]:
 
     The budget is no part of what is studied: each session may have another.
     """
-    history = {"extended_from": recorded.extended_from, "defaults": recorded.defaults, "budget": recorded.budget}
+    history = {name: getattr(recorded, name) for name in ("extended_from", "defaults", "warm_start", "budget")}
     return study_yaml.differences(recorded, asked.model_copy(update=history))
 
 

@@ -62,8 +62,8 @@ def resolve(spec: StudySpec, source: StudySource, capacity: ClusterCapacity | No
     checks.check_search(spec, source.name)
     listed, candidates = trials.listed(spec, source.name), []
     if spec.search.algorithm == "optuna":
-        corners = enumeration.corners(spec, _MOST_CORNERS)
-        configurations = [trials.on_axes(spec, assignment) for assignment in corners]
+        first = (*enumeration.known(spec), *enumeration.corners(spec, _MOST_CORNERS))
+        configurations = [trials.on_axes(spec, assignment) for assignment in first]
         candidates = [
             trials.trial(spec, chosen, spec.seeds.all[0], len(listed), source.name) for chosen in configurations
         ]
@@ -82,7 +82,7 @@ def _source(study: Path | Mapping[str, Any], profile: str | None) -> StudySource
 def read_study(content: Mapping[str, Any], source: str, profile: str | None = None) -> StudySpec:
     """A study file's content with a profile applied, before it is checked as a whole."""
     spec = normalized(config.parse(StudySpec, dict(content), source=source), source)
-    for key in {"extended_from", "defaults"} & content.keys():
+    for key in {"extended_from", "defaults", "warm_start"} & content.keys():
         raise ConfigError(f"{source}: {key}: is written by the study itself. Remove it from the study file")
     _check_keys(spec, source)
     spec = _with_profile(spec, profile, source)
@@ -194,7 +194,7 @@ def with_sections(spec: StudySpec, overrides: Sequence[str]) -> StudySpec:
     kind = changes.get("scheduler", {}).get("kind", spec.scheduler.kind)
     kept = {k: v for k, v in spec.scheduler.given().items() if kind in USED_BY.get(k, (kind,))}
     before = {**dump(spec), "scheduler": kept, "stopping": spec.stopping.model_dump(exclude_none=True)}
-    return config.parse(StudySpec, config.merge(before, changes), source="command line")
+    return normalized(config.parse(StudySpec, config.merge(before, changes), source="command line"), "command line")
 
 
 def _nested_override(item: str) -> dict[str, Any]:

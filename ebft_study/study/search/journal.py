@@ -1,5 +1,7 @@
 """Optuna's journal: a configuration as Optuna's parameters, where the file is stored, and how a damaged one is rebuilt.
 
+Results of earlier studies that a search was told (`StudySpec.told`) come first in it; they have no trials here.
+
 The journal is the record of a search. It holds what samplers need and the results tables lack: NSGA-II's generations,
 the position of a quasi-random sequence, excluded and refused configurations. The tables hold every configuration that
 has a trial, so a journal that is damaged or lost is rebuilt from them.
@@ -22,13 +24,14 @@ from ebft_study import config
 from ebft_study.results import cell_value
 from ebft_study.storage import StoragePath, storage_errors, storage_path
 from ebft_study.study.spec import enumeration, trials
-from ebft_study.study.spec.axis import Axis
+from ebft_study.study.spec.axis import Axis, frozen
 from ebft_study.study.spec.enumeration import Assignment
-from ebft_study.study.spec.study_spec import ObjectiveSpec, SearchSpec, StudySpec
+from ebft_study.study.spec.study_spec import EarlierPoint, ObjectiveSpec, SearchSpec, StudySpec
 
 if TYPE_CHECKING:
     import optuna
     import pandas as pd
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
     from optuna.samplers import BaseSampler
     from optuna.trial import FrozenTrial
 
@@ -78,8 +81,22 @@ def open_study(spec: StudySpec, path: Path) -> optuna.Study:
     study = optuna.create_study(
         study_name=spec.study, storage=_storage(path), directions=directions(spec.objective), load_if_exists=True
     )
-    study.sampler = _sampler(spec.search, len(study.get_trials(deepcopy=False)))
+    for point in spec.told[len(study.get_trials(deepcopy=False)) :]:
+        study.add_trial(_told(spec, point))
+    study.sampler = _sampler(spec.search, len(study.get_trials(deepcopy=False)) - len(spec.told))
     return study
+
+
+def _told(spec: StudySpec, point: EarlierPoint) -> FrozenTrial:
+    """A result of an earlier study as a trial of Optuna's."""
+    from optuna.trial import create_trial
+
+    return create_trial(
+        params={key: _stored(value) for key, value in point.assignment.items()},
+        distributions={key: _distribution(spec.axes[key]) for key in point.assignment},
+        values=list(point.values),
+        user_attrs={"told": point.configuration},
+    )
 
 
 def directions(objective: ObjectiveSpec) -> list[str]:
@@ -139,7 +156,7 @@ def is_over(spec: StudySpec, folder: StoragePath) -> bool:
             return False
         try:
             asked = optuna.load_study(study_name=spec.study, storage=_storage(path)).get_trials(deepcopy=False)
-            run = sum(not is_left_out(spec, frozen) for frozen in asked)
+            run = sum(not is_left_out(spec, frozen) for frozen in asked[len(spec.told) :])
         except _UNREADABLE:
             return False
     return run >= (spec.search.num_configurations or 0) and all(frozen.state.is_finished() for frozen in asked)
@@ -149,14 +166,20 @@ def is_over(spec: StudySpec, folder: StoragePath) -> bool:
 
 
 def trial_ids(spec: StudySpec, number: int) -> list[str]:
-    """The trials of the configuration that Optuna numbers `number`, one per seed; baselines come before them."""
-    first = (len(spec.baselines) + number) * len(spec.seeds.all)
+    """The trials of the configuration that Optuna numbers `number`, one per seed; baselines come before them.
+
+    None for a result that the search was told.
+    """
+    if number < len(spec.told):
+        return []
+    first = (len(spec.baselines) + number - len(spec.told)) * len(spec.seeds.all)
     return [f"t{first + index:04d}" for index in range(len(spec.seeds.all))]
 
 
 def configuration_number(spec: StudySpec, trial_id: str) -> int:
     """Optuna's number of a trial's configuration; negative for a baseline."""
-    return int(trial_id[1:]) // len(spec.seeds.all) - len(spec.baselines)
+    index = int(trial_id[1:]) // len(spec.seeds.all) - len(spec.baselines)
+    return index + len(spec.told) if index >= 0 else index
 
 
 def suggest(spec: StudySpec, asked: optuna.Trial) -> Assignment:
@@ -199,12 +222,26 @@ def is_left_out(spec: StudySpec, frozen: FrozenTrial) -> bool:
 
 
 def _suggest(key: str, axis: Axis, asked: optuna.Trial) -> Any:
+    from optuna.distributions import CategoricalDistribution, IntDistribution
+
+    range_ = _distribution(axis)
+    if isinstance(range_, CategoricalDistribution):
+        return asked.suggest_categorical(key, range_.choices)
+    if isinstance(range_, IntDistribution):
+        return asked.suggest_int(key, range_.low, range_.high, step=range_.step, log=range_.log)
+    return asked.suggest_float(key, range_.low, range_.high, step=range_.step, log=range_.log)
+
+
+def _distribution(axis: Axis) -> CategoricalDistribution | IntDistribution | FloatDistribution:
+    """An axis as Optuna describes it."""
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
     if axis.is_choice:
-        return asked.suggest_categorical(key, [_stored(value) for value in axis.finite or ()])
+        return CategoricalDistribution([_stored(value) for value in axis.finite or ()])
     low, high = float(axis.low or 0.0), float(axis.high or 0.0)
     if axis.is_integer:
-        return asked.suggest_int(key, int(low), int(high), step=int(axis.step or 1), log=axis.is_log)
-    return asked.suggest_float(key, low, high, step=axis.step, log=axis.is_log)
+        return IntDistribution(int(low), int(high), step=int(axis.step or 1), log=axis.is_log)
+    return FloatDistribution(low, high, step=axis.step, log=axis.is_log)
 
 
 def _stored(value: Any) -> Any:
@@ -249,15 +286,19 @@ def _problem(spec: StudySpec, path: Path, chosen: Mapping[int, dict[Any, Any]], 
         return "is missing" if chosen else ""
     try:
         asked = open_study(spec, path).get_trials(deepcopy=False)
-        assignments = {frozen.number: assignment_of(spec, frozen.params) for frozen in asked}
+        assignments = {each.number: assignment_of(spec, each.params) for each in asked}
     except _UNREADABLE:
         return "is damaged"
+    for given, point in zip(asked, spec.told, strict=False):
+        here, recorded = (frozen(list((each or {}).items())) for each in (assignments[given.number], point.assignment))
+        if here != recorded or given.values != list(point.values):
+            return "does not hold the results that the search was told"
     labels = {number: trials.on_axes(spec, values).label for number, values in assignments.items() if values}
     differs = any(labels.get(number) != row["configuration"] for number, row in chosen.items())
     if differs:
         return "does not hold the configurations of the trials"
-    told = {name for frozen in asked if frozen.state.is_finished() for name in trial_ids(spec, frozen.number)}
-    again = sorted(told & left)
+    over = {name for each in asked if each.state.is_finished() for name in trial_ids(spec, each.number)}
+    again = sorted(over & left)
     return f"holds the results of {', '.join(again)}, which run again" if again else ""
 
 
@@ -265,9 +306,12 @@ def _rebuild(spec: StudySpec, study: optuna.Study, chosen: Mapping[int, dict[Any
     """Numbers without a trial (excluded, refused, only suggested) are left out: other configurations replace them."""
     from optuna.trial import TrialState, create_trial
 
-    for number in range(max(chosen, default=-1) + 1):
+    known = dict(enumerate(enumeration.known(spec), start=len(spec.told)))
+    for number in range(len(spec.told), max(chosen, default=-1) + 1):
         if number in chosen:
             ask_for(spec, study, _recorded_assignment(spec, chosen[number]))
+        elif number in known:
+            ask_for(spec, study, known[number])
         else:
             study.add_trial(create_trial(state=TrialState.PRUNED))
 

@@ -43,10 +43,11 @@ _COMPLETE_ONLY = ("gp", "nsga2")
 
 
 class OptunaSearch:
-    """Baselines first, then the configurations that Optuna chooses.
+    """Baselines first, then the known points of the study file, then the configurations that Optuna chooses.
 
-    Trials of Optuna's trial k are numbered from `(baselines + k) * seeds`, so that journal and results name each other
-    without further records. A configuration that breaks a rule between settings counts as failed.
+    Trials of Optuna's trial k are numbered from `(baselines + k - told) * seeds`, so that journal and results name each
+    other without further records; the first `told` ones are results of earlier studies. A configuration that breaks a
+    rule between settings counts as failed.
     """
 
     def __init__(
@@ -69,8 +70,9 @@ class OptunaSearch:
         self._study = journal.open_study(spec, path)
         baselines = trials.trials_of(spec, trials.baselines(spec))
         self._waiting = deque(trial for trial in baselines if trial.trial_id not in trial_results)
+        self._known = enumeration.known(spec)
         self._excluded: set[int] = set()
-        for frozen in self._study.get_trials(deepcopy=False):
+        for frozen in self._own_trials():
             self._restore(frozen)
         self._tell_ended()
         on_change()
@@ -105,15 +107,23 @@ class OptunaSearch:
     def exhausted(self) -> bool:
         return not self._waiting and self._all_asked()
 
+    def _own_trials(self) -> list[FrozenTrial]:
+        """Optuna's trials, without the results of earlier studies."""
+        every: list[FrozenTrial] = self._study.get_trials(deepcopy=False)
+        return every[len(self._spec.told) :]
+
     def _all_asked(self) -> bool:
-        asked = len(self._study.get_trials(deepcopy=False)) - len(self._excluded)
+        asked = len(self._own_trials()) - len(self._excluded)
         return asked >= (self._spec.search.num_configurations or 0)
 
     def _ask(self) -> tuple[int, Assignment]:
-        """A suggestion of Optuna's; after several excluded ones in a row, a draw at random.
+        """A known point, then suggestions of Optuna's; after several excluded ones in a row, a draw at random.
 
         Some samplers repeat a suggestion for ever while it brings no result.
         """
+        known = self._known[len(self._own_trials()) :]
+        if known:
+            return journal.ask_for(self._spec, self._study, known[0]).number, known[0]
         for _ in range(_MOST_EXCLUDED):
             asked = self._study.ask()
             assignment = journal.suggest(self._spec, asked)
@@ -148,7 +158,7 @@ class OptunaSearch:
     def _tell_ended(self) -> None:
         """Tell Optuna of every configuration whose trials have all ended."""
         is_first = True
-        for frozen in self._study.get_trials(deepcopy=False):
+        for frozen in self._own_trials():
             if frozen.state.is_finished():
                 continue
             ended = self._ended(frozen.number)
@@ -191,7 +201,7 @@ class OptunaSearch:
 
     def _estimate(self, stopped: _Stopped) -> list[float] | None:
         """Final values of a stopped configuration: bounded by those that finished; None if none has."""
-        numbers = (frozen.number for frozen in self._study.get_trials(deepcopy=False))
+        numbers = (frozen.number for frozen in self._own_trials())
         finished = [ended for number in numbers if (ended := self._ended(number)) and _finished(ended)]
         references = [
             (finals, at) for ended in finished if (finals := _finals(ended)) and (at := stopped.beside(ended))

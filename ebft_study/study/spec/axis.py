@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import random
 from collections.abc import Mapping, Sequence
@@ -151,6 +152,24 @@ class Axis(Section):
             return _on_step(low, self.step, round((value - low) / self.step))
         return min(max(float(f"{value:.{_DIGITS}g}"), low), high)
 
+    def own(self, value: Any) -> tuple[Any, ...]:
+        """The value of this axis that `value` means, in a tuple; empty where it has none."""
+        if self.finite is not None:
+            return tuple(each for each in self.finite if _is_one(each, value))[:1]
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        within = is_number and float(self.low or 0) <= value <= float(self.high or 0)
+        return (self.readable(float(value)),) if within else ()
+
+    def nearest(self, value: Any) -> Any:
+        """The value of this axis that comes closest to one that it does not have."""
+        finite = self.finite
+        if finite is None:
+            return min((float(self.low or 0), float(self.high or 0)), key=lambda end: abs(end - value))
+        if isinstance(value, int | float) and all(isinstance(each, int | float) for each in finite):
+            return min(finite, key=lambda each: abs(each - value))
+        close = difflib.get_close_matches(str(value), [str(each) for each in finite], n=1, cutoff=0.0)
+        return close[0]
+
     def plain(self) -> Any:
         """The axis in the form of a study file: a plain list if it has values only."""
         values = None if self.values is None else list(self.values)
@@ -184,6 +203,15 @@ def as_axis(key: str, axis: Any) -> dict[str, Any]:
 def frozen(value: Any) -> Any:
     """A value that can be a key: lists become tuples."""
     return tuple(map(frozen, value)) if isinstance(value, list | tuple) else value
+
+
+def _is_one(value: Any, other: Any) -> bool:
+    """Whether two values are one, numbers up to the digits of drawn ones."""
+    if isinstance(value, bool) or isinstance(other, bool):
+        return value is other
+    if isinstance(value, int | float) and isinstance(other, int | float):
+        return math.isclose(value, other, rel_tol=10.0 ** (1 - _DIGITS))
+    return bool(frozen(value) == frozen(other))
 
 
 def _on_step(low: float, step: float, index: int) -> float:

@@ -18,6 +18,7 @@ from ebft_study.study.spec.study_spec import StudySpec
 
 Assignment = dict[str, Any]  # axis -> value; a choice by its name
 MOST_CONFIGURATIONS = 100_000
+_NOWHERE: Mapping[str, Any] = {}
 _TRIES = 1000  # draws in a row that bring nothing new
 
 
@@ -57,14 +58,26 @@ def is_empty(spec: StudySpec) -> bool:
     return next(_combinations(spec, lambda axis: axis.extremes() if axis.finite is None else axis.finite), None) is None
 
 
+def known(spec: StudySpec) -> list[Assignment]:
+    """The known points, different ones, with random values for the axes that they do not name."""
+    points: list[Assignment] = []
+    for index, point in enumerate(spec.search.known):
+        generator = random.Random(f"{spec.search.search_seed}-known-{index}")
+        assignment = another(spec, generator, lambda found: _key(found) not in map(_key, points), point)
+        if assignment is None:
+            raise ConfigError(f"{spec.study}: search.known.{index}: is excluded, or a point above again. Drop it")
+        points.append(assignment)
+    return points
+
+
 def draws(spec: StudySpec, number: int) -> list[Assignment]:
-    """`number` different assignments; the first k of them do not depend on how many follow.
+    """`number` different assignments, known points first; the first k of them do not depend on how many follow.
 
     Fewer where the axes hold no more.
     """
     generator = random.Random(spec.search.search_seed)
-    drawn: list[Assignment] = []
-    seen: set[Any] = set()
+    drawn = known(spec)
+    seen = set(map(_key, drawn))
     while len(drawn) < number:
         assignment = another(spec, generator, lambda found: _key(found) not in seen)
         if assignment is None:
@@ -75,16 +88,23 @@ def draws(spec: StudySpec, number: int) -> list[Assignment]:
 
 
 def another(
-    spec: StudySpec, generator: random.Random, wanted: Callable[[Assignment], bool] = lambda _: True
+    spec: StudySpec,
+    generator: random.Random,
+    wanted: Callable[[Assignment], bool] = lambda _: True,
+    point: Mapping[str, Any] = _NOWHERE,
 ) -> Assignment | None:
-    """A random draw that is wanted and not excluded; None where there is none, or none among very many."""
+    """A random draw that is wanted and not excluded; None where there is none, or none among very many.
+
+    Args:
+        point: the values of some axes, which are not drawn.
+    """
     for _ in range(_TRIES):
-        assignment = _draw(spec, generator)
+        assignment = _draw(spec, generator, point)
         if not is_excluded(spec, assignment) and wanted(assignment):
             return assignment
     if not math.isfinite(_most(spec)) or _most(spec) > MOST_CONFIGURATIONS:
         return None
-    left = [assignment for assignment in grid(spec) if wanted(assignment)]
+    left = [each for each in grid(spec) if wanted(each) and point.items() <= each.items()]
     return generator.choice(left) if left else None
 
 
@@ -107,11 +127,11 @@ def _most(spec: StudySpec) -> float:
     return math.prod(math.inf if axis.finite is None else len(axis.finite) for axis in spec.axes.values())
 
 
-def _draw(spec: StudySpec, generator: random.Random) -> Assignment:
+def _draw(spec: StudySpec, generator: random.Random, point: Mapping[str, Any]) -> Assignment:
     assignment: Assignment = {}
     for key, axis in spec.axes.items():
         if exists(axis, assignment):
-            assignment[key] = axis.draw(generator)
+            assignment[key] = point[key] if key in point else axis.draw(generator)
     return assignment
 
 

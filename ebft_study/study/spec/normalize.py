@@ -75,6 +75,37 @@ def exclusions(
     return tuple(on_axes)
 
 
+def known(points: tuple[dict[str, Any], ...], axes: Mapping[str, Axis], source: str) -> tuple[dict[str, Any], ...]:
+    """Known points over the names and values of axes, in the order of the axes."""
+    on_axes = []
+    for index, point in enumerate(points):
+        where, given = f"{source}: search.known.{index}", {axis_of(axes, key) or key: key for key in point}
+        for name, key in given.items():
+            if name not in axes:
+                there = ", ".join(map(config.short_name, axes)) or "none"
+                raise ConfigError(f"{where}: {key}: is no axis of this study. Its axes: {there}")
+        assignment: dict[str, Any] = {}
+        for name in (name for name in axes if name in given):
+            assignment[name] = _known_value(axes[name], name, point[given[name]], assignment, where)
+        on_axes.append(assignment)
+    return tuple(on_axes)
+
+
+def _known_value(axis: Axis, name: str, value: Any, assignment: Mapping[str, Any], where: str) -> Any:
+    """An axis' own value of a known point, which also names what the axis depends on."""
+    key, (value,) = config.short_name(name), (value,) if axis.choices is not None else _numbers(name, (value,))
+    for parent, allowed in axis.when.items():
+        if parent not in assignment or assignment[parent] not in allowed:
+            values = " or ".join(map(str, allowed))
+            rule = f"this axis exists with {config.short_name(parent)}={values} only"
+            raise rule_broken(source=where, key=key, given=value, rule=rule, remedy="Name both, or drop it")
+    own = axis.own(value)
+    if not own:
+        rule, remedy = "is no value of this axis", f"The nearest is {axis.nearest(value)}"
+        raise rule_broken(source=where, key=key, given=value, rule=rule, remedy=remedy)
+    return own[0]
+
+
 def linked(links_of_file: Mapping[str, Link], source: str) -> dict[str, Link]:
     """Links under dotted paths, each after those that it is computed from."""
     by_path: dict[str, Link] = {}
@@ -195,7 +226,8 @@ def from_record(content: Mapping[str, Any], *, source: str) -> StudySpec:
 
 def dump(spec: StudySpec) -> dict[str, Any]:
     """The spec as plain values, as it is written to study.yaml."""
-    return spec.model_dump(mode="json", exclude={"profiles"} | (set() if spec.extended_from else {"extended_from"}))
+    unused = {name for name in ("extended_from", "warm_start") if not getattr(spec, name)}
+    return spec.model_dump(mode="json", exclude={"profiles", *unused})
 
 
 def normalized(spec: StudySpec, source: str) -> StudySpec:
@@ -207,6 +239,7 @@ def normalized(spec: StudySpec, source: str) -> StudySpec:
             "axes": named,
             "linked": linked(spec.linked, source),
             "exclude": exclusions(spec.exclude, named, source),
+            "search": spec.search.model_copy(update={"known": known(spec.search.known, named, source)}),
             "baselines": {
                 name: config.nest(settings, source=f"{source}: baselines.{name}")
                 for name, settings in spec.baselines.items()

@@ -96,6 +96,10 @@ class SeedsSpec(Section):
         return self.listed or tuple(range(self.levels[-1]))
 
 
+LEARN_FROM_OTHERS = ("tpe", "gp")
+"""Samplers that learn from every result; nsga2 chooses parents among its own, qmc and random learn nothing."""
+
+
 class SearchSpec(Section):
     """Choice of configurations from the axes."""
 
@@ -108,6 +112,12 @@ class SearchSpec(Section):
     )
     population_size: int = Field(10, ge=2, description="nsga2: configurations of a generation")
     search_seed: int = Field(0, ge=0, description="random and optuna: seed of the choice of configurations")
+    known: tuple[dict[str, Any], ...] = Field(
+        (), description="random and optuna: points that are tried first, as axis -> value; other axes are drawn"
+    )
+    warm_start_from: tuple[str, ...] = Field(
+        (), description="optuna: names or folders of earlier studies, of whose results the sampler is told"
+    )
 
     @field_validator("sampler", mode="before")
     @classmethod
@@ -122,6 +132,18 @@ class SearchSpec(Section):
             raise ValueError("a grid runs every combination. Drop num_configurations, or use algorithm: random")
         if self.algorithm != "grid" and self.num_configurations is None:
             raise ValueError(f"a {self.algorithm} search needs num_configurations. Say how many to try")
+        return self
+
+    @model_validator(mode="after")
+    def _reuse_where_it_has_an_effect(self) -> SearchSpec:
+        if self.known and self.algorithm == "grid":
+            raise ValueError("known: a grid runs every combination. Drop known, or use algorithm: random")
+        if self.known and len(self.known) > (self.num_configurations or 0):
+            raise ValueError(f"known: lists {len(self.known)} points. Use num_configurations >= {len(self.known)}")
+        learns = self.algorithm == "optuna" and self.sampler in LEARN_FROM_OTHERS
+        if self.warm_start_from and not learns:
+            names = " or ".join(LEARN_FROM_OTHERS)
+            raise ValueError(f"warm_start_from: only these samplers learn from it. Use algorithm: optuna with {names}")
         return self
 
 
@@ -407,6 +429,25 @@ class StudySize(Section):
         )
 
 
+class EarlierPoint(Section):
+    """A configuration of an earlier study, on the axes of this one."""
+
+    configuration: str
+    assignment: dict[str, Any] = Field(description="axis -> value; a choice by its name")
+    values: tuple[float, ...] = Field(description="each objective's mean over its seeds, on the validation split")
+
+
+class EarlierStudy(Section):
+    """What a search was told of an earlier study: complete, so that a resumed search needs that study no more."""
+
+    study: str
+    sha256: str = Field(description="of the points")
+    data: dict[str, str] = Field(description="fingerprints of its data")
+    models: dict[str, str] = Field(description="fingerprints of its models")
+    points: tuple[EarlierPoint, ...]
+    not_used: dict[str, int] = Field(description="reason -> configurations")
+
+
 class StudySpec(Section):
     """One study. After `load_study`, `run` and `baselines` are nested by section and `profiles` is empty."""
 
@@ -428,10 +469,16 @@ class StudySpec(Section):
     resources: ResourcesSpec = ResourcesSpec()
     profiles: dict[str, Profile] = Field(default_factory=dict)
     extended_from: tuple[StudySize, ...] = Field((), description="its size before each --extend; not for study files")
+    warm_start: tuple[EarlierStudy, ...] = Field((), description="what its search was told; not for study files")
     defaults: dict[str, Any] = Field(
         default_factory=lambda: {path: all_keys()[path] for path in EARLIER_DEFAULTS},
         description="setting -> its default when the study began, where versions differ; not for study files",
     )
+
+    @property
+    def told(self) -> tuple[EarlierPoint, ...]:
+        """Results of earlier studies that the search begins with."""
+        return tuple(point for earlier in self.warm_start for point in earlier.points)
 
     @field_validator("axes", mode="before")
     @classmethod

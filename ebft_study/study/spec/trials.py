@@ -110,7 +110,14 @@ def _identity(configuration: Configuration) -> str:
     return configuration.baseline or json.dumps(configuration.settings, sort_keys=True, default=str)
 
 
-def shuffled(listed: Sequence[T], study: str, unit: Callable[[T], tuple[int, str, bool]]) -> list[T]:
+def known_labels(spec: StudySpec) -> list[str]:
+    """The configurations that are tried first, by label."""
+    return [on_axes(spec, assignment).label for assignment in enumeration.known(spec)]
+
+
+def shuffled(
+    listed: Sequence[T], study: str, unit: Callable[[T], tuple[int, str, bool]], *, first: Sequence[str] = ()
+) -> list[T]:
     """Trials seed by seed, baselines first, configurations in an order that is random but always the same.
 
     The first trials that a scheduler sees have little to be compared with: that must not favour the first lines of a
@@ -118,12 +125,14 @@ def shuffled(listed: Sequence[T], study: str, unit: Callable[[T], tuple[int, str
 
     Args:
         unit: a trial's seed, the label of its configuration, and whether that is a baseline.
+        first: labels of configurations that come before the others, in this order.
     """
     seeds = {seed: position for position, seed in enumerate(dict.fromkeys(unit(trial)[0] for trial in listed))}
 
-    def key(trial: T) -> tuple[int, bool, str]:
+    def key(trial: T) -> tuple[int, bool, int, str]:
         seed, label, is_baseline = unit(trial)
-        return seeds[seed], not is_baseline, "" if is_baseline else draw(study, label)
+        rank = first.index(label) if label in first else len(first)
+        return seeds[seed], not is_baseline, rank, "" if is_baseline else draw(study, label)
 
     return sorted(listed, key=key)
 

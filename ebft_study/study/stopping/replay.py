@@ -21,7 +21,7 @@ from ebft_study.storage import Location
 from ebft_study.study.folder import history
 from ebft_study.study.folder.trial_states import EARLY_STOP, OPEN, Evaluation
 from ebft_study.study.spec.study_spec import ObjectiveSpec, StudySpec
-from ebft_study.study.spec.trials import Replicate, shuffled
+from ebft_study.study.spec.trials import Replicate, known_labels, shuffled
 from ebft_study.study.stopping.race import Race, Scores
 from ebft_study.study.stopping.rules import RuleMonitor
 from ebft_study.study.stopping.schedulers import StudyScheduler
@@ -206,7 +206,8 @@ def as_started(trials: Sequence[RecordedTrial], spec: StudySpec) -> list[Recorde
     """Recorded trials in the order in which a live study under the scheduler of `spec` starts them."""
     if not spec.scheduler.compares:
         return list(trials)
-    return shuffled(trials, spec.study, lambda trial: (trial.seed, trial.configuration, trial.is_baseline))
+    first = known_labels(spec)
+    return shuffled(trials, spec.study, lambda trial: (trial.seed, trial.configuration, trial.is_baseline), first=first)
 
 
 class _EarlyStopping:
