@@ -149,6 +149,11 @@ def test_each_further_study_is_part_of_the_correction(first: Path, tmp_path: Pat
     both, one = compare(read(first, second, third)), compare(read(first, second))
     assert both.n_tested == 2 * one.n_tested
     assert all(b.p_value >= o.p_value for b, o in zip(both.of("second"), one.of("second"), strict=True))
+    for compared in (both, one):
+        smallest = min(each.interval.p_value for each in compared.differences)
+        assert min(each.p_value for each in compared.differences) == pytest.approx(
+            min(1.0, compared.n_tested * smallest)
+        )
 
 
 def test_metrics_that_measure_something_else_are_left_out_with_the_reason(first: Path, tmp_path: Path) -> None:

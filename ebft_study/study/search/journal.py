@@ -83,7 +83,7 @@ def open_study(spec: StudySpec, path: Path) -> optuna.Study:
     )
     for point in spec.told[len(study.get_trials(deepcopy=False)) :]:
         study.add_trial(_told(spec, point))
-    study.sampler = _sampler(spec.search, len(study.get_trials(deepcopy=False)) - len(spec.told))
+    study.sampler = _sampler(spec.search, len(study.get_trials(deepcopy=False)))
     return study
 
 
@@ -105,11 +105,12 @@ def directions(objective: ObjectiveSpec) -> list[str]:
 
 
 def _sampler(search: SearchSpec, asked: int) -> BaseSampler:
-    """The sampler of a search that has asked for `asked` configurations."""
+    """The sampler of a search that asked for, or was told of, `asked` configurations."""
     from optuna import samplers
     from optuna.exceptions import ExperimentalWarning
 
-    # With the seed of its first session, a resumed search would draw the same configurations again.
+    # With the seed of its first session, a resumed search would draw the same configurations again, and so would one
+    # that was told of them.
     seed = random.Random(f"{search.search_seed}-{asked}").getrandbits(32) if asked else search.search_seed
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)  # QMC and the crossovers, since Optuna 3

@@ -179,6 +179,14 @@ def _seeded(study: StudySpec, seed: int) -> StudySpec:
     return study.model_copy(update={"search": study.search.model_copy(update={"search_seed": seed})})
 
 
+def test_a_search_does_not_repeat_the_first_draws_of_the_one_that_it_is_told_of(tmp_path: Path) -> None:
+    """With few results TPE still draws at random, and both searches have the same seed."""
+    first = run_all(OptunaSearch(spec(), tmp_path / "first", {}), result)[:3]
+    rates = [trial.run.optimizer.learning_rate for trial in first]
+    second = run_all(OptunaSearch(told(*rates), tmp_path / "second", {}), result)
+    assert not {trial.run.optimizer.learning_rate for trial in second} & set(rates)
+
+
 def test_gp_begins_informed_too(tmp_path: Path) -> None:
     study = told(*RATES, search={"sampler": "gp", "num_configurations": 2})
     assert all(abs(math.log10(rate / 1e-3)) < 1 for rate, _ in points(run_all(_search(study, tmp_path), result)))
@@ -350,4 +358,4 @@ def test_the_record_is_part_of_no_study_file_and_survives_an_extension(tmp_path:
     more = load_study(content(search={"warm_start_from": ["before"], "num_configurations": 9}))
     assert extending.extended(recorded, more).told == recorded.told
     with pytest.raises(ConfigError, match="warm_start: is written by the study itself"):
-        load_study(normalize.dump(recorded))
+        load_study(content(warm_start=normalize.dump(recorded)["warm_start"]))
