@@ -338,7 +338,8 @@ def _difference(
 
 
 def _shared(interval: Interval, seeds: Sequence[int], ours: int, theirs: int) -> str:
-    over_seeds = f"{len(seeds)} seeds, paired" if seeds else f"{ours} and {theirs} seeds, not paired"
+    apart = f"{ours} and {theirs} seeds, not paired" if max(ours, theirs) > 1 else "one seed each"
+    over_seeds = f"{len(seeds)} seeds, paired" if seeds else apart
     if not interval.n_sequences:
         return over_seeds
     paired = "" if interval.sequence_degrees is None else " in all, not paired"
