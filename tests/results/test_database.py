@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -57,6 +58,20 @@ def test_one_query_finds_every_trial_with_a_setting_and_not_sft_which_does_not_r
     assert connection.sql(query).fetchall() == [("first", "t000"), ("first", "t001"), ("second", "t000")]
     joined = "SELECT count(*) FROM trials JOIN evaluations USING (study, trial_id) WHERE study = 'first'"
     assert connection.sql(joined).fetchall() == [(len(load(tmp_path / "first").evaluations),)]
+
+
+def test_the_documented_queries_answer_what_the_text_says(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "comparing.md").read_text()
+    first, second = re.findall(r'db\.sql\("+(SELECT.*?)"+\)', page, flags=re.DOTALL)
+    connection = catalog(studies(tmp_path))
+    assert [row[:4] for row in connection.sql(first).order("ALL").fetchall()] == [
+        ("first", "t000", 1.0, 0.0), ("first", "t001", 1.0, 0.0), ("second", "t000", 1.0, 0.0)
+    ]  # fmt: skip
+    results = load(tmp_path / "first")
+    of_trials = results.trials[(results.trials["method"] == "ebft") & (results.trials["alpha"] == 1)]["trial_id"]
+    rows = results.evaluations[results.evaluations["trial_id"].isin(of_trials)]
+    last = rows[(rows["metric"] == "cfm_loss") & (rows["position"] == 8) & (rows["step"] == 40)]["value"]
+    assert connection.sql(second).fetchall()[0] == ("first", 0.0, 2, pytest.approx(last.mean()))
 
 
 def test_values_come_without_further_packages_and_with_the_types_of_the_schema(tmp_path: Path) -> None:

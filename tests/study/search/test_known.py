@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,13 @@ def test_known_points_start_first_under_a_scheduler_too() -> None:
     ordered = trials.shuffled(trials.listed(study), "s", lambda trial: trial.unit, first=trials.known_labels(study))
     assert points([ordered[0], ordered[30]]) == [(3e-4, 1.0)] * 2
     assert (ordered[0].seed, ordered[30].seed) == (0, 1)
+
+
+def test_the_documented_search_loads() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "comparing.md").read_text()
+    (block,) = re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)
+    loaded = load_study(content(**yaml.safe_load(block)))
+    assert [len(loaded.spec.search.known), loaded.n_trials] == [2, 20]
 
 
 @pytest.mark.parametrize(
@@ -250,7 +258,10 @@ def test_a_damaged_journal_is_rebuilt_with_what_it_was_told(tmp_path: Path, dama
         path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:8]))
     else:
         path.write_bytes(path.read_bytes().replace(b'"value":4.0', b'"value":5.0', 1))
-    assert journal.repair(study, path, results.read_table(tmp_path, "trials"), {})
+    rows = results.read_table(tmp_path, "trials")
+    assert journal.repair(study, path, rows, {})
+    assert len(plain_optuna(path).get_trials()) == 13 + 4
+    assert not journal.repair(study, path, rows, {}), "it is whole now"
     again = _search(study, tmp_path)
     left = [again.next() for _ in range(4)]
     assert [(t.trial_id, t.run) for t in left if t] == [(t.trial_id, t.run) for t in handed]
