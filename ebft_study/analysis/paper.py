@@ -42,8 +42,8 @@ class Task:
     title: str
     model: str
     dataset: str
-    miniature: str
-    """The generated data set of the same kind."""
+    miniature: tuple[str, str]
+    """The generated data set of the same kind, and the benchmark that goes with it."""
     benchmarks: Mapping[str, tuple[str, ...]]
     completion_length: int
     stride: int
@@ -52,18 +52,18 @@ class Task:
 
 MULTIPL_E = tuple(f"multipl_e_{language}" for language in ("cpp", "js", "ts", "rs", "cs", "go", "php", "java"))
 QA = Task(
-    *("Q&A coding", "Qwen/Qwen2.5-1.5B", "open_code_instruct", "mini_functions"),
+    *("Q&A coding", "Qwen/Qwen2.5-1.5B", "open_code_instruct", ("mini_functions", "mini")),
     {"HumanEval": ("humaneval",), "MBPP": ("mbpp",), "MultiPL-E": MULTIPL_E},
     *(8, 8),
 )
 UNSTRUCTURED = Task(
-    *("Unstructured coding", "Qwen/Qwen2.5-1.5B", "swallow_code", "mini_unstructured"),
+    *("Unstructured coding", "Qwen/Qwen2.5-1.5B", "swallow_code", ("mini_unstructured", "mini")),
     {"HumanEval": ("humaneval",), "MBPP": ("mbpp",)},
     *(8, 8),
     has_answers=False,
 )
 TRANSLATION = Task(
-    *("Translation", "meta-llama/Llama-3.2-1B", "alma_human_parallel", "mini_translation"),
+    *("Translation", "meta-llama/Llama-3.2-1B", "alma_human_parallel", ("mini_translation", "mini_translation")),
     {"WMT'22": ("wmt22",), "MTNT": ("mtnt",), "OpenSubtitles": ("opensubtitles",)},
     *(4, 2),
 )
@@ -75,12 +75,18 @@ HUB = {
 }
 
 
-def training(task: Task, method: str) -> dict[str, tuple[Any, ...]]:
-    """The settings that the paper gives a method in Tables 2, 4 and 5, each with the values that it tried."""
-    ebft = {"n_samples": (4,), "completion_length": (task.completion_length,), "stride": (task.stride,)}
+def training(task: Task) -> dict[str, dict[str, tuple[Any, ...]]]:
+    """Method -> the settings that Tables 2, 4 and 5 give it, each with the values that the paper tried."""
     return {
-        "ebft": {"learning_rate": (1e-6,), "batch_size": (16,), "temperature": (0.6,), "sequence_length": (1024,)}
-        | ebft,
+        "ebft": {
+            "learning_rate": (1e-6,),
+            "batch_size": (16,),
+            "sequence_length": (1024,),
+            "temperature": (0.6,),
+            "n_samples": (4,),
+            "completion_length": (task.completion_length,),
+            "stride": (task.stride,),
+        },
         "sft": {"learning_rate": (5e-6, 1e-5), "batch_size": (64, 128), "sequence_length": (2048,)},
         "rlvr": {
             "learning_rate": (1e-6,),
@@ -88,7 +94,7 @@ def training(task: Task, method: str) -> dict[str, tuple[Any, ...]]:
             "temperature": (1.0,),
             "n_samples": (8,),
         },
-    }[method]
+    }
 
 
 @dataclass(frozen=True)
