@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from ebft_study.config import RunConfig
+    from ebft_study.report.table import Table
     from ebft_study.results import Results
     from ebft_study.storage import Location, StoragePath
     from ebft_study.study.driver.runner import StudyResult
@@ -154,6 +155,13 @@ def write_report(study: Location, *, storage: Location = STUDIES) -> Path | Stor
     from ebft_study import report
 
     return report.write_report(find(study, storage))
+
+
+def tables(study: Location, *, storage: Location = STUDIES) -> dict[str, Table]:
+    """The tables of a study's report by name; `markdown`, `latex`, `comma_separated` of `report.table` format them."""
+    from ebft_study import report
+
+    return report.tables(find(study, storage))
 
 
 def evaluate(

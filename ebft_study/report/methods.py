@@ -6,7 +6,7 @@ from ebft_study import text
 from ebft_study.analysis.methods import Column, Method, Task, tasks
 from ebft_study.analysis.summary import StudySummary
 from ebft_study.report.content import NAMES, SCORE_NAMES
-from ebft_study.report.tables import Table, slug
+from ebft_study.report.table import Table, slug
 
 
 def method_tables(study: StudySummary) -> list[Table]:
@@ -23,10 +23,11 @@ def column_name(column: Column) -> str:
 
 def _table(task: Task, objective: str) -> Table:
     notes = [
-        f"{task.label}: means over seeds ± half-width of the 95 % interval over seeds, and over held-out sequences or "
-        "problems where they are known. Losses are held-out ones, better when lower; scores are from 0 to 1, at the "
-        "end of training. (ws.): from a warm start. Of several configurations, each seed is scored by the one that the "
-        f"other seeds choose by validation {objective}. Sequences are those of all training, warm start included."
+        f"{task.label}: means" if task.label else "Means",
+        "over seeds ± half-width of the 95 % interval over seeds, and over held-out sequences or problems where they are "
+        "known. Losses are held-out ones, better when lower; scores are from 0 to 1, at the end of training. (ws.): from "
+        "a warm start. Of several configurations, each seed is scored by the one that the other seeds choose by "
+        f"validation {objective}. Sequences are those of all training, warm start included.",
     ]
     if task.unchosen:
         notes.append(f"Nothing chooses between the configurations of {text.listed(list(task.unchosen))}.")
@@ -37,8 +38,7 @@ def _table(task: Task, objective: str) -> Table:
         for name, method in task.methods.items()
     ]
     columns = ("Method", "Configuration", "Seeds", "Sequences", *map(column_name, task.columns))
-    caption = " ".join(notes).removeprefix(": ")
-    return Table(slug(f"methods_{task.label}"), f"{caption[0].upper()}{caption[1:]}", columns, tuple(rows))
+    return Table(slug(f"methods_{task.label}"), " ".join(notes), columns, tuple(rows))
 
 
 def _of_training(method: Method) -> tuple[str, str, str]:

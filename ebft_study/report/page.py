@@ -15,7 +15,7 @@ from ebft_study import text
 from ebft_study.analysis import pareto, usage
 from ebft_study.analysis.settings import objectives
 from ebft_study.analysis.summary import summarize
-from ebft_study.report import content, facts, methods, paper, scaling, tables
+from ebft_study.report import content, facts, methods, paper, scaling, table
 from ebft_study.report.claims import judge
 from ebft_study.report.drawing import ReportFigure
 from ebft_study.report.figures import draw_all
@@ -62,7 +62,7 @@ def write(study_folder: StoragePath) -> Path | StoragePath:
         methods=methods.method_tables(study),
         benchmarks=content.benchmark_tables(study),
         paper=paper.section(study),
-        formats=tables.FORMATS,
+        formats=table.FORMATS,
         scaling=scaling.section(study),
         trials=content.trial_rows(study),
         costs=content.cost_rows(study),

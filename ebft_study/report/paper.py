@@ -20,7 +20,7 @@ from ebft_study.analysis.methods import BASE, WARM_START
 from ebft_study.analysis.statistics import CONFIDENCE, Interval, holm
 from ebft_study.analysis.summary import StudySummary
 from ebft_study.report.content import NAMES, SCORE_NAMES
-from ebft_study.report.tables import Table, slug
+from ebft_study.report.table import Table, slug
 from ebft_study.report.verdicts import Ruling, decide, unless_stopped
 
 SILENCE = "The paper states no number of seeds and no uncertainty, so its order of methods that are close may be luck."
@@ -61,10 +61,14 @@ class Section:
     orders: Table
     pairs: Table | None
 
+    @property
+    def tables(self) -> list[Table]:
+        return [self.orders, *([self.pairs] if self.pairs else []), *self.levels]
 
-def orders(study: StudySummary) -> list[Order]:
+
+def orders(tasks: Sequence[Beside]) -> list[Order]:
     """The orders by CE, FM and the score of one sampled answer, each pair corrected for the number of all of them."""
-    chosen = [(task, quantity) for task in beside(study) for quantity in task.quantities if _is_ordered(quantity)]
+    chosen = [(task, quantity) for task in tasks for quantity in task.quantities if _is_ordered(quantity)]
     tested = [[_tested(quantity, *pair) for pair in quantity.pairs()] for _, quantity in chosen]
     adjusted = iter(holm([pair.p_value for pairs in tested for pair in pairs]))
     return [
@@ -94,8 +98,9 @@ def _corrected(pair: Pair, p_value: float) -> Pair:
 
 def section(study: StudySummary) -> Section | None:
     """The section; None for a study that has none of the paper's tasks."""
-    tasks, ordered = beside(study), orders(study)
-    if not tasks or not ordered:
+    tasks = beside(study)
+    ordered = orders(tasks)
+    if not ordered:
         return None
     return Section(
         summary(ordered),
@@ -168,8 +173,7 @@ def _table_of(quantity: Quantity) -> tuple[str, str, bool]:
 def _order_table(ordered: Sequence[Order]) -> Table:
     rows = [
         (
-            order.task.task.title,
-            _name(order.quantity),
+            f"{order.task.task.title}: {_name(order.quantity)}",
             " > ".join(order.quantity.published_order()),
             " > ".join(order.quantity.order()),
             text.number(order.quantity.rank_agreement(), 2),
@@ -182,15 +186,14 @@ def _order_table(ordered: Sequence[Order]) -> Table:
         "means: 1 for one order, 0 for unrelated ones, −1 for opposite ones; it says nothing of uncertainty. Pairs "
         "that the paper tells apart count by the sign of our difference, paired by seed, corrected for all pairs here."
     )
-    columns = ("Task", "Quantity", "Paper's order", "Our order", "Rank agreement", "Agree", "Disagree", "Cannot tell")
+    columns = ("Quantity", "Paper's order", "Our order", "Rank agreement", "Agree", "Disagree", "Cannot tell")
     return Table("paper_orders", caption, columns, tuple(rows))
 
 
 def _pair_table(ordered: Sequence[Order]) -> Table | None:
     rows = [
         (
-            order.task.task.title,
-            _name(order.quantity),
+            f"{order.task.task.title}: {_name(order.quantity)}",
             f"{pair.better} before {pair.worse}",
             text.signed(order.quantity.published[pair.better] - order.quantity.published[pair.worse], 3),
             pair.gap.as_difference(),
@@ -201,7 +204,7 @@ def _pair_table(ordered: Sequence[Order]) -> Table | None:
         if pair.ruling != "cannot tell"
     ]
     caption = "Pairs that this study tells apart, in the paper's order; differences are of the first minus the second."
-    columns = ("Task", "Quantity", "Pair", "Paper's difference", "Our difference", "Ruling")
+    columns = ("Quantity", "Pair", "Paper's difference", "Our difference", "Ruling")
     return Table("paper_pairs", caption, columns, tuple(rows)) if rows else None
 
 
