@@ -24,10 +24,10 @@ def column_name(column: Column) -> str:
 def _table(task: Task, objective: str) -> Table:
     notes = [
         f"{task.label}: means" if task.label else "Means",
-        "over seeds ± half-width of the 95 % interval over seeds, and over held-out sequences or problems where they are "
-        "known. Losses are held-out ones, better when lower; scores are from 0 to 1, at the end of training. (ws.): from "
-        "a warm start. Of several configurations, each seed is scored by the one that the other seeds choose by "
-        f"validation {objective}. Sequences are those of all training, warm start included.",
+        "over seeds ± half-width of the 95 % interval over seeds, and over held-out sequences or problems where they "
+        "are known. Losses are held-out ones, better when lower; scores are from 0 to 1, at the end of training. "
+        "(ws.): from a warm start. Of several configurations, each seed is scored by the one that the other seeds "
+        f"choose by validation {objective}. Sequences are those of all training, warm start included.",
     ]
     if task.unchosen:
         notes.append(f"Nothing chooses between the configurations of {text.listed(list(task.unchosen))}.")

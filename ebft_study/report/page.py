@@ -15,7 +15,7 @@ from ebft_study import text
 from ebft_study.analysis import pareto, usage
 from ebft_study.analysis.settings import objectives
 from ebft_study.analysis.summary import summarize
-from ebft_study.report import content, facts, methods, paper, scaling, table
+from ebft_study.report import collected, content, facts, methods, paper, scaling, table
 from ebft_study.report.claims import judge
 from ebft_study.report.drawing import ReportFigure
 from ebft_study.report.figures import draw_all
@@ -57,6 +57,7 @@ def write(study_folder: StoragePath) -> Path | StoragePath:
         provenance=facts.provenance(spec),
         cost=usage.cost(study.results),
         configurations=content.configuration_rows(study),
+        outcomes=collected.outcomes(study),
         precision=content.precision(study),
         evidence=content.evidence_rows(study),
         methods=methods.method_tables(study),
