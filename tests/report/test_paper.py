@@ -70,7 +70,8 @@ def test_all_pairs_of_the_page_are_one_family() -> None:
     assert order.count("agrees") == 1
     noise = [fake(dict.fromkeys(SCORES, 0.4), random, seeds=2, noise=0.05) for _ in range(20)]
     (first, *_) = orders([alone, *noise])
-    assert first.pairs[0].p_value == pytest.approx(order.pairs[0].p_value * (1 + 20 * 20))
+    factor = first.pairs[0].p_value / order.pairs[0].p_value
+    assert 0.98 * (1 + 20 * 20) < factor <= 1 + 20 * 20 + 1e-6  # less where noise has smaller p-values
     assert first.count("cannot tell") == 1
 
 
