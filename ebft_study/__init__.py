@@ -1,6 +1,32 @@
 """Hyperparameter and scaling studies of Energy-Based Fine-Tuning (EBFT) of language models. Start with `api`."""
 
-from ebft_study.api import extend, load, plan, read_results, replay, resume, run, tables, train, write_report
+from ebft_study.api import (
+    bundle,
+    check_bundle,
+    extend,
+    load,
+    plan,
+    read_results,
+    replay,
+    resume,
+    run,
+    tables,
+    train,
+    write_report,
+)
 
 __version__ = "0.2.0"
-__all__ = ["extend", "load", "plan", "read_results", "replay", "resume", "run", "tables", "train", "write_report"]
+__all__ = [
+    "bundle",
+    "check_bundle",
+    "extend",
+    "load",
+    "plan",
+    "read_results",
+    "replay",
+    "resume",
+    "run",
+    "tables",
+    "train",
+    "write_report",
+]

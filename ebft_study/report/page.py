@@ -26,8 +26,12 @@ TEMPLATE = "report.html.j2"
 DOTS_PER_INCH = 160
 
 
-def write(study_folder: StoragePath) -> Path | StoragePath:
-    """Write `report.html` and `figures/` of the study in `study_folder`; returns the HTML file."""
+def write(study_folder: StoragePath, *, written: str | None = None) -> Path | StoragePath:
+    """Write `report.html` and `figures/` of the study in `study_folder`; returns the HTML file.
+
+    Args:
+        written: the report's date; default: now.
+    """
     study = summarize(load(study_folder))
     spec = study.results.spec
     figures = draw_all(study)
@@ -76,7 +80,7 @@ def write(study_folder: StoragePath) -> Path | StoragePath:
         missing=content.missing(study, list(svgs)),
         figures=figures,
         svgs={name: Markup(_inline(svg, name)) for name, svg in svgs.items()},
-        written=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        written=written or f"written {datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC",
     )
     target = study_folder / "report.html"
     target.write_bytes(page.encode())
