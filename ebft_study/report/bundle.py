@@ -40,13 +40,15 @@ from ebft_study.storage import StoragePath, storage_path
 
 if TYPE_CHECKING:
     import pandas as pd
+    import pyarrow
 
 PACKAGE = "ebft-study"
 SPEC, REPORT = "study.yaml", "report.html"
 CHECKED_FOR_CREDENTIALS = ("trials", "events")
 RECORDED = ("created_at", "file", "git_revision", "versions", "provenance")
 """Parts of study.yaml that the manifest repeats."""
-MAX_SPEC_BYTES, MAX_VALUES, MAX_TABLE_BYTES, BATCH_BYTES = 2**21, 10**8, 2**32, 2**28
+MAX_SPEC_BYTES, MAX_SPEC_DEPTH = 2**20, 50
+MAX_VALUES, MAX_TABLE_BYTES, BATCH_BYTES = 10**8, 2**32, 2**28
 _NUMBER = re.compile(r"[−-]?\d+(?:\.\d+)?")
 _MINUS = str.maketrans("−", "-")
 
@@ -107,7 +109,7 @@ def check(source: Path) -> BundleCheck:
         raise ResultsError(f"{source}: lacks {sorted(required - files.keys())[0]!r}: it is no bundle of a study")
     _check_spec(source, files[SPEC])
     for table in TABLES:
-        _check_size(source, files[_parquet(table)], table)
+        _check_table(source, files[_parquet(table)], table)
     name, written_by = (str(about.get(key))[:100] for key in ("study", "written_by"))
     given = {part: files[part] for part in required - {REPORT}}
     with tempfile.TemporaryDirectory() as place:
@@ -227,21 +229,29 @@ def _version() -> str:
 
 
 def _check_spec(source: Path, content: bytes) -> None:
-    """Refuse what takes far more memory than bytes: references within YAML, which `_spec` does not write."""
+    """Refuse what takes far more memory or time than bytes: references within YAML, and deep nesting."""
+    depth, is_refused = 0, len(content) > MAX_SPEC_BYTES
     try:
-        if len(content) > MAX_SPEC_BYTES or any(isinstance(e, yaml.AliasEvent) for e in yaml.parse(content)):
-            raise ResultsError(f"{source}: {SPEC} is larger than {MAX_SPEC_BYTES} bytes, or refers to itself")
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        for event in yaml.parse(content) if not is_refused else ():
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            is_refused = isinstance(event, yaml.AliasEvent) or depth > MAX_SPEC_DEPTH
+            if is_refused:
+                break
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ResultsError(f"{source}: {SPEC} cannot be read ({one_line(error)})") from None
+    if is_refused:
+        raise ResultsError(f"{source}: {SPEC} is larger or deeper than one that was written, or refers to itself")
 
 
-def _check_size(source: Path, content: bytes, table: str) -> None:
-    """Refuse a table that is far larger than its file: a text, or a number, that is repeated takes no space there."""
+def _check_table(source: Path, content: bytes, table: str) -> None:
+    """Refuse a table of another schema, and one far larger than its file, where what is repeated takes no space."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    where = f"{source}: {_parquet(table)}"
     try:
         file = pq.ParquetFile(pa.BufferReader(content))
+        _check_schema(where, file.schema_arrow, schema.arrow_schema(table))
         groups = [file.metadata.row_group(index) for index in range(file.num_row_groups)]
         chunks = [group.column(index) for group in groups for index in range(group.num_columns)]
         is_large = sum(chunk.num_values for chunk in chunks) > MAX_VALUES
@@ -250,11 +260,18 @@ def _check_size(source: Path, content: bytes, table: str) -> None:
         batches = iter(()) if is_large else file.iter_batches(max(1, min(2**16, BATCH_BYTES // max(1, longest))))
         is_large |= any(size > MAX_TABLE_BYTES for size in itertools.accumulate(batch.nbytes for batch in batches))
     except (pa.ArrowException, OSError, OverflowError, UnicodeDecodeError) as error:
-        raise ResultsError(f"{source}: {_parquet(table)} cannot be read as Parquet ({one_line(error)})") from None
+        raise ResultsError(f"{where} cannot be read as Parquet ({one_line(error)})") from None
     if is_large:
         raise ResultsError(
-            f"{source}: {_parquet(table)} holds more than {MAX_VALUES} values, or {MAX_TABLE_BYTES} bytes"
+            f"{where} holds more than {MAX_VALUES} values or {MAX_TABLE_BYTES} bytes: too large to check"
         )
+
+
+def _check_schema(where: str, found: pyarrow.Schema, declared: pyarrow.Schema) -> None:
+    types = dict(zip(found.names, found.types, strict=True))
+    for field in declared:
+        if types.get(field.name, None if not field.nullable else field.type) != field.type:
+            raise ResultsError(f"{where}: column {field.name} is {types.get(field.name, 'missing')}, not {field.type}")
 
 
 def _compare(source: Path, files: Mapping[str, bytes], again: Mapping[str, bytes]) -> None:
