@@ -82,7 +82,7 @@ class Quantity:
         return _order({name: self.level(name).mean for name in self.methods}, self.is_better_below)
 
     def pairs(self) -> list[tuple[str, str]]:
-        """Pairs of methods that the paper tells apart, the better one first."""
+        """Pairs of methods whose values differ in the paper, the better one first."""
         return [
             (better, worse)
             for better, worse in itertools.combinations(self.published_order(), 2)

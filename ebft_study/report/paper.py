@@ -1,7 +1,7 @@
 """The section of the report that puts the paper's numbers beside the study's: levels, orders of methods, pairs.
 
 The six claims of `ordering` test what the paper says of its methods. Here stands what it measured: each of its columns
-beside the study's and, for every pair of methods that the paper tells apart, whether this study does, too. A pair is
+beside the study's and, for every pair of methods that the paper orders, whether this study orders it alike. A pair is
 told apart when its p-value survives Holm's correction for all pairs of all orders on the page.
 """
 
@@ -29,7 +29,7 @@ RULINGS: tuple[Ruling, ...] = ("agrees", "disagrees", "cannot tell")
 
 @dataclass(frozen=True)
 class Pair:
-    """Two methods that the paper tells apart, and whether the study does; the p-value is corrected."""
+    """Two methods that the paper orders, and whether the study agrees; the p-value is corrected."""
 
     better: str
     worse: str
@@ -116,10 +116,12 @@ def summary(ordered: Sequence[Order]) -> str:
     pairs = [pair for order in ordered for pair in order.pairs]
     n_tests = sum(not math.isnan(pair.p_value) for pair in pairs)
     if not n_tests:
-        return f"The paper tells {len(pairs)} pairs of methods apart; one seed allows no interval, so ours tells none."
+        return (
+            f"The paper orders {len(pairs)} pairs of methods; one seed allows no interval, so this study orders none."
+        )
     trained = [pair for pair in pairs if not {pair.better, pair.worse} & {BASE, WARM_START}]
     return (
-        f"Of {len(pairs)} pairs of methods that the paper tells apart, this study {_counts(pairs)}, after Holm's "
+        f"Of {len(pairs)} pairs of methods that the paper orders, this study {_counts(pairs)}, after Holm's "
         f"correction for {n_tests} tests. Of the {len(trained)} among them without {BASE} and {WARM_START}, which most "
         f"training beats, it {_counts(trained)}. {SILENCE}"
     )
@@ -160,7 +162,10 @@ def _levels(task: Beside, *, several: bool) -> list[Table]:
         comparable = [q for q in group if not q.obstacles]
         if comparable:
             rows = [(name, *(q.difference(name).as_difference() for q in comparable)) for name in names]
-            caption = f"{what}: ours minus the paper's ({place}) ± half-width of our 95 % interval."
+            caption = (
+                f"{what}: ours minus the paper's ({place}) ± half-width of our 95 % interval. {BASE} is one model in "
+                "both: where its row differs, the quantity is measured otherwise."
+            )
             tables.append(Table(f"{stem}_difference", caption, ("Method", *map(_short, comparable)), tuple(rows)))
     return tables
 
@@ -184,7 +189,7 @@ def _order_table(ordered: Sequence[Order]) -> Table:
     caption = (
         "Methods from the best to the worst. Rank agreement is Kendall's tau-b between the paper's values and our "
         "means: 1 for one order, 0 for unrelated ones, −1 for opposite ones; it says nothing of uncertainty. Pairs "
-        "that the paper tells apart count by the sign of our difference, paired by seed, corrected for all pairs here."
+        "that the paper orders count by the sign of our difference, paired by seed, corrected for all pairs here."
     )
     columns = ("Quantity", "Paper's order", "Our order", "Rank agreement", "Agree", "Disagree", "Cannot tell")
     return Table("paper_orders", caption, columns, tuple(rows))

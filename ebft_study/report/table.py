@@ -62,11 +62,12 @@ def markdown(table: Table) -> str:
 
 
 def latex(table: Table) -> str:
-    """The table in LaTeX; needs the package booktabs."""
+    """The table in LaTeX, with rules of the package booktabs."""
     alignment = "".join("r" if table.is_number(column) else "l" for column in range(len(table.columns)))
     lines = [" & ".join(map(escape_latex, line)) + r" \\" for line in (table.columns, *table.rows)]
     return "\n".join(
         [
+            r"% needs \usepackage{booktabs}",
             r"\begin{table}",
             rf"\caption{{{escape_latex(table.caption)}}}",
             rf"\label{{tab:{table.name}}}",

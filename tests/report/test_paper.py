@@ -104,7 +104,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_study_like_the_paper_on_its_page(folder: Path) -> None:
     found = section(summarize(load(folder)))
     assert found is not None
-    assert found.summary.startswith("Of 62 pairs of methods that the paper tells apart, this study agrees on ")
+    assert found.summary.startswith("Of 62 pairs of methods that the paper orders, this study agrees on ")
     assert found.notes == [
         "Q&A coding: orders alone compare, levels do not: model is tiny-1m, the paper's Qwen/Qwen2.5-1.5B; the data "
         "are mini_functions, the paper's open_code_instruct."

@@ -98,8 +98,8 @@ def test_latex_prints_every_character() -> None:
 
 def test_latex_rows_and_alignment() -> None:
     lines = latex(TABLE).splitlines()
-    assert lines[0] == r"\begin{table}"
-    assert lines[2:5] == [r"\label{tab:outcomes}", r"\begin{tabular}{lrrl}", r"\toprule"]
+    assert lines[1] == r"\begin{table}"
+    assert lines[3:6] == [r"\label{tab:outcomes}", r"\begin{tabular}{lrrl}", r"\toprule"]
     rows = [line for line in lines if line.endswith(r" \\")]
     cells = [[printed(cell) for cell in line.removesuffix(r" \\").split(" & ")] for line in rows]
     assert cells == [[one_line(cell) for cell in row] for row in (TABLE.columns, *TABLE.rows)]
