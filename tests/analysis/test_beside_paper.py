@@ -128,7 +128,7 @@ def test_other_data_have_no_counterpart(tmp_path: Path) -> None:
     [("humaneval_plus", None), ("mini", paper.MEAN), ("mini_validation", None), ("multipl_e_js", None)],
 )
 def test_benchmarks_that_only_look_alike(tmp_path: Path, name: str, title: str | None) -> None:
-    (each,) = study(tmp_path / "s", names=(name,))
+    (each,) = study(tmp_path / "s", names=(name,), dataset="open_code_instruct")
     assert {q.column.benchmark for q in each.quantities} - {""} == ({title} if title else set())
     assert all("the benchmark is mini" in q.obstacles for q in each.quantities if q.column.benchmark)
 

@@ -17,7 +17,7 @@ TABLE = Table(
     "Costs: 50 % of A&B, for α_1 | β",
     ("Method", "CE", "Seeds", "Note"),
     (
-        ("Base", "0.555 ± 0.046", "–", "x | y, \\z"),
+        ("Base", "0.555 ± 0.046", "–", "x | y, \\* z"),
         ("SFT", "−0.021", "2\u202f240", "[*a*] `b` <c> {d}"),
         ("EBFT", "–", "3", '"quoted", #1 $2 ~3 ^4\nnext'),
     ),

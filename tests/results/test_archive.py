@@ -39,10 +39,13 @@ def test_what_was_packed_is_unpacked(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["../x", "/x", "a/../b", "a//b", "a/", ".x", "a/.x", "c:x", "a\\b", "", "x" * 300, "ä"]
 )
-def test_names_that_lead_elsewhere(tmp_path: Path, name: str) -> None:
+def test_names_that_lead_elsewhere(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ResultsError, match="cannot be a name"):
         archive.pack({name: b""}, {})
-    refused(tmp_path, rewritten({**packed(), name: b"x"}))
+    with monkeypatch.context() as patched:
+        patched.setattr(archive, "is_name", lambda name: True)
+        named = archive.pack({name: b"x"}, {})  # its manifest names it, too
+    refused(tmp_path, named, "is not a plain file with a plain name")
 
 
 def packed() -> dict[str, bytes]:
@@ -136,6 +139,11 @@ def test_archives_that_would_fill_the_memory(tmp_path: Path, monkeypatch: pytest
     end = bytearray(whole)
     struct.pack_into("<HH", end, len(end) - 14, 60_000, 60_000)  # as many entries, it says
     refused(tmp_path, bytes(end), "lists 60000 entries")
+
+    def spread(info: zipfile.ZipInfo) -> None:
+        info.extra = struct.pack("<HH", 0xCAFE, 50_000) + bytes(50_000)
+
+    refused(tmp_path, rewritten(packed(), change=spread), "lists 4 entries in 200")
     monkeypatch.setattr(archive, "MAX_BYTES", len(whole) - 1)
     refused(tmp_path, whole, "more than")
     with pytest.raises(ResultsError, match="more than one may have"):
