@@ -22,9 +22,8 @@ _LATEX = {
     "<": r"\textless{}",
     ">": r"\textgreater{}",
     '"': "''",
-    **{
-        symbol: f"{{{symbol}}}" for symbol in "[]*"
-    },  # a row that began with one would belong to the line break before it
+    # A row that began with one of these would belong to the line break before it.
+    **{symbol: f"{{{symbol}}}" for symbol in "[]*"},
     "−": "$-$",
     "±": r"$\pm$",
     "×": r"$\times$",
