@@ -69,7 +69,7 @@ def bundle(study: StoragePath, target: Path | None = None, notebooks: Sequence[P
     for name, content in [*_notebooks_of(study), *((path.name, path.read_bytes()) for path in notebooks)]:
         files[f"notebooks/{name}"] = _executed(name, content, study)
     with tempfile.TemporaryDirectory() as place:
-        folder = _laid_out(files, Path(place) / study.name)
+        folder = _laid_out(files, _folder(place, study.name))
         files |= _rendered(folder)
     spec = yaml.safe_load(files[SPEC])
     about = {name: json.loads(json.dumps(spec.get(name), default=str)) for name in RECORDED if spec.get(name)}
@@ -113,7 +113,7 @@ def check(source: Path) -> BundleCheck:
     name, written_by = (str(about.get(key))[:100] for key in ("study", "written_by"))
     given = {part: files[part] for part in required - {REPORT}}
     with tempfile.TemporaryDirectory() as place:
-        folder = _laid_out(given, Path(place) / (name if archive.is_name(name) else "study"))
+        folder = _laid_out(given, _folder(place, name))
         try:
             results = load(folder)
             again = _rendered(folder) if written_by == _version() and not results.problems else None
@@ -195,7 +195,7 @@ def _rendered(folder: Path) -> dict[str, bytes]:
     """Report, figures and tables to copy, made of the tables in `folder`."""
     results = load(folder)
     page.write(storage_path(folder), written=_newest(results))
-    files = {f"figures/{path.name}": path.read_bytes() for path in (folder / "figures").iterdir()}
+    files = {f"figures/{path.name}": path.read_bytes() for path in (folder / "figures").glob("*.*")}
     files[REPORT] = (folder / REPORT).read_bytes()
     for name, table in collected.tables(summarize(results)).items():
         files |= {f"tables/{name}.{ending}": make(table).encode() for make, ending in FORMATS.values()}
@@ -210,6 +210,11 @@ def _newest(results: Results) -> str:
 
 def _parquet(table: str) -> str:
     return f"results/{table}/{table}.parquet"
+
+
+def _folder(place: str, study: str) -> Path:
+    """The folder of a report: its name is that of a study without trials."""
+    return Path(place) / (study if archive.is_name(study) else "study")
 
 
 def _laid_out(files: Mapping[str, bytes], folder: Path) -> Path:

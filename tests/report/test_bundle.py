@@ -24,7 +24,7 @@ from ebft_study.report import bundle as module
 from ebft_study.report.bundle import first_difference
 from ebft_study.results import TABLES, archive, compact, read_table
 from ebft_study.results.writer import TrialRecorder, as_parquet
-from tests.synthetic_study import EFFECTS, LEVELS, of_method, write_benchmark, write_study
+from tests.synthetic_study import EFFECTS, LEVELS, of_method, write_benchmark, write_spec, write_study
 
 SECRET = "s3cr3tValue"
 
@@ -241,6 +241,12 @@ def test_a_study_with_unreadable_rows_is_not_bundled(study: Path, tmp_path: Path
     with pytest.raises(ResultsError, match="A bundle without these rows would show other numbers"):
         ebft.bundle(other, tmp_path / "x.zip")
     assert not (tmp_path / "x.zip").exists()
+
+
+@pytest.mark.parametrize("name", ["empty", "a name"])
+def test_a_study_without_trials(tmp_path: Path, name: str) -> None:
+    write_spec(tmp_path / name)
+    assert ebft.check_bundle(ebft.bundle(tmp_path / name, tmp_path / "x.zip")).n_trials == 0
 
 
 @pytest.mark.usefixtures("made_once")
