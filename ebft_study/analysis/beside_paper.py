@@ -13,7 +13,7 @@ study has all benchmarks of a task, their mean stands beside Table 1, as does th
 - scores are of the paper's benchmark, all of its problems, sampled at temperature 0.6; not of translations, as the
   paper does not name their language pairs.
 
-Other settings may differ: `deviations` names those of Tables 2, 4 and 5 that do.
+Settings of training may differ: `deviations` names those of Tables 2, 4 and 5 and of the paper's sweeps that do.
 """
 
 from __future__ import annotations
@@ -241,7 +241,7 @@ def _unlike(settings: Sequence[Mapping[str, Any]], name: str, value: Any) -> Ite
 
 
 def deviations(each: Beside) -> list[str]:
-    """The settings of Tables 2, 4 and 5 that the study's methods do not share: `SFT: lr 3e-3 (paper: 5e-6 or 1e-5)`."""
+    """The settings of training that the study's methods have otherwise: `SFT: lr 3e-3 (paper: 5e-6 or 1e-5)`."""
     sentences = []
     for method, settings in paper.training(each.task).items():
         chosen = [c.settings for c in each.configurations if c.settings.get("method") == method]

@@ -76,7 +76,7 @@ HUB = {
 
 
 def training(task: Task) -> dict[str, dict[str, tuple[Any, ...]]]:
-    """Method -> the settings that Tables 2, 4 and 5 give it, each with the values that the paper tried."""
+    """Method -> settings with the values that the paper tried (Tables 2, 4 and 5, sections 2.3 and H.1)."""
     return {
         "ebft": {
             "learning_rate": (1e-6,),
@@ -86,6 +86,9 @@ def training(task: Task) -> dict[str, dict[str, tuple[Any, ...]]]:
             "n_samples": (4,),
             "completion_length": (task.completion_length,),
             "stride": (task.stride,),
+            "whitening": ("variant_i",),
+            "alpha": (0.0, 0.5, 1.0),
+            "gamma": (0.0, 0.03, 0.1),
         },
         "sft": {"learning_rate": (5e-6, 1e-5), "batch_size": (64, 128), "sequence_length": (2048,)},
         "rlvr": {

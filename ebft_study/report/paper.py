@@ -141,7 +141,7 @@ def _note(task: Beside) -> str:
     groups = grouped((quantity for quantity in task.quantities if quantity.obstacles), lambda q: q.obstacles)
     parts = [f"{text.listed([_name(q) for q in group])} does not ({'; '.join(why)})" for why, group in groups.items()]
     unlike = deviations(task)
-    parts += [f"trained otherwise than in Tables 2, 4 and 5: {'; '.join(unlike)}"] if unlike else []
+    parts += [f"trained otherwise than in the paper: {'; '.join(unlike)}"] if unlike else []
     return f"{'; '.join([f'{task.task.title}: levels compare', *parts])}."
 
 

@@ -10,8 +10,12 @@ import csv
 import io
 import re
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ebft_study import text
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _NUMBER = re.compile(r"([−+]?\d+(?:\.\d+)?(?:e-?\d+)?)(?: ± (\d+(?:\.\d+)?))?")
 _LATEX = {
@@ -51,6 +55,12 @@ class Table:
         """Whether a column holds numbers alone, and at least one."""
         cells = [row[column] for row in self.rows if row[column] != text.NOTHING]
         return bool(cells) and all(_NUMBER.fullmatch(cell.replace("\u202f", "")) for cell in cells)
+
+    def frame(self) -> pd.DataFrame:
+        """The cells as a data frame, for notebooks."""
+        import pandas as pd
+
+        return pd.DataFrame(list(self.rows), columns=list(self.columns))
 
 
 def markdown(table: Table) -> str:

@@ -81,7 +81,7 @@ def test_the_paper_settings_compare(at_scale: Beside) -> None:
     assert of_task[paper.FM].obstacles == ()
     assert of_task[paper.CE].published["EBFT"] == 0.499
     assert deviations(at_scale) == [
-        "EBFT: batch_size 8 (paper: 16), T 128 (paper: 1024)",
+        "EBFT: batch_size 8 (paper: 16), T 128 (paper: 1024), whitening none (paper: variant_i)",
         "SFT: lr 1e-6 (paper: 5e-6 or 1e-5), batch_size 8 (paper: 64 or 128), T 128 (paper: 2048)",
     ]
 

@@ -134,7 +134,7 @@ def test_levels_that_compare_have_differences(tmp_path: Path) -> None:
     assert difference.columns == ("Method", "pass@1")
     assert re.fullmatch(r"\+0\.(09|10)\d ± 0\.\d+", dict(difference.rows)["SFT"])  # the paper has 0.427
     assert "Q&A coding: levels compare; CE does not (CE is of all tokens, not of answers); " in found.notes[0]
-    assert "trained otherwise than in Tables 2, 4 and 5: EBFT: lr " in found.notes[0]
+    assert "trained otherwise than in the paper: EBFT: lr " in found.notes[0]
 
 
 def test_survivors_of_early_stopping_tell_nothing_apart(tmp_path: Path) -> None:

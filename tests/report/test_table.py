@@ -107,6 +107,11 @@ def test_latex_rows_and_alignment() -> None:
     assert latex(TABLE).count(r"\begin") == latex(TABLE).count(r"\end") == 2
 
 
+def test_a_frame_has_the_cells() -> None:
+    frame = TABLE.frame()
+    assert (tuple(frame.columns), [tuple(row) for row in frame.to_numpy()]) == (TABLE.columns, list(TABLE.rows))
+
+
 @pytest.mark.parametrize(
     ("cells", "expected"),
     [(("1", "–"), True), (("+0.031 ± 0.007", "−1e-4"), True), (("–", "–"), False), (("3 of 3", "1"), False)],
