@@ -66,7 +66,7 @@ def bundle(study: StoragePath, target: Path | None = None, notebooks: Sequence[P
     files = {SPEC: _spec(study)}
     for table in TABLES:
         files[_parquet(table)] = _table(study, table)
-    for name, content in [*_notebooks_of(study), *((path.name, path.read_bytes()) for path in notebooks)]:
+    for name, content in [*_notebooks_of(study), *map(_read, notebooks)]:
         files[f"notebooks/{name}"] = _executed(name, content, study)
     with tempfile.TemporaryDirectory() as place:
         folder = _laid_out(files, _folder(place, study.name))
@@ -110,7 +110,7 @@ def check(source: Path) -> BundleCheck:
     _check_spec(source, files[SPEC])
     for table in TABLES:
         _check_table(source, files[_parquet(table)], table)
-    name, written_by = (str(about.get(key))[:100] for key in ("study", "written_by"))
+    name, written_by = (_printable(about.get(key)) for key in ("study", "written_by"))
     given = {part: files[part] for part in required - {REPORT}}
     with tempfile.TemporaryDirectory() as place:
         folder = _laid_out(given, _folder(place, name))
@@ -176,6 +176,13 @@ def _notebooks_of(study: StoragePath) -> list[tuple[str, bytes]]:
     return [(name, (study / name).read_bytes()) for name in sorted(names)]
 
 
+def _read(notebook: Path) -> tuple[str, bytes]:
+    try:
+        return notebook.name, notebook.read_bytes()
+    except OSError as error:
+        raise ResultsError(f"{notebook}: cannot be read ({one_line(error)})") from None
+
+
 def _executed(name: str, content: bytes, study: StoragePath) -> bytes:
     """A notebook with outputs, without credentials; refuses one that was not executed."""
     try:
@@ -231,6 +238,11 @@ def _version() -> str:
 
 
 # --- what is checked -------------------------------------------------------------------------------------------
+
+
+def _printable(value: Any) -> str:
+    """Text of a stranger that a terminal may show."""
+    return "".join(symbol if symbol.isprintable() else "?" for symbol in str(value)[:100])
 
 
 def _check_spec(source: Path, content: bytes) -> None:

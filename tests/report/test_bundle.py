@@ -210,8 +210,10 @@ def events(whole: Path) -> pa.Table:
 
 
 def test_a_bundle_of_another_version_is_not_made_again(whole: Path, tmp_path: Path) -> None:
-    found = ebft.check_bundle(changed(whole, tmp_path / "old.zip", {"report.html": b"other"}, written_by="0.1"))
+    bad = changed(whole, tmp_path / "old.zip", {"report.html": b"other"}, written_by="0.1", study="a\n\x1b[2J")
+    found = ebft.check_bundle(bad)
     assert not found.is_rendered
+    assert found.study == "a??[2J"
     assert found.in_words().endswith(f"not made again: written by ebft-study 0.1, this is {module._version()}")
 
 
@@ -232,6 +234,11 @@ def test_notebooks_without_results(study: Path, tmp_path: Path, content: Any, ma
     (tmp_path / "new.ipynb").write_text(json.dumps(content))
     with pytest.raises(ResultsError, match=match):
         ebft.bundle(study, tmp_path / "x.zip", notebooks=[tmp_path / "new.ipynb"])
+
+
+def test_a_missing_notebook_is_named(study: Path, tmp_path: Path) -> None:
+    with pytest.raises(ResultsError, match=r"none\.ipynb: cannot be read"):
+        ebft.bundle(study, tmp_path / "x.zip", notebooks=[tmp_path / "none.ipynb"])
 
 
 def test_a_study_with_unreadable_rows_is_not_bundled(study: Path, tmp_path: Path) -> None:
