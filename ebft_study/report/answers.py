@@ -43,7 +43,7 @@ def cannot(reason: str) -> str:
 
 def reading(study: StudySummary) -> str:
     """How much is done, which configuration is the best, and how it compares with the base model."""
-    groups = [group for group in comparable(study.on_axes or study.configurations, study.objective[0])]
+    groups = comparable(study.on_axes or study.configurations, study.objective[0])
     winners = [(group, selected) for group in groups if (selected := select(group, study.objective[0]))]
     if not winners:
         return cannot(f"{overview(study)}, and no finished trial has held-out values that can be compared")
@@ -103,7 +103,7 @@ def _largest(study: StudySummary, names: Sequence[str], metric: str) -> Effect |
 
 
 def by_length(study: StudySummary) -> str:
-    """Whether CFM grows with the length, whether EBFT's gain persists beyond training's, and where it is below SFT's."""
+    """Whether CFM grows with the length, whether EBFT's gain persists beyond training's, and EBFT against SFT."""
     if len(study.lengths) < 2:
         return cannot("it takes held-out CFM at two completion lengths (profile_lengths) or more")
     parts = [
@@ -169,9 +169,8 @@ def methods(study: StudySummary) -> str:
         own = _verdicts(study, claims.ebft_beats_sft_on_ce, claims.ebft_beats_sft_on_cfm)
         if all(math.isnan(verdict.p_value) for verdict in own):
             return cannot("it takes finished trials of two methods on one data set")
-        parts = [
-            f"EBFT below SFT on {name}: {v.ruling}. {v.sentence}" for name, v in zip(("CE", "CFM"), own, strict=True)
-        ]
+        names = ("CE", "CFM")
+        parts = [f"EBFT below SFT on {name}: {v.ruling}. {v.sentence}" for name, v in zip(names, own, strict=True)]
         return _joined([*parts, "The study has no benchmark, so pass@k is not answered."])
     gaps: dict[tuple[str, str, str], list[Test]] = {}
     for task, (left, right) in itertools.product(all_tasks, RIVALS):

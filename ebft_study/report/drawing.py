@@ -40,8 +40,6 @@ _BASELINES = ("#000000", "#555555")
 
 # Metrics compared on the held-out split, with the titles of their panels.
 TITLES = {"ce_loss": "Held-out CE", "cfm_loss": "Held-out CFM"}
-# A value further from the base model than so many times the median one may leave the frame or the colour scale.
-DIVERGENCE = 4.0
 LEGEND_CHARACTERS = 26
 # Names that fit below a panel of half the width.
 TICK_CHARACTERS = 45
