@@ -15,9 +15,7 @@ from ebft_study.analysis import lengths
 from ebft_study.analysis.effects import Effect, effects, feature_settings, left_out
 from ebft_study.analysis.elimination import against_best
 from ebft_study.analysis.importance import complete, importances, obstacle
-from ebft_study.analysis.methods import NAMES as METHOD_NAMES
 from ebft_study.analysis.methods import tasks
-from ebft_study.analysis.scaling.speedup import Speedup
 from ebft_study.analysis.selection import comparable, select
 from ebft_study.analysis.statistics import CONFIDENCE, Interval, holm
 from ebft_study.analysis.summary import MAX_GROUPS, Configuration, StudySummary
@@ -195,32 +193,21 @@ def methods(study: StudySummary) -> str:
 
 def scaling_laws(study: StudySummary) -> str:
     """The law of each method or the reason why there is none, and the effective speedup over SFT."""
-    found = scaling.laws(study)
-    if found is None:
-        return cannot("no method has two sizes or two amounts of data with finished trials")
     section = scaling.section(study)
-    assert section is not None
+    if section is None:
+        return cannot("no method has two sizes or two amounts of data with finished trials")
     parts = [
-        f"{name}: {form} with {values}; {score}." if values != text.NOTHING else f"{name}: no law, {score}."
+        f"{name}: no law, {score}." if values == text.NOTHING else f"{name}: {form} with {values}; {score}."
         for name, _, form, values, score in section.rows
     ]
-    speedups = [
-        _speedup(each, words) for each, (_, _, words, _) in zip(_speedups(found), section.speedups, strict=True)
+    parts += [
+        f"Whether {name} saves {amount} cannot be told: effective speedup over SFT {factor}."
+        if factor.endswith(scaling.UNCLEAR)
+        else f"The effective speedup of {name} over SFT in {amount} is {factor}."
+        for name, amount, factor, _ in section.speedups
     ]
-    none = "" if speedups else "There is no speedup over SFT to tell: no shared law."
-    return _joined([*parts, *speedups, none, section.note])
-
-
-def _speedups(found: scaling.StudyLaws) -> Sequence[Speedup]:
-    return found.shared.speedups if found.shared else ()
-
-
-def _speedup(each: Speedup, words: str) -> str:
-    name, amount = METHOD_NAMES.get(each.method, each.method), scaling.AMOUNT_NAMES[each.amount]
-    if not each.is_clear:
-        return f"Whether {name} saves {amount} cannot be told: effective speedup over SFT {words}."
-    verb = "saves" if each.factor.value > 1 else "costs"
-    return f"{name} {verb} {amount}: effective speedup over SFT {words}."
+    none = "" if section.speedups else "There is no speedup over SFT to tell, without laws of both methods over data."
+    return _joined([*parts, none, section.note])
 
 
 # --- 07: search and early stopping -----------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from ebft_study.analysis.equal_cost import AMOUNTS
 from ebft_study.analysis.selection import comparable
 from ebft_study.analysis.statistics import mean_interval
 from ebft_study.analysis.summary import COMPARED, Configuration, StudySummary
-from ebft_study.report import drawing, effects, importance, methods, outcomes, scaling
+from ebft_study.report import drawing, effects, importance, outcomes, scaling, side_by_side
 from ebft_study.report.drawing import ReportFigure, Style
 
 # More lines than this cannot be distinguished: the best by validation are drawn, and the caption says so.
@@ -32,7 +32,7 @@ def draw_all(study: StudySummary) -> list[ReportFigure]:
     return draw(
         study,
         outcomes.differences,
-        methods.figure,
+        side_by_side.figure,
         learning_curves,
         cost_curves,
         outcomes.heat_maps,

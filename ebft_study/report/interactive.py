@@ -54,6 +54,7 @@ class InteractiveFigure:
     caption: str
     spec: dict[str, Any]
 
+    @functools.cached_property
     def png(self) -> bytes:
         """The figure as a picture, in few colours: a third of the bytes."""
         buffer = io.BytesIO()
@@ -63,7 +64,7 @@ class InteractiveFigure:
 
     def html(self) -> str:
         """The picture, and the script that replaces it where the page has the `library`."""
-        picture = base64.b64encode(self.png()).decode()
+        picture = base64.b64encode(self.png).decode()
         spec = json.dumps(self.spec).replace("</", "<\\/")
         return (
             f'<div><img alt="{html.escape(self.title)}" style="max-width:100%;height:auto" '
@@ -109,7 +110,7 @@ def curves(study: StudySummary) -> InteractiveFigure | None:
         "that did not finish. The dashed line is the base model, where the study has one value of it. Point at a line "
         "for its numbers; click names on the right, several with Shift, to see these alone."
     )
-    spec = alt.vconcat(*charts).configure(**CONFIG).to_dict()
+    spec = alt.vconcat(*charts).configure(**CONFIG).to_dict(validate=False)
     return InteractiveFigure("curves", "Losses and scores over training", caption, spec)
 
 
@@ -218,7 +219,9 @@ def parallel_coordinates(study: StudySummary) -> InteractiveFigure | None:
         f"(mean over seeds; {'lower' if mode == 'min' else 'higher'} is better), which gives its colour. Point at a "
         "line to see it alone, with its settings. Configurations without a result for every seed are not drawn."
     )
-    return InteractiveFigure("parallel_coordinates_interactive", "All configurations at once", caption, chart.to_dict())
+    return InteractiveFigure(
+        "parallel_coordinates_interactive", "All configurations at once", caption, chart.to_dict(validate=False)
+    )
 
 
 def _coordinates(study: StudySummary, group: Sequence[Configuration], name: str, titled: bool) -> alt.LayerChart:

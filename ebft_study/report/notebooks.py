@@ -20,7 +20,8 @@ import pandas as pd
 from markdown_it import MarkdownIt
 from markupsafe import Markup
 
-from ebft_study.errors import ResultsError, one_line
+from ebft_study import text
+from ebft_study.errors import ResultsError
 from ebft_study.report.drawing import RC, ReportFigure
 from ebft_study.results import find_study
 from ebft_study.storage import Location, absolute
@@ -45,7 +46,8 @@ def show(*things: Any) -> None:
             display(Markdown(thing))
         elif isinstance(thing, pd.DataFrame):
             with pd.option_context("display.max_colwidth", None):
-                display(HTML(thing.to_html(index=False, na_rep="–", border=0)))
+                table = thing.to_html(index=False, na_rep=text.NOTHING, border=0)
+            display(HTML(table.replace(" ± ", "\u00a0±\u00a0")))
         else:
             display(Markdown(f"#### {thing.title}"))
             display(_picture(thing) if isinstance(thing, ReportFigure) else _interactive(thing), raw=True)
@@ -71,7 +73,7 @@ def _interactive(figure: Any) -> dict[str, Any]:
     """A figure to hover over; with the library, so that a cell shows it alone."""
     from ebft_study.report.interactive import library
 
-    return {"text/html": library() + figure.html(), "image/png": figure.png(), "text/plain": figure.title}
+    return {"text/html": library() + figure.html(), "image/png": figure.png, "text/plain": figure.title}
 
 
 # --- executed --------------------------------------------------------------------------------------------------
@@ -95,7 +97,7 @@ def execute(notebook: Path, study: Location) -> Any:
     folder = study if "://" in str(study) else absolute(find_study(study))
     node = nbformat.read(notebook, as_version=4)
     # Kernels that this machine has elsewhere may be of another Python.
-    manager = AsyncKernelManager(kernel_spec_manager=KernelSpecManager(kernel_dirs=[]))
+    manager = AsyncKernelManager(transport="ipc", kernel_spec_manager=KernelSpecManager(kernel_dirs=[]))
     place = {"metadata": {"path": str(notebook.resolve().parent)}}
     client = NotebookClient(node, km=manager, timeout=CELL_SECONDS, resources=place, record_timing=False)
     try:
@@ -113,7 +115,7 @@ def answer(node: Any) -> str:
 
 def page(node: Any, title: str) -> str:
     """An executed notebook as an HTML file: outputs open, code folded."""
-    markdown = MarkdownIt("commonmark").enable("table")
+    markdown = MarkdownIt("commonmark", {"html": False}).enable("table")
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
@@ -133,7 +135,7 @@ def _output(output: Any, markdown: MarkdownIt) -> Markup:
     if output.output_type == "stream":
         return Markup("<pre>{}</pre>").format(output.text)
     if output.output_type == "error":
-        return Markup("<pre>{}</pre>").format(one_line(f"{output.ename}: {output.evalue}"))
+        return Markup("<pre>{}</pre>").format(f"{output.ename}: {output.evalue}")
     kind = next((kind for kind in RICHEST if kind in output.data), "text/plain")
     content = output.data.get(kind, "")
     if kind == "text/html":
