@@ -45,20 +45,21 @@ def reading(study: StudySummary) -> str:
     winners = [(group, selected) for group in groups if (selected := select(group, study.objective[0]))]
     if not winners:
         return cannot(f"{overview(study)}, and no finished trial has held-out values that can be compared")
-    metric, mode = study.objective
-    best = f"{'lowest' if mode == 'min' else 'highest'} validation {metric}"
-    parts = []
+    metric, parts = study.objective[0], []
     for group, selected in winners[:MAX_GROUPS]:
-        label = text.listed([c.label for c in selected.configurations])
+        label = " or ".join(c.label for c in selected.configurations)
         changes = [
             f"{NAMES[name]} {selected.minus(selected.final(name), selected.base(name)).in_words()}"
             for name in ("ce_loss", "cfm_loss")
             if selected.final(name).keys() & selected.base(name).keys()
         ]
         where = _where(study.map_label(group[0].map_of(metric))) if len(groups) > 1 else ""
-        of = f" of {selected.n_candidates}" if selected.is_choice else ""
+        of = (
+            f"of {selected.n_candidates} by validation {metric}, chosen for each seed by the others, "
+            * selected.is_choice
+        )
         change = f"held-out change from the base model: {', '.join(changes) or text.NOTHING}"
-        parts.append(f"{where}The {best}{of} has {label}; {change}.")
+        parts.append(f"{where}The best {of}is {label}; {change}.")
     return _joined([f"{overview(study)}.", *parts, _more(groups).strip()])
 
 
@@ -127,7 +128,7 @@ def _length_gaps(label: str, gaps: Sequence[tuple[int, Interval, float]]) -> str
     above = [str(n) for n, gap, p in gaps if gap.mean > 0 and _is_clear(p)]
     unclear = [str(n) for n, _, p in gaps if not _is_clear(p)]
     states = [("is below SFT's", below), ("is above SFT's", above), ("cannot be told from SFT's", unclear)]
-    told = text.listed([f"{words} at {text.listed(at)} tokens" for words, at in states if at])
+    told = text.listed([f"{words} at length{'s' * (len(at) > 1)} {text.listed(at)}" for words, at in states if at])
     longest, gap, _ = gaps[-1]
     return f"{_where(label)}EBFT's CFM {told}; at {longest} the difference is {gap.in_words()}."
 
@@ -201,7 +202,7 @@ def scaling_laws(study: StudySummary) -> str:
         for name, _, form, values, score in section.rows
     ]
     parts += [
-        f"Whether {name} saves {amount} cannot be told: effective speedup over SFT {factor}."
+        f"Whether {name} saves {amount} cannot be told: speedup over SFT {factor.removesuffix(scaling.UNCLEAR)}."
         if factor.endswith(scaling.UNCLEAR)
         else f"The effective speedup of {name} over SFT in {amount} is {factor}."
         for name, amount, factor, _ in section.speedups
@@ -282,14 +283,16 @@ def paper_tables(study: StudySummary) -> str:
     tested = [verdict for verdict in verdicts if not math.isnan(verdict.p_value)]
     if not tested:
         return cannot("it has no finished trials over two seeds or more for any of the paper's claims")
-    by_ruling = {r: [v.claim for v in tested if v.ruling == r] for r in ("agrees", "disagrees", "cannot tell")}
-    counts = {ruling: len(statements) for ruling, statements in by_ruling.items()}
-    parts = [
-        f"Of {len(verdicts)} claims of the paper this study tests {len(tested)}: it agrees with {counts['agrees']}, "
-        f"disagrees with {counts['disagrees']}, and cannot tell {counts['cannot tell']} (Holm's correction for all)."
-    ]
-    parts += [f"It {ruling}: {' '.join(by_ruling[ruling])}" for ruling in ("agrees", "disagrees") if by_ruling[ruling]]
-    return " ".join(parts)
+    rulings = [verdict.ruling for verdict in tested]
+    decided = [f"It {ruling}: {v.claim}" for ruling in ("agrees", "disagrees") for v in tested if v.ruling == ruling]
+    return _joined(
+        [
+            f"Of {len(verdicts)} claims of the paper this study tests {len(tested)}: it agrees with "
+            f"{rulings.count('agrees')}, disagrees with {rulings.count('disagrees')}, and cannot tell "
+            f"{rulings.count('cannot tell')}, after Holm's correction for all.",
+            *decided,
+        ]
+    )
 
 
 # --- words -----------------------------------------------------------------------------------------------------

@@ -147,7 +147,7 @@ def base_line(axes: Axes, value: float = 0.0) -> None:
 
 
 def compared_configurations(study: StudySummary) -> list[tuple[str, Configuration]]:
-    """Labels of the best SFT and EBFT configurations, within each feature map where no more can be compared."""
+    """Labels of each method's best configurations, within each feature map where no more can be compared."""
     return [(c.label if c.baseline else f"{c.settings['method'].upper()} {c.label}", c) for c in study.best_by_method()]
 
 
@@ -157,7 +157,7 @@ def choice_note(study: StudySummary) -> str:
     within = (f" of each of the first {MAX_GROUPS} feature maps" if groups > MAX_GROUPS else " of each feature map") * (
         groups > 1
     )
-    return f"Drawn are the best SFT and EBFT configurations{within} by validation {study.objective[0]}."
+    return f"Drawn are the best configurations of each method{within} by validation {study.objective[0]}."
 
 
 def most_relevant(

@@ -123,7 +123,7 @@ def _learning_curve(axes: Axes, study: StudySummary, shown: Sequence[Configurati
 
 
 def cost_curves(study: StudySummary) -> ReportFigure | None:
-    """The objective on the validation split over FLOPs and time of updates: SFT's best and EBFT's."""
+    """The objective on the validation split over FLOPs and time of updates: each method's best."""
     metric = study.objective[0] if study.objective[0] in COMPARED else "cfm_loss"
     styles = drawing.configuration_styles(study)
     figure = Figure(figsize=(8.4, 3.1), layout="constrained")
@@ -156,7 +156,7 @@ def cost_curves(study: StudySummary) -> ReportFigure | None:
 
 
 def length_profile(study: StudySummary) -> ReportFigure | None:
-    """CFM over completion length for the base model, SFT and the best EBFT, and the differences to the base model."""
+    """CFM over completion length for the base model and each method's best, and the differences to the base model."""
     models = drawing.compared_configurations(study)
     models = [(label, c) for label, c in models if any(c.level("cfm_loss", length).n for length in study.lengths)]
     base = [study.base("cfm_loss", length) for length in study.lengths]

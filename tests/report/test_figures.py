@@ -66,7 +66,7 @@ def texts_outside(figure: Figure) -> list[str]:
 
 
 def test_a_grid_of_two_numbers_gets_heat_maps(drawn: dict[str, ReportFigure]) -> None:
-    assert set(drawn) == ALWAYS | OF_SETTINGS | {"heat_maps"}
+    assert set(drawn) == ALWAYS | OF_SETTINGS | {"heat_maps", "effects"}
 
 
 def test_no_text_overlaps_or_leaves_the_page(drawn: dict[str, ReportFigure]) -> None:
@@ -225,7 +225,7 @@ def test_parallel_lines_are_complete_configurations_through_their_values(mixed: 
 def test_text_of_figures_of_settings_is_readable(mixed: StudySummary) -> None:
     with matplotlib.rc_context(drawing.RC):
         for report_figure in figures.draw_all(mixed):
-            if report_figure.name in OF_SETTINGS:
+            if report_figure.name in {*OF_SETTINGS, "effects"}:
                 assert overlapping_texts(report_figure.figure) == [], report_figure.name
                 assert texts_outside(report_figure.figure) == [], report_figure.name
 
