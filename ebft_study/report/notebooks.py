@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import os
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -96,14 +97,17 @@ def execute(notebook: Path, study: Location) -> Any:
         raise ResultsError(f"{notebook.name}: executing a notebook needs the package {error.name}. {remedy}") from error
     folder = study if "://" in str(study) else absolute(find_study(study))
     node = nbformat.read(notebook, as_version=4)
-    # Kernels that this machine has elsewhere may be of another Python.
-    manager = AsyncKernelManager(transport="ipc", kernel_spec_manager=KernelSpecManager(kernel_dirs=[]))
     place = {"metadata": {"path": str(notebook.resolve().parent)}}
-    client = NotebookClient(node, km=manager, timeout=CELL_SECONDS, resources=place, record_timing=False)
-    try:
-        client.execute(env={**os.environ, STUDY: str(folder)})
-    except CellExecutionError as error:
-        raise ResultsError(f"{notebook.name}: a cell failed on {folder}: {error.ename}: {error.evalue}") from error
+    # Sockets are files that only this user can open. Kernels that are installed elsewhere may be of another Python.
+    with tempfile.TemporaryDirectory() as sockets:
+        manager = AsyncKernelManager(
+            transport="ipc", ip=f"{sockets}/kernel", kernel_spec_manager=KernelSpecManager(kernel_dirs=[])
+        )
+        client = NotebookClient(node, km=manager, timeout=CELL_SECONDS, resources=place, record_timing=False)
+        try:
+            client.execute(cleanup_kc=True, env={**os.environ, STUDY: str(folder)})
+        except CellExecutionError as error:
+            raise ResultsError(f"{notebook.name}: a cell failed on {folder}: {error.ename}: {error.evalue}") from error
     return node
 
 
