@@ -103,8 +103,8 @@ def _largest(study: StudySummary, names: Sequence[str], metric: str) -> Effect |
 
 def by_length(study: StudySummary) -> str:
     """Whether CFM grows with the length, whether EBFT's gain persists beyond training's, and EBFT against SFT."""
-    if len(study.lengths) < 2:
-        return cannot("it takes held-out CFM at two completion lengths (profile_lengths) or more")
+    if len(study.lengths) < 2 or not any(c.is_measured for c in study.configurations):
+        return cannot("it takes finished trials with held-out CFM at two completion lengths (profile_lengths) or more")
     parts = [
         f"{question}: {verdict.ruling}. {verdict.sentence}"
         for question, verdict in zip(
