@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 
 from ebft_study.analysis.configuration import Configuration
 from ebft_study.analysis.summary import StudySummary
@@ -37,9 +38,9 @@ def spread(finished: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(columns).assign(n=finished.shape[1]).rename_axis("step").reset_index()
 
 
-def frame_of(base: float, lines: Iterable[Sequence[float]]) -> tuple[float, float] | None:
+def frame_of(base: float, lines: Iterable[ArrayLike]) -> tuple[float, float] | None:
     """The range of values to draw where some lines rise far above the base model; None where none does."""
-    values = [np.asarray(line, dtype=float) for line in lines if len(line)]
+    values = [values for line in lines if len(values := np.asarray(line, dtype=float))]
     if not values:
         return None
     limit = base + DIVERGENCE * float(np.median([np.abs(line - base).max() for line in values]))

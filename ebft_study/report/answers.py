@@ -105,15 +105,14 @@ def by_length(study: StudySummary) -> str:
     """Whether CFM grows with the length, whether EBFT's gain persists beyond training's, and EBFT against SFT."""
     if len(study.lengths) < 2 or not any(c.is_measured for c in study.configurations):
         return cannot("it takes finished trials with held-out CFM at two completion lengths (profile_lengths) or more")
-    parts = [
-        f"{question}: {verdict.ruling}. {verdict.sentence}"
-        for question, verdict in zip(
-            ("CFM grows with the completion length", "EBFT's gain persists beyond the length of its training"),
-            _verdicts(study, claims.cfm_grows_with_length, claims.gain_persists_at_longer_completions),
-            strict=True,
-        )
-    ]
+    questions = ("CFM grows with the completion length", "EBFT's gain persists beyond the length of its training")
+    own = _verdicts(study, claims.cfm_grows_with_length, claims.gain_persists_at_longer_completions)
     compared = lengths.against_sft(study)
+    if all(math.isnan(verdict.p_value) for verdict in own) and not any(
+        g.n > 1 for _, gaps in compared for g in gaps.values()
+    ):
+        return cannot("no configuration has held-out CFM at two lengths over two seeds")
+    parts = [f"{question}: {v.ruling}. {v.sentence}" for question, v in zip(questions, own, strict=True)]
     if not compared:
         parts.append("EBFT and SFT are not both measured on one feature map.")
     adjusted = _adjusted(gap for _, gaps in compared for gap in gaps.values())

@@ -71,9 +71,8 @@ def ends(study: StudySummary) -> pd.DataFrame:
     reasons = trials["stop_reason"].fillna(trials["error"]).fillna(text.NOTHING)
     counted = trials.assign(reason=reasons).groupby(["status", "reason"], sort=False)
     table = counted.agg(trials=("trial_id", "size"), steps_saved=("steps_saved", "sum")).reset_index()
-    return table.assign(steps_saved=[text.count(steps) for steps in table["steps_saved"]]).rename(
-        columns={"steps_saved": "steps saved"}
-    )
+    saved = [text.count(steps) if steps else text.NOTHING for steps in table.pop("steps_saved")]
+    return table.assign(**{"steps saved": saved})
 
 
 def race(study: StudySummary) -> pd.DataFrame | None:

@@ -23,13 +23,13 @@ from PIL import Image
 from ebft_study import text
 from ebft_study.analysis.curves import frame_of, score_series, series, spread
 from ebft_study.analysis.methods import Column
-from ebft_study.analysis.summary import Configuration, StudySummary
+from ebft_study.analysis.summary import MAX_GROUPS, Configuration, StudySummary
 from ebft_study.report import drawing, importance
 from ebft_study.report.content import NAMES
 from ebft_study.report.methods import column_name
 
 LOSSES = ("ce_loss", "cfm_loss", "judge_cfm_loss")
-WIDTH, HEIGHT = 560, 190
+WIDTH, HEIGHT = 520, 190
 PIXELS = 1.5
 """Pixels of the picture for each of the chart."""
 COLORS = 128
@@ -40,7 +40,7 @@ CONFIG: dict[str, Any] = {
     "font": "DejaVu Sans, Verdana, sans-serif",
     "view": {"stroke": None},
     "axis": {"gridColor": "#e6e6e6", "domainColor": "#9a9a9a", "titleFontWeight": "normal", "labelColor": drawing.INK},
-    "legend": {"symbolLimit": 0, "labelLimit": 420, "symbolOpacity": 1, "symbolType": "stroke", "symbolStrokeWidth": 3},
+    "legend": {"symbolLimit": 0, "labelLimit": 300, "symbolOpacity": 1, "symbolType": "stroke", "symbolStrokeWidth": 3},
     "title": {"anchor": "start", "fontSize": 12},
 }
 
@@ -78,7 +78,7 @@ class InteractiveFigure:
 @functools.cache
 def library() -> str:
     """The script element that figures need once in a page."""
-    script = vl_convert.javascript_bundle().replace("</script", "<\\/script")
+    script = vl_convert.javascript_bundle().replace("</script", "<\\/script")  # type: ignore[call-arg]  # has a default
     return f"<script>if (!window.vegaEmbed) {{ (() => {{ {script} }})() }}</script>"
 
 
@@ -149,7 +149,7 @@ def _rows(lines: Iterable[tuple[Configuration, pd.DataFrame, list[pd.Series]]]) 
             alone = pd.DataFrame(
                 {"step": each.index, "n": 1, **dict.fromkeys(("mean", "low", "high"), each.to_numpy())}
             )
-            parts.append(alone.assign(configuration=c.label, line=each.name, trials=UNFINISHED))
+            parts.append(alone.assign(configuration=c.label, line=str(each.name), trials=UNFINISHED))
     return pd.concat(parts, ignore_index=True).round(5) if parts else pd.DataFrame()
 
 
@@ -208,7 +208,7 @@ def _lines(
 
 def parallel_coordinates(study: StudySummary) -> InteractiveFigure | None:
     """Each configuration as a line through its settings to its objective; of the first groups that compare."""
-    groups = importance.drawable(study)[: importance.MAX_GROUPS]
+    groups = importance.drawable(study)[:MAX_GROUPS]
     if not groups:
         return None
     charts = [_coordinates(study, group, f"at{k}", len(groups) > 1) for k, group in enumerate(groups)]
