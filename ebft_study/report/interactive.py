@@ -157,7 +157,8 @@ def _lines(
     panel: _Panel, colors: Mapping[str, str], picked: alt.Parameter, *, first: bool, name: str
 ) -> alt.LayerChart:
     """A panel of curves; `picked`, the names chosen in the legend that all panels share, is a part of the first."""
-    near = alt.selection_point(fields=["line", "step"], on="pointerover", nearest=True, clear="pointerout", name=name)
+    # Not the nearest point: Vega-Lite 6.4 shows names as undefined there.
+    near = alt.selection_point(fields=["line", "step"], on="pointerover", clear="pointerout", name=name)
     of_finished = panel.rows[panel.rows["trials"] == FINISHED]
     means = [of_line["mean"].to_numpy() for _, of_line in of_finished.groupby("line")]
     limits = frame_of(panel.base, means) if panel.base is not None else None
@@ -180,7 +181,7 @@ def _lines(
         detail="line:N",
         opacity=alt.condition(picked, alt.value(0.14), alt.value(0.0)),
     )
-    point = plain.mark_point(filled=True, size=70, clip=True).encode(
+    point = plain.mark_point(filled=True, size=120, clip=True).encode(
         y=value,
         tooltip=[
             alt.Tooltip("configuration:N"),
@@ -244,7 +245,7 @@ def _coordinates(study: StudySummary, group: Sequence[Configuration], name: str,
         for place, of_axis in enumerate(found.ticks)
         for height, label in of_axis
     )
-    near = alt.selection_point(fields=["configuration"], on="pointerover", nearest=True, clear="pointerout", name=name)
+    near = alt.selection_point(fields=["configuration"], on="pointerover", clear="pointerout", name=name)
     scale = alt.Scale(
         scheme=importance.COLORS, reverse=study.objective[1] != "min", domain=list(found.outcomes), clamp=True
     )
@@ -267,9 +268,9 @@ def _coordinates(study: StudySummary, group: Sequence[Configuration], name: str,
     lines = base.mark_line(strokeWidth=2).encode(
         color=color, opacity=alt.condition(near, alt.value(1.0), alt.value(FAINT), empty=True)
     )
-    points = base.mark_point(size=60, opacity=0).encode(tooltip=tooltip).add_params(near)
+    reach = base.mark_line(strokeWidth=9, opacity=0).encode(tooltip=tooltip).add_params(near)
     names = alt.Chart(labels).encode(x=place, y=height, text="label:N")
     style = {"align": "right", "dx": -6, "fontSize": 9}
     values = alt.layer(names.mark_text(**style, stroke="white", strokeWidth=3), names.mark_text(**style))
     title = study.map_label(group[0].map_of(study.objective[0])) if titled else ""
-    return alt.layer(lines, points, values).properties(title=title, width=WIDTH + 120, height=280)
+    return alt.layer(lines, reach, values).properties(title=title, width=WIDTH + 120, height=280)

@@ -162,7 +162,8 @@ def test_other_axes_are_drawn_along_each_setting(tmp_path: Path) -> None:
         seeds=(0, 1),
     )
     by_name = {p.name: p for p in figures.draw_all(other)}
-    assert set(by_name) == ALWAYS | {"settings", "marginal_effects", "parallel_coordinates"}, "four are too few to rank"
+    of_settings = {"settings", "effects", "marginal_effects", "parallel_coordinates"}
+    assert set(by_name) == ALWAYS | of_settings, "four are too few to rank"
     assert len(by_name["settings"].figure.axes) == 4
     with matplotlib.rc_context(drawing.RC):
         assert overlapping_texts(by_name["settings"].figure) == []

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import vl_convert
 from PIL import Image
 
 from ebft_study.analysis.summary import StudySummary, summarize
@@ -66,6 +67,13 @@ def test_a_panel_for_each_loss_with_a_line_for_each_configuration(
         assert units == {drawing.unit_of(metric)}
 
 
+def test_what_a_pointer_shows_is_read_from_the_row(curves: InteractiveFigure) -> None:
+    """Over the nearest point Vega-Lite reads names from the cell around it, which has none."""
+    compiled = json.dumps(vl_convert.vegalite_to_vega(curves.spec))
+    assert compiled.count("lowest seed") >= 2
+    assert "voronoi" not in compiled
+
+
 def test_colours_are_those_of_the_report(grid: StudySummary, curves: InteractiveFigure) -> None:
     styles = drawing.configuration_styles(grid)
     (line,) = (part for part in curves.spec["vconcat"][0]["layer"] if part["mark"]["type"] == "line")
@@ -84,7 +92,8 @@ def test_parallel_coordinates_have_every_complete_configuration(grid: StudySumma
     figure = interactive.parallel_coordinates(grid)
     assert figure is not None
     (chart,) = figure.spec["vconcat"]
-    (line,) = (part for part in layers(chart) if part["mark"]["type"] == "line")
+    line, reach = (part for part in layers(chart) if part["mark"]["type"] == "line")
+    assert [each["field"] for each in reach["encoding"]["tooltip"]] == ["configuration", "objective", "seeds"]
     drawn = rows(line, figure.spec)
     complete = [c for c in grid.on_axes if c.is_complete]
     assert len(complete) == len(PAPER_LIKE) - 2
