@@ -26,7 +26,7 @@ def figure(study: StudySummary) -> ReportFigure | None:
     if not rows:
         return None
     shown = rows[:MAX_ROWS]
-    drawn = Figure(figsize=(8.4, 1.2 + 0.3 * len(shown)), layout="constrained")
+    drawn = Figure(figsize=(8.4, 1.35 + 0.3 * len(shown)), layout="constrained")
     panels = drawn.subplots(1, len(metrics), squeeze=False, sharey=True)[0]
     for axes, metric in zip(panels, metrics, strict=True):
         axes.axvline(0, color=drawing.BASE_COLOR, linestyle="--", linewidth=1.2)
@@ -35,7 +35,7 @@ def figure(study: StudySummary) -> ReportFigure | None:
                 _row(axes, y, each)
         at = f", {study.length} tokens" if metric == "cfm_loss" else ""
         axes.set_title(f"Held-out {NAMES[metric]}{at}")
-        axes.set_xlabel(f"difference ({drawing.unit_of(metric)})")
+        axes.set_xlabel(f"difference\n({drawing.unit_of(metric)})")
         axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
         axes.grid(axis="y", visible=False)
     panels[0].set_yticks(range(len(shown)), [f"{named(a)}, not {named(b)}" for a, b in shown])
