@@ -34,6 +34,8 @@ PIXELS = 1.5
 """Pixels of the picture for each of the chart."""
 COLORS = 128
 MAX_SCORES = 3
+MAX_NAMES = 40
+"""More configurations than these are not named beside the curves, but still where one points."""
 FAINT = 0.12
 FINISHED, UNFINISHED = "finished", "not finished"
 CONFIG: dict[str, Any] = {
@@ -103,12 +105,13 @@ def curves(study: StudySummary) -> InteractiveFigure | None:
         return None
     styles = drawing.configuration_styles(study)
     colors = {c.label: styles[c.name].color for c in study.configurations}
-    picked = alt.selection_point(fields=["configuration"], bind="legend", name="picked")
+    by_name = {"bind": "legend"} if len(colors) <= MAX_NAMES else {}
+    picked = alt.selection_point(fields=["configuration"], name="picked", **by_name)
     charts = [_lines(panel, colors, picked, first=k == 0, name=f"near{k}") for k, panel in enumerate(panels)]
     caption = (
         "Means over the seeds of a configuration, bands from its lowest to its highest seed; thin lines are trials "
         "that did not finish. The dashed line is the base model, where the study has one value of it. Point at a line "
-        "for its numbers; click names on the right, several with Shift, to see these alone."
+        "for its name and numbers; click names on the right, or points, several with Shift, to see these alone."
     )
     spec = alt.vconcat(*charts).configure(**CONFIG).to_dict(validate=False)
     return InteractiveFigure("curves", "Losses and scores over training", caption, spec)
@@ -164,8 +167,9 @@ def _lines(
     limits = frame_of(panel.base, means) if panel.base is not None else None
     scale = alt.Scale(zero=False, domain=list(limits)) if limits else alt.Scale(zero=False)
     hues = alt.Scale(domain=list(colors), range=list(colors.values()))
+    legend = alt.Legend(title=None) if len(colors) <= MAX_NAMES else None
     plain = alt.Chart(panel.rows).encode(
-        x=alt.X("step:Q", title="optimizer step"), color=alt.Color("configuration:N", title=None, scale=hues)
+        x=alt.X("step:Q", title="optimizer step"), color=alt.Color("configuration:N", scale=hues, legend=legend)
     )
     value = alt.Y("mean:Q", title=panel.unit, scale=scale)
     widths = alt.Scale(domain=[FINISHED, UNFINISHED], range=[2.0, 0.8])

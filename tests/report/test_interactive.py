@@ -82,6 +82,17 @@ def test_colours_are_those_of_the_report(grid: StudySummary, curves: Interactive
     assert dict(zip(scale["domain"], scale["range"], strict=True)) == expected
 
 
+def test_more_configurations_than_fit_beside_the_curves_have_their_names_where_one_points(tmp_path: Path) -> None:
+    effects = {1e-5 * rate: (-0.1, -0.01) for rate in range(1, 51)}
+    options: dict[str, Any] = {"settings": lambda key: {"learning_rate": key}, "seeds": (0,)}
+    figure = interactive.curves(summarize(load(write_study(tmp_path / "study", effects=effects, **options))))
+    assert figure is not None
+    (line,) = (part for part in figure.spec["vconcat"][0]["layer"] if part["mark"]["type"] == "line")
+    assert line["encoding"]["color"]["legend"] is None
+    assert len({row["configuration"] for row in rows(line, figure.spec)}) == 50
+    assert Image.open(io.BytesIO(figure.png)).size[0] < 1000
+
+
 def test_scores_on_benchmarks_are_panels_of_their_own(tmp_path: Path) -> None:
     figure = interactive.curves(summarize(load(notebooks.methods(tmp_path / "study"))))
     assert figure is not None
