@@ -66,7 +66,7 @@ class Method:
 
     def gap(self, other: Method, column: Column) -> Interval:
         """The mean over seeds of `minus`."""
-        return mean_interval(self.minus(other, column).values(), dependent=self.is_choice or other.is_choice)
+        return mean_interval(self.minus(other, column).values(), dependent=other.is_choice or self.is_choice)
 
 
 @dataclass(frozen=True)
