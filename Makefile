@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup study paper test check bench gpu realsize chaos mutants scale decisions architectures clean
+.PHONY: help setup study paper notebooks test check bench gpu realsize chaos mutants scale decisions architectures clean
 
 help: ## what can be made
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -30,6 +30,9 @@ study: $(STAMP) ## the main job: a real EBFT study on this machine, with its rep
 
 paper: $(STAMP) ## the paper's Table 1 in miniature: three tasks, five methods, three seeds, with its report
 	$(BIN)/ebft-study study search_spaces/paper_table1.yaml --profile cpu --resume
+
+notebooks: $(STAMP) ## the notebooks in analysis/, executed on a study: make notebooks STUDY=quickstart; writes outputs/notebooks
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.notebooks $(STUDY)
 
 check: $(STAMP) ## linter, formatter and type checker
 	$(BIN)/ruff check .

@@ -1,7 +1,9 @@
 """Hyperparameter and scaling studies of Energy-Based Fine-Tuning (EBFT) of language models. Start with `api`."""
 
 from ebft_study.api import (
+    bundle,
     catalog,
+    check_bundle,
     compare,
     extend,
     load,
@@ -10,13 +12,16 @@ from ebft_study.api import (
     replay,
     resume,
     run,
+    tables,
     train,
     write_report,
 )
 
 __version__ = "0.2.0"
 __all__ = [
+    "bundle",
     "catalog",
+    "check_bundle",
     "compare",
     "extend",
     "load",
@@ -25,6 +30,7 @@ __all__ = [
     "replay",
     "resume",
     "run",
+    "tables",
     "train",
     "write_report",
 ]

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
     from ebft_study.analysis.comparison import Comparison
     from ebft_study.config import RunConfig
+    from ebft_study.report.bundle import BundleCheck
+    from ebft_study.report.table import Table
     from ebft_study.results import Results
     from ebft_study.storage import Location, StoragePath
     from ebft_study.study.driver.runner import StudyResult
@@ -209,6 +211,42 @@ def _distinct(studies: Sequence[Location], storage: Location) -> dict[str, Stora
     return {
         name if names.count(name) == 1 else str(folder): folder for name, folder in zip(names, folders, strict=True)
     }
+
+
+def tables(study: Location, *, storage: Location = STUDIES) -> dict[str, Table]:
+    """The tables of a study's report by name; `markdown`, `latex`, `comma_separated` of `report.table` format them."""
+    from ebft_study import report
+
+    return report.tables(find(study, storage))
+
+
+def bundle(
+    study: Location,
+    to: str | Path | None = None,
+    *,
+    notebooks: Sequence[str | Path] = (),
+    storage: Location = STUDIES,
+) -> Path:
+    """Write a study as one archive: study file, tables, report, digests of everything; no checkpoints. Returns it.
+
+    Args:
+        to: default: `<study>.zip` in the current folder.
+        notebooks: executed ones, besides those in the study's folder.
+    """
+    from ebft_study.report import bundle
+
+    return bundle.bundle(find(study, storage), Path(to) if to else None, [Path(each) for each in notebooks])
+
+
+def check_bundle(file: str | Path) -> BundleCheck:
+    """Verify an archive of `bundle`: digests, tables, and that tables and report follow from the results.
+
+    Raises:
+        ResultsError: in one line, what is damaged.
+    """
+    from ebft_study.report import bundle
+
+    return bundle.check(Path(file))
 
 
 def evaluate(

@@ -178,6 +178,28 @@ def compare(
 
 
 @app.command()
+def bundle(
+    name: Annotated[str | None, typer.Argument(help="A study's name, its folder, or its URL.")] = None,
+    to: Annotated[Path | None, typer.Option(help="The archive.", show_default="<study>.zip")] = None,
+    notebook: Annotated[list[Path] | None, typer.Option(help="An executed notebook to put in; repeatable.")] = None,
+    check: Annotated[Path | None, typer.Option(help="Verify this archive instead.")] = None,
+    storage: Storage = api.STUDIES,
+) -> None:
+    """Write a study as one archive for others, without checkpoints, or verify one.
+
+    [dim]ebft-study bundle alpha_gamma --to alpha_gamma.zip[/dim]
+
+    [dim]ebft-study bundle --check alpha_gamma.zip[/dim]
+    """
+    if (name is None) == (check is None):
+        raise ConfigError("command line: bundle: takes a study, or --check and an archive. Give one of them")
+    if check is not None:
+        typer.echo(api.check_bundle(check).in_words())
+    elif name is not None:
+        typer.echo(str(api.bundle(name, to, notebooks=notebook or [], storage=storage)))
+
+
+@app.command()
 def evaluate(
     name: StudyName,
     arguments: Annotated[

@@ -56,6 +56,8 @@ def write_study(
     with_start: bool = True,
     with_scores: bool = False,
     parameters: Mapping[str, int] | None = None,
+    choices: Mapping[str, Mapping[str, Mapping[str, Any]]] | None = None,
+    with_savings: bool = False,
 ) -> Path:
     """Write a study whose configuration `key` changes CE and CFM by `effects[key]`; the key None is the SFT baseline.
 
@@ -63,7 +65,9 @@ def write_study(
     of CFM at length L is `effect * (1 + growth * log2(L / 8))`. Where `settings(key)` has warm_start_steps, they change
     CE and CFM by `warm` before the effect begins. `statuses[key, seed]` ends a trial differently. Older versions lack
     held-out values at the end of a warm start (`with_start`), and values of single sequences (`with_scores`).
-    Models have the number of `parameters` of their name.
+    Models have the number of `parameters` of their name. `choices` has the one axis of choices of the study file, whose
+    settings `settings` gives besides those of all trials; keys are its choices then. Stopped trials record what that
+    saved (`with_savings`).
     """
     with one_file_per_table(folder):
         return _write(
@@ -80,6 +84,8 @@ def write_study(
             with_start,
             with_scores,
             parameters or {},
+            choices or {},
+            with_savings,
         )
 
 
@@ -114,15 +120,20 @@ def _write(
     with_start: bool,
     with_scores: bool,
     parameters: Mapping[str, int],
+    choices: Mapping[str, Mapping[str, Mapping[str, Any]]],
+    with_savings: bool,
 ) -> Path:
     settings = settings or (lambda key: {"alpha": key[0], "gamma": key[1]})
     study, trials = StudyRecorder(folder, study=folder.name), list[dict[str, Any]]()
-    write_spec(folder)
+    write_spec(folder, choices)
     for number, (key, seed) in enumerate(itertools.product(effects, seeds)):
         chosen = {"method": "sft"} if key is None else settings(key)
-        run = config.build_run(config.nest({**chosen, "seed": seed, "steps": steps}, source="test"), source="test")
         status = statuses.get((key, seed), "finished")
         name = "sft" if key is None else " ".join(f"{k}={v}" for k, v in chosen.items())
+        for axis, by_choice in choices.items():
+            name = name if key is None else f"{axis}={key}"
+            chosen |= by_choice[key] if key is not None else {}
+        run = config.build_run(config.nest({**chosen, "seed": seed, "steps": steps}, source="test"), source="test")
         trial_id = f"t{number:03d}"
         random = np.random.default_rng([seed, number])
         shared = np.random.default_rng(seed).normal(0, 3 * noise, 2)
@@ -163,6 +174,7 @@ def _write(
                 "total_seconds": 30.0,
                 "train_seconds": 23.0,
                 "steps_done": done,
+                "steps_saved": run.total_steps - done if with_savings and status == "stopped" else None,
                 "sequences_seen": done * run.training.batch_size,
                 "tokens_seen": done * run.training.batch_size * run.data.sequence_length,
                 "peak_memory_bytes": 1_150_000_000,
@@ -334,7 +346,7 @@ def _row(metric: str, position: int | None, value: float, count: int) -> dict[st
     return {**row, "standard_error": 0.011 if metric == "cfm_loss" else None}
 
 
-def write_spec(folder: Path) -> None:
+def write_spec(folder: Path, choices: Mapping[str, Mapping[str, Mapping[str, Any]]] | None = None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     spec = {
         "study": folder.name,
@@ -351,4 +363,6 @@ def write_spec(folder: Path) -> None:
             "models": {"tiny-1m": {"parameters": 1_050_000, "perplexity": 13.1, "trigram_perplexity": 61.0}},
         },
     }
+    if choices:
+        spec["axes"] = {axis: {"choices": {k: dict(v) for k, v in each.items()}} for axis, each in choices.items()}
     (folder / "study.yaml").write_text(yaml.safe_dump(spec))

@@ -152,6 +152,7 @@ def test_configuration_and_results_import_quickly_without_heavy_libraries() -> N
         "import sys, time; start = time.perf_counter()\n"
         "import ebft_study, ebft_study.config, ebft_study.cost, ebft_study.errors, ebft_study.storage\n"
         "import ebft_study.results, ebft_study.analysis, ebft_study.report\n"
+        "import ebft_study.report.answers, ebft_study.report.interactive, ebft_study.report.notebooks\n"
         "heavy = {'torch', 'ray', 'vllm', 'transformers'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )

@@ -20,6 +20,7 @@ from ebft_study.results import METRICS, SKIPPED
 from ebft_study.results.metrics import TEXT
 
 K = TypeVar("K", bound=Hashable)
+T = TypeVar("T")
 HELDOUT = "heldout"
 DEFAULT_OBJECTIVE: Objective = ("cfm_loss", "min")
 """Objective where study.yaml records none."""
@@ -168,11 +169,11 @@ class Configuration:
         return tuple((k, v) for k, v in settings.items() if not (at_one_length and k == "completion_length"))
 
 
-def grouped(configurations: Iterable[Configuration], key: Callable[[Configuration], K]) -> dict[K, list[Configuration]]:
-    """Configurations by `key`, in their order."""
-    groups: dict[K, list[Configuration]] = {}
-    for c in configurations:
-        groups.setdefault(key(c), []).append(c)
+def grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
+    """Items, such as configurations, by `key`, in their order."""
+    groups: dict[K, list[T]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
     return groups
 
 

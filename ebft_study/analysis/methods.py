@@ -64,6 +64,10 @@ class Method:
         ours, theirs = self.values.get(column, {}), other.values.get(column, {})
         return {seed: ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())}
 
+    def gap(self, other: Method, column: Column) -> Interval:
+        """The mean over seeds of `minus`."""
+        return mean_interval(self.minus(other, column).values(), dependent=other.is_choice or self.is_choice)
+
 
 @dataclass(frozen=True)
 class Task:

@@ -62,6 +62,29 @@ def is_paired(values: Sequence[float]) -> bool:
     )
 
 
+def pooled(values: Sequence[float]) -> float:
+    """The mean of scores of one model on several benchmarks, with the sequences of all where they are known.
+
+    Sequences weigh as much as their benchmark's mean does. Their scatter is taken around the common mean, so the
+    differences between benchmarks count as noise: an error that is too large, never too small.
+    """
+    mean = float(np.mean([float(value) for value in values]))
+    scores = [value for value in values if isinstance(value, Score)]
+    if len(scores) < len(values) or len(values) == 1:
+        return values[0] if len(values) == 1 else mean
+    counts = np.concatenate([score.counts / score.counts.sum() for score in scores])
+    return Score(mean, range(len(counts)), counts, np.concatenate([score.values for score in scores]))
+
+
+def averaged(values: Sequence[float]) -> float:
+    """The mean of values of one seed; a `Score` where all are known for the same sequences."""
+    mean = float(np.mean([float(value) for value in values]))
+    scores = [value for value in values if isinstance(value, Score)]
+    if not scores or not is_paired(values):
+        return mean
+    return Score(mean, scores[0].sequences, scores[0].counts, np.mean([score.values for score in scores], axis=0))
+
+
 def _sequence_error(counts: np.ndarray, values: np.ndarray) -> float:
     """Standard error of the mean of `values` weighted by `counts`, over sequences; NaN for a single one."""
     n, residuals = len(values), counts * (values - np.average(values, weights=counts))

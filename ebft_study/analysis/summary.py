@@ -117,11 +117,13 @@ class StudySummary:
         return tuple(c for c in self.configurations if c.is_sft)
 
     def best_by_method(self) -> list[Configuration]:
-        """SFT's and EBFT's best by the objective on the validation split, within each group that it can compare.
+        """SFT's, EBFT's and RLVR's best by the objective on the validation split, in each group that it can compare.
 
         Of many groups the first `MAX_GROUPS` of each method.
         """
-        groups = [group for each in (self.sft, self.ebft) for group in comparable(each, self.objective[0])[:MAX_GROUPS]]
+        rlvr = [c for c in self.configurations if c.settings.get("method") == "rlvr"]
+        methods = (self.sft, self.ebft, rlvr)
+        groups = [group for each in methods for group in comparable(each, self.objective[0])[:MAX_GROUPS]]
         return [c for group in groups if (c := best(group))]
 
     @property

@@ -10,8 +10,12 @@ none of them.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ebft_study.storage import Location, StoragePath, storage_path
+
+if TYPE_CHECKING:
+    from ebft_study.report.table import Table
 
 
 def write_report(study_folder: Location) -> Path | StoragePath:
@@ -21,4 +25,13 @@ def write_report(study_folder: Location) -> Path | StoragePath:
     return write(storage_path(study_folder))
 
 
-__all__ = ["write_report"]
+def tables(study_folder: Location) -> dict[str, Table]:
+    """The tables of a study's report that can be copied, by name."""
+    from ebft_study.analysis.summary import summarize
+    from ebft_study.report import collected
+    from ebft_study.results import load
+
+    return collected.tables(summarize(load(study_folder)))
+
+
+__all__ = ["tables", "write_report"]

@@ -40,8 +40,6 @@ _BASELINES = ("#000000", "#555555")
 
 # Metrics compared on the held-out split, with the titles of their panels.
 TITLES = {"ce_loss": "Held-out CE", "cfm_loss": "Held-out CFM"}
-# A value further from the base model than so many times the median one may leave the frame or the colour scale.
-DIVERGENCE = 4.0
 LEGEND_CHARACTERS = 26
 # Names that fit below a panel of half the width.
 TICK_CHARACTERS = 45
@@ -149,7 +147,7 @@ def base_line(axes: Axes, value: float = 0.0) -> None:
 
 
 def compared_configurations(study: StudySummary) -> list[tuple[str, Configuration]]:
-    """Labels of the best SFT and EBFT configurations, within each feature map where no more can be compared."""
+    """Labels of each method's best configurations, within each feature map where no more can be compared."""
     return [(c.label if c.baseline else f"{c.settings['method'].upper()} {c.label}", c) for c in study.best_by_method()]
 
 
@@ -159,7 +157,7 @@ def choice_note(study: StudySummary) -> str:
     within = (f" of each of the first {MAX_GROUPS} feature maps" if groups > MAX_GROUPS else " of each feature map") * (
         groups > 1
     )
-    return f"Drawn are the best SFT and EBFT configurations{within} by validation {study.objective[0]}."
+    return f"Drawn are the best configurations of each method{within} by validation {study.objective[0]}."
 
 
 def most_relevant(

@@ -9,18 +9,18 @@ import math
 from collections.abc import Callable, Sequence
 
 import matplotlib
-import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 from numpy.typing import ArrayLike
 
+from ebft_study.analysis.curves import frame_of, series, spread
 from ebft_study.analysis.equal_cost import AMOUNTS
 from ebft_study.analysis.selection import comparable
 from ebft_study.analysis.statistics import mean_interval
 from ebft_study.analysis.summary import COMPARED, Configuration, StudySummary
-from ebft_study.report import drawing, importance, outcomes, scaling
+from ebft_study.report import drawing, effects, importance, outcomes, scaling, side_by_side
 from ebft_study.report.drawing import ReportFigure, Style
 
 # More lines than this cannot be distinguished: the best by validation are drawn, and the caption says so.
@@ -29,12 +29,15 @@ MAX_LINES = 12
 
 def draw_all(study: StudySummary) -> list[ReportFigure]:
     """Every figure that the study's data allow."""
-    drawers: tuple[Callable[[StudySummary], ReportFigure | None], ...] = (
+    return draw(
+        study,
         outcomes.differences,
+        side_by_side.figure,
         learning_curves,
         cost_curves,
         outcomes.heat_maps,
         outcomes.along_settings,
+        effects.figure,
         importance.importance,
         importance.marginal_effects,
         importance.parallel_coordinates,
@@ -43,8 +46,12 @@ def draw_all(study: StudySummary) -> list[ReportFigure]:
         outcomes.pareto_front,
         scaling.figure,
     )
+
+
+def draw(study: StudySummary, *drawers: Callable[[StudySummary], ReportFigure | None]) -> list[ReportFigure]:
+    """Some of the figures, without those for which the study has nothing to draw."""
     with matplotlib.rc_context(drawing.RC):
-        return [figure for draw in drawers if (figure := draw(study)) is not None]
+        return [figure for drawer in drawers if (figure := drawer(study)) is not None]
 
 
 def _curve(axes: Axes, x: ArrayLike, y: ArrayLike, style: Style, label: str, marker: str = "") -> None:
@@ -92,61 +99,38 @@ def _learning_curve(axes: Axes, study: StudySummary, shown: Sequence[Configurati
     styles, means = drawing.configuration_styles(study), list[pd.Series]()
     for configuration in shown:
         style = styles[configuration.name]
-        finished, unfinished = _series(study, configuration, metric)
+        finished, unfinished = series(study, configuration, metric)
         if len(finished):
-            mean = finished.mean(axis=1)
-            _band(axes, mean.index, finished.min(axis=1), finished.max(axis=1), style)
-            _curve(axes, mean.index, mean, style, configuration.label)
-            means.append(mean)
-        for series in unfinished:
+            line = spread(finished)
+            _band(axes, line["step"], line["low"], line["high"], style)
+            _curve(axes, line["step"], line["mean"], style, configuration.label)
+            means.append(line["mean"])
+        for of_trial in unfinished:
             label = None if len(finished) else f"{configuration.label} ×"
-            axes.plot(series.index, series, color=style.color, linewidth=0.8, alpha=0.7, label=label)
-            axes.plot(series.index[-1:], series[-1:], "x", color=style.color, markersize=5)
+            axes.plot(of_trial.index, of_trial, color=style.color, linewidth=0.8, alpha=0.7, label=label)
+            axes.plot(of_trial.index[-1:], of_trial[-1:], "x", color=style.color, markersize=5)
     steps = study.results.metrics["step"]
     at_start = study.results.metrics.loc[steps == 0, metric].dropna()
     axes.set_xlim(0, max(steps.max(), 1))
     if len(at_start):
-        _leave_out_divergence(axes, at_start.mean(), means)
+        if limits := frame_of(at_start.mean(), means):
+            axes.set_ylim(*limits)
         if len(comparable(study.configurations, metric)) == len(study.of_one_base(metric)) == 1:
             drawing.base_line(axes, at_start.mean())
-
-
-def _leave_out_divergence(axes: Axes, base: float, means: Sequence[pd.Series]) -> None:
-    """Cut off lines that rise far above the base model, which would flatten all the others."""
-    largest = [float((mean - base).abs().max()) for mean in means if len(mean)]
-    if not largest:
-        return
-    limit = base + drawing.DIVERGENCE * float(np.median(largest))
-    values = np.concatenate([*means, [base]])
-    if values.max() > limit:
-        inside = values[values <= limit]
-        margin = 0.06 * (inside.max() - inside.min())
-        axes.set_ylim(inside.min() - margin, inside.max() + margin)
-
-
-def _series(study: StudySummary, configuration: Configuration, metric: str) -> tuple[pd.DataFrame, list[pd.Series]]:
-    """Steps x finished trials at the steps that all of them reported, and each of the other trials."""
-    rows = study.results.metrics[study.results.metrics["trial_id"].isin(configuration.trials["trial_id"])]
-    table = rows[np.isfinite(rows[metric])].pivot(index="step", columns="trial_id", values=metric)
-    is_finished = table.columns.isin(configuration.finished["trial_id"])
-    finished = table.loc[:, is_finished]
-    unfinished = [table[name].dropna() for name in table.columns[~is_finished]]
-    complete = finished.dropna() if finished.shape[1] else pd.DataFrame()
-    return complete, [series for series in unfinished if len(series)]
 
 
 # --- over cost -------------------------------------------------------------------------------------------------
 
 
 def cost_curves(study: StudySummary) -> ReportFigure | None:
-    """The objective on the validation split over FLOPs and time of updates: SFT's best and EBFT's."""
+    """The objective on the validation split over FLOPs and time of updates: each method's best."""
     metric = study.objective[0] if study.objective[0] in COMPARED else "cfm_loss"
     styles = drawing.configuration_styles(study)
     figure = Figure(figsize=(8.4, 3.1), layout="constrained")
     panels = figure.subplots(1, len(AMOUNTS), sharey=True)
     for axes, amount in zip(panels, AMOUNTS, strict=True):
         for label, model in drawing.compared_configurations(study):
-            values, amounts = (_series(study, model, name)[0] for name in (metric, amount))
+            values, amounts = (series(study, model, name)[0] for name in (metric, amount))
             shared = values.index.intersection(amounts.index)
             if len(shared):
                 x, y, style = amounts.loc[shared].mean(axis=1), values.loc[shared], styles[model.name]
@@ -172,7 +156,7 @@ def cost_curves(study: StudySummary) -> ReportFigure | None:
 
 
 def length_profile(study: StudySummary) -> ReportFigure | None:
-    """CFM over completion length for the base model, SFT and the best EBFT, and the differences to the base model."""
+    """CFM over completion length for the base model and each method's best, and the differences to the base model."""
     models = drawing.compared_configurations(study)
     models = [(label, c) for label, c in models if any(c.level("cfm_loss", length).n for length in study.lengths)]
     base = [study.base("cfm_loss", length) for length in study.lengths]

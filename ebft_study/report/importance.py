@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from ebft_study import text
+from ebft_study.analysis.curves import DIVERGENCE
 from ebft_study.analysis.importance import (
     MAX_VALUES,
     PARTS,
@@ -171,9 +173,9 @@ def _marginal_panel(axes: Axes, effect: MarginalEffect) -> None:
 
 def parallel_coordinates(study: StudySummary) -> ReportFigure | None:
     """Each configuration as a line through its settings to its objective, which gives its colour."""
-    drawable = [g for g in varied_groups(study) if len(varying_in(study, g)) > 1 and len(complete(g)) > 1]
-    groups = drawable[:MAX_GROUPS]
-    if not groups or is_population(study):
+    every = drawable(study)
+    groups = every[:MAX_GROUPS]
+    if not groups:
         return None
     figure = Figure(figsize=(8.4, 0.3 + 3.2 * len(groups)), layout="constrained")
     for axes, group in zip(figure.subplots(len(groups), 1, squeeze=False)[:, 0], groups, strict=True):
@@ -189,32 +191,66 @@ def parallel_coordinates(study: StudySummary) -> ReportFigure | None:
         "drawn."
         + f" Grey: {faint} configuration{'s' * (faint > 1)} without a result for every seed." * bool(faint)
         + f" Not drawn: {text.listed(left_out)}." * bool(left_out)
-        + _of(drawable)
+        + _of(every)
     )
     return ReportFigure("parallel_coordinates", "All configurations at once", caption, figure)
 
 
-def _coordinates(axes: Axes, study: StudySummary, group: Sequence[Configuration]) -> None:
+@dataclass(frozen=True)
+class Coordinates:
+    """The lines of a group of configurations, the best first, and the labels of their axes; all heights from 0 to 1.
+
+    `lines` have a height per setting and that of the objective, as `measured` does in order; `incomplete` lack it.
+    """
+
+    names: tuple[str, ...]
+    measured: tuple[Configuration, ...]
+    lines: tuple[tuple[float, ...], ...]
+    incomplete: tuple[tuple[float, ...], ...]
+    ticks: tuple[list[tuple[float, str]], ...]
+    """Heights and labels of each setting, then of the objective."""
+    outcomes: tuple[float, float]
+    """The objective at heights 0 and 1."""
+
+
+def coordinates(study: StudySummary, group: Sequence[Configuration]) -> Coordinates:
+    """A group of `drawable` as parallel coordinates."""
     names, is_min = varying_in(study, group)[:MAX_SETTINGS], study.objective[1] == "min"
     measured = sorted(complete(group), key=lambda c: c.validated(), reverse=not is_min)
     scales = [_Scale(group, name) for name in names]
-    for c in group:
-        if c not in measured:
-            axes.plot([scale.at(c, 0.5) for scale in scales], color=INCOMPLETE, linewidth=0.8, zorder=1)
     norm = _outcome_scale([c.validated() for c in measured])
-    colors = ScalarMappable(norm, COLORS if is_min else f"{COLORS}_r")
-    for rank, c in enumerate(measured):
-        heights = [scale.at(c, rank / (len(measured) - 1)) for scale in scales]
-        color, on_top = colors.to_rgba(np.array(c.validated())), 3 - rank / len(measured)
-        axes.plot([*heights, float(norm(c.validated()))], color=color, linewidth=1.5, zorder=on_top)
+    lines = [
+        (*(scale.at(c, rank / (len(measured) - 1)) for scale in scales), float(norm(c.validated())))
+        for rank, c in enumerate(measured)
+    ]
     ticks = [*(scale.ticks() for scale in scales), _outcome_ticks(norm, measured[-1].validated())]
-    for x, labels in enumerate(ticks):
+    incomplete = [tuple(scale.at(c, 0.5) for scale in scales) for c in group if c not in measured]
+    outcomes = (float(norm.inverse(0.0)), float(norm.inverse(1.0)))
+    return Coordinates(tuple(names), tuple(measured), tuple(lines), tuple(incomplete), tuple(ticks), outcomes)
+
+
+def drawable(study: StudySummary) -> list[list[Configuration]]:
+    """Groups of configurations that parallel coordinates can show."""
+    if is_population(study):
+        return []
+    return [g for g in varied_groups(study) if len(varying_in(study, g)) > 1 and len(complete(g)) > 1]
+
+
+def _coordinates(axes: Axes, study: StudySummary, group: Sequence[Configuration]) -> None:
+    found = coordinates(study, group)
+    for heights in found.incomplete:
+        axes.plot(heights, color=INCOMPLETE, linewidth=0.8, zorder=1)
+    colors = ScalarMappable(Normalize(0, 1), COLORS if study.objective[1] == "min" else f"{COLORS}_r")
+    for rank, heights in enumerate(found.lines):
+        color, on_top = colors.to_rgba(np.array(heights[-1])), 3 - rank / len(found.lines)
+        axes.plot(heights, color=color, linewidth=1.5, zorder=on_top)
+    for x, labels in enumerate(found.ticks):
         axes.axvline(x, color=drawing.INK, linewidth=0.9, zorder=4)
         for height, label in labels:
-            _value_label(axes, x, height, label, right=x == len(scales))
-    titles = [text.named(name).replace(" (", "\n(") for name in names]
-    axes.set_xticks(range(len(names) + 1), [*titles, f"validation\n{study.objective[0]}"])
-    axes.set(xlim=(-0.5, len(names) + 0.35), ylim=(-0.05, 1.05), yticks=[])
+            _value_label(axes, x, height, label, right=x == len(found.names))
+    titles = [text.named(name).replace(" (", "\n(") for name in found.names]
+    axes.set_xticks(range(len(found.names) + 1), [*titles, f"validation\n{study.objective[0]}"])
+    axes.set(xlim=(-0.5, len(found.names) + 0.35), ylim=(-0.05, 1.05), yticks=[])
     axes.grid(visible=False)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
@@ -231,7 +267,7 @@ def _value_label(axes: Axes, x: int, height: float, label: str, *, right: bool) 
 def _outcome_scale(values: Sequence[float]) -> Normalize:
     """From the best to the worst value; one that lies far off does not flatten the others (values: the best first)."""
     best, distances = values[0], np.abs(np.array(values) - values[0])
-    limit = drawing.DIVERGENCE * float(np.median(distances[1:]))
+    limit = DIVERGENCE * float(np.median(distances[1:]))
     furthest = min(distances.max(), limit or math.inf) or 1.0
     low, high = sorted((best, best + math.copysign(furthest, values[-1] - best)))
     return Normalize(low, high, clip=True)

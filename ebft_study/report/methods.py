@@ -1,30 +1,17 @@
-"""The table of methods of the report: the rows and columns of `analysis.methods` as text."""
+"""The tables of methods of the report: the rows and columns of `analysis.methods` as text."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 from ebft_study import text
 from ebft_study.analysis.methods import Column, Method, Task, tasks
 from ebft_study.analysis.summary import StudySummary
 from ebft_study.report.content import NAMES, SCORE_NAMES
+from ebft_study.report.table import Table, slug
 
 
-@dataclass(frozen=True)
-class MethodTable:
-    """The methods of one task, as text."""
-
-    label: str
-    notes: str
-    """What the table leaves out."""
-    columns: list[str]
-    rows: list[tuple[str, str, str, str, list[str]]]
-    """Method, configurations, seeds, training sequences, and a value per column."""
-
-
-def method_tables(study: StudySummary) -> list[MethodTable]:
+def method_tables(study: StudySummary) -> list[Table]:
     """A table per task; none for a study without benchmarks."""
-    return [_table(task) for task in tasks(study)]
+    return [_table(task, study.objective[0]) for task in tasks(study)]
 
 
 def column_name(column: Column) -> str:
@@ -34,17 +21,24 @@ def column_name(column: Column) -> str:
     return f"{column.benchmark}: {SCORE_NAMES[column.metric].format(k=column.position)}"
 
 
-def _table(task: Task) -> MethodTable:
-    notes = []
+def _table(task: Task, objective: str) -> Table:
+    notes = [
+        f"{task.label}: means" if task.label else "Means",
+        "over seeds ± half-width of the 95 % interval over seeds, and over held-out sequences or problems where they "
+        "are known. Losses are held-out ones, better when lower; scores are from 0 to 1, at the end of training. "
+        "(ws.): from a warm start. Of several configurations, each seed is scored by the one that the other seeds "
+        f"choose by validation {objective}. Sequences are those of all training, warm start included.",
+    ]
     if task.unchosen:
         notes.append(f"Nothing chooses between the configurations of {text.listed(list(task.unchosen))}.")
     if not task.has_one_map:
         notes.append("The methods measure CFM by different feature maps.")
     rows = [
-        (name, *_of_training(method), [method.mean(column).as_level() for column in task.columns])
+        (name, *_of_training(method), *(method.mean(column).as_level() for column in task.columns))
         for name, method in task.methods.items()
     ]
-    return MethodTable(task.label, " ".join(notes), [column_name(column) for column in task.columns], rows)
+    columns = ("Method", "Configuration", "Seeds", "Sequences", *map(column_name, task.columns))
+    return Table(slug(f"methods_{task.label}"), " ".join(notes), columns, tuple(rows))
 
 
 def _of_training(method: Method) -> tuple[str, str, str]:

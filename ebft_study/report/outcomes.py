@@ -18,6 +18,7 @@ from matplotlib.ticker import MaxNLocator
 from ebft_study import text
 from ebft_study.analysis import pareto
 from ebft_study.analysis.configuration import equal_but_for
+from ebft_study.analysis.curves import DIVERGENCE
 from ebft_study.analysis.settings import assignments, is_number, objectives, sort_key
 from ebft_study.analysis.statistics import Interval
 from ebft_study.analysis.summary import Configuration, StudySummary
@@ -137,7 +138,7 @@ def _annotate_cell(axes: Axes, x: float, y: float, change: Interval | None, limi
 def _color_limit(values: np.ndarray) -> float:
     """Symmetric limit that one outlier does not set: at most DIVERGENCE times the median size."""
     sizes = np.abs(values[np.isfinite(values)])
-    return float(min(sizes.max(), drawing.DIVERGENCE * np.median(sizes)) or 1.0) if len(sizes) else 1.0
+    return float(min(sizes.max(), DIVERGENCE * np.median(sizes)) or 1.0) if len(sizes) else 1.0
 
 
 # --- along each setting ----------------------------------------------------------------------------------------

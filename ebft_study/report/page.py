@@ -17,7 +17,7 @@ from ebft_study import text
 from ebft_study.analysis import pareto, usage
 from ebft_study.analysis.settings import objectives
 from ebft_study.analysis.summary import summarize
-from ebft_study.report import content, facts, methods, scaling
+from ebft_study.report import collected, content, facts, methods, paper, scaling, table
 from ebft_study.report.claims import judge
 from ebft_study.report.drawing import ReportFigure
 from ebft_study.report.figures import draw_all
@@ -28,8 +28,12 @@ TEMPLATE = "report.html.j2"
 DOTS_PER_INCH = 160
 
 
-def write(study_folder: StoragePath) -> Path | StoragePath:
-    """Write `report.html` and `figures/` of the study in `study_folder`; returns the HTML file."""
+def write(study_folder: StoragePath, *, written: str | None = None) -> Path | StoragePath:
+    """Write `report.html` and `figures/` of the study in `study_folder`; returns the HTML file.
+
+    Args:
+        written: the report's date; default: now.
+    """
     study = summarize(load(study_folder))
     spec = study.results.spec
     figures = draw_all(study)
@@ -54,10 +58,13 @@ def write(study_folder: StoragePath) -> Path | StoragePath:
         provenance=facts.provenance(spec),
         cost=usage.cost(study.results),
         configurations=content.configuration_rows(study),
+        outcomes=collected.outcomes(study),
         precision=content.precision(study),
         evidence=content.evidence_rows(study),
         methods=methods.method_tables(study),
         benchmarks=content.benchmark_tables(study),
+        paper=paper.section(study),
+        formats=table.FORMATS,
         scaling=scaling.section(study),
         trials=content.trial_rows(study),
         costs=content.cost_rows(study),
@@ -68,17 +75,22 @@ def write(study_folder: StoragePath) -> Path | StoragePath:
         race=content.race_rows(study),
         samples=list(content.sample_groups(study)),
         missing=content.missing(study, list(svgs)),
+        written=written,
     )
     target = study_folder / "report.html"
     target.write_bytes(page.encode())
     return target.local or target
 
 
-def render(template: str, figures: Sequence[ReportFigure], svgs: Mapping[str, str], **content: Any) -> str:
+def render(
+    template: str, figures: Sequence[ReportFigure], svgs: Mapping[str, str], *, written: str | None = None, **rows: Any
+) -> str:
     """A page from its template, with its figures inline.
 
     Args:
         svgs: of the figures, by name.
+        written: the date of the page; default: now.
+        rows: what else the template names.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -91,8 +103,8 @@ def render(template: str, figures: Sequence[ReportFigure], svgs: Mapping[str, st
         text=text,
         figures=figures,
         svgs={name: Markup(_inline(svg, name)) for name, svg in svgs.items()},
-        written=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        **content,
+        written=written or f"written {datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC",
+        **rows,
     )
 
 

@@ -29,6 +29,8 @@ from ebft_study.report.drawing import ReportFigure
 laws = functools.lru_cache(maxsize=1)(of_study.laws)
 SIGNIFICANT = 0.05
 AXIS_NAMES = {"parameters": "parameters", "tokens": "training tokens"}
+UNCLEAR = " (not clear)"
+"""The end of a factor whose interval holds 1."""
 AMOUNT_NAMES = {"tokens": "data", "flops": "FLOPs", "seconds": "time"}
 
 
@@ -53,7 +55,7 @@ def section(study: StudySummary) -> ScalingSection | None:
         (
             NAMES.get(each.method, each.method),
             AMOUNT_NAMES[each.amount],
-            f"{_estimate(each.factor)}{'' if each.is_clear else ' (not clear)'}",
+            f"{_estimate(each.factor)}{'' if each.is_clear else UNCLEAR}",
             text.NOTHING if each.amount == "tokens" else " to ".join(f"{ratio:.2f}" for ratio in each.ratios),
         )
         for each in (found.shared.speedups if found.shared else ())

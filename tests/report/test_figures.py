@@ -15,10 +15,13 @@ from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
 from ebft_study.analysis import importance
+from ebft_study.analysis.effects import effects as analysis_effects
+from ebft_study.analysis.methods import tasks
 from ebft_study.analysis.summary import StudySummary, summarize
-from ebft_study.report import drawing, figures, outcomes
+from ebft_study.report import drawing, effects, figures, outcomes, side_by_side
 from ebft_study.report.drawing import ReportFigure
 from ebft_study.results import load
+from tests import notebooks
 from tests.synthetic_study import PAPER_LIKE, write_study
 
 ALWAYS = {"differences", "learning_curves", "cost_curves", "cfm_over_length", "entropy"}
@@ -66,7 +69,7 @@ def texts_outside(figure: Figure) -> list[str]:
 
 
 def test_a_grid_of_two_numbers_gets_heat_maps(drawn: dict[str, ReportFigure]) -> None:
-    assert set(drawn) == ALWAYS | OF_SETTINGS | {"heat_maps"}
+    assert set(drawn) == ALWAYS | OF_SETTINGS | {"heat_maps", "effects"}
 
 
 def test_no_text_overlaps_or_leaves_the_page(drawn: dict[str, ReportFigure]) -> None:
@@ -162,7 +165,8 @@ def test_other_axes_are_drawn_along_each_setting(tmp_path: Path) -> None:
         seeds=(0, 1),
     )
     by_name = {p.name: p for p in figures.draw_all(other)}
-    assert set(by_name) == ALWAYS | {"settings", "marginal_effects", "parallel_coordinates"}, "four are too few to rank"
+    of_settings = {"settings", "effects", "marginal_effects", "parallel_coordinates"}
+    assert set(by_name) == ALWAYS | of_settings, "four are too few to rank"
     assert len(by_name["settings"].figure.axes) == 4
     with matplotlib.rc_context(drawing.RC):
         assert overlapping_texts(by_name["settings"].figure) == []
@@ -225,7 +229,7 @@ def test_parallel_lines_are_complete_configurations_through_their_values(mixed: 
 def test_text_of_figures_of_settings_is_readable(mixed: StudySummary) -> None:
     with matplotlib.rc_context(drawing.RC):
         for report_figure in figures.draw_all(mixed):
-            if report_figure.name in OF_SETTINGS:
+            if report_figure.name in {*OF_SETTINGS, "effects"}:
                 assert overlapping_texts(report_figure.figure) == [], report_figure.name
                 assert texts_outside(report_figure.figure) == [], report_figure.name
 
@@ -268,3 +272,41 @@ def test_a_diverging_line_does_not_flatten_the_others(tmp_path: Path) -> None:
 def test_nothing_is_drawn_from_nothing(tmp_path: Path) -> None:
     (tmp_path / "study.yaml").write_text("question: q\n")
     assert figures.draw_all(summarize(load(tmp_path))) == []
+
+
+def test_effects_are_drawn_with_their_intervals(tmp_path: Path) -> None:
+    networks = summarize(load(notebooks.networks(tmp_path / "study")))
+    (report_figure,) = figures.draw(networks, effects.figure)
+    panels = report_figure.figure.axes
+    assert [axes.get_title(loc="left") for axes in panels] == [
+        "Held-out CE", "Held-out CFM, 8 tokens", "Held-out Judge CFM",
+    ]  # fmt: skip
+    for axes, metric in zip(panels, ("ce_loss", "cfm_loss", "judge_cfm_loss"), strict=True):
+        expected = analysis_effects(networks, ("network",), metric)
+        drawn = [line for line in axes.get_lines() if line.get_marker() == "o"]
+        means = [float(line.get_xdata()[0]) for line in drawn]  # type: ignore[index]
+        assert means == pytest.approx([each.difference.mean for each in expected])
+        filled = [line.get_markerfacecolor() != "white" for line in drawn]
+        assert filled == [each.difference.side != "unclear" for each in expected]
+    with matplotlib.rc_context(drawing.RC):
+        assert overlapping_texts(report_figure.figure) == []
+
+
+def test_methods_are_drawn_at_their_means_with_the_base_model(tmp_path: Path) -> None:
+    compared = summarize(load(notebooks.methods(tmp_path / "study")))
+    (report_figure,) = figures.draw(compared, side_by_side.figure)
+    (task,) = tasks(compared)
+    for axes, column in zip(report_figure.figure.axes, task.columns, strict=True):
+        drawn = [float(line.get_xdata()[0]) for line in axes.get_lines() if line.get_marker() == "o"]  # type: ignore[index]
+        assert drawn == pytest.approx([method.mean(column).mean for method in task.methods.values()])
+        (base,) = (line for line in axes.get_lines() if line.get_linestyle() == "--")
+        assert base.get_xdata()[0] == task.methods["Base"].mean(column).mean  # type: ignore[index]
+    with matplotlib.rc_context(drawing.RC):
+        assert overlapping_texts(report_figure.figure) == []
+
+
+def test_rlvr_is_among_the_curves_of_methods(tmp_path: Path) -> None:
+    compared = summarize(load(notebooks.methods(tmp_path / "study")))
+    (report_figure,) = figures.draw(compared, figures.length_profile)
+    labels = [text.get_text() for text in report_figure.figure.legends[0].get_texts()]
+    assert sum("RLVR" in label for label in labels) == 1

@@ -173,11 +173,12 @@ def test_the_corrected_p_values_count_all_claims(paper_like: StudySummary) -> No
 
 def test_the_table_says_what_was_chosen_and_seen(paper_like: StudySummary) -> None:
     (table,) = methods.method_tables(paper_like)
-    assert table.columns == ["CE", "CFM", "mini: pass@1"]
+    assert table.columns == ("Method", "Configuration", "Seeds", "Sequences", "CE", "CFM", "mini: pass@1")
     assert [row[0] for row in table.rows][:3] == ["Base", "Warm start", "SFT"]
     assert table.rows[0][1:4] == ("–", "–", "–")
     by_name = {row[0]: row for row in table.rows}
     assert by_name["SFT"][2:4] == ("3", "320")
     assert by_name["EBFT (ws.)"][3] == "480"
-    assert all("±" in row[4][2] for row in table.rows)
-    assert table.notes == ""
+    assert all("±" in row[6] for row in table.rows)
+    assert table.caption.startswith("Means over seeds")
+    assert table.caption.endswith("warm start included.")
