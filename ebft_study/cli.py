@@ -40,6 +40,10 @@ Address = Annotated[
     ),
 ]
 Profile = Annotated[str | None, typer.Option(help="Which of the file's profiles: cpu, gpu, ...")]
+AcceptChanges = Annotated[
+    bool,
+    typer.Option("--accept-changes", help="Continue with data or models that have changed, and record the change."),
+]
 StudyName = Annotated[str, typer.Argument(help="A study's name, its folder, or its URL.")]
 
 
@@ -57,6 +61,7 @@ def study(
     what_if: Annotated[
         bool, typer.Option("--what-if", help="Replay the finished study under early stopping; trains nothing.")
     ] = False,
+    accept_changes: AcceptChanges = False,
     storage: Storage = api.STUDIES,
     address: Address = None,
 ) -> None:
@@ -81,9 +86,10 @@ def study(
     again = "repeat the command" if extend or resume else "add --resume to the same command"
     with _interruptible(again):
         loaded = api.load(file, profile, overrides or [], name=name)
+        more: dict[str, Any] = {"storage": storage, "address": address, "accept_changes": accept_changes}
         if extend:
-            _finish(api.extend(loaded, storage=storage, address=address, console=console), console)
-        _finish(api.run(loaded, storage=storage, resume=resume, address=address, console=console), console)
+            _finish(api.extend(loaded, console=console, **more), console)
+        _finish(api.run(loaded, resume=resume, console=console, **more), console)
 
 
 @app.command()
@@ -115,6 +121,7 @@ def resume(
         list[str] | None, typer.Argument(help="Another budget, for example [bold]budget.max_hours=8[/bold]")
     ] = None,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Also run trials again that failed.")] = False,
+    accept_changes: AcceptChanges = False,
     storage: Storage = api.STUDIES,
     address: Address = None,
 ) -> None:
@@ -127,7 +134,13 @@ def resume(
     console = Console()
     with _interruptible("repeat the command"):
         resumed = api.resume(
-            name, overrides or [], storage=storage, retry_failed=retry_failed, address=address, console=console
+            name,
+            overrides or [],
+            storage=storage,
+            retry_failed=retry_failed,
+            accept_changes=accept_changes,
+            address=address,
+            console=console,
         )
         _finish(resumed, console)
 

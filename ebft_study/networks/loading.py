@@ -11,18 +11,21 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.utils import CONFIG_NAME, cached_file
 from transformers.utils import logging as transformers_logging
 
 from ebft_study.errors import ModelError
 from ebft_study.networks.blocks import ATTENTION, Backend
 from ebft_study.networks.lora import BaseModel, add_adapters
 from ebft_study.networks.verification import SUPPORTED, copy_with_weights, verify
-from ebft_study.pretraining.ladder import LADDER, architecture, ensure_tiny_model
+from ebft_study.pretraining.ladder import LADDER, RECORD, architecture, ensure_tiny_model
 
 if TYPE_CHECKING:
     from ebft_study.config import RunConfig
 
 transformers_logging.disable_progress_bar()
+FILES = (".json", ".safetensors", ".bin", ".txt", ".model", ".jinja")
+"""Endings of the files that a model and its tokenizer are read from."""
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
@@ -125,6 +128,26 @@ def read_config(name: str, *, revision: str | None = None) -> Any:
 def source_of(name: str) -> str:
     """Folder or hub id of a model's files; a model of the ladder is trained first, if need be."""
     return str(ensure_tiny_model(name)) if name in LADDER else name
+
+
+def digest_of_files(name: str, *, revision: str | None = None) -> str:
+    """SHA-256 (hex) of the names and contents of a model's files: configuration, tokenizer, weights.
+
+    Weights are not loaded, so a model of any size takes a pass over its files and no memory.
+
+    Raises:
+        ModelError: nothing usable at `name`.
+    """
+    try:
+        folder = Path(str(cached_file(source_of(name), CONFIG_NAME, revision=revision))).parent
+        files = sorted(path for path in folder.iterdir() if path.suffix in FILES and path.name != RECORD)
+        digest = hashlib.sha256()
+        for path in files:
+            with path.open("rb") as file:
+                digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(_explain(name, error)) from error
+    return digest.hexdigest()
 
 
 def cast_weights(model: ModuleT, dtype: torch.dtype, device: torch.device | str | None = None) -> ModuleT:
