@@ -175,6 +175,7 @@ def _run(
         if not is_new:
             for problem in history.problems(folder):
                 console.print(f"note: {problem}", markup=False, highlight=False, soft_wrap=True)
+            copies.repair(folder / study_yaml.NAME)
             if _is_over(folder, study, past):
                 written = folder / "report.html"
                 return StudyResult(

@@ -74,7 +74,7 @@ def test_a_study_is_not_resumed_with_other_inputs(began: dict[str, Any], kind: s
 def test_an_extended_study_keeps_its_inputs(began: dict[str, Any], tmp_path: Path) -> None:
     change(began, "model", tmp_path)
     larger = resolved({"study": "s", "question": "?", "run": began, "seeds": [0, 1]})
-    with pytest.raises(ResultsError, match="models .*Put them back"):
+    with pytest.raises(ResultsError, match=r"models .*Put them back"):
         runner.extend(larger, storage=tmp_path, console=Console())
     runner.extend(larger, storage=tmp_path, console=Console(), accept_changes=True)
     assert "former_provenance" in yaml.safe_load((tmp_path / "s" / "study.yaml").read_text())
