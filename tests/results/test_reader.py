@@ -239,7 +239,7 @@ def test_no_flipped_bit_of_a_file_changes_a_table_unnoticed(tmp_path: Path) -> N
             assert problems[0].startswith(f"{path}: ")
             assert len(read) == n_left
         path.write_bytes(whole)
-    assert_same({"metrics": before}, {"metrics": read_table(tmp_path, "metrics")})
+    pd.testing.assert_frame_equal(before, read_table(tmp_path, "metrics"))
 
 
 def test_a_compacted_file_that_is_gone_is_noticed(tmp_path: Path) -> None:
