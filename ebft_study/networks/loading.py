@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 transformers_logging.disable_progress_bar()
 FILES = (".json", ".safetensors", ".bin", ".txt", ".model", ".jinja")
 """Endings of the files that a model and its tokenizer are read from."""
+_OWN_CODE: dict[str, Any] = {"trust_remote_code": False}
+"""Of transformers, never that of a model's folder; without a value it asks on the terminal."""
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
@@ -72,13 +74,20 @@ def load_model(
     source, tokenizer = source_of(name), tokenizer or load_tokenizer(name, revision=revision)
     try:
         if random_weights:
-            config = AutoConfig.from_pretrained(source, revision=revision)
+            config = AutoConfig.from_pretrained(source, revision=revision, **_OWN_CODE)
             with torch.random.fork_rng():
                 torch.manual_seed(0)
-                model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION, dtype=torch.float32)
+                model = AutoModelForCausalLM.from_config(
+                    config, attn_implementation=ATTENTION, dtype=torch.float32, **_OWN_CODE
+                )
         else:
             model = AutoModelForCausalLM.from_pretrained(
-                source, revision=revision, dtype=dtype, attn_implementation=ATTENTION, device_map={"": device}
+                source,
+                revision=revision,
+                dtype=dtype,
+                attn_implementation=ATTENTION,
+                device_map={"": device},
+                **_OWN_CODE,
             )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(_explain(name, error)) from error
@@ -98,7 +107,9 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedToken
         ModelError: nothing usable at `name`, or a tokenizer that marks no end.
     """
     try:
-        tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(source_of(name), revision=revision)
+        tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(
+            source_of(name), revision=revision, **_OWN_CODE
+        )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(_explain(name, error)) from error
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
@@ -120,7 +131,7 @@ def read_config(name: str, *, revision: str | None = None) -> Any:
     if name in LADDER:
         return architecture(LADDER[name])
     try:
-        return AutoConfig.from_pretrained(name, revision=revision)
+        return AutoConfig.from_pretrained(name, revision=revision, **_OWN_CODE)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(_explain(name, error)) from error
 
@@ -249,6 +260,9 @@ def _explain(name: str, error: Exception) -> str:
     if ATTENTION in reason:  # the architecture looks for its attention elsewhere than in the registry
         problem = "its architecture has attention of its own, which block attention cannot replace"
         return f"model {name!r}: {problem}. {SUPPORTED}"
+    if "trust_remote_code" in str(error):
+        problem = "it brings code of its own (auto_map), which is not run"
+        return f"model {name!r}: {problem}. Use a model whose architecture transformers has"
     if name.startswith((".", "/", "~")) or Path(name).exists():
         return f"model {name!r}: no usable model in this folder ({reason}). Give a folder with config.json and weights"
     return (

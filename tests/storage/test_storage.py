@@ -54,6 +54,10 @@ class TestFsspec(StoragePathContract):
         "s3://bucket/studies?access_key=AKIAEXAMPLE&secret_key=verysecret",
         "s3://bucket/studies?region=eu&session_token=verysecret",
         "abfs://container@account/x?account_key=verysecret",
+        "s3://bucket/studies?endpoint_override=http://AKIAEXAMPLE:verysecret@localhost:9000",
+        "s3://bucket/studies?endpoint_override=AKIAEXAMPLE%3Averysecret%40localhost",
+        "https://verysecret@example.com/studies",
+        "memory://verysecret@studies",
     ],
 )
 def test_credentials_in_a_url_are_refused_and_not_repeated(url: str) -> None:
