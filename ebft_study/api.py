@@ -253,6 +253,6 @@ def find(study: Location, storage: Location = STUDIES) -> StoragePath:
 def _console(console: Console | None) -> Console:
     if console is not None:
         return console
-    from rich.console import Console
+    from ebft_study.terminal import Terminal
 
-    return Console()
+    return Terminal()

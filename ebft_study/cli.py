@@ -16,6 +16,7 @@ from rich.table import Table
 
 from ebft_study import api
 from ebft_study.errors import ConfigError, EbftError
+from ebft_study.terminal import Terminal, one_line
 
 if TYPE_CHECKING:
     from ebft_study.study.driver.runner import StudyResult
@@ -78,11 +79,11 @@ def study(
 
         if resume or extend:
             raise ConfigError("command line: --what-if: runs nothing. Drop it, or --resume and --extend")
-        replay_table.show(api.replay(file, profile, overrides or [], name=name, storage=storage), Console())
+        replay_table.show(api.replay(file, profile, overrides or [], name=name, storage=storage), Terminal())
         return
     if extend and resume:
         raise ConfigError("command line: --extend: changes a study and continues it. Drop --resume")
-    console = Console()
+    console = Terminal()
     again = "repeat the command" if extend or resume else "add --resume to the same command"
     with _interruptible(again):
         loaded = api.load(file, profile, overrides or [], name=name)
@@ -110,7 +111,7 @@ def plan(
     from ebft_study.study.forecast.plan import show
 
     planned = api.plan(api.load(file, profile, overrides or []), storage=storage, memory_gib=memory_gib)
-    show(planned, Console())
+    show(planned, Terminal())
     raise typer.Exit(0 if planned.fits else 1)
 
 
@@ -131,7 +132,7 @@ def resume(
 
     [dim]ebft-study resume alpha_gamma budget.max_hours=8[/dim]
     """
-    console = Console()
+    console = Terminal()
     with _interruptible("repeat the command"):
         resumed = api.resume(
             name,
@@ -153,7 +154,7 @@ def status(name: StudyName, storage: Storage = api.STUDIES) -> None:
     """
     from ebft_study.study.view.status import show
 
-    show(api.find(name, storage), Console())
+    show(api.find(name, storage), Terminal())
 
 
 @app.command()
@@ -269,7 +270,7 @@ def _table(title: str, columns: list[str], rows: list[dict[str, Any]]) -> None:
                 for name in columns
             )
         )
-    Console().print(table)
+    Terminal().print(table)
 
 
 @contextlib.contextmanager
@@ -309,5 +310,5 @@ def main() -> None:
     try:
         app()
     except EbftError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
         sys.exit(error.exit_code)
