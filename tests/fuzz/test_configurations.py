@@ -63,7 +63,8 @@ def is_answered(study: Any, profile: str | None, overrides: list[str]) -> None:
         load_study(study, profile, overrides)
     except EbftError as error:
         line = one_line(str(error))
-        assert line.isprintable()
+        assert line == printable(line)
+        assert "\n" not in line
         assert len(line) <= 2010
     assert time.process_time() - started < MOST_SECONDS
     assert psutil.Process().memory_info().rss - before < MOST_BYTES
