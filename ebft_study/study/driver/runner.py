@@ -19,7 +19,7 @@ from ebft_study import report, text
 from ebft_study.config import RunConfig
 from ebft_study.errors import ConfigError, EbftError, ResultsError, rule_broken
 from ebft_study.results import StudyRecorder, copies
-from ebft_study.storage import Location, StoragePath, absolute, storage_path
+from ebft_study.storage import Location, StoragePath, absolute, remove_leftovers, storage_path
 from ebft_study.study.cluster import existing
 from ebft_study.study.driver.session import run_session
 from ebft_study.study.folder import history, lock, study_yaml
@@ -213,6 +213,8 @@ def _cluster_and_lock(
         with lock.hold(folder, record=study_yaml.NAME) as lock_handle:
             if capacity is not None:
                 existing.check(folder.local, needs_dashboard=study.spec.resources.has_workers)
+            if folder.local:
+                remove_leftovers(folder.local)
             yield study, lock_handle
 
 

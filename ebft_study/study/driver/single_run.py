@@ -119,9 +119,9 @@ def _train(run: RunConfig, folder: Path, monitor: Monitor) -> dict[str, Any]:
     start_from = attempts.newest_checkpoint(folder, TRIAL)
     attempt = attempts.begin(folder, TRIAL)
     attempt_folder = attempts.folder(folder, TRIAL, attempt)
+    best = {"best_checkpoint": attempts.best(folder, TRIAL, ObjectiveSpec())}
 
     def on_report(metrics: dict[str, float], written: Path | None) -> None:
-        best: dict[str, Any] = {}
         if written is not None:
             attempts.keep_checkpoint(attempt_folder, written, step=int(metrics["step"]))
             best["best_checkpoint"] = attempts.prune(folder, TRIAL, run.checkpoint, ObjectiveSpec())

@@ -1,4 +1,4 @@
-"""Data, models and benchmarks that change between two sessions of a study: refused, or recorded."""
+"""What a session finds of earlier ones: other data, models and benchmarks are refused or recorded, nothing is lost."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from rich.console import Console
 from ebft_study import results
 from ebft_study.errors import ResultsError
 from ebft_study.study.driver import runner, single_run
+from ebft_study.study.driver.monitor import Monitor
 from ebft_study.study.folder.study_yaml import StudySource
 from tests.evaluation.downstream import files
 from tests.studies import resolved
@@ -100,3 +101,17 @@ def test_a_single_run_is_not_resumed_with_other_inputs(tmp_path: Path, monkeypat
     change(run.model_dump(mode="json"), "model", tmp_path)
     with pytest.raises(ResultsError, match=r"models .*Use another --output"):
         single_run.run_single(run, source, folder=tmp_path / "out", resume=True, console=Console())
+
+
+def test_a_driver_that_dies_after_the_last_checkpoint_leaves_the_best_one_findable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, source, folder = tiny_config(tmp_path, steps=2), StudySource("run.yaml"), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(Monitor, "ended", lambda *_: None)  # as if it had been killed before
+        single_run.run_single(run, source, folder=folder, resume=False, console=Console())
+    assert results.load(folder).best_checkpoint("t0000") is None
+    single_run.run_single(run, source, folder=folder, resume=True, console=Console())
+    best = results.load(folder).best_checkpoint("t0000")
+    assert best is not None
+    assert best.exists()
