@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup study paper notebooks test check bench gpu realsize chaos mutants scale decisions architectures clean
+.PHONY: help setup study paper notebooks test check bench gpu realsize chaos fuzz mutants scale decisions architectures clean
 
 help: ## what can be made
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -55,6 +55,9 @@ realsize: $(STAMP) ## a 1.5B model with random weights as run, as study and with
 chaos: $(STAMP) ## slow tests of studies, then kill -9 at random in the middle of a real one, 20 times; ends with a line of JSON
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos --kills 20
+
+fuzz: $(STAMP) ## 2,000 study files and overrides that nobody should write: a right answer, or one line
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/fuzz --hypothesis-profile=fuzz
 
 mutants: $(STAMP) ## small mutations of the package, one at a time: the tests of each must fail
 	$(BIN)/python -m tests.mutants

@@ -78,6 +78,7 @@ def run(
     *,
     storage: Location = STUDIES,
     resume: bool = False,
+    accept_changes: bool = False,
     address: str | None = None,
     console: Console | None = None,
 ) -> StudyResult:
@@ -86,6 +87,7 @@ def run(
     Args:
         storage: a folder or a URL (`s3://bucket/studies`) that holds the studies.
         resume: continue a study of this name that stopped earlier; its budget may be another one now.
+        accept_changes: continue it with data or models that have changed since it began, and record the change.
         address: of an existing Ray cluster (`auto`, `host:port`); default: one of the study's own on this machine.
         console: where progress is shown; default: the terminal.
 
@@ -94,20 +96,30 @@ def run(
     """
     from ebft_study.study.driver import runner
 
-    return runner.run(study, storage=storage, console=_console(console), resume_existing=resume, address=address)
+    return runner.run(
+        study,
+        storage=storage,
+        console=_console(console),
+        resume_existing=resume,
+        accept_changes=accept_changes,
+        address=address,
+    )
 
 
 def extend(
     study: ResolvedStudy,
     *,
     storage: Location = STUDIES,
+    accept_changes: bool = False,
     address: str | None = None,
     console: Console | None = None,
 ) -> StudyResult:
     """Run the values, seeds, baselines and steps of a study file that its study does not have yet."""
     from ebft_study.study.driver import runner
 
-    return runner.extend(study, storage=storage, console=_console(console), address=address)
+    return runner.extend(
+        study, storage=storage, console=_console(console), accept_changes=accept_changes, address=address
+    )
 
 
 def resume(
@@ -116,6 +128,7 @@ def resume(
     *,
     storage: Location = STUDIES,
     retry_failed: bool = False,
+    accept_changes: bool = False,
     address: str | None = None,
     console: Console | None = None,
 ) -> StudyResult:
@@ -129,7 +142,9 @@ def resume(
 
     folder = find(study, storage)
     console = _console(console)
-    return runner.resume(folder, overrides, console=console, retry_failed=retry_failed, address=address)
+    return runner.resume(
+        folder, overrides, console=console, retry_failed=retry_failed, accept_changes=accept_changes, address=address
+    )
 
 
 def replay(
@@ -325,6 +340,6 @@ def find(study: Location, storage: Location = STUDIES) -> StoragePath:
 def _console(console: Console | None) -> Console:
     if console is not None:
         return console
-    from rich.console import Console
+    from ebft_study.terminal import Terminal
 
-    return Console()
+    return Terminal()

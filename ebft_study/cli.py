@@ -16,6 +16,7 @@ from rich.table import Table
 
 from ebft_study import api
 from ebft_study.errors import ConfigError, EbftError
+from ebft_study.terminal import Terminal, one_line
 
 if TYPE_CHECKING:
     from ebft_study.study.driver.runner import StudyResult
@@ -40,6 +41,10 @@ Address = Annotated[
     ),
 ]
 Profile = Annotated[str | None, typer.Option(help="Which of the file's profiles: cpu, gpu, ...")]
+AcceptChanges = Annotated[
+    bool,
+    typer.Option("--accept-changes", help="Continue with data or models that have changed, and record the change."),
+]
 StudyName = Annotated[str, typer.Argument(help="A study's name, its folder, or its URL.")]
 
 
@@ -57,6 +62,7 @@ def study(
     what_if: Annotated[
         bool, typer.Option("--what-if", help="Replay the finished study under early stopping; trains nothing.")
     ] = False,
+    accept_changes: AcceptChanges = False,
     storage: Storage = api.STUDIES,
     address: Address = None,
 ) -> None:
@@ -73,17 +79,18 @@ def study(
 
         if resume or extend:
             raise ConfigError("command line: --what-if: runs nothing. Drop it, or --resume and --extend")
-        replay_table.show(api.replay(file, profile, overrides or [], name=name, storage=storage), Console())
+        replay_table.show(api.replay(file, profile, overrides or [], name=name, storage=storage), Terminal())
         return
     if extend and resume:
         raise ConfigError("command line: --extend: changes a study and continues it. Drop --resume")
-    console = Console()
+    console = Terminal()
     again = "repeat the command" if extend or resume else "add --resume to the same command"
     with _interruptible(again):
         loaded = api.load(file, profile, overrides or [], name=name)
+        more: dict[str, Any] = {"storage": storage, "address": address, "accept_changes": accept_changes}
         if extend:
-            _finish(api.extend(loaded, storage=storage, address=address, console=console), console)
-        _finish(api.run(loaded, storage=storage, resume=resume, address=address, console=console), console)
+            _finish(api.extend(loaded, console=console, **more), console)
+        _finish(api.run(loaded, resume=resume, console=console, **more), console)
 
 
 @app.command()
@@ -104,7 +111,7 @@ def plan(
     from ebft_study.study.forecast.plan import show
 
     planned = api.plan(api.load(file, profile, overrides or []), storage=storage, memory_gib=memory_gib)
-    show(planned, Console())
+    show(planned, Terminal())
     raise typer.Exit(0 if planned.fits else 1)
 
 
@@ -115,6 +122,7 @@ def resume(
         list[str] | None, typer.Argument(help="Another budget, for example [bold]budget.max_hours=8[/bold]")
     ] = None,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Also run trials again that failed.")] = False,
+    accept_changes: AcceptChanges = False,
     storage: Storage = api.STUDIES,
     address: Address = None,
 ) -> None:
@@ -124,10 +132,16 @@ def resume(
 
     [dim]ebft-study resume alpha_gamma budget.max_hours=8[/dim]
     """
-    console = Console()
+    console = Terminal()
     with _interruptible("repeat the command"):
         resumed = api.resume(
-            name, overrides or [], storage=storage, retry_failed=retry_failed, address=address, console=console
+            name,
+            overrides or [],
+            storage=storage,
+            retry_failed=retry_failed,
+            accept_changes=accept_changes,
+            address=address,
+            console=console,
         )
         _finish(resumed, console)
 
@@ -140,7 +154,7 @@ def status(name: StudyName, storage: Storage = api.STUDIES) -> None:
     """
     from ebft_study.study.view.status import show
 
-    show(api.find(name, storage), Console())
+    show(api.find(name, storage), Terminal())
 
 
 @app.command()
@@ -303,7 +317,7 @@ def _table(title: str, columns: list[str], rows: list[dict[str, Any]]) -> None:
                 for name in columns
             )
         )
-    Console().print(table)
+    Terminal().print(table)
 
 
 @contextlib.contextmanager
@@ -343,5 +357,5 @@ def main() -> None:
     try:
         app()
     except EbftError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
         sys.exit(error.exit_code)

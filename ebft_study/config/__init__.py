@@ -16,7 +16,7 @@ from ebft_study.config.keys import (
     short_names,
     with_paths,
 )
-from ebft_study.config.reading import build_run, load_run, parse, parse_override, read_run, read_yaml
+from ebft_study.config.reading import build_run, load_run, parse, parse_override, parse_yaml, read_run, read_yaml
 from ebft_study.config.rules import unread_settings
 from ebft_study.config.sections import (
     CheckpointConfig,
@@ -64,6 +64,7 @@ __all__ = [
     "nest",
     "parse",
     "parse_override",
+    "parse_yaml",
     "read_run",
     "read_yaml",
     "resolve_key",

@@ -72,13 +72,20 @@ def _readers() -> dict[str, operator.attrgetter]:
 def nest(settings: dict[str, Any], *, source: str) -> dict[str, Any]:
     """Sort settings, given as sections, dotted paths or short names, into sections."""
     nested: dict[str, Any] = {}
+    names: dict[str, str] = {}
+
+    def put(path: str, value: Any, name: str) -> None:
+        if names.setdefault(path, name) != name:
+            raise ConfigError(f"{source}: {names[path]} and {name}: are one setting, which has one value. Keep one")
+        _set_path(nested, path, as_number(value))
+
     sections = {name for name, field in RunConfig.model_fields.items() if isinstance(field.default, Section)}
     for key, value in settings.items():
         if key not in sections or (key in short_names() and not isinstance(value, dict)):  # `verifier: bleu`
-            _set_path(nested, resolve_key(str(key), source=source), as_number(value))
+            put(resolve_key(str(key), source=source), value, str(key))
         elif isinstance(value, dict):
             for leaf, leaf_value in value.items():
-                _set_path(nested, f"{key}.{leaf}", as_number(leaf_value))
+                put(f"{key}.{leaf}", leaf_value, f"{key}: {leaf}")
         else:
             raise ConfigError(f"{source}: {key}={value!r}: is a section. Write its settings indented below it")
     return nested
@@ -102,7 +109,8 @@ def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """Return nested settings with `changes` applied to `base`; neither is modified."""
     merged = dict(base)
     for key, value in changes.items():
-        merged[key] = merge(base.get(key, {}), value) if isinstance(value, dict) else value
+        before = base.get(key)
+        merged[key] = merge(before if isinstance(before, dict) else {}, value) if isinstance(value, dict) else value
     return merged
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,6 +15,8 @@ from ebft_study.config.rules import check_rules
 from ebft_study.config.sections import RunConfig, Section
 from ebft_study.errors import ConfigError, one_line
 
+MOST_CHARACTERS, MOST_NODES, MOST_NESTED = 10**6, 10**5, 50
+"""Limits of a configuration, far above any that people write."""
 SectionT = TypeVar("SectionT", bound=Section)
 
 
@@ -25,13 +28,85 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: no such file. Check the path, or see search_spaces/ for ready files") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as text ({error}). Give a YAML file") from None
-    try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: is not valid YAML ({one_line(error)}). Repair the line it names") from None
+    content = parse_yaml(text, source=str(path))
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: holds {type(content).__name__}, not a mapping. Write 'key: value' lines")
     return content
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML of limited size; a key that occurs twice in a mapping is refused, as the first would be dropped."""
+
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        self.depth += 1
+        if self.depth > MOST_NESTED:
+            raise yaml.YAMLError(f"it is nested more than {MOST_NESTED} levels deep")
+        node = super().compose_node(parent, index)  # type: ignore[no-untyped-call]
+        self.depth -= 1
+        return node
+
+    def construct_yaml_int(self, node: Any) -> int:
+        value: int = super().construct_yaml_int(node)  # type: ignore[no-untyped-call]
+        if abs(value) >= 2**63:
+            raise yaml.YAMLError(f"{node.value[:20]}... is too large for a whole number")
+        return value
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        seen: dict[Any, int] = {}
+        for key, _ in node.value:
+            if key.tag == "tag:yaml.org,2002:merge":
+                continue
+            name, line = str(key.value), key.start_mark.line + 1
+            if name in seen:
+                raise yaml.YAMLError(f"{name!r} is on lines {seen[name]} and {line}, and only one can count")
+            seen[name] = line
+        return super().construct_mapping(node, deep)
+
+
+_PLAIN = ("null", "bool", "int", "float", "str", "seq", "map")
+_Loader.yaml_constructors = {  # no sets, dates or bytes, which no setting takes
+    tag: _Loader.yaml_constructors[tag] for tag in (*(f"tag:yaml.org,2002:{kind}" for kind in _PLAIN), None)
+}
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)  # type: ignore[no-untyped-call]
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
+    for first, resolvers in _Loader.yaml_implicit_resolvers.items()
+}
+
+
+def parse_yaml(text: str, *, source: str) -> Any:
+    """The content of a YAML text.
+
+    Raises:
+        ConfigError: not YAML, a key that occurs twice in a mapping, or too large.
+    """
+    if len(text) > MOST_CHARACTERS:
+        raise ConfigError(f"{source}: has {len(text)} characters, and at most {MOST_CHARACTERS} are read")
+    try:
+        loader = _Loader(text)
+        try:
+            node = loader.get_single_node()  # type: ignore[no-untyped-call]
+            if node is not None and _size(node, {}) > MOST_NODES:
+                raise yaml.YAMLError(f"with its aliases it holds more than {MOST_NODES} values")
+            return None if node is None else loader.construct_document(node)  # type: ignore[no-untyped-call]
+        finally:
+            loader.dispose()  # type: ignore[no-untyped-call]
+    # Dates, numbers and characters that do not exist are errors of many kinds.
+    except (yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ConfigError(f"{source}: is not valid YAML ({one_line(error)}). Repair the line it names") from None
+
+
+def _size(node: yaml.Node, sizes: dict[int, float]) -> float:
+    """Number of values of a node with all its aliases written out; infinite for one that contains itself."""
+    if isinstance(node, yaml.ScalarNode):
+        return 1
+    if id(node) not in sizes:
+        sizes[id(node)] = math.inf
+        inner = node.value if isinstance(node, yaml.SequenceNode) else [each for pair in node.value for each in pair]
+        sizes[id(node)] = 1 + sum(_size(each, sizes) for each in inner)
+    return sizes[id(node)]
 
 
 def build_run(settings: dict[str, Any], *, source: str) -> RunConfig:
@@ -59,9 +134,9 @@ def parse_override(item: str) -> tuple[str, Any]:
     if not separator or not key:
         raise ConfigError(f"command line: {item!r} is not an override. Write key=value, for example alpha=0.5")
     try:
-        return key.strip(), as_number(yaml.safe_load(value))
-    except yaml.YAMLError:
-        raise ConfigError(f"command line: {item!r}: the value is not valid YAML. Quote it") from None
+        return key.strip(), as_number(parse_yaml(value, source=""))
+    except ConfigError as error:
+        raise ConfigError(f"command line: {item!r}: the value{str(error)[1:]}") from None
 
 
 def parse(model: type[SectionT], settings: dict[str, Any], *, source: str) -> SectionT:

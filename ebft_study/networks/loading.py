@@ -11,18 +11,23 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.utils import CONFIG_NAME, cached_file
 from transformers.utils import logging as transformers_logging
 
 from ebft_study.errors import ModelError
 from ebft_study.networks.blocks import ATTENTION, Backend
 from ebft_study.networks.lora import BaseModel, add_adapters
 from ebft_study.networks.verification import SUPPORTED, copy_with_weights, verify
-from ebft_study.pretraining.ladder import LADDER, architecture, ensure_tiny_model
+from ebft_study.pretraining.ladder import LADDER, RECORD, architecture, ensure_tiny_model
 
 if TYPE_CHECKING:
     from ebft_study.config import RunConfig
 
 transformers_logging.disable_progress_bar()
+FILES = (".json", ".safetensors", ".bin", ".txt", ".model", ".jinja")
+"""Endings of the files that a model and its tokenizer are read from."""
+_OWN_CODE: dict[str, Any] = {"trust_remote_code": False}
+"""Of transformers, never that of a model's folder; without a value it asks on the terminal."""
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
@@ -69,13 +74,20 @@ def load_model(
     source, tokenizer = source_of(name), tokenizer or load_tokenizer(name, revision=revision)
     try:
         if random_weights:
-            config = AutoConfig.from_pretrained(source, revision=revision)
+            config = AutoConfig.from_pretrained(source, revision=revision, **_OWN_CODE)
             with torch.random.fork_rng():
                 torch.manual_seed(0)
-                model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION, dtype=torch.float32)
+                model = AutoModelForCausalLM.from_config(
+                    config, attn_implementation=ATTENTION, dtype=torch.float32, **_OWN_CODE
+                )
         else:
             model = AutoModelForCausalLM.from_pretrained(
-                source, revision=revision, dtype=dtype, attn_implementation=ATTENTION, device_map={"": device}
+                source,
+                revision=revision,
+                dtype=dtype,
+                attn_implementation=ATTENTION,
+                device_map={"": device},
+                **_OWN_CODE,
             )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(_explain(name, error)) from error
@@ -95,7 +107,9 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedToken
         ModelError: nothing usable at `name`, or a tokenizer that marks no end.
     """
     try:
-        tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(source_of(name), revision=revision)
+        tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(
+            source_of(name), revision=revision, **_OWN_CODE
+        )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(_explain(name, error)) from error
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
@@ -117,7 +131,7 @@ def read_config(name: str, *, revision: str | None = None) -> Any:
     if name in LADDER:
         return architecture(LADDER[name])
     try:
-        return AutoConfig.from_pretrained(name, revision=revision)
+        return AutoConfig.from_pretrained(name, revision=revision, **_OWN_CODE)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(_explain(name, error)) from error
 
@@ -125,6 +139,26 @@ def read_config(name: str, *, revision: str | None = None) -> Any:
 def source_of(name: str) -> str:
     """Folder or hub id of a model's files; a model of the ladder is trained first, if need be."""
     return str(ensure_tiny_model(name)) if name in LADDER else name
+
+
+def digest_of_files(name: str, *, revision: str | None = None) -> str:
+    """SHA-256 (hex) of the names and contents of a model's files: configuration, tokenizer, weights.
+
+    Weights are not loaded, so a model of any size takes a pass over its files and no memory.
+
+    Raises:
+        ModelError: nothing usable at `name`.
+    """
+    try:
+        folder = Path(str(cached_file(source_of(name), CONFIG_NAME, revision=revision))).parent
+        files = sorted(path for path in folder.iterdir() if path.suffix in FILES and path.name != RECORD)
+        digest = hashlib.sha256()
+        for path in files:
+            with path.open("rb") as file:
+                digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(_explain(name, error)) from error
+    return digest.hexdigest()
 
 
 def cast_weights(model: ModuleT, dtype: torch.dtype, device: torch.device | str | None = None) -> ModuleT:
@@ -226,6 +260,9 @@ def _explain(name: str, error: Exception) -> str:
     if ATTENTION in reason:  # the architecture looks for its attention elsewhere than in the registry
         problem = "its architecture has attention of its own, which block attention cannot replace"
         return f"model {name!r}: {problem}. {SUPPORTED}"
+    if "trust_remote_code" in str(error):
+        problem = "it brings code of its own (auto_map), which is not run"
+        return f"model {name!r}: {problem}. Use a model whose architecture transformers has"
     if name.startswith((".", "/", "~")) or Path(name).exists():
         return f"model {name!r}: no usable model in this folder ({reason}). Give a folder with config.json and weights"
     return (

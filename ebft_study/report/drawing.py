@@ -49,6 +49,7 @@ LOG_RATIO = 30
 RC: dict[str, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
+    "text.parse_math": False,  # labels are users' texts
     "axes.titlesize": 10,
     "axes.titlelocation": "left",
     "axes.titleweight": "bold",

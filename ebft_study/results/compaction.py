@@ -17,7 +17,7 @@ from ebft_study.storage import Location, StoragePath, in_parallel, storage_path
 if TYPE_CHECKING:
     import pyarrow
 
-_WRITTEN_BY_TRIAL = re.compile(r"(?P<trial_id>.+)-a\d+-\d{6}-[0-9a-f]{8}\.parquet")
+_WRITTEN_BY_TRIAL = re.compile(r"(?P<trial_id>.+)-a\d+-\d{6}-[0-9a-f]{8}(-[0-9a-f]{16})?\.parquet")
 _ENDED = ("finished", "stopped", "failed")
 
 
@@ -59,8 +59,10 @@ def _compact_table(folder: StoragePath, table: str, ended: set[str]) -> None:
     merged = pa.concat_tables(readable.values(), promote_options="permissive")
     names = json.dumps([path.name for path in readable])
     metadata = {**schema.arrow_schema(table).metadata, reader.MERGED_FROM: names.encode()}
-    target = folder / f"{reader.COMPACTED_PREFIX}{secrets.token_hex(8)}.parquet"
-    writer.put_in_place(merged.replace_schema_metadata(metadata), target)
+    name = f"{reader.COMPACTED_PREFIX}{secrets.token_hex(8)}"
+    target = writer.put_in_place(merged.replace_schema_metadata(metadata), folder, name)
+    kept = [path.name for path in compacted if path.name not in replaced and path not in readable]
+    (folder / reader.MANIFEST).write_bytes(json.dumps(sorted([*kept, target.name])).encode())
     in_parallel(lambda path: path.delete(), readable)
 
 

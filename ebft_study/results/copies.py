@@ -53,6 +53,30 @@ def read_copy(target: StoragePath) -> bytes | None:
     return content if hashlib.sha256(content).digest() == digest else None
 
 
+def read_verified(target: StoragePath) -> tuple[bytes | None, str]:
+    """The content of a duplicated file, and the problem with one of the two; None where there is neither.
+
+    The copy counts where both are there and differ: it proves itself whole, and is never the older one.
+    """
+    copy = read_copy(target)
+    try:
+        content = target.read_bytes()
+    except FileNotFoundError:
+        return copy, ""  # the copy is written first
+    if copy is None:
+        return content, f"{target}: its copy is damaged" if copy_of(target).exists() else ""
+    return copy, "" if content == copy else f"{target}: is damaged, its copy is used"
+
+
+def repair(target: StoragePath) -> None:
+    """Write the mapping of a duplicated file again where the file or its copy is missing or damaged."""
+    record, problem = read_mapping(target)
+    copy = read_copy(target)
+    if problem and record is not None:
+        whole = target.read_bytes() if copy is None else copy
+        write(target, whole)
+
+
 def read_mapping(path: StoragePath) -> tuple[dict[str, Any] | None, str]:
     """The YAML mapping of a duplicated file, and the problem of the file itself; None where neither can be read.
 
@@ -61,7 +85,8 @@ def read_mapping(path: StoragePath) -> tuple[dict[str, Any] | None, str]:
     """
     copy = read_copy(path)
     try:
-        return _mapping(path.read_bytes()), ""
+        problem = f"{path}: its copy is damaged" if copy is None and copy_of(path).exists() else ""
+        return _mapping(path.read_bytes()), problem
     except FileNotFoundError:
         if copy is None:
             raise

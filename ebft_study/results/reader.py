@@ -7,7 +7,9 @@ columns that they lack. Of a step that several attempts reported, the highest at
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
+import re
 from dataclasses import dataclass, field
 from operator import truediv
 from pathlib import Path
@@ -23,9 +25,12 @@ if TYPE_CHECKING:
 
 STUDIES_FOLDER = Path("studies")
 COMPACTED_PREFIX = "compacted-"
+MANIFEST = ".compacted.json"
+"""File of a table's folder with the names of its compacted files: without one of them, most of a study is gone."""
 MERGED_FROM = b"merged_from"
 """Key of a compacted file's metadata: the names of the files whose rows it holds, as JSON."""
 
+_DIGEST = re.compile(r"-([0-9a-f]{16})\.parquet")
 _KEYS = {
     "trials": ["trial_id"],
     "metrics": ["trial_id", "step"],
@@ -136,29 +141,26 @@ def cell_value(value: Any) -> Any:
 
 def read_file(path: StoragePath, table: str) -> pyarrow.Table:
     """One results file under the present schema; raises `ResultsError` when it is not one."""
-    import pyarrow as pa
-
-    return _parse(path.local or pa.BufferReader(path.read_bytes()), path, table)
+    content = path.read_bytes()
+    expected = _DIGEST.search(path.name)
+    if expected and hashlib.sha256(content).hexdigest()[:16] != expected[1]:
+        raise ResultsError(f"{path}: is damaged: its content does not fit the digest in its name. Restore it")
+    return _parse(content, path, table)
 
 
 def read_trial(path: StoragePath, problems: list[str]) -> pyarrow.Table | None:
-    """A file of `trials`, or its copy where the file is damaged; None where neither can be read.
+    """A file of `trials`, or its copy where they differ; None where neither can be read.
 
-    A file that is damaged is named in `problems`.
+    Damage to either is named in `problems`.
     """
-    import pyarrow as pa
-
-    problem = ""
+    content, problem = copies.read_verified(path)
     try:
-        return read_file(path, "trials")
-    except FileNotFoundError:
-        pass  # its copy is written first
+        table = None if content is None else _parse(content, path, "trials")
     except ResultsError as error:
-        problem = str(error)
-    copy = copies.read_copy(path)
+        table, problem = None, str(error)
     if problem:
-        problems.append(f"{path}: is damaged, its copy is used" if copy else problem)
-    return None if copy is None else _parse(pa.BufferReader(copy), path, "trials")
+        problems.append(problem)
+    return table
 
 
 def trial_rows(path: StoragePath) -> list[dict[str, Any]] | None:
@@ -178,15 +180,15 @@ def merged_files(path: StoragePath) -> set[str]:
     try:
         with path.open("rb") as file:
             metadata = pq.read_metadata(file).metadata or {}
-    except (pa.ArrowException, OSError, EbftError):
+        return set(json.loads(metadata.get(MERGED_FROM, b"[]")))
+    except (pa.ArrowException, OSError, EbftError, ValueError, TypeError):
         return set()
-    return set(json.loads(metadata.get(MERGED_FROM, b"[]")))
 
 
 def _read_files(folder: StoragePath, table: str, problems: list[str]) -> list[pyarrow.Table]:
     """All readable files; starts over when a compaction removes files meanwhile."""
     for _ in range(20):
-        new_problems: list[str] = []
+        new_problems = _missing(folder)
         try_file = functools.partial(_try_file, table=table, problems=new_problems)
         try:
             parts = in_parallel(try_file, _visible_files(folder, table))
@@ -208,6 +210,22 @@ def _visible_files(folder: StoragePath, table: str) -> list[StoragePath]:
     return [folder / name for name in names if name not in merged]
 
 
+def _missing(folder: StoragePath) -> list[str]:
+    """Problems with compacted files that should be there; what a compaction replaces meanwhile is there again."""
+    gone: set[str] = set()
+    for _ in range(3):
+        try:
+            expected = set(json.loads((folder / MANIFEST).read_bytes()))
+        except FileNotFoundError:
+            return []
+        except (ValueError, TypeError):
+            return [f"{folder / MANIFEST}: cannot be read. The next compaction writes it again"]
+        gone = expected - set(folder.names())
+        if not gone:
+            break
+    return [f"{folder / name}: is missing, and with it the rows of ended trials. Restore it" for name in sorted(gone)]
+
+
 def _try_file(path: StoragePath, table: str, problems: list[str]) -> pyarrow.Table | None:
     if table == "trials":
         return read_trial(path, problems)
@@ -218,13 +236,13 @@ def _try_file(path: StoragePath, table: str, problems: list[str]) -> pyarrow.Tab
         return None
 
 
-def _parse(source: Any, path: StoragePath, table: str) -> pyarrow.Table:
+def _parse(stored: bytes, path: StoragePath, table: str) -> pyarrow.Table:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         # For files this small, threads only cost.
-        content = pq.ParquetFile(source, page_checksum_verification=True).read(use_threads=False)
+        content = pq.ParquetFile(pa.BufferReader(stored), page_checksum_verification=True).read(use_threads=False)
     except FileNotFoundError:
         raise
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:

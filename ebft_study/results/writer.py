@@ -1,12 +1,15 @@
 """Writing results: small immutable Parquet files, written atomically.
 
 Killing a writer at any moment loses at most the row being written. Names hold trial, attempt, a sequence number and a
-token of the writer: no two writers ever use one file. The exception is the table `trials` (`study_recorder`).
+token of the writer, so no two writers ever use one file; and a digest of the content, because the checksums of Parquet
+cover its pages alone: a flipped bit in what describes the columns can rename one. The exception is the table `trials`
+(`study_recorder`).
 """
 
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
 import re
 import secrets
@@ -67,7 +70,7 @@ class TrialRecorder:
 
 
 class FileSequence:
-    """The files of one writer, with unique names: `<trial>-a<attempt>-<sequence>-<token>.parquet`."""
+    """The files of one writer, with unique names: `<trial>-a<attempt>-<sequence>-<token>-<digest>.parquet`."""
 
     def __init__(self, study_folder: Location, trial_id: str, attempt: int) -> None:
         self._results = storage_path(study_folder) / "results"
@@ -79,7 +82,7 @@ class FileSequence:
         """Write `rows` as the next file of `table`."""
         name = self._next_name()
         self._count += 1
-        put_in_place(build_table(table, rows), self._results / table / f"{name}.parquet")
+        put_in_place(build_table(table, rows), self._results / table, name)
 
     def event(self, row: Mapping[str, Any], details: Mapping[str, Any]) -> None:
         """Write a row of `events`, identified by the name of its file."""
@@ -145,9 +148,17 @@ def build_table(table: str, rows: Iterable[Mapping[str, Any]]) -> pyarrow.Table:
     return pa.Table.from_arrays(arrays, schema=schema.arrow_schema(table))
 
 
-def put_in_place(table: pyarrow.Table, target: StoragePath) -> None:
-    """Write `table` as a file that is there whole or not at all."""
-    target.write_bytes(as_parquet(table))
+def put_in_place(table: pyarrow.Table, folder: StoragePath, name: str) -> StoragePath:
+    """Write `table` as a file that is there whole or not at all; its name ends with a digest of its content."""
+    content = as_parquet(table)
+    target = folder / f"{name}-{digest(content)}.parquet"
+    target.write_bytes(content)
+    return target
+
+
+def digest(content: bytes) -> str:
+    """The first 16 hexadecimal digits of the SHA-256 of a file."""
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def as_parquet(table: pyarrow.Table) -> bytes:

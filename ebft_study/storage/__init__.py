@@ -13,10 +13,19 @@ from typing import TypeAlias, TypeVar
 
 from ebft_study.storage import filesystems
 from ebft_study.storage.filesystems import storage_errors
-from ebft_study.storage.local import LocalPath, atomic_write
+from ebft_study.storage.local import LocalPath, atomic_write, remove_leftovers
 from ebft_study.storage.object_store import ObjectStorePath
 
-__all__ = ["Location", "StoragePath", "absolute", "atomic_write", "in_parallel", "storage_errors", "storage_path"]
+__all__ = [
+    "Location",
+    "StoragePath",
+    "absolute",
+    "atomic_write",
+    "in_parallel",
+    "remove_leftovers",
+    "storage_errors",
+    "storage_path",
+]
 
 T = TypeVar("T")
 StoragePath: TypeAlias = LocalPath | ObjectStorePath

@@ -20,6 +20,8 @@ FULL_SIGNS = ("No space left on device", "Disk quota exceeded")
 """Signs of a full disk in the error messages of libraries."""
 _CONNECT_SECONDS, _REQUEST_SECONDS, _ATTEMPTS = 3.0, 20.0, 3
 _S3_KEYS = ("endpoint_override", "region", "scheme")
+_CONTAINERS = ("abfs", "abfss", "hdfs", "wasb", "wasbs")
+"""Schemes whose URLs have a container or a user's name, and no secret, before `@`."""
 _SECRET = re.compile(r"key|secret|token|passw|sas|credential|sig", re.IGNORECASE)
 _CREDENTIALS = "Check the credentials in the environment"
 _ADDRESS = "Check endpoint_override, scheme and the network"
@@ -44,10 +46,12 @@ def split_url(text: str) -> tuple[str, str]:
     """A URL without trailing slashes, and its query; refuses one with credentials, never repeating them."""
     parts = urllib.parse.urlsplit(text)
     user, _, host = parts.netloc.rpartition("@")
-    keys = [key for key, _ in urllib.parse.parse_qsl(parts.query, keep_blank_values=True)]
+    pairs = urllib.parse.parse_qsl(parts.query, keep_blank_values=True)
+    keys = [key for key, _ in pairs]
     shown = f"{parts.scheme}://{host}{parts.path}".rstrip("/")
-    # In abfs://container@account the part before '@' is no user.
-    if ":" in user or (user and parts.scheme == "s3") or any(_SECRET.search(key) for key in keys):
+    # In abfs://container@account the part before '@' is no user; elsewhere it may be a token, in values of keys, too.
+    has_user = bool(user) and (":" in user or parts.scheme not in _CONTAINERS)
+    if has_user or any(_SECRET.search(key) or "@" in value for key, value in pairs):
         raise ConfigError(
             f"{shown}: the URL holds credentials, which would end up in files and logs. "
             "Set them in the environment (AWS_ACCESS_KEY_ID, ...) or in the provider's own configuration"

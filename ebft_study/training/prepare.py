@@ -19,7 +19,7 @@ from ebft_study.config import RunConfig
 from ebft_study.cost import ModelShape
 from ebft_study.errors import ConfigError
 from ebft_study.evaluation.base import CONTEXTS, VERIFIER_LIMITS
-from ebft_study.networks.loading import base_dtype, read_config, source_of
+from ebft_study.networks.loading import base_dtype, digest_of_files, read_config, source_of
 from ebft_study.paths import cache_folder
 from ebft_study.training import Workers, downstream
 from ebft_study.training.inputs import Inputs, read_inputs
@@ -46,8 +46,9 @@ def prepare(
         workers: of the trials with a configuration.
 
     Returns:
-        Provenance: `data` (data set name -> versions, sizes, hash) and `models` (name -> parameters, fingerprint of
-        weights that were read and, for the tiny ladder, perplexities of pretraining).
+        Provenance: `data` (data set name -> versions, sizes, hash), `models` (name -> parameters, hash of files,
+        fingerprint of weights that were read and, for the tiny ladder, perplexities of pretraining; feature networks
+        and judges, too) and, if there are any, `benchmarks` (name -> hash).
 
     Raises:
         EbftError: the first thing that a user must repair.
@@ -57,16 +58,20 @@ def prepare(
     check_verifiers(configs)
     data: dict[str, Any] = {}
     models: dict[str, Any] = {}
+    benchmarks: dict[str, Any] = {}
     for config in _distinct(configs, workers):
         _check_memory(config, workers(config))
         inputs = read_inputs(config)
         inputs.close()
         data[inputs.text.name] = _describe_data(inputs)
-        models.setdefault(config.model, _describe_model(config))
+        benchmarks |= {each.name: {"fingerprint": each.fingerprint} for each in inputs.benchmarks}
+        for name, revision in _networks(config).items():
+            if name not in models:
+                models[name] = _describe_model(name, revision)
         if _is_measured_here(config, workers(config)):
             models[config.model]["fingerprint"] = _measure(config)
     gc.collect()  # trials need the memory
-    return {"data": data, "models": models}
+    return {"data": data, "models": models, **({"benchmarks": benchmarks} if benchmarks else {})}
 
 
 def _check_memory(config: RunConfig, workers: Workers) -> None:
@@ -136,10 +141,17 @@ def _describe_data(inputs: Inputs) -> dict[str, Any]:
     }
 
 
-def _describe_model(config: RunConfig) -> dict[str, Any]:
-    model = read_config(config.model, revision=config.model_revision)
+def _networks(config: RunConfig) -> dict[str, str | None]:
+    """Names of all models of a run, with their revisions."""
+    others = (config.features.feature_network, config.evaluation.judge)
+    return {name: None for name in others if name not in (None, "base")} | {config.model: config.model_revision}
+
+
+def _describe_model(name: str, revision: str | None) -> dict[str, Any]:
+    model = read_config(name, revision=revision)
     described: dict[str, Any] = {"parameters": ModelShape.from_config(model).n_parameters}
-    record = cache_folder() / "models" / Path(source_of(config.model)).name / "pretraining.json"
+    described["files"] = digest_of_files(name, revision=revision)
+    record = cache_folder() / "models" / Path(source_of(name)).name / "pretraining.json"
     if record.exists():
         pretraining = json.loads(record.read_text())
         described |= {key: pretraining[key] for key in ("perplexity", "trigram_perplexity", "train_tokens")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from pathlib import Path
@@ -67,6 +68,36 @@ def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ModelError, match="no usable model"):
         load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("random_weights", [False, True])
+def test_code_that_comes_with_a_model_is_never_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, random_weights: bool
+) -> None:
+    """Nor asked for on the terminal."""
+    folder, ran = write_model(tmp_path / "model"), tmp_path / "ran"
+    config = json.loads((folder / "config.json").read_text())
+    code = {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"}
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "mine", "auto_map": code}))
+    (folder / "mine.py").write_text(f"open({str(ran)!r}, 'w').close()\nclass Config: pass\nclass Model: pass\n")
+    monkeypatch.setattr("builtins.input", lambda _: pytest.fail("asked"))
+    for load in (load_model, loading.read_config):
+        with pytest.raises(ModelError, match=r"code of its own \(auto_map\), which is not run") as caught:
+            load(str(folder), **({"random_weights": random_weights} if load is load_model else {}))
+        assert "\n" not in str(caught.value)
+    assert not ran.exists()
+
+
+def test_a_tokenizer_with_code_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, ran = write_model(tmp_path / "model"), tmp_path / "ran"
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    code = {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": [None, "mine.Mine"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, **code}))
+    (folder / "mine.py").write_text(f"open({str(ran)!r}, 'w').close()\nclass Mine: pass\n")
+    monkeypatch.setattr("builtins.input", lambda _: pytest.fail("asked"))
+    with contextlib.suppress(ModelError):  # transformers may have a class of its own that reads the files
+        loading.load_tokenizer(str(folder))
+    assert not ran.exists()
 
 
 def test_a_feature_network_of_another_vocabulary_is_refused(tmp_path: Path) -> None:

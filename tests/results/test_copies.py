@@ -89,6 +89,16 @@ def test_a_damaged_copy_is_not_used(study: Path) -> None:
     assert "cannot be read as Parquet" in loaded.problems[0]
 
 
+def test_damage_to_a_copy_alone_is_named_and_the_next_change_repairs_it(study: Path) -> None:
+    copy = copies.copy_of(storage_path(file_of(study)))
+    copy.write_bytes(copy.read_bytes()[:-1])
+    loaded = load(study)
+    assert len(loaded.trials) == 2
+    assert loaded.problems == [f"{file_of(study)}: its copy is damaged"]
+    StudyRecorder(study, study="s").trial({"trial_id": "t0", "status": "failed"})
+    assert load(study).problems == []
+
+
 def test_copies_are_invisible_to_others(study: Path) -> None:
     assert len(pd.read_parquet(study / "results" / "trials")) == 2
 
@@ -143,7 +153,7 @@ def test_tables_in_a_store_are_written_compacted_and_read_like_those_on_a_disk(t
         for table in ("trials", "metrics", "events"):
             ours, theirs = (getattr(loaded, table).drop(columns=moments, errors="ignore") for loaded in (disk, store))
             pd.testing.assert_frame_equal(ours, theirs)
-    names = (folders[1] / "results" / "metrics").names()
+    names = [name for name in (folders[1] / "results" / "metrics").names() if not name.startswith(".")]
     assert [name.split("-")[0] for name in names] == ["compacted", "t1", "t1", "t1"]
     assert len(_with_pandas(folders[1], s3_query)) == 6
     assert load(str(folders[1])).spec == {"question": "q"}

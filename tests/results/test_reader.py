@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import shutil
 from pathlib import Path
 
@@ -215,3 +216,44 @@ def test_files_that_vanish_while_reading_are_listed_again(tmp_path: Path, monkey
 
     monkeypatch.setattr(reader, "read_file", read_while_compacting)
     pd.testing.assert_frame_equal(before["metrics"], read_table(tmp_path, "metrics"))
+
+
+# --- damage ------------------------------------------------------------------------------------------------------
+
+
+def test_no_flipped_bit_of_a_file_changes_a_table_unnoticed(tmp_path: Path) -> None:
+    """Wherever it is: in the data, in a column's name, in the names of merged files."""
+    build_two_trials(tmp_path)
+    compact(tmp_path)
+    before, generator = read_table(tmp_path, "metrics"), random.Random(0)
+    compacted = next((tmp_path / "results" / "metrics").glob("compacted*.parquet"))
+    small = next((tmp_path / "results" / "metrics").glob("busy*.parquet"))
+    for path, n_left in ((compacted, 4), (small, 7)):
+        whole = path.read_bytes()
+        for _ in range(150):
+            at = generator.randrange(len(whole))
+            path.write_bytes(whole[:at] + bytes([whole[at] ^ (1 << generator.randrange(8))]) + whole[at + 1 :])
+            problems: list[str] = []
+            read = read_table(tmp_path, "metrics", problems)
+            assert len(problems) == 1, at
+            assert problems[0].startswith(f"{path}: ")
+            assert len(read) == n_left
+        path.write_bytes(whole)
+    pd.testing.assert_frame_equal(before, read_table(tmp_path, "metrics"))
+
+
+def test_a_compacted_file_that_is_gone_is_noticed(tmp_path: Path) -> None:
+    build_two_trials(tmp_path)
+    compact(tmp_path)
+    finish(tmp_path, "busy")
+    compact(tmp_path)
+    (compacted,) = (tmp_path / "results" / "metrics").glob("compacted*.parquet")
+    problems: list[str] = []
+    assert len(read_table(tmp_path, "metrics", problems))
+    assert problems == []
+    compacted.unlink()
+    assert read_table(tmp_path, "metrics", problems).empty
+    assert problems == [f"{compacted}: is missing, and with it the rows of ended trials. Restore it"]
+    (compacted.parent / ".compacted.json").write_text("{")
+    read_table(tmp_path, "metrics", problems := [])
+    assert "The next compaction writes it again" in problems[0]

@@ -12,7 +12,8 @@ import pytest
 
 from ebft_study import storage
 from ebft_study.errors import ConfigError, StorageError
-from ebft_study.storage import StoragePath, filesystems, storage_path
+from ebft_study.storage import StoragePath, filesystems, remove_leftovers, storage_path
+from ebft_study.storage.local import LocalPath
 from tests import disks
 from tests.contracts.storage_paths import StoragePathContract
 
@@ -54,6 +55,10 @@ class TestFsspec(StoragePathContract):
         "s3://bucket/studies?access_key=AKIAEXAMPLE&secret_key=verysecret",
         "s3://bucket/studies?region=eu&session_token=verysecret",
         "abfs://container@account/x?account_key=verysecret",
+        "s3://bucket/studies?endpoint_override=http://AKIAEXAMPLE:verysecret@localhost:9000",
+        "s3://bucket/studies?endpoint_override=AKIAEXAMPLE%3Averysecret%40localhost",
+        "https://verysecret@example.com/studies",
+        "memory://verysecret@studies",
     ],
 )
 def test_credentials_in_a_url_are_refused_and_not_repeated(url: str) -> None:
@@ -143,3 +148,26 @@ def test_an_absolute_path_does_not_depend_on_the_current_folder(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert storage.absolute(storage_path("x")) == tmp_path / "x"
+
+
+def test_leftovers_of_killed_writers_are_removed_and_nothing_else(tmp_path: Path) -> None:
+    left = [tmp_path / "results" / ".a.parquet.0a1b2c3d.tmp", tmp_path / ".study.yaml.ffffffff.tmp"]
+    kept = [tmp_path / "results" / "a.tmp", tmp_path / ".mine.tmp", tmp_path / "results" / ".x.parquet.copy"]
+    for path in (*left, *kept):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("x")
+    folder = tmp_path / "train" / ".checkpoint_00000002.0a1b2c3d.tmp"
+    (folder / "inner").mkdir(parents=True)
+    remove_leftovers(tmp_path)
+    assert not any(path.exists() for path in (*left, folder))
+    assert all(path.exists() for path in kept)
+
+
+def test_leftovers_are_named_as_writers_name_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ebft_study.storage.local.os.replace", lambda *_: os._exit(9))
+    if (child := os.fork()) == 0:
+        LocalPath(tmp_path / "file").write_bytes(b"x")
+    os.waitpid(child, 0)
+    assert len(list(tmp_path.iterdir())) == 1
+    remove_leftovers(tmp_path)
+    assert list(tmp_path.iterdir()) == []

@@ -138,12 +138,10 @@ def _checkpoint(study: results.Results, trial_id: str, which: str) -> StoragePat
 
 def _check_room(run: RunConfig, benchmarks: Sequence[Benchmark]) -> None:
     """Refuse prompts that do not fit, before any model is loaded."""
-    from transformers import AutoTokenizer
-
     from ebft_study.evaluation.downstream import check_room
-    from ebft_study.networks.loading import read_config, source_of
+    from ebft_study.networks.loading import load_tokenizer, read_config
 
-    tokenizer = AutoTokenizer.from_pretrained(source_of(run.model), revision=run.model_revision)
+    tokenizer = load_tokenizer(run.model, revision=run.model_revision)
     positions = getattr(read_config(run.model, revision=run.model_revision), "max_position_embeddings", None)
     check_room(benchmarks, tokenizer, max_tokens=run.evaluation.benchmark_max_tokens, positions=positions)
 

@@ -11,14 +11,15 @@ import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from ebft_study import report, text
 from ebft_study.config import RunConfig
 from ebft_study.errors import ConfigError, EbftError, ResultsError, rule_broken
-from ebft_study.results import copies
-from ebft_study.storage import Location, StoragePath, absolute, storage_path
+from ebft_study.results import StudyRecorder, copies
+from ebft_study.storage import Location, StoragePath, absolute, remove_leftovers, storage_path
 from ebft_study.study.cluster import existing
 from ebft_study.study.driver.session import run_session
 from ebft_study.study.folder import history, lock, study_yaml
@@ -74,11 +75,13 @@ def run(
     storage: Location,
     console: Console,
     resume_existing: bool = False,
+    accept_changes: bool = False,
     address: str | None = None,
 ) -> StudyResult:
     """Run a study from its beginning; with `resume_existing`, continue it where an earlier session stopped.
 
     Args:
+        accept_changes: continue with data or models that differ from those that the study began with.
         address: of an existing Ray cluster to use, instead of one of the study's own on this machine.
     """
     folder = _folder(study, storage)
@@ -90,7 +93,8 @@ def run(
         shown = "; ".join(different[:3]) + (f"; and {len(different) - 3} more" if len(different) > 3 else "")
         raise ResultsError(f"{folder}: holds a study of this name with other settings ({shown}). Choose another --name")
     if resume_existing:
-        return _run(folder, _recorded(folder, spec.model_copy(update={"budget": study.spec.budget})), console, address)
+        study = _recorded(folder, spec.model_copy(update={"budget": study.spec.budget}))
+        return _run(folder, study, console, address, accept_changes=accept_changes)
     study = _recorded(folder, spec)
     past = _history(folder, study)
     name = StudyResult(folder, past.states).address
@@ -114,6 +118,7 @@ def resume(
     *,
     console: Console,
     retry_failed: bool = False,
+    accept_changes: bool = False,
     address: str | None = None,
 ) -> StudyResult:
     """Continue a study from its folder alone; `overrides` may change its budget."""
@@ -125,14 +130,22 @@ def resume(
                 "Write budget.max_hours=HOURS, or start another study"
             )
     spec = with_sections(study_yaml.read(folder), overrides)
-    return _run(folder, _recorded(folder, spec), console, address, retry_failed=retry_failed)
+    study = _recorded(folder, spec)
+    return _run(folder, study, console, address, retry_failed=retry_failed, accept_changes=accept_changes)
 
 
-def extend(study: ResolvedStudy, *, storage: Location, console: Console, address: str | None = None) -> StudyResult:
+def extend(
+    study: ResolvedStudy,
+    *,
+    storage: Location,
+    console: Console,
+    accept_changes: bool = False,
+    address: str | None = None,
+) -> StudyResult:
     """Extend an existing study by the trials or steps that its file has gained, and run them."""
     folder = _folder(study, storage)
     extended = resolve(extending.extended(study_yaml.read(folder), study), study.source, study.capacity)
-    return _run(folder, extended, console, address, is_new=True)
+    return _run(folder, extended, console, address, is_new=True, accept_changes=accept_changes)
 
 
 def _folder(study: ResolvedStudy, storage: Location) -> StoragePath:
@@ -160,6 +173,7 @@ def _run(
     *,
     is_new: bool = False,
     retry_failed: bool = False,
+    accept_changes: bool = False,
 ) -> StudyResult:
     """One session of a study. `is_new`: study.yaml does not contain this spec yet."""
     with _cluster_and_lock(folder, study, address) as (study, lock_handle):
@@ -170,6 +184,7 @@ def _run(
         if not is_new:
             for problem in history.problems(folder):
                 console.print(f"note: {problem}", markup=False, highlight=False, soft_wrap=True)
+            copies.repair(folder / study_yaml.NAME)
             if _is_over(folder, study, past):
                 written = folder / "report.html"
                 return StudyResult(
@@ -183,6 +198,8 @@ def _run(
         if not is_new and study_yaml.read(folder).budget != study.spec.budget:
             study_yaml.change_budget(folder, study.spec.budget)
         provenance = _prepare(study, console)
+        if copies.either_exists(folder / study_yaml.NAME):
+            _check_inputs(folder, study, provenance, accept_changes=accept_changes)
         if is_new:
             earlier.check_files(study.spec, provenance)
             study_yaml.write(folder, study.spec, study.source, provenance=provenance)
@@ -206,6 +223,8 @@ def _cluster_and_lock(
         with lock.hold(folder, record=study_yaml.NAME) as lock_handle:
             if capacity is not None:
                 existing.check(folder.local, needs_dashboard=study.spec.resources.has_workers)
+            if folder.local:
+                remove_leftovers(folder.local)
             yield study, lock_handle
 
 
@@ -236,7 +255,7 @@ def _check_budget(study: ResolvedStudy, past: History) -> None:
         )
 
 
-def _prepare(study: ResolvedStudy, console: Console) -> dict[str, object]:
+def _prepare(study: ResolvedStudy, console: Console) -> dict[str, Any]:
     """Load or build data and models once, before any process is started for a trial."""
     from ebft_study.training.prepare import prepare
 
@@ -245,7 +264,24 @@ def _prepare(study: ResolvedStudy, console: Console) -> dict[str, object]:
         return Workers(resources.device_of(run), resources.processes, resources.gpu_fraction, is_here)
 
     console.print("preparing data and models")
-    return dict(prepare(study.runs, workers=workers))
+    return prepare(study.runs, workers=workers)
+
+
+def _check_inputs(
+    folder: StoragePath, study: ResolvedStudy, provenance: dict[str, Any], *, accept_changes: bool
+) -> None:
+    """Refuse to continue a study with other data or models than it began with, unless that is wanted."""
+    changed = study_yaml.changed_inputs(folder, provenance)
+    if not changed:
+        return
+    if not accept_changes:
+        raise ResultsError(
+            f"{folder}: {'; '.join(changed)}: the study began with others, and results of both do not compare. Put "
+            "them back, or start another study (or add --accept-changes, which records the change)"
+        )
+    message = f"from here on with other inputs: {'; '.join(changed)}"
+    StudyRecorder(folder, study=study.name).event("changed", message)
+    study_yaml.accept_inputs(folder, provenance)
 
 
 def _report(folder: StoragePath, console: Console) -> Path | StoragePath | None:

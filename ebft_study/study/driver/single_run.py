@@ -48,6 +48,8 @@ def run_single(run: RunConfig, source: StudySource, *, folder: Path, resume: boo
         alone = ResourcesSpec()
         check_shared_memory([run], plan_services([run], alone, concurrency=1), alone, concurrency=1)
     provenance = prepare([run], workers=lambda _: workers)
+    if changed := study_yaml.changed_inputs(folder, provenance) if (folder / study_yaml.NAME).exists() else []:
+        raise ResultsError(f"{folder}: {'; '.join(changed)}: the run began with others. Use another --output")
     folder.mkdir(parents=True, exist_ok=True)
     study_yaml.write(folder, spec, source, provenance=provenance)
     objective = spec.objective.metric
@@ -117,9 +119,9 @@ def _train(run: RunConfig, folder: Path, monitor: Monitor) -> dict[str, Any]:
     start_from = attempts.newest_checkpoint(folder, TRIAL)
     attempt = attempts.begin(folder, TRIAL)
     attempt_folder = attempts.folder(folder, TRIAL, attempt)
+    best = {"best_checkpoint": attempts.best(folder, TRIAL, ObjectiveSpec())}
 
     def on_report(metrics: dict[str, float], written: Path | None) -> None:
-        best: dict[str, Any] = {}
         if written is not None:
             attempts.keep_checkpoint(attempt_folder, written, step=int(metrics["step"]))
             best["best_checkpoint"] = attempts.prune(folder, TRIAL, run.checkpoint, ObjectiveSpec())

@@ -88,8 +88,11 @@ def _run_attempt(task: TrialTask) -> None:
         gpu_fraction=task.resources_spec.gpu_fraction,
     )
     fit = _fit_workers if task.resources_spec.workers_per_trial else _fit_in_process
-    last: dict[str, Any] = {}
     keep, objective = task.run_config.checkpoint, task.objective_spec
+    # This attempt may write no other checkpoint before it ends.
+    last: dict[str, Any] = {
+        "best_checkpoint": attempts.best(study_folder, trial_id, objective, since=task.since_attempt)
+    }
 
     def report(metrics: dict[str, Any], kept: StoragePath | None) -> None:
         last.update(metrics)

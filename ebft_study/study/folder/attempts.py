@@ -88,8 +88,16 @@ def prune(
     earlier = sorted((saved for saved in every if saved.attempt < since), key=lambda saved: saved.attempt)
     kept = {current[step].path for step in keep} | {saved.path for saved in earlier[-config.keep_checkpoints :]}
     in_parallel(_remove, [saved.path for saved in every if saved.path not in kept])
-    best = checkpoint.ranked({step: values[step] for step in keep}, objective.mode)
-    return current[best[0]].below_study if best else None
+    left = checkpoint.ranked({step: values[step] for step in keep}, objective.mode)
+    return current[left[0]].below_study if left else None
+
+
+def best(study_folder: Location, trial_id: str, objective: ObjectiveSpec, *, since: int = 0) -> str | None:
+    """The best checkpoint that a trial has, as `prune` returns it; removes nothing."""
+    current = {saved.step: saved for saved in _checkpoints(study_folder, trial_id, since)}
+    values = {step: saved.metrics.get(objective.metric, math.nan) for step, saved in current.items()}
+    ranked = checkpoint.ranked(values, objective.mode)
+    return current[ranked[0]].below_study if ranked else None
 
 
 def checkpoint_name(step: int) -> str:

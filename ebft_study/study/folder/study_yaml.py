@@ -45,23 +45,51 @@ class StudySource:
 
 def write(folder: Location, spec: StudySpec, source: StudySource, *, provenance: Mapping[str, Any]) -> None:
     """Write study.yaml, complete or not at all; an existing study keeps the time of its creation."""
-    moment = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     before = content(folder) if copies.either_exists(storage_path(folder) / NAME) else {}
     new = {
         **normalize.dump(spec),
         "profile": source.profile,
-        "created_at": before.get("created_at", moment),
+        "created_at": before.get("created_at", _moment()),
         "file": {"name": Path(source.name).name, "sha256": source.sha256},
         "versions": versions(),
         "git_revision": git_revision(),
-        "provenance": json.loads(json.dumps(provenance, default=str)),  # plain values only
+        "provenance": _plain(provenance),
     }
-    _write(folder, new)
+    _write(folder, new | {key: before[key] for key in ("former_provenance",) if key in before})
+
+
+def changed_inputs(folder: Location, provenance: Mapping[str, Any]) -> list[str]:
+    """Data, models and benchmarks that are not those of the record, as `data qa: 3f2a04d1 -> 9c11e0b7`."""
+    recorded = content(folder).get("provenance") or {}
+    return [
+        f"{kind} {name}: {then[key][:8]} -> {now[key][:8]}"
+        for kind, entries in provenance.items()
+        for name, now in entries.items()
+        for then in [recorded.get(kind, {}).get(name, {})]
+        for key in ("fingerprint", "files")
+        if key in now and then.get(key, now[key]) != now[key]
+    ]
+
+
+def accept_inputs(folder: Location, provenance: Mapping[str, Any]) -> None:
+    """Record other data and models of an existing study, and keep what was recorded before."""
+    record = content(folder)
+    earlier = {"until": _moment(), **(record.get("provenance") or {})}
+    former = [*record.get("former_provenance", []), earlier]
+    _write(folder, {**record, "provenance": _plain(provenance), "former_provenance": former})
 
 
 def change_budget(folder: Location, budget: BudgetSpec) -> None:
     """Record another budget of an existing study; everything else stays."""
     _write(folder, {**content(folder), "budget": budget.model_dump(mode="json")})
+
+
+def _moment() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _plain(provenance: Mapping[str, Any]) -> Any:
+    return json.loads(json.dumps(provenance, default=str))
 
 
 def _write(folder: Location, record: Mapping[str, Any]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from ebft_study import config
-from ebft_study.errors import ConfigError, refuse, rule_broken
+from ebft_study.errors import ConfigError, one_line, refuse, rule_broken
 from ebft_study.study.cluster.capacity import ClusterCapacity, this_machine
 from ebft_study.study.cluster.requests import wants_gpus
 from ebft_study.study.folder.study_yaml import StudySource
@@ -40,8 +40,13 @@ def load_study(
     Raises:
         ConfigError: a rule is broken, in one line that says which, and what to do.
     """
-    content = study if isinstance(study, Mapping) else config.read_yaml(study)
-    source = _source(study, profile)
+    if isinstance(study, Mapping):
+        written = _as_yaml(study)
+        source = StudySource.from_content("study", written.encode(), profile)
+        content = config.parse_yaml(written, source=source.name)
+    else:
+        content = config.read_yaml(study)
+        source = StudySource.from_content(str(study), study.read_bytes(), profile)
     spec = with_overrides(read_study(content, source.name, profile), overrides)
     if name is not None:
         spec = config.parse(StudySpec, {**dump(spec), "study": name}, source="command line")
@@ -73,10 +78,11 @@ def resolve(spec: StudySpec, source: StudySource, capacity: ClusterCapacity | No
     return study
 
 
-def _source(study: Path | Mapping[str, Any], profile: str | None) -> StudySource:
-    if isinstance(study, Mapping):
-        return StudySource.from_content("study", yaml.safe_dump(dict(study)).encode(), profile)
-    return StudySource.from_content(str(study), study.read_bytes(), profile)
+def _as_yaml(study: Mapping[str, Any]) -> str:
+    try:
+        return yaml.safe_dump(dict(study))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"study: holds what no study file can ({one_line(error)}). Use plain values") from None
 
 
 def read_study(content: Mapping[str, Any], source: str, profile: str | None = None) -> StudySpec:

@@ -12,6 +12,7 @@ from pydantic import Field, PositiveFloat, field_validator, model_validator
 
 from ebft_study.config import Section
 
+MOST_STEPS = 100_000
 _DIGITS = 6  # of drawn values: enough to search, short enough to read
 _STEP_DIGITS = 12  # of values on a step: enough to undo what 3 * 0.1 does to 0.3
 
@@ -93,6 +94,8 @@ class Axis(Section):
         if self.is_integer and not step.is_integer():
             raise ValueError(f"an integer distribution has whole steps, but got step={step:g}. Use uniform")
         count = (high - low) / step
+        if count > MOST_STEPS:
+            raise ValueError(f"step={step:g}: makes more than {MOST_STEPS} values. Use a larger step, or none")
         if abs(count - round(count)) > 1e-9 * max(count, 1.0):
             last = _on_step(low, step, math.floor(count))
             raise ValueError(f"steps of {step:g} from {low:g} end at {last:g}, not at high={high:g}. Use high={last:g}")
@@ -201,7 +204,9 @@ def as_axis(key: str, axis: Any) -> dict[str, Any]:
 
 
 def frozen(value: Any) -> Any:
-    """A value that can be a key: lists become tuples."""
+    """A value that can be a key: lists and mappings become tuples."""
+    if isinstance(value, Mapping):
+        return tuple((key, frozen(inner)) for key, inner in value.items())
     return tuple(map(frozen, value)) if isinstance(value, list | tuple) else value
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     Field,
@@ -23,6 +23,7 @@ from ebft_study.study.spec.axis import Axis, as_axis, in_lists
 from ebft_study.study.spec.links import Link
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+MOST_SEEDS = 1000
 NEVER_IN_A_PROFILE = (
     "study",
     "question",
@@ -43,8 +44,10 @@ class SeedsSpec(Section):
     In a study file `seeds: [0, 1, 2]` or `seeds: {start: 1, promote: [3, 5]}`.
     """
 
-    start: PositiveInt | None = Field(None, description="every configuration is run with the seeds 0 .. start-1")
-    promote: tuple[PositiveInt, ...] = Field(
+    start: PositiveInt | None = Field(
+        None, le=MOST_SEEDS, description="every configuration is run with the seeds 0 .. start-1"
+    )
+    promote: tuple[Annotated[int, Field(ge=1, le=MOST_SEEDS)], ...] = Field(
         (), description="the best of these get this many seeds, the best of those the next number, ..."
     )
     listed: tuple[int, ...] = ()
@@ -104,7 +107,7 @@ class SearchSpec(Section):
     """Choice of configurations from the axes."""
 
     algorithm: Literal["grid", "random", "optuna"] = "grid"
-    num_configurations: PositiveInt | None = Field(None, description="random and optuna: how many to try")
+    num_configurations: PositiveInt | None = Field(None, le=100_000, description="random and optuna: how many to try")
     sampler: Literal["tpe", "gp", "qmc", "random", "nsga2"] = Field(
         "tpe",
         description="optuna: how to suggest; gp: Gaussian process; qmc: evenly spread, whatever the results; nsga2: "
@@ -451,7 +454,7 @@ class EarlierStudy(Section):
 class StudySpec(Section):
     """One study. After `load_study`, `run` and `baselines` are nested by section and `profiles` is empty."""
 
-    study: str = Field(pattern=NAME_PATTERN)
+    study: str = Field(pattern=NAME_PATTERN, max_length=100)
     question: str = Field(min_length=1)
     run: dict[str, Any] = Field(default_factory=dict)
     axes: dict[str, Axis] = Field(default_factory=dict)

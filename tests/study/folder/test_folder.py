@@ -83,7 +83,7 @@ def test_the_best_and_regular_checkpoints_of_all_attempts_stay(tmp_path: Path) -
             best = attempts.prune(tmp_path, "t0000", config, ObjectiveSpec())
     left = sorted(path.parent.name + path.name[-2:] for path in (tmp_path / "train").glob("*/checkpoint_*"))
     assert left == ["t0000-102", "t0000-104", "t0000-207"]
-    assert best == "train/t0000-1/checkpoint_00000002"
+    assert best == attempts.best(tmp_path, "t0000", ObjectiveSpec()) == "train/t0000-1/checkpoint_00000002"
 
 
 def test_what_came_before_a_lineage_is_no_longer_the_best_but_stays_in_reserve(tmp_path: Path) -> None:
@@ -97,7 +97,8 @@ def test_what_came_before_a_lineage_is_no_longer_the_best_but_stays_in_reserve(t
     assert attempts.newest_checkpoint(tmp_path, "t0000") == tmp_path / "train/t0000-1/checkpoint_00000030"
     assert attempts.newest_checkpoint(tmp_path, "t0000", since=2) == tmp_path / "train/t0000-2/checkpoint_00000020"
     best = attempts.prune(tmp_path, "t0000", config, ObjectiveSpec(), since=2)
-    assert best == "train/t0000-2/checkpoint_00000015"
+    assert best == attempts.best(tmp_path, "t0000", ObjectiveSpec(), since=2) == "train/t0000-2/checkpoint_00000015"
+    assert attempts.best(tmp_path, "t0001", ObjectiveSpec()) is None
     assert stay(tmp_path) == ["130", "215", "220"]
 
 
