@@ -25,12 +25,14 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import yaml
 
+from ebft_study import terminal
 from ebft_study.analysis.summary import summarize
-from ebft_study.errors import ResultsError, one_line
+from ebft_study.config import parse_yaml
+from ebft_study.errors import ConfigError, ResultsError, one_line
 from ebft_study.report import collected, page
 from ebft_study.report.table import FORMATS
 from ebft_study.results import TABLES, Results, archive, copies, load, read_table, schema
@@ -47,7 +49,6 @@ SPEC, REPORT = "study.yaml", "report.html"
 CHECKED_FOR_CREDENTIALS = ("trials", "events")
 RECORDED = ("created_at", "file", "git_revision", "versions", "provenance")
 """Parts of study.yaml that the manifest repeats."""
-MAX_SPEC_BYTES, MAX_SPEC_DEPTH = 2**20, 50
 MAX_VALUES, MAX_TABLE_BYTES, BATCH_BYTES = 10**8, 2**32, 2**28
 _NUMBER = re.compile(r"[−-]?\d+(?:\.\d+)?")
 _MINUS = str.maketrans("−", "-")
@@ -110,7 +111,7 @@ def check(source: Path) -> BundleCheck:
     _check_spec(source, files[SPEC])
     for table in TABLES:
         _check_table(source, files[_parquet(table)], table)
-    name, written_by = (_printable(about.get(key)) for key in ("study", "written_by"))
+    name, written_by = (terminal.one_line(str(about.get(key)), 100) for key in ("study", "written_by"))
     given = {part: files[part] for part in required - {REPORT}}
     with tempfile.TemporaryDirectory() as place:
         folder = _laid_out(given, _folder(place, name))
@@ -138,15 +139,8 @@ def _spec(study: StoragePath) -> bytes:
         record = None
     if record is None:
         raise ResultsError(f"{study}: {SPEC} cannot be read. Restore it, then bundle the study")
-    text = yaml.dump(record, Dumper=_Plain, sort_keys=False, allow_unicode=True, width=110)
+    text = yaml.safe_dump(record, sort_keys=False, allow_unicode=True, width=110)
     return redacted(text).encode()
-
-
-class _Plain(yaml.SafeDumper):
-    """Writes a value that occurs twice twice: references could make a small file large (`_check_spec`)."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
 
 
 def _table(study: StoragePath, table: str) -> bytes:
@@ -240,24 +234,12 @@ def _version() -> str:
 # --- what is checked -------------------------------------------------------------------------------------------
 
 
-def _printable(value: Any) -> str:
-    """Text of a stranger that a terminal may show."""
-    return "".join(symbol if symbol.isprintable() else "?" for symbol in str(value)[:100])
-
-
 def _check_spec(source: Path, content: bytes) -> None:
-    """Refuse what takes far more memory or time than bytes: references within YAML, and deep nesting."""
-    depth, is_refused = 0, len(content) > MAX_SPEC_BYTES
+    """Refuse what takes far more memory or time than bytes."""
     try:
-        for event in yaml.parse(content) if not is_refused else ():
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            is_refused = isinstance(event, yaml.AliasEvent) or depth > MAX_SPEC_DEPTH
-            if is_refused:
-                break
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        parse_yaml(content.decode(), source=f"{source}: {SPEC}")
+    except (ConfigError, UnicodeDecodeError) as error:
         raise ResultsError(f"{source}: {SPEC} cannot be read ({one_line(error)})") from None
-    if is_refused:
-        raise ResultsError(f"{source}: {SPEC} is larger or deeper than one that was written, or refers to itself")
 
 
 def _check_table(source: Path, content: bytes, table: str) -> None:

@@ -155,9 +155,9 @@ def test_shown_numbers_that_the_results_do_not_give(
         ({"report.html": None}, "lacks 'report.html'"),
         ({"results/scores/scores.parquet": None}, "lacks 'results/scores/scores.parquet'"),
         ({"results/scores/scores.parquet": b"PAR1 nothing PAR1"}, "scores.parquet cannot be read as Parquet"),
-        ({"study.yaml": b"a: &a [1]\nb: *a\n"}, "or refers to itself"),
+        ({"study.yaml": b"a: &a [*a]\n"}, "with its aliases it holds more than"),
         ({"study.yaml": b"a: [1"}, "study.yaml cannot be read"),
-        ({"study.yaml": b"[" * 5000}, "deeper than one that was written"),
+        ({"study.yaml": b"[" * 5000}, "nested more than 50 levels deep"),
         ({"study.yaml": b"- 1\n"}, "study.yaml"),
     ],
 )
@@ -213,7 +213,7 @@ def test_a_bundle_of_another_version_is_not_made_again(whole: Path, tmp_path: Pa
     bad = changed(whole, tmp_path / "old.zip", {"report.html": b"other"}, written_by="0.1", study="a\n\x1b[2J")
     found = ebft.check_bundle(bad)
     assert not found.is_rendered
-    assert found.study == "a??[2J"
+    assert found.study == "a [2J"
     assert found.in_words().endswith(f"not made again: written by ebft-study 0.1, this is {module._version()}")
 
 
