@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import itertools
 import math
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,11 +14,13 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import pyarrow as pa
 import yaml
 
 from ebft_study import config
-from ebft_study.results import StudyRecorder, TrialRecorder, read_table
-from ebft_study.results.writer import FileSequence
+from ebft_study.results import StudyRecorder, TrialRecorder, copies, read_table
+from ebft_study.results.writer import FileSequence, as_parquet, put_in_place
+from ebft_study.storage import storage_path
 
 LENGTHS = (1, 2, 4, 8, 16, 32)
 SEQUENCES = 120
@@ -366,3 +369,12 @@ def write_spec(folder: Path, choices: Mapping[str, Mapping[str, Mapping[str, Any
     if choices:
         spec["axes"] = {axis: {"choices": {k: dict(v) for k, v in each.items()}} for axis, each in choices.items()}
     (folder / "study.yaml").write_text(yaml.safe_dump(spec))
+
+
+def rewrite(path: Path, table: pa.Table) -> None:
+    """Replace a file of results by another table, as its writer would have written it."""
+    if path.parent.name == "trials":
+        copies.write(storage_path(path), as_parquet(table))
+        return
+    path.unlink()
+    put_in_place(table, storage_path(path.parent), re.sub(r"(-[0-9a-f]{16})?[.]parquet", "", path.name))

@@ -103,7 +103,8 @@ def execute(notebook: Path, study: Location) -> Any:
         manager = AsyncKernelManager(
             transport="ipc", ip=f"{sockets}/kernel", kernel_spec_manager=KernelSpecManager(kernel_dirs=[])
         )
-        client = NotebookClient(node, km=manager, timeout=CELL_SECONDS, resources=place, record_timing=False)
+        patience = {"timeout": CELL_SECONDS, "startup_timeout": CELL_SECONDS}
+        client = NotebookClient(node, km=manager, resources=place, record_timing=False, **patience)
         try:
             client.execute(cleanup_kc=True, env={**os.environ, STUDY: str(folder)})
         except CellExecutionError as error:

@@ -16,7 +16,7 @@ from ebft_study.analysis.methods import Column, Method
 from ebft_study.analysis.statistics import Score, pooled
 from ebft_study.analysis.summary import summarize
 from ebft_study.results import load
-from tests.synthetic_study import EFFECTS, METHODS, write_benchmark, write_study
+from tests.synthetic_study import EFFECTS, METHODS, rewrite, write_benchmark, write_study
 
 AT_SCALE = {
     "model": "Qwen/Qwen2.5-1.5B",
@@ -153,7 +153,7 @@ def _rename(path: Path) -> None:
     if "metric" in table.column_names:
         renamed = pc.replace_substring(table["metric"], "pass_at_k", "best_of_k_bleu")
         index = table.column_names.index("metric")
-        pq.write_table(table.set_column(index, table.schema.field("metric"), renamed), path)
+        rewrite(path, table.set_column(index, table.schema.field("metric"), renamed))
 
 
 # --- orders ----------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from ebft_study.analysis.identity import identity
 from ebft_study.analysis.summary import StudySummary, summarize
 from ebft_study.errors import ResultsError
 from ebft_study.results import load
-from tests.synthetic_study import PAPER_LIKE, write_study
+from tests.synthetic_study import PAPER_LIKE, rewrite, write_study
 
 SMALL = {key: PAPER_LIKE[key] for key in ((1.0, 0.0), (0.0, 0.1), None)}
 
@@ -57,7 +57,7 @@ def test_equal_values_of_other_trials_are_equal_and_not_the_same_trials(first: P
         table = pq.read_table(path)
         index = table.column_names.index("host")
         hosts = pa.array(["another machine"] * len(table))
-        pq.write_table(table.set_column(index, table.schema.field("host"), hosts), path)
+        rewrite(path, table.set_column(index, table.schema.field("host"), hosts))
     compared = compare(read(first, again))
     assert {each.ruling for each in compared.differences} == {"equal"}
 

@@ -18,7 +18,7 @@ from ebft_study.errors import ResultsError
 from ebft_study.results import TABLES, TrialRecorder, catalog, cell_value, compact, load
 from ebft_study.storage import storage_path
 from ebft_study.text import is_missing
-from tests.synthetic_study import write_study
+from tests.synthetic_study import rewrite, write_study
 
 EFFECTS = {(1.0, 0.0): (-0.02, -0.03), (0.0, 0.1): (0.1, 0.1), None: (-0.2, -0.01)}
 
@@ -100,7 +100,7 @@ def test_a_copied_study_is_another_study(tmp_path: Path) -> None:
 def test_columns_that_a_study_lacks_are_null_and_its_own_are_kept(tmp_path: Path) -> None:
     (path,) = (studies(tmp_path) / "second" / "results" / "trials").glob("*.parquet")
     old = pq.read_table(path).drop_columns(["gamma"]).append_column("forgotten", pa.array([3.5] * 3))
-    pq.write_table(old.replace_schema_metadata({"schema_version": "0", "table": "trials"}), path)
+    rewrite(path, old.replace_schema_metadata({"schema_version": "0", "table": "trials"}))
     found = catalog(tmp_path).sql("SELECT DISTINCT study, gamma IS NULL, forgotten FROM trials ORDER BY ALL").fetchall()
     assert found == [("first", False, None), ("second", True, 3.5)]
 
