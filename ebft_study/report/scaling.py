@@ -22,12 +22,14 @@ from ebft_study.analysis.scaling.heldout import Extrapolation
 from ebft_study.analysis.scaling.levels import levels
 from ebft_study.analysis.scaling.study import MethodLaw, SharedLaw, StudyLaws
 from ebft_study.analysis.statistics import mean_interval
-from ebft_study.analysis.summary import StudySummary
+from ebft_study.analysis.summary import HELDOUT, StudySummary
 from ebft_study.report import drawing
 from ebft_study.report.drawing import ReportFigure
 
-laws = functools.lru_cache(maxsize=1)(of_study.laws)
+laws_of_all = functools.lru_cache(maxsize=1)(of_study.laws_of_all)
 SIGNIFICANT = 0.05
+MEASURES = {"ce_loss": "CE", "cfm_loss": "CFM", "judge_cfm_loss": "Judge CFM"}
+SPLITS = {"heldout": "held-out", "validation": "validation"}
 AXIS_NAMES = {"parameters": "parameters", "tokens": "training tokens"}
 UNCLEAR = " (not clear)"
 """The end of a factor whose interval holds 1."""
@@ -38,29 +40,35 @@ AMOUNT_NAMES = {"tokens": "data", "flops": "FLOPs", "seconds": "time"}
 class ScalingSection:
     """Rows as text: a law per method, and an effective speedup per method and amount."""
 
-    rows: list[tuple[str, str, str, str, str]]
-    """Method, scales and points, form, parameters, held-out score or the reason why there is no law."""
-    speedups: list[tuple[str, str, str, str]]
-    """Method, amount, factor, range of costs."""
-    note: str
+    rows: list[tuple[str, str, str, str, str, str]]
+    """Measure, method, scales and points, form, parameters, held-out score or the reason why there is no law."""
+    speedups: list[tuple[str, str, str, str, str]]
+    """Measure, method, amount, factor, range of costs."""
+    notes: list[str]
+    """On each measure."""
+    split: str
+    """Whose values the laws are of."""
 
 
 def section(study: StudySummary) -> ScalingSection | None:
-    """The laws of held-out cross-entropy; None for a study without an axis of scale."""
-    found = laws(study)
-    if found is None:
+    """The laws of every loss that compares over the study; None for a study without an axis of scale."""
+    of_all = laws_of_all(study)
+    if not of_all:
         return None
-    rows = [_row(law, found) for law in found.methods]
+    rows = [(MEASURES[found.metric], *_row(law, found)) for found in of_all for law in found.methods]
     speedups = [
         (
+            MEASURES[found.metric],
             NAMES.get(each.method, each.method),
             AMOUNT_NAMES[each.amount],
             f"{_estimate(each.factor)}{'' if each.is_clear else UNCLEAR}",
             text.NOTHING if each.amount == "tokens" else " to ".join(f"{ratio:.2f}" for ratio in each.ratios),
         )
+        for found in of_all
         for each in (found.shared.speedups if found.shared else ())
     ]
-    return ScalingSection(rows, speedups, _note(found))
+    notes = [f"{MEASURES[found.metric]}: {note}" for found in of_all if (note := _note(found))]
+    return ScalingSection(rows, speedups, notes, of_all[0].split)
 
 
 def _row(law: MethodLaw, found: StudyLaws) -> tuple[str, str, str, str, str]:
@@ -129,23 +137,27 @@ def _number(value: float) -> str:
 
 
 def figure(study: StudySummary) -> ReportFigure | None:
-    """Held-out cross-entropy against each axis of scale, with the fitted laws."""
-    found = laws(study)
-    if found is None or not found.methods:
+    """Every loss that compares over the study against each axis of scale, with the fitted laws."""
+    of_all = [found for found in laws_of_all(study) if found.methods]
+    if not of_all:
         return None
-    drawn = Figure(figsize=(4.2 * len(found.axes) + 1.4, 3.4), layout="constrained")
-    panels = drawn.subplots(1, len(found.axes), squeeze=False, sharey=True)[0]
-    for axes, axis in zip(panels, found.axes, strict=True):
-        for law, style in zip(found.methods, drawing.sequence(len(found.methods)), strict=True):
-            _panel(axes, law, axis, found.axes, style)
-        axes.set_xscale("log")
+    n_columns = max(len(found.axes) for found in of_all)
+    drawn = Figure(figsize=(4.2 * n_columns + 1.4, 0.4 + 3.0 * len(of_all)), layout="constrained")
+    rows = drawn.subplots(len(of_all), n_columns, squeeze=False, sharex="col", sharey="row")
+    for panels, found in zip(rows, of_all, strict=True):
+        for axes, axis in zip(panels, found.axes, strict=True):
+            for law, style in zip(found.methods, drawing.sequence(len(found.methods)), strict=True):
+                _panel(axes, law, axis, found.axes, style)
+            axes.set_xscale("log")
+        panels[0].set_ylabel(f"{SPLITS[found.split]} {found.metric}\n({drawing.unit_of(found.metric)})")
+    for axes, axis in zip(rows[-1], of_all[-1].axes, strict=True):
         axes.set_xlabel(AXIS_NAMES[axis])
-    panels[0].set_ylabel(f"held-out {found.metric}\n({drawing.unit_of(found.metric)})")
     drawing.add_legend(drawn)
-    others = " One line for each value of the other axis." * (len(found.axes) > 1)
+    moment = "at the end of training" if of_all[0].split == HELDOUT else "at every evaluation"
+    others = " One line for each value of the other axis." * (n_columns > 1)
     caption = (
-        f"Held-out {found.metric} at the end of training, means over seeds with 95 % intervals, and the law of each "
-        f"method where its points can tell one.{others} Solid is the range of the points."
+        f"Losses {moment}, means over seeds with 95 % intervals, and the law of each method where its points can tell "
+        f"one.{others} Solid is the range of the points."
     )
     return ReportFigure("scaling", "Scaling laws", caption, drawn)
 

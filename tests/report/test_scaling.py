@@ -36,8 +36,8 @@ def test_a_study_without_an_axis_of_scale_has_no_section(tmp_path: Path) -> None
 def test_rows_have_the_law_that_made_the_study_and_its_held_out_score(study: StudySummary) -> None:
     section = scaling.section(study)
     assert section is not None
-    assert [row[0] for row in section.rows] == ["EBFT", "SFT"]
-    for _, points, form, values, score in section.rows:
+    assert [row[:2] for row in section.rows] == [(m, name) for m in ("CE", "CFM") for name in ("EBFT", "SFT")]
+    for _, _, points, form, values, score in section.rows[:2]:
         assert points == "6 scales, 12 trials"
         assert "tokens" in form
         exponent = re.search(r"(?:alpha|beta) ([\d.]+) \(([\d.]+) to ([\d.]+)\)", values)
@@ -48,19 +48,23 @@ def test_rows_have_the_law_that_made_the_study_and_its_held_out_score(study: Stu
         assert re.match(
             r"the last half of the data: error [\d.]+ % \(last value [\d.]+ %\), 90 % interval holds \d of 1", score
         )
-    factors = {(method, amount): (factor, ratios) for method, amount, factor, ratios in section.speedups}
+    for *_, reason in section.rows[2:]:
+        assert "no effect of scale" in reason or "ill-conditioned" in reason or "no effect at its best" in reason
+    assert {measure for measure, *_ in section.speedups} == {"CE"}
+    factors = {(method, amount): (factor, ratios) for _, method, amount, factor, ratios in section.speedups}
     assert re.match(r"(1\.9|2\.?0?)\d* \(", factors["EBFT", "data"][0])
     assert factors["EBFT", "data"][1] == "–"
     assert factors["EBFT", "FLOPs"][1] == "3.00 to 3.00"
     assert re.match(r"0\.6\d* \(", factors["EBFT", "FLOPs"][0])
-    assert "One law for all methods" in section.note
-    assert "do not contradict one multiplier" in section.note
+    (note,) = section.notes
+    assert note.startswith("CE: One law for all methods")
+    assert "do not contradict one multiplier" in note
 
 
 def test_the_figure_has_every_point_and_the_laws(study: StudySummary) -> None:
     figure = scaling.figure(study)
     assert figure is not None
-    (axes,) = figure.figure.axes
+    axes, _ = figure.figure.axes
     centers = {
         (round(float(line.get_xdata()[0])), round(float(line.get_ydata()[0]), 2))  # type: ignore[index]
         for line in axes.get_lines()
