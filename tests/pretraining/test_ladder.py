@@ -108,7 +108,7 @@ def test_a_trigram_model_refuses_too_little_text() -> None:
         TrigramModel(np.arange(3), 5)
 
 
-TOO_SMALL = ("tiny-250k",)
+TOO_SMALL = ("tiny-250k", "tiny-500k")
 """Rungs that a trigram model beats."""
 
 

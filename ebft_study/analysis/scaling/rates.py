@@ -13,13 +13,13 @@ from ebft_study.analysis.statistics import CONFIDENCE, t_quantile
 from ebft_study.errors import FitError
 
 
-def best_rate(rates: Sequence[float], losses: Sequence[float]) -> float:
+def best_rate(rates: Sequence[float] | pd.Series[float], losses: Sequence[float] | pd.Series[float]) -> float:
     """The rate of the least loss: the vertex of the parabola in log rate through the least loss and its neighbours.
 
     Raises:
         FitError: the least loss is at an end of the rates, so that the best may lie beyond it.
     """
-    means = pd.Series(losses, index=pd.Index(rates, name="rate"), dtype=float).groupby("rate").mean()
+    means = pd.Series(np.asarray(losses, float)).groupby(np.asarray(rates, float)).mean()
     least = int(np.argmin(means.to_numpy()))
     if not 0 < least < len(means) - 1:
         raise FitError(

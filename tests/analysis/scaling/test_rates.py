@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy.stats import linregress, t
 
@@ -18,7 +19,8 @@ def test_the_best_rate_is_the_vertex_of_the_parabola() -> None:
     steep = [*losses[:-1], losses[-1] + 50]
     assert best_rate(rates[::-1], steep[::-1]) == pytest.approx(best_rate(rates, steep))
     assert best_rate([*rates, 8e-3], [*losses, 1e3]) == pytest.approx(1.9e-3), "far rates are no part of the parabola"
-    assert best_rate([*rates, *rates], [x + d for d in (-0.5, 0.5) for x in losses]) == pytest.approx(1.9e-3)
+    twice = pd.DataFrame({"rate": rates * 2, "loss": [x + d for d in (-0.5, 0.5) for x in losses]}, index=range(7, 17))
+    assert best_rate(twice["rate"], twice["loss"]) == pytest.approx(1.9e-3), "seeds count by their mean"
 
 
 def test_a_best_rate_at_an_end_is_refused() -> None:
