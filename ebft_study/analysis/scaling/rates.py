@@ -39,7 +39,7 @@ def power_of_size(sizes: Sequence[float], rates: Sequence[float]) -> tuple[float
     if len(set(sizes)) < 3:
         raise FitError(f"{len(set(sizes))} sizes: an exponent with an interval takes three")
     x, y = np.log(sizes), np.log(rates)
-    slope, level = np.polyfit(x, y, 1)
+    slope, level = map(float, np.polyfit(x, y, 1))
     spread = math.sqrt(float(((y - level - slope * x) ** 2).sum()) / (len(x) - 2) / float(((x - x.mean()) ** 2).sum()))
     half = t_quantile(1 - CONFIDENCE, len(x) - 2) * spread
     return math.exp(level), Estimate(-slope, -slope - half, -slope + half)
