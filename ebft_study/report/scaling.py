@@ -28,7 +28,7 @@ from ebft_study.report.drawing import ReportFigure
 
 laws_of_all = functools.lru_cache(maxsize=1)(of_study.laws_of_all)
 SIGNIFICANT = 0.05
-MEASURES = {"ce_loss": "CE", "cfm_loss": "CFM", "judge_cfm_loss": "Judge CFM"}
+MEASURES = {"ce_loss": "CE", "cfm_loss": "Gain in CFM", "judge_cfm_loss": "Gain in judge CFM"}
 SPLITS = {"heldout": "held-out", "validation": "validation"}
 AXIS_NAMES = {"parameters": "parameters", "tokens": "training tokens"}
 UNCLEAR = " (not clear)"
@@ -73,13 +73,12 @@ def section(study: StudySummary) -> ScalingSection | None:
 
 def _row(law: MethodLaw, found: StudyLaws) -> tuple[str, str, str, str, str]:
     scales = len(set(zip(*(levels(law.points[name]) for name in found.axes), strict=True)))
-    size = f"{scales} scales, {len(law.points)} trials"
+    size = f"{scales} scales, {law.points['trial_id'].nunique()} trials"
     name = NAMES.get(law.method, law.method)
     if law.fit is None:
         return name, size, "none", text.NOTHING, law.reason
-    values = ", ".join(
-        f"{parameter} {_estimate(law.fit.estimate(parameter))}" for parameter in law.fit.values if parameter not in "AB"
-    )
+    shown = [name for name in law.fit.values if name not in "AB" or not law.fit.form.is_log]
+    values = ", ".join(f"{name} {_estimate(law.fit.estimate(name))}" for name in shown)
     return name, size, law.fit.form.formula, values, _score(law.score, found)
 
 
@@ -149,7 +148,8 @@ def figure(study: StudySummary) -> ReportFigure | None:
             for law, style in zip(found.methods, drawing.sequence(len(found.methods)), strict=True):
                 _panel(axes, law, axis, found.axes, style)
             axes.set_xscale("log")
-        panels[0].set_ylabel(f"{SPLITS[found.split]} {found.metric}\n({drawing.unit_of(found.metric)})")
+        gained = ", gain over the base model" * (found.metric in of_study.GAINS)
+        panels[0].set_ylabel(f"{SPLITS[found.split]} {found.metric}{gained}\n({drawing.unit_of(found.metric)})")
     for axes, axis in zip(rows[-1], of_all[-1].axes, strict=True):
         axes.set_xlabel(AXIS_NAMES[axis])
     drawing.add_legend(drawn)
@@ -181,5 +181,5 @@ def _line(axes: Axes, fit: Fit, line: pd.DataFrame, axis: str, others: list[str]
     """The law along an axis, at the mean of the other one; dashed for a factor of three beyond the points."""
     low, high = line[axis].min(), line[axis].max()
     for x, dashes in ((np.geomspace(low, high, 40), "-"), (np.geomspace(high, 3 * high, 10), (0, (3, 2)))):
-        table = pd.DataFrame({axis: x} | {name: line[name].mean() for name in others})
+        table = pd.DataFrame({axis: x} | {name: line[name].mean() for name in (*others, "start")})
         axes.plot(x, fit.predict(table), color=style.color, linestyle=dashes, linewidth=1.2)

@@ -5,6 +5,9 @@ split stands for them: the learning rate may differ from size to size.
 
 Points are held-out values at the ends of runs. Where runs of several sizes have one length and constant learning rates,
 they are all evaluations on the validation split: the axis of data for the price of one run per size.
+
+Cross-entropy has laws of its level. Feature matching has laws of the gain over the base model, where a study has one
+feature map or a judge: its level has a part that no model can lower, and that differs from size to size.
 """
 
 from __future__ import annotations
@@ -20,13 +23,15 @@ from ebft_study.analysis.scaling.forms import Form
 from ebft_study.analysis.scaling.heldout import Choice, Extrapolation, choose, extrapolate, largest, last_half
 from ebft_study.analysis.scaling.identifiability import MIN_VALUES
 from ebft_study.analysis.scaling.levels import levels
-from ebft_study.analysis.scaling.points import COSTS, curve_points, final_points
+from ebft_study.analysis.scaling.points import COSTS, as_gain, curve_points, final_points
 from ebft_study.analysis.scaling.speedup import Speedup, sharing_p_value, speedup
 from ebft_study.analysis.selection import best, comparable
 from ebft_study.analysis.summary import VALIDATION, StudySummary
 from ebft_study.errors import FitError
 
 AXES = ("parameters", "tokens")
+GAINS = ("cfm_loss", "judge_cfm_loss")
+"""Metrics whose gain over the base model has a law, not their level."""
 REFERENCE = "sft"
 
 
@@ -91,13 +96,17 @@ def laws(study: StudySummary, metric: str = "ce_loss") -> StudyLaws | None:
         return StudyLaws(metric, axes, (), None, str(error))
     if axes == ("parameters",) and (curves := _curves(study, metric, chosen)) is not None:
         points, axes, split = curves, AXES, VALIDATION
-    methods = tuple(_method_law(str(name), part, axes) for name, part in points.groupby("method"))
+    if metric in GAINS:
+        points = as_gain(points, metric)
+    methods = tuple(_method_law(str(name), part, axes, metric) for name, part in points.groupby("method"))
     shared, reason = _shared(points, methods, axes)
     return StudyLaws(metric, axes, methods, shared, reason, split)
 
 
-def candidates(axes: tuple[str, ...]) -> list[Form]:
-    """The forms of a loss along some axes."""
+def candidates(axes: tuple[str, ...], metric: str = "ce_loss") -> list[Form]:
+    """The forms of a loss along some axes, or of a gain along the last of them."""
+    if metric in GAINS:
+        return [forms.sigmoid(axes[-1])]
     if len(axes) == 2:
         return [forms.additive(), forms.multiplicative()]
     return [forms.power_law(axes[0]), *([forms.rectified()] if axes[0] == "tokens" else [])]
@@ -147,8 +156,8 @@ def _best_at_each_scale(configurations: list[Configuration], metric: str) -> lis
     return [c for one, group in chosen for c in ([one] if one else group)]
 
 
-def _method_law(method: str, points: pd.DataFrame, axes: tuple[str, ...]) -> MethodLaw:
-    choices = tuple(choose(candidates(axes), points, held_out(points, axes)))
+def _method_law(method: str, points: pd.DataFrame, axes: tuple[str, ...], metric: str) -> MethodLaw:
+    choices = tuple(choose(candidates(axes, metric), points, held_out(points, axes)))
     reasons = []
     for choice in choices:
         try:

@@ -25,6 +25,11 @@ def loss(parameters: float, tokens: float) -> float:
     return 1.5 + (parameters / 1e6) ** -0.3 + (tokens / 1e4) ** -0.5
 
 
+def gain(tokens: float) -> float:
+    """Of CFM: half of the most, 0.2, at 30,000 tokens."""
+    return 0.2 / (1 + (3e4 / tokens) ** 1.5)
+
+
 def settings_of(key: Any) -> dict[str, Any]:
     method, model, batch, *schedule = key
     chosen = {"method": method, "model": model, "batch_size": batch, "sequence_length": SEQUENCE}
@@ -38,7 +43,7 @@ def written(
     effects = {}
     for key in keys:
         tokens = key[2] * SEQUENCE * STEPS * (speedup if key[0] == "ebft" else 1.0)
-        effects[key] = (loss(SIZES[key[1]], tokens) - BASE_CE, -0.01)
+        effects[key] = (loss(SIZES[key[1]], tokens) - BASE_CE, -gain(tokens))
     defaults = {"seeds": (0, 1), "noise": 1e-5, "steps": STEPS, "parameters": SIZES}
     judged = {"judge": judge} if judge else {}
     write_study(folder, effects=effects, settings=lambda key: settings_of(key) | judged, **{**defaults, **options})
@@ -170,6 +175,36 @@ def test_falling_rates_and_few_evaluations_leave_the_ends_of_runs(
     found = laws(along_curves(written(tmp_path / "study", keys, log_every=log_every)))
     assert found is not None
     assert (found.axes, found.split) == (("parameters",), "heldout")
+
+
+def test_feature_matching_has_a_law_of_its_gain_over_the_base_model(tmp_path: Path) -> None:
+    keys = [(m, "tiny-1m", batch) for m in ("sft", "ebft") for batch in (*BATCHES, 64)]
+    found = laws(written(tmp_path / "study", keys), "cfm_loss")
+    assert found is not None
+    for law, factor in zip(found.methods, (2.0, 1.0), strict=True):
+        assert law.fit is not None
+        assert law.fit.form.name == "sigmoid"
+        assert law.fit.values == pytest.approx({"A": 0.2, "B": 1.5, "C_mid": 3e4 / factor}, rel=0.02)
+    assert found.shared is not None
+    assert found.shared.fit.estimate("ebft").value == pytest.approx(2.0, rel=0.02)
+
+
+def test_a_run_that_has_just_begun_is_no_point(tmp_path: Path) -> None:
+    study = written(tmp_path / "study", [("sft", model, 4) for model in SIZES])
+    whole = curve_points(study)
+    begun = study.results.trials["trial_id"].iloc[0]
+    trials = study.results.trials.assign(
+        parameters=lambda t: t["parameters"].astype(float).where(t["trial_id"] != begun)
+    )
+    points = curve_points(summarize(type(study.results)(**{**study.results.__dict__, "trials": trials})))
+    assert set(whole["trial_id"]) - set(points["trial_id"]) == {begun}
+
+
+def test_runs_of_several_lengths_count_at_their_ends(tmp_path: Path) -> None:
+    keys = [("sft", "tiny-1m", batch) for batch in BATCHES]
+    found = laws(along_curves(written(tmp_path / "study", keys, log_every=5)))
+    assert found is not None
+    assert (found.axes, found.split) == (("tokens",), "heldout")
 
 
 def test_a_study_has_laws_of_every_loss_that_compares(tmp_path: Path) -> None:
