@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from ebft_study import text
 from ebft_study.analysis.methods import NAMES
@@ -28,7 +29,7 @@ from ebft_study.report.drawing import ReportFigure
 
 laws_of_all = functools.lru_cache(maxsize=1)(of_study.laws_of_all)
 SIGNIFICANT = 0.05
-MEASURES = {"ce_loss": "CE", "cfm_loss": "Gain in CFM", "judge_cfm_loss": "Gain in judge CFM"}
+MEASURES = {"ce_loss": "CE", "cfm_loss": "gain in CFM", "judge_cfm_loss": "gain in judge CFM"}
 SPLITS = {"heldout": "held-out", "validation": "validation"}
 AXIS_NAMES = {"parameters": "parameters", "tokens": "training tokens"}
 UNCLEAR = " (not clear)"
@@ -73,7 +74,7 @@ def section(study: StudySummary) -> ScalingSection | None:
 
 def _row(law: MethodLaw, found: StudyLaws) -> tuple[str, str, str, str, str]:
     scales = len(set(zip(*(levels(law.points[name]) for name in found.axes), strict=True)))
-    size = f"{scales} scales, {law.points['trial_id'].nunique()} trials"
+    size = f"{scales}\N{NO-BREAK SPACE}scales, {law.points['trial_id'].nunique()}\N{NO-BREAK SPACE}trials"
     name = NAMES.get(law.method, law.method)
     if law.fit is None:
         return name, size, "none", text.NOTHING, law.reason
@@ -148,8 +149,11 @@ def figure(study: StudySummary) -> ReportFigure | None:
             for law, style in zip(found.methods, drawing.sequence(len(found.methods)), strict=True):
                 _panel(axes, law, axis, found.axes, style)
             axes.set_xscale("log")
-        gained = ", gain over the base model" * (found.metric in of_study.GAINS)
-        panels[0].set_ylabel(f"{SPLITS[found.split]} {found.metric}{gained}\n({drawing.unit_of(found.metric)})")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+            axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0e}".replace("e+0", "e").replace("e+", "e"))
+            axes.xaxis.set_minor_locator(NullLocator())
+        measure = found.metric if found.metric not in of_study.GAINS else MEASURES[found.metric]
+        panels[0].set_ylabel(f"{SPLITS[found.split]} {measure}\n({drawing.unit_of(found.metric)})")
     for axes, axis in zip(rows[-1], of_all[-1].axes, strict=True):
         axes.set_xlabel(AXIS_NAMES[axis])
     drawing.add_legend(drawn)
