@@ -29,7 +29,7 @@ from ebft_study.report.drawing import ReportFigure
 
 laws_of_all = functools.lru_cache(maxsize=1)(of_study.laws_of_all)
 SIGNIFICANT = 0.05
-MEASURES = {"ce_loss": "CE", "cfm_loss": "gain in CFM", "judge_cfm_loss": "gain in judge CFM"}
+MEASURES = {"ce_loss": "CE", "cfm_loss": "gain in CFM", "judge_cfm_loss": "gain in judge\N{NO-BREAK SPACE}CFM"}
 SPLITS = {"heldout": "held-out", "validation": "validation"}
 AXIS_NAMES = {"parameters": "parameters", "tokens": "training tokens"}
 UNCLEAR = " (not clear)"
@@ -115,6 +115,10 @@ def _of_shared(shared: SharedLaw, found: StudyLaws) -> str:
         )
     else:
         parts.append(f"The points do not contradict one multiplier for each (p = {shared.p_value:.2g}).")
+    if shared.score and shared.score.covered < shared.score.n_scales / 2:
+        parts.append(
+            "The form misses most of what was held out, so neither multipliers nor test are to be trusted far."
+        )
     return " ".join(parts)
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from ebft_study.analysis.scaling.fits import Estimate
+from ebft_study.analysis.scaling.study import laws
 from ebft_study.analysis.summary import StudySummary, summarize
 from ebft_study.report import scaling
 from ebft_study.report.page import write
@@ -62,6 +64,17 @@ def test_rows_have_the_law_that_made_the_study_and_its_held_out_score(study: Stu
     for note in section.notes:
         assert "One law for all methods" in note
         assert "do not contradict one multiplier" in note
+
+
+def test_a_law_that_misses_what_was_held_out_is_not_to_be_trusted(study: StudySummary) -> None:
+    found = laws(study)
+    assert found is not None
+    assert found.shared is not None
+    assert found.shared.score is not None
+    for covered, is_missed in ((0, True), (found.shared.score.n_scales, False)):
+        score = replace(found.shared.score, covered=covered)
+        note = scaling._note(replace(found, shared=replace(found.shared, score=score)))
+        assert ("misses most of what was held out" in note) == is_missed
 
 
 def test_the_figure_has_every_point_and_the_laws(study: StudySummary) -> None:
