@@ -32,7 +32,7 @@ def test_the_ready_studies_are_these() -> None:
     assert {path.stem for path in RECIPES} >= {
         *("quickstart", "alpha_gamma", "samples_per_prompt", "feature_depths", "feature_network"),
         *("completion_length", "warm_start", "model_scale", "sft_baseline", "learning_rate_search"),
-        *("rlvr_baseline", "paper_table1"),
+        *("rlvr_baseline", "paper_table1", "scaling"),
     }
 
 
@@ -95,21 +95,32 @@ def qwen(n_layers: int, hidden: int, inner: int, heads: int, kv_heads: int, voca
 
 
 QWEN = {
+    "Qwen/Qwen2.5-0.5B": qwen(24, 896, 4864, 14, 2, 151936, True),
     "Qwen/Qwen2.5-1.5B": qwen(28, 1536, 8960, 12, 2, 151936, True),
     "Qwen/Qwen2.5-3B": qwen(36, 2048, 11008, 16, 2, 151936, True),
     "Qwen/Qwen2.5-7B": qwen(28, 3584, 18944, 28, 4, 152064, False),
+    "Qwen/Qwen2.5-14B": qwen(48, 5120, 13824, 40, 8, 152064, False),
 }
 """The published configurations."""
 
 
-def test_every_size_of_the_scaling_study_fits_the_gpus_that_it_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("recipe", "workers"),
+    [
+        ("model_scale", {"1.5B": 1, "3B": 2, "7B": 4}),
+        ("scaling", {"0.5B": 1, "1.5B": 1, "3B": 2, "7B": 4, "14B": 8}),
+    ],
+)
+def test_every_size_of_a_study_of_sizes_fits_the_gpus_that_it_asks_for(
+    recipe: str, workers: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(memory, "_shape", lambda name, _revision: QWEN[name])
-    spec = load_study(FOLDER / "model_scale.yaml", "cluster").spec
-    workers = dict[str, int]()
+    spec = load_study(FOLDER / f"{recipe}.yaml", "cluster").spec
+    found = dict[str, int]()
     for trial in trials.trials_of(spec, trials.enumerated(spec)):
-        workers[trial.run.model] = trial.resources.processes
+        found[trial.run.model] = trial.resources.processes
         plan = memory.plan_for(
             trial.run, "cuda", total_bytes=memory.LARGE_GPU_BYTES, world_size=trial.resources.processes
         )
         assert plan.peak_bytes <= plan.budget_bytes < memory.LARGE_GPU_BYTES, trial.label
-    assert workers == dict(zip(QWEN, (1, 2, 4), strict=True))
+    assert found == {f"Qwen/Qwen2.5-{size}": n for size, n in workers.items()}

@@ -325,7 +325,7 @@ class RunConfig(Section):
 
     name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     method: Literal["ebft", "sft", "rlvr"] = "ebft"
-    model: str = Field("tiny-1m", description="tiny-1m | tiny-4m | tiny-16m | mini-1m | a hub id | a local folder")
+    model: str = Field("tiny-1m", description="tiny-250k .. tiny-60m | mini-1m | a hub id | a local folder")
     model_revision: str | None = None
     seed: int = Field(0, ge=0)
     data: DataConfig = DataConfig()

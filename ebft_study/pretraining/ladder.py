@@ -62,9 +62,13 @@ class Recipe:
 LADDER = {
     recipe.name: recipe
     for recipe in (
+        Recipe("tiny-250k", hidden_size=64, n_layers=4, n_heads=2, intermediate_size=128, steps=480),
+        Recipe("tiny-500k", hidden_size=96, n_layers=4, n_heads=3, intermediate_size=192, steps=540),
         Recipe("tiny-1m", hidden_size=128, n_layers=4, n_heads=4, intermediate_size=384, steps=640),
+        Recipe("tiny-2m", hidden_size=192, n_layers=4, n_heads=6, intermediate_size=576, steps=760),
         Recipe("tiny-4m", hidden_size=256, n_layers=5, n_heads=4, intermediate_size=704, steps=900),
         Recipe("tiny-16m", hidden_size=512, n_layers=5, n_heads=8, intermediate_size=1408, steps=1200),
+        Recipe("tiny-60m", hidden_size=1024, n_layers=5, n_heads=16, intermediate_size=2816, steps=1640),
         Recipe(
             "mini-1m",
             hidden_size=128,

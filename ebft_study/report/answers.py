@@ -197,17 +197,20 @@ def scaling_laws(study: StudySummary) -> str:
     if section is None:
         return cannot("no method has two sizes or two amounts of data with finished trials")
     parts = [
-        f"{name}: no law, {score}." if values == text.NOTHING else f"{name}: {form} with {values}; {score}."
-        for name, _, form, values, score in section.rows
+        f"{name}, {measure}: no law, {score}."
+        if values == text.NOTHING
+        else f"{name}, {measure}: {form} with {values}; {score}."
+        for measure, name, _, form, values, score in section.rows
     ]
     parts += [
-        f"Whether {name} saves {amount} cannot be told: speedup over SFT {factor.removesuffix(scaling.UNCLEAR)}."
+        f"Whether {name} saves {amount} ({measure}) cannot be told: speedup over SFT "
+        f"{factor.removesuffix(scaling.UNCLEAR)}."
         if factor.endswith(scaling.UNCLEAR)
-        else f"The effective speedup of {name} over SFT in {amount} is {factor}."
-        for name, amount, factor, _ in section.speedups
+        else f"The effective speedup of {name} over SFT in {amount} ({measure}) is {factor}."
+        for measure, name, amount, factor, _ in section.speedups
     ]
     none = "" if section.speedups else "There is no speedup over SFT to tell, without laws of both methods over data."
-    return _joined([*parts, none, section.note])
+    return _joined([*parts, none, *section.notes])
 
 
 # --- 07: search and early stopping -----------------------------------------------------------------------------

@@ -38,8 +38,9 @@ def laws(study: StudySummary) -> list[pd.DataFrame]:
     section = scaling.section(study)
     if section is None:
         return []
-    fits = pd.DataFrame(section.rows, columns=["method", "points", "form", "parameters", "held out"])
-    speedups = pd.DataFrame(section.speedups, columns=["method", "amount", "effective speedup over SFT", "cost ratio"])
+    fits = pd.DataFrame(section.rows, columns=["loss", "method", "points", "form", "parameters", "held out"])
+    columns = ["loss", "method", "amount", "effective speedup over SFT", "cost ratio"]
+    speedups = pd.DataFrame(section.speedups, columns=columns)
     return [table for table in (fits, speedups) if len(table)]
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from ebft_study import text
 from ebft_study.analysis.methods import NAMES
@@ -22,12 +23,14 @@ from ebft_study.analysis.scaling.heldout import Extrapolation
 from ebft_study.analysis.scaling.levels import levels
 from ebft_study.analysis.scaling.study import MethodLaw, SharedLaw, StudyLaws
 from ebft_study.analysis.statistics import mean_interval
-from ebft_study.analysis.summary import StudySummary
+from ebft_study.analysis.summary import HELDOUT, StudySummary
 from ebft_study.report import drawing
 from ebft_study.report.drawing import ReportFigure
 
-laws = functools.lru_cache(maxsize=1)(of_study.laws)
+laws_of_all = functools.lru_cache(maxsize=1)(of_study.laws_of_all)
 SIGNIFICANT = 0.05
+MEASURES = {"ce_loss": "CE", "cfm_loss": "gain in CFM", "judge_cfm_loss": "gain in judge\N{NO-BREAK SPACE}CFM"}
+SPLITS = {"heldout": "held-out", "validation": "validation"}
 AXIS_NAMES = {"parameters": "parameters", "tokens": "training tokens"}
 UNCLEAR = " (not clear)"
 """The end of a factor whose interval holds 1."""
@@ -38,40 +41,45 @@ AMOUNT_NAMES = {"tokens": "data", "flops": "FLOPs", "seconds": "time"}
 class ScalingSection:
     """Rows as text: a law per method, and an effective speedup per method and amount."""
 
-    rows: list[tuple[str, str, str, str, str]]
-    """Method, scales and points, form, parameters, held-out score or the reason why there is no law."""
-    speedups: list[tuple[str, str, str, str]]
-    """Method, amount, factor, range of costs."""
-    note: str
+    rows: list[tuple[str, str, str, str, str, str]]
+    """Measure, method, scales and points, form, parameters, held-out score or the reason why there is no law."""
+    speedups: list[tuple[str, str, str, str, str]]
+    """Measure, method, amount, factor, range of costs."""
+    notes: list[str]
+    """On each measure."""
+    split: str
+    """Whose values the laws are of."""
 
 
 def section(study: StudySummary) -> ScalingSection | None:
-    """The laws of held-out cross-entropy; None for a study without an axis of scale."""
-    found = laws(study)
-    if found is None:
+    """The laws of every loss that compares over the study; None for a study without an axis of scale."""
+    of_all = laws_of_all(study)
+    if not of_all:
         return None
-    rows = [_row(law, found) for law in found.methods]
+    rows = [(MEASURES[found.metric], *_row(law, found)) for found in of_all for law in found.methods]
     speedups = [
         (
+            MEASURES[found.metric],
             NAMES.get(each.method, each.method),
             AMOUNT_NAMES[each.amount],
             f"{_estimate(each.factor)}{'' if each.is_clear else UNCLEAR}",
             text.NOTHING if each.amount == "tokens" else " to ".join(f"{ratio:.2f}" for ratio in each.ratios),
         )
+        for found in of_all
         for each in (found.shared.speedups if found.shared else ())
     ]
-    return ScalingSection(rows, speedups, _note(found))
+    notes = [f"{MEASURES[found.metric]}: {note}" for found in of_all if (note := _note(found))]
+    return ScalingSection(rows, speedups, notes, of_all[0].split)
 
 
 def _row(law: MethodLaw, found: StudyLaws) -> tuple[str, str, str, str, str]:
     scales = len(set(zip(*(levels(law.points[name]) for name in found.axes), strict=True)))
-    size = f"{scales} scales, {len(law.points)} trials"
+    size = f"{scales}\N{NO-BREAK SPACE}scales, {law.points['trial_id'].nunique()}\N{NO-BREAK SPACE}trials"
     name = NAMES.get(law.method, law.method)
     if law.fit is None:
         return name, size, "none", text.NOTHING, law.reason
-    values = ", ".join(
-        f"{parameter} {_estimate(law.fit.estimate(parameter))}" for parameter in law.fit.values if parameter not in "AB"
-    )
+    shown = [name for name in law.fit.values if name not in "AB" or not law.fit.form.is_log]
+    values = ", ".join(f"{name} {_estimate(law.fit.estimate(name))}" for name in shown)
     return name, size, law.fit.form.formula, values, _score(law.score, found)
 
 
@@ -107,6 +115,10 @@ def _of_shared(shared: SharedLaw, found: StudyLaws) -> str:
         )
     else:
         parts.append(f"The points do not contradict one multiplier for each (p = {shared.p_value:.2g}).")
+    if shared.score and shared.score.covered < shared.score.n_scales / 2:
+        parts.append(
+            "The form misses most of what was held out, so neither multipliers nor test are to be trusted far."
+        )
     return " ".join(parts)
 
 
@@ -129,23 +141,31 @@ def _number(value: float) -> str:
 
 
 def figure(study: StudySummary) -> ReportFigure | None:
-    """Held-out cross-entropy against each axis of scale, with the fitted laws."""
-    found = laws(study)
-    if found is None or not found.methods:
+    """Every loss that compares over the study against each axis of scale, with the fitted laws."""
+    of_all = [found for found in laws_of_all(study) if found.methods]
+    if not of_all:
         return None
-    drawn = Figure(figsize=(4.2 * len(found.axes) + 1.4, 3.4), layout="constrained")
-    panels = drawn.subplots(1, len(found.axes), squeeze=False, sharey=True)[0]
-    for axes, axis in zip(panels, found.axes, strict=True):
-        for law, style in zip(found.methods, drawing.sequence(len(found.methods)), strict=True):
-            _panel(axes, law, axis, found.axes, style)
-        axes.set_xscale("log")
+    n_columns = max(len(found.axes) for found in of_all)
+    drawn = Figure(figsize=(4.2 * n_columns + 1.4, 0.4 + 3.0 * len(of_all)), layout="constrained")
+    rows = drawn.subplots(len(of_all), n_columns, squeeze=False, sharex="col", sharey="row")
+    for panels, found in zip(rows, of_all, strict=True):
+        for axes, axis in zip(panels, found.axes, strict=True):
+            for law, style in zip(found.methods, drawing.sequence(len(found.methods)), strict=True):
+                _panel(axes, law, axis, found.axes, style)
+            axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+            axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0e}".replace("e+0", "e").replace("e+", "e"))
+            axes.xaxis.set_minor_locator(NullLocator())
+        measure = found.metric if found.metric not in of_study.GAINS else MEASURES[found.metric]
+        panels[0].set_ylabel(f"{SPLITS[found.split]} {measure}\n({drawing.unit_of(found.metric)})")
+    for axes, axis in zip(rows[-1], of_all[-1].axes, strict=True):
         axes.set_xlabel(AXIS_NAMES[axis])
-    panels[0].set_ylabel(f"held-out {found.metric}\n({drawing.unit_of(found.metric)})")
     drawing.add_legend(drawn)
-    others = " One line for each value of the other axis." * (len(found.axes) > 1)
+    moment = "at the end of training" if of_all[0].split == HELDOUT else "at every evaluation"
+    others = " One line for each value of the other axis." * (n_columns > 1)
     caption = (
-        f"Held-out {found.metric} at the end of training, means over seeds with 95 % intervals, and the law of each "
-        f"method where its points can tell one.{others} Solid is the range of the points."
+        f"Losses {moment}, means over seeds with 95 % intervals, and the law of each method where its points can tell "
+        f"one.{others} Solid is the range of the points."
     )
     return ReportFigure("scaling", "Scaling laws", caption, drawn)
 
@@ -169,5 +189,5 @@ def _line(axes: Axes, fit: Fit, line: pd.DataFrame, axis: str, others: list[str]
     """The law along an axis, at the mean of the other one; dashed for a factor of three beyond the points."""
     low, high = line[axis].min(), line[axis].max()
     for x, dashes in ((np.geomspace(low, high, 40), "-"), (np.geomspace(high, 3 * high, 10), (0, (3, 2)))):
-        table = pd.DataFrame({axis: x} | {name: line[name].mean() for name in others})
+        table = pd.DataFrame({axis: x} | {name: line[name].mean() for name in (*others, "start")})
         axes.plot(x, fit.predict(table), color=style.color, linestyle=dashes, linewidth=1.2)

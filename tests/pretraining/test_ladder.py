@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from transformers import AutoTokenizer
+import torch
+from transformers import AutoTokenizer, Qwen2ForCausalLM
 
 from ebft_study.config import DataConfig
 from ebft_study.data import Example, TextDataset, load_text
@@ -107,7 +108,11 @@ def test_a_trigram_model_refuses_too_little_text() -> None:
         TrigramModel(np.arange(3), 5)
 
 
-def test_the_tiny_models_of_this_machine_beat_the_trigram_model() -> None:
+TOO_SMALL = ("tiny-250k", "tiny-500k")
+"""Rungs that a trigram model beats."""
+
+
+def test_the_tiny_models_of_this_machine_beat_the_trigram_model_and_the_rung_below() -> None:
     """The models are those that earlier runs have pretrained; this test pretrains none."""
     folders = {}
     for name, recipe in LADDER.items():
@@ -116,9 +121,12 @@ def test_the_tiny_models_of_this_machine_beat_the_trigram_model() -> None:
     pretrained = [name for name, folder in folders.items() if (folder / "pretraining.json").exists()]
     if not pretrained:
         pytest.skip("no tiny model has been pretrained here")
-    for name in pretrained:
-        record = json.loads((ladder.ensure_tiny_model(name) / "pretraining.json").read_text())
-        assert record["perplexity"] < 0.95 * record["trigram_perplexity"], record
+    records = [json.loads((ladder.ensure_tiny_model(name) / "pretraining.json").read_text()) for name in pretrained]
+    for name, record in zip(pretrained, records, strict=True):
+        if name not in TOO_SMALL:
+            assert record["perplexity"] < 0.95 * record["trigram_perplexity"], record
+    rungs = [record["perplexity"] for name, record in zip(pretrained, records, strict=True) if name.startswith("tiny")]
+    assert rungs == sorted(rungs, reverse=True)
 
 
 def test_the_tokenizer_returns_every_text_unchanged() -> None:
@@ -135,8 +143,39 @@ def test_a_tokenizer_is_loaded_with_the_rules_that_it_was_trained_with(tmp_path:
     assert AutoTokenizer.from_pretrained(tmp_path).encode(text) == trained.encode(text)
 
 
+SIZES = {"250k": 0.28, "500k": 0.52, "1m": 1.05, "2m": 2.17, "4m": 4.22, "16m": 15.8, "60m": 61.1}
+"""Millions of parameters, the shared embedding counted once."""
+
+
 def test_recipes_name_their_models() -> None:
-    assert list(LADDER) == ["tiny-1m", "tiny-4m", "tiny-16m", "mini-1m"]
+    assert list(LADDER) == [*(f"tiny-{size}" for size in SIZES), "mini-1m"]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_ladder_climbs(size: str) -> None:
+    """Each rung is wider, at least as deep and trained for longer than the one below."""
+    with torch.device("meta"):
+        model = Qwen2ForCausalLM(ladder.architecture(LADDER[f"tiny-{size}"]))
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(SIZES[size], abs=0.05)
+    below = [LADDER[f"tiny-{other}"] for other in list(SIZES)[: list(SIZES).index(size)]][-1:]
+    for smaller in below:
+        recipe = LADDER[f"tiny-{size}"]
+        assert recipe.hidden_size > smaller.hidden_size
+        assert recipe.n_layers >= smaller.n_layers
+        assert recipe.steps > smaller.steps
+        assert (recipe.vocabulary_size, recipe.corpus) == (smaller.vocabulary_size, smaller.corpus)
+
+
+def test_recipes_of_earlier_versions_keep_their_digests() -> None:
+    """Another digest makes everyone pretrain again."""
+    corpus = TextDataset("tiny", False, {}, {}, "corpus")
+    known = {
+        "tiny-1m": "04ad4ae28ebd",
+        "tiny-4m": "b07d7d6754be",
+        "tiny-16m": "dfceafb8d96d",
+        "mini-1m": "b9d4f7c39865",
+    }
+    assert {name: recipe_digest(LADDER[name], corpus) for name in known} == known
 
 
 def test_a_change_of_recipe_or_corpus_makes_another_model(corpus: TextDataset) -> None:

@@ -68,7 +68,7 @@ def test_without_an_effect_nothing_is_told(tmp_path: Path) -> None:
     assert not re.search(r" is (lower|higher)", methods)
     assert len(re.findall("cannot be told apart", methods)) == 9
     scaling = answers.scaling_laws(made(notebooks.scaling(tmp_path / "s", speedup=1.0)))
-    assert "Whether EBFT saves data cannot be told: speedup over SFT" in scaling
+    assert "Whether EBFT saves data (CE) cannot be told: speedup over SFT" in scaling
     search = answers.search(made(notebooks.search(tmp_path / "r", equal(notebooks.OF_SEARCH))))
     assert "Of the 10 others 0 can be told to be worse" in search
     assert re.search(r"Whether (γ and lr|lr and γ) matter cannot be told", search)
@@ -142,7 +142,9 @@ def test_methods_without_a_benchmark_are_compared_on_the_losses(tmp_path: Path) 
 
 def test_the_speedup_is_that_which_made_the_study(tmp_path: Path) -> None:
     sentence = answers.scaling_laws(made(notebooks.scaling(tmp_path / "study")))
-    found = re.search(r"The effective speedup of EBFT over SFT in data is ([\d.]+) \(([\d.]+) to ([\d.]+)\)", sentence)
+    found = re.search(
+        r"The effective speedup of EBFT over SFT in data \(CE\) is ([\d.]+) \(([\d.]+) to ([\d.]+)\)", sentence
+    )
     assert found
     value, low, high = map(float, found.groups())
     assert low < notebooks.SPEEDUP < high
@@ -153,7 +155,7 @@ def test_the_speedup_is_that_which_made_the_study(tmp_path: Path) -> None:
         settings=lambda key: {"method": "sft", "batch_size": key},
         seeds=(0, 1),
     )
-    assert "SFT: no law, " in answers.scaling_laws(made(fewer))
+    assert "SFT, CE: no law, " in answers.scaling_laws(made(fewer))
 
 
 def test_the_search_names_the_setting_that_matters_and_what_was_saved(tmp_path: Path) -> None:

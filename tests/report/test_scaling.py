@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from ebft_study.analysis.scaling.fits import Estimate
+from ebft_study.analysis.scaling.study import laws
 from ebft_study.analysis.summary import StudySummary, summarize
 from ebft_study.report import scaling
 from ebft_study.report.page import write
@@ -36,31 +38,49 @@ def test_a_study_without_an_axis_of_scale_has_no_section(tmp_path: Path) -> None
 def test_rows_have_the_law_that_made_the_study_and_its_held_out_score(study: StudySummary) -> None:
     section = scaling.section(study)
     assert section is not None
-    assert [row[0] for row in section.rows] == ["EBFT", "SFT"]
-    for _, points, form, values, score in section.rows:
-        assert points == "6 scales, 12 trials"
+    measures = ("CE", "gain in CFM")
+    assert [row[:2] for row in section.rows] == [(m, name) for m in measures for name in ("EBFT", "SFT")]
+    exponents = {"CE": (r"(?:alpha|beta)", 0.5), "gain in CFM": ("B", 1.5)}
+    for measure, _, points, form, values, score in section.rows:
+        assert points.split() == ["6", "scales,", "12", "trials"]
         assert "tokens" in form
-        exponent = re.search(r"(?:alpha|beta) ([\d.]+) \(([\d.]+) to ([\d.]+)\)", values)
+        name, true = exponents[measure]
+        exponent = re.search(rf"{name} ([\d.]+) \(([\d.]+) to ([\d.]+)\)", values)
         assert exponent
         value, low, high = map(float, exponent.groups())
         assert low < value < high
-        assert low < 0.5 < high
+        assert low < true < high
+        assert ("A 0." in values) == (measure == "gain in CFM"), "an asymptote is a result, a coefficient is none"
         assert re.match(
             r"the last half of the data: error [\d.]+ % \(last value [\d.]+ %\), 90 % interval holds \d of 1", score
         )
-    factors = {(method, amount): (factor, ratios) for method, amount, factor, ratios in section.speedups}
-    assert re.match(r"(1\.9|2\.?0?)\d* \(", factors["EBFT", "data"][0])
-    assert factors["EBFT", "data"][1] == "–"
-    assert factors["EBFT", "FLOPs"][1] == "3.00 to 3.00"
-    assert re.match(r"0\.6\d* \(", factors["EBFT", "FLOPs"][0])
-    assert "One law for all methods" in section.note
-    assert "do not contradict one multiplier" in section.note
+    for measure in measures:
+        factors = {row[2]: row[3:] for row in section.speedups if row[:2] == (measure, "EBFT")}
+        assert re.match(r"(1\.9|2\.?0?)\d* \(", factors["data"][0])
+        assert factors["data"][1] == "–"
+        assert factors["FLOPs"][1] == "3.00 to 3.00"
+        assert re.match(r"0\.6\d* \(", factors["FLOPs"][0])
+    assert [note.partition(":")[0] for note in section.notes] == list(measures)
+    for note in section.notes:
+        assert "One law for all methods" in note
+        assert "do not contradict one multiplier" in note
+
+
+def test_a_law_that_misses_what_was_held_out_is_not_to_be_trusted(study: StudySummary) -> None:
+    found = laws(study)
+    assert found is not None
+    assert found.shared is not None
+    assert found.shared.score is not None
+    for covered, is_missed in ((0, True), (found.shared.score.n_scales, False)):
+        score = replace(found.shared.score, covered=covered)
+        note = scaling._note(replace(found, shared=replace(found.shared, score=score)))
+        assert ("misses most of what was held out" in note) == is_missed
 
 
 def test_the_figure_has_every_point_and_the_laws(study: StudySummary) -> None:
     figure = scaling.figure(study)
     assert figure is not None
-    (axes,) = figure.figure.axes
+    axes, _ = figure.figure.axes
     centers = {
         (round(float(line.get_xdata()[0])), round(float(line.get_ydata()[0]), 2))  # type: ignore[index]
         for line in axes.get_lines()

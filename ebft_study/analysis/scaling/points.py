@@ -72,7 +72,7 @@ def curve_points(
     by_trial = {str(trial): rows for trial, rows in evaluated.groupby("trial_id")}
     rows = []
     for c in chosen:
-        for trial in c.trials.dropna(subset=["seed"]).to_dict("records"):
+        for trial in c.trials.dropna(subset=["seed", "parameters"]).to_dict("records"):  # others have just begun
             curve = by_trial.get(str(trial["trial_id"]))
             if curve is None:
                 continue
