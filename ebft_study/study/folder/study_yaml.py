@@ -26,6 +26,8 @@ from ebft_study.study.spec import normalize
 from ebft_study.study.spec.study_spec import BudgetSpec, StudySpec
 
 NAME = "study.yaml"
+INPUTS = ("data", "models", "benchmarks")
+"""Parts of the provenance whose hashes say whether two sessions see the same."""
 PACKAGES = ("ebft-study", "torch", "ray", "transformers", "optuna", "tokenizers", "numpy", "pandas", "pyarrow")
 
 
@@ -63,8 +65,8 @@ def changed_inputs(folder: Location, provenance: Mapping[str, Any]) -> list[str]
     recorded = content(folder).get("provenance") or {}
     return [
         f"{kind} {name}: {then[key][:8]} -> {now[key][:8]}"
-        for kind, entries in provenance.items()
-        for name, now in entries.items()
+        for kind in INPUTS
+        for name, now in provenance.get(kind, {}).items()
         for then in [recorded.get(kind, {}).get(name, {})]
         for key in ("fingerprint", "files")
         if key in now and then.get(key, now[key]) != now[key]
