@@ -30,7 +30,8 @@ MANIFEST = ".compacted.json"
 MERGED_FROM = b"merged_from"
 """Key of a compacted file's metadata: the names of the files whose rows it holds, as JSON."""
 
-_DIGEST = re.compile(r"-([0-9a-f]{16})\.parquet")
+_DIGEST = re.compile(r"-(?:[0-9a-f]{8}|[0-9a-f]{16})-([0-9a-f]{16})\.parquet")
+"""The end of a name with a digest, after the token of its writer. Files of earlier versions have the token alone."""
 _KEYS = {
     "trials": ["trial_id"],
     "metrics": ["trial_id", "step"],

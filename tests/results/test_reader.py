@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import shutil
 from pathlib import Path
 
@@ -257,3 +258,20 @@ def test_a_compacted_file_that_is_gone_is_noticed(tmp_path: Path) -> None:
     (compacted.parent / ".compacted.json").write_text("{")
     read_table(tmp_path, "metrics", problems := [])
     assert "The next compaction writes it again" in problems[0]
+
+
+def test_files_of_versions_without_digests_are_read(tmp_path: Path) -> None:
+    """Their names end with a token alone; that of compacted files has as many digits as a digest."""
+    build_two_trials(tmp_path)
+    compact(tmp_path)
+    before = tables(tmp_path)
+    for path in (tmp_path / "results").glob("*/*-*.parquet"):
+        earlier = re.sub("-[0-9a-f]{16}[.]parquet$", ".parquet", path.name)
+        assert earlier != path.name or path.parent.name == "trials"
+        path.rename(path.with_name(earlier))
+    for path in (tmp_path / "results").glob("*/.compacted.json"):
+        path.unlink()
+    assert_same(before, tables(tmp_path))
+    problems: list[str] = []
+    read_table(tmp_path, "metrics", problems)
+    assert problems == []
