@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import io
 
-import matplotlib
 import pytest
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from ebft_study.report import drawing
 from ebft_study.terminal import Terminal, one_line, printable
 
 HOSTILE = "\x1b]0;title\x07\x1b[31m[red]x[/red] :smile: [/nothing] \u202eabc\x9b2J"
@@ -43,13 +41,3 @@ def test_one_line_is_printable_and_short() -> None:
     assert one_line("a\n\tb\x1b[0m") == "a b[0m"
     assert one_line("x" * 5000) == "x" * 1000 + " ... " + "x" * 1000
     assert printable("tab\tand\nline") == "tab\tand\nline"
-
-
-def test_labels_of_figures_are_no_formulas() -> None:
-    import matplotlib.pyplot as plt
-
-    with matplotlib.rc_context(drawing.RC):
-        figure = plt.figure()
-        figure.text(0, 0, "$\\frac{1}{$ of $x$")
-        figure.savefig(io.BytesIO())
-    plt.close(figure)

@@ -16,6 +16,8 @@ import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.ticker import LogFormatter
 
 from ebft_study import text
 from ebft_study.analysis.selection import comparable, ranked
@@ -49,7 +51,6 @@ LOG_RATIO = 30
 RC: dict[str, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
-    "text.parse_math": False,  # labels are users' texts
     "axes.titlesize": 10,
     "axes.titlelocation": "left",
     "axes.titleweight": "bold",
@@ -85,6 +86,19 @@ class ReportFigure:
     title: str
     caption: str
     figure: Figure
+
+    def __post_init__(self) -> None:
+        _without_formulas(self.figure)
+
+
+def _without_formulas(figure: Figure) -> None:
+    """Show users' texts as they are; only the powers of ten along logarithmic axes are formulas."""
+    for words in figure.findobj(Text):
+        words.set_parse_math(False)
+    for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
+        is_log = isinstance(axis.get_major_formatter(), LogFormatter)
+        for label in axis.get_ticklabels(which="both"):
+            label.set_parse_math(is_log)
 
 
 @dataclass(frozen=True)

@@ -310,3 +310,19 @@ def test_rlvr_is_among_the_curves_of_methods(tmp_path: Path) -> None:
     (report_figure,) = figures.draw(compared, figures.length_profile)
     labels = [text.get_text() for text in report_figure.figure.legends[0].get_texts()]
     assert sum("RLVR" in label for label in labels) == 1
+
+
+def test_texts_of_users_are_no_formulas_and_powers_of_ten_are() -> None:
+    """Half a formula would end the report."""
+    hostile = "$\\frac{1}{$ of $x"
+    figure = Figure()
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.plot([1e-4, 1e-2], [0, 1], label=hostile)
+    axes.set(xscale="log", xlabel=hostile, title=hostile)
+    axes.set_yticks([0, 1], [hostile, "b"])
+    axes.legend()
+    ReportFigure("x", "x", "x", figure)
+    figure.canvas.draw()
+    assert [label.get_parse_math() for label in axes.get_xticklabels()] == [True] * len(axes.get_xticklabels())
+    assert not any(words.get_parse_math() for words in (axes.title, axes.xaxis.label, *axes.get_yticklabels()))
