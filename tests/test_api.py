@@ -73,7 +73,7 @@ def test_a_study_runs_resumes_and_has_results(tmp_path: Path, monkeypatch: pytes
 def test_one_run_trains_from_a_mapping_or_from_settings(tmp_path: Path) -> None:
     config = tiny_config(tmp_path, name="tiny")
     settings = config.model_dump(mode="json", exclude_none=True)
-    result = ebft.train({**settings, "steps": 2}, ["learning_rate=1e-4"], output=tmp_path / "a", console=quiet())
+    result = ebft.train(settings, ["steps=2", "learning_rate=1e-4"], output=tmp_path / "a", console=quiet())
     assert (result.status, result.step) == ("finished", config.training.warm_start_steps + 2)
     trials = ebft.read_results(tmp_path / "a").trials
     assert trials["learning_rate"].tolist() == [1e-4]

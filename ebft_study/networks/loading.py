@@ -142,15 +142,18 @@ def source_of(name: str) -> str:
 
 
 def digest_of_files(name: str, *, revision: str | None = None) -> str:
-    """SHA-256 (hex) of the names and contents of a model's files: configuration, tokenizer, weights.
+    """What identifies a model's files without loading them: of a hub model the commit, whatever of it is cached here.
 
-    Weights are not loaded, so a model of any size takes a pass over its files and no memory.
+    Of a folder it is the SHA-256 (hex) of the names and contents of configuration, tokenizer and weights: a pass over
+    the files, and no memory.
 
     Raises:
         ModelError: nothing usable at `name`.
     """
     try:
         folder = Path(str(cached_file(source_of(name), CONFIG_NAME, revision=revision))).parent
+        if folder.parent.name == "snapshots":
+            return folder.name
         files = sorted(path for path in folder.iterdir() if path.suffix in FILES and path.name != RECORD)
         digest = hashlib.sha256()
         for path in files:

@@ -242,3 +242,21 @@ def test_a_model_in_16_bits_is_compared_in_float32_as_well(tmp_path: Path, monke
     loaded = load_model(str(write_model(tmp_path / "model")), dtype=torch.bfloat16)
     assert compared == [{torch.float32}, {torch.bfloat16}]
     assert {p.dtype for p in loaded.model.parameters()} == {torch.bfloat16}
+
+
+def test_a_hub_model_is_identified_by_its_commit_and_a_folder_by_its_content(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cluster's head may have a part of a hub model's files only, and another part in the next session."""
+    snapshot = write_model(tmp_path / "hub" / "snapshots" / ("c" * 40))
+    monkeypatch.setattr(loading, "cached_file", lambda *_, **__: str(snapshot / "config.json"))
+    before = loading.digest_of_files("some/model")
+    (snapshot / "model.safetensors").unlink()
+    assert loading.digest_of_files("some/model") == before == "c" * 40
+    monkeypatch.undo()
+    folder = write_model(tmp_path / "model")
+    before = loading.digest_of_files(str(folder))
+    (folder / "notes.md").write_text("not read by anyone")
+    assert loading.digest_of_files(str(folder)) == before
+    (folder / "model.safetensors").write_bytes(b"x")
+    assert loading.digest_of_files(str(folder)) != before

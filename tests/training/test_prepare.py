@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from ebft_study.errors import ConfigError, DataError
-from ebft_study.networks.loading import load_model
+from ebft_study.networks.loading import digest_of_files, load_model
 from ebft_study.paths import cache_folder
 from ebft_study.study.cluster.capacity import ClusterCapacity, Node
 from ebft_study.study.driver import runner
@@ -47,7 +47,8 @@ def test_trials_in_one_process_on_this_cpu_find_the_base_model_measured(tmp_path
     described = prepare([config])["models"][config.model]
     assert measured() == 1
     base = load_model(config.model)
-    assert described == {"parameters": base.n_parameters, "fingerprint": base.fingerprint}
+    files = digest_of_files(config.model)
+    assert described == {"parameters": base.n_parameters, "files": files, "fingerprint": base.fingerprint}
     run_tiny(config)
     assert measured() == 1
 
@@ -59,7 +60,7 @@ def test_other_trials_measure_it_themselves_and_nothing_reads_weights_here(tmp_p
     without_weights(tmp_path)
     prepared = prepare([config], workers=lambda _: workers)
     assert measured() == 0
-    assert prepared["models"] == {config.model: {"parameters": n_parameters}}
+    assert prepared["models"] == {config.model: {"parameters": n_parameters, "files": digest_of_files(config.model)}}
     assert next(iter(prepared["data"].values()))["sequences"]["train"] > 0
 
 

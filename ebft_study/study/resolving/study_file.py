@@ -80,7 +80,7 @@ def resolve(spec: StudySpec, source: StudySource, capacity: ClusterCapacity | No
 
 def _as_yaml(study: Mapping[str, Any]) -> str:
     try:
-        return yaml.safe_dump(dict(study))
+        return yaml.safe_dump(dict(study), sort_keys=False)
     except yaml.YAMLError as error:
         raise ConfigError(f"study: holds what no study file can ({one_line(error)}). Use plain values") from None
 
