@@ -249,6 +249,7 @@ def test_whole_answers_of_an_engine_train_a_run(folder: Path) -> None:
     assert {row["answer_tokens"] <= 6 for row in recorder.rows.values() if "answer_tokens" in row} == {True}
 
 
+@pytest.mark.slow
 def test_benchmarks_by_an_engine_change_nothing_that_is_learned(folder: Path) -> None:
     """Also where training samples from older weights; the base model's greedy answers are those found in process."""
     settings = {"learning_rate": 1e-2, "steps": 4, "sync_every_steps": 2, "max_policy_lag": 1, "engine_scope": "trial"}
