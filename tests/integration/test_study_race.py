@@ -26,6 +26,7 @@ resources: {workers_per_trial: 0}
 """
 
 
+@pytest.mark.slow
 def test_trials_take_turns_and_a_killed_race_goes_on(tmp_path: Path) -> None:
     folder = tmp_path / "studies" / "race"
     (tmp_path / "race.yaml").write_text(CONTENT)
