@@ -159,40 +159,49 @@ def _write(
                 with_start=with_start,
                 with_scores=with_scores,
             )
-        start = STARTED + datetime.timedelta(seconds=31.5 * number)
         trials.append(
             {
                 "trial_id": trial_id,
                 "label": f"{name} seed={seed}",
                 "configuration": name,
                 "named_baseline": "sft" if key is None else None,
-                "attempt": 0,
                 "status": status,
-                "stop_reason": "loss became nan at step 20; lower learning_rate" if status == "stopped" else None,
-                "error": "RuntimeError: worker died" if status == "failed" else None,
-                "hyperparameters": config.flatten(run),
-                "started_at": start,
-                "finished_at": start + datetime.timedelta(seconds=30) if status not in NOT_BEGUN else None,
                 "startup_seconds": 6.2 + random.random(),
-                "total_seconds": 30.0,
-                "train_seconds": 23.0,
-                "steps_done": done,
                 "steps_saved": run.total_steps - done if with_savings and status == "stopped" else None,
-                "sequences_seen": done * run.training.batch_size,
-                "tokens_seen": done * run.training.batch_size * run.data.sequence_length,
-                "peak_memory_bytes": 1_150_000_000,
-                **(cost_at(run, done) | {"sampled_tokens": int(cost_at(run, done)["sampled_tokens"])}),
                 "parameters": parameters.get(run.model, 1_050_000),
-                "trainable_parameters": 1_050_000,
-                "feature_parameters": 820_000,
-                "gpu_seconds": 0.0,
-                "host": "laptop",
+                **_trial_row(run, number, status, done),
             }
         )
         if status == "failed":
             study.event("failed", "RuntimeError: worker died", trial_id=trial_id, attempt=0)
     study.trials(trials)
     return folder
+
+
+def _trial_row(run: config.RunConfig, number: int, status: str, done: int) -> dict[str, Any]:
+    """The columns of `trials` that follow from a trial's run, its place in the study and its end."""
+    start = STARTED + datetime.timedelta(seconds=31.5 * number)
+    cost = cost_at(run, done)
+    return {
+        "attempt": 0,
+        "stop_reason": "loss became nan at step 20; lower learning_rate" if status == "stopped" else None,
+        "error": "RuntimeError: worker died" if status == "failed" else None,
+        "hyperparameters": config.flatten(run),
+        "started_at": start,
+        "finished_at": start + datetime.timedelta(seconds=30) if status not in NOT_BEGUN else None,
+        "total_seconds": 30.0,
+        "train_seconds": 23.0,
+        "steps_done": done,
+        "sequences_seen": done * run.training.batch_size,
+        "tokens_seen": done * run.training.batch_size * run.data.sequence_length,
+        "peak_memory_bytes": 1_150_000_000,
+        **cost,
+        "sampled_tokens": int(cost["sampled_tokens"]),
+        "trainable_parameters": 1_050_000,
+        "feature_parameters": 820_000,
+        "gpu_seconds": 0.0,
+        "host": "laptop",
+    }
 
 
 def _record(

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
@@ -30,7 +29,7 @@ from ebft_study import text
 from ebft_study.analysis import methods, paper
 from ebft_study.analysis.configuration import BySeed, Configuration
 from ebft_study.analysis.methods import Column, Method
-from ebft_study.analysis.statistics import Interval, mean_interval, pooled
+from ebft_study.analysis.statistics import Interval, pooled
 from ebft_study.analysis.summary import StudySummary
 from ebft_study.results import METRICS
 
@@ -70,8 +69,7 @@ class Quantity:
 
     def gap(self, one: str, other: str) -> Interval:
         """The study's difference of two methods, paired by seed."""
-        pair = self.methods[one], self.methods[other]
-        return mean_interval(pair[0].minus(pair[1], self.column).values(), dependent=any(m.is_choice for m in pair))
+        return self.methods[one].gap(self.methods[other], self.column)
 
     def published_order(self) -> list[str]:
         """Methods by the paper, the best first."""
@@ -91,13 +89,10 @@ class Quantity:
 
     def rank_agreement(self) -> float:
         """Kendall's tau-b between the paper's values and the study's means: 1 for one order, -1 for opposite ones."""
-        pairs = itertools.combinations(self.methods, 2)
-        signs = [
-            (_sign(self.published[a] - self.published[b]), _sign(self.level(a).mean - self.level(b).mean))
-            for a, b in pairs
-        ]
-        untied = math.prod(sum(each[side] != 0 for each in signs) for side in (0, 1))
-        return sum(ours * theirs for ours, theirs in signs) / math.sqrt(untied) if untied else math.nan
+        from scipy.stats import kendalltau  # takes half a second to import
+
+        names = list(self.methods)
+        return float(kendalltau([self.published[n] for n in names], [self.level(n).mean for n in names]).statistic)
 
 
 @dataclass(frozen=True)
@@ -258,7 +253,3 @@ def deviations(each: Beside) -> list[str]:
 
 def _order(values: Mapping[str, float], is_better_below: bool) -> list[str]:
     return sorted(values, key=lambda name: values[name] if is_better_below else -values[name])
-
-
-def _sign(value: float) -> int:
-    return (value > 0) - (value < 0)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from ebft_study.analysis.configuration import BySeed, Configuration, Map, grouped
 from ebft_study.analysis.settings import sort_key
-from ebft_study.analysis.statistics import Interval, averaged, mean_interval
+from ebft_study.analysis.statistics import Interval, mean_interval, mean_value
 from ebft_study.analysis.summary import StudySummary
 
 FEATURES = ("feature_network", "random_weights", "depths", "pooling", "normalize", "whitening")
@@ -83,6 +83,6 @@ def _differences(
     values = [[c.final.get((metric, None), {}) for c in pair] for pair in comparable]
     measured = [(left, right) for left, right in values if left.keys() & right.keys()]
     shared = set.intersection(*(left.keys() & right.keys() for left, right in measured)) if measured else set()
-    return {seed: averaged([left[seed] - right[seed] for left, right in measured]) for seed in sorted(shared)}, len(
+    return {seed: mean_value([left[seed] - right[seed] for left, right in measured]) for seed in sorted(shared)}, len(
         measured
     )

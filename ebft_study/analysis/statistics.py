@@ -76,13 +76,9 @@ def pooled(values: Sequence[float]) -> float:
     return Score(mean, range(len(counts)), counts, np.concatenate([score.values for score in scores]))
 
 
-def averaged(values: Sequence[float]) -> float:
+def mean_value(values: Sequence[float]) -> float:
     """The mean of values of one seed; a `Score` where all are known for the same sequences."""
-    mean = float(np.mean([float(value) for value in values]))
-    scores = [value for value in values if isinstance(value, Score)]
-    if not scores or not is_paired(values):
-        return mean
-    return Score(mean, scores[0].sequences, scores[0].counts, np.mean([score.values for score in scores], axis=0))
+    return _over_seeds(values) if is_paired(values) else float(np.mean([float(value) for value in values]))
 
 
 def _sequence_error(counts: np.ndarray, values: np.ndarray) -> float:
@@ -198,10 +194,9 @@ def mean_interval(values: Iterable[float], *, dependent: bool = False) -> Interv
     error = float(sample.std(ddof=1) / (1 if dependent else math.sqrt(n)))
     if not is_paired(finite):
         return Interval(mean, error, n)
-    scores = [value for value in finite if isinstance(value, Score)]
-    over_seeds = np.mean([score.values for score in scores], axis=0)
-    counts = scores[0].counts
-    return Interval(mean, error, n, _sequence_error(counts, over_seeds), len(counts) if len(counts) > 1 else 0)
+    over_seeds = _over_seeds(finite)
+    sequences = len(over_seeds.counts)
+    return Interval(mean, error, n, over_seeds.standard_error, sequences if sequences > 1 else 0)
 
 
 def t_quantile(p: float, degrees: float) -> float:
@@ -307,11 +302,6 @@ def _over_seeds(values: Sequence[float]) -> Score:
     scores = [value for value in values if isinstance(value, Score)]
     over_seeds = np.mean([score.values for score in scores], axis=0)
     return Score(float(np.mean(scores)), scores[0].sequences, scores[0].counts, over_seeds)
-
-
-def mean_value(values: Sequence[float]) -> float:
-    """The mean of values, known by sequence where all of them are."""
-    return _over_seeds(values) if is_paired(values) else float(np.mean(values))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -133,10 +133,7 @@ def parse_override(item: str) -> tuple[str, Any]:
     key, separator, value = item.partition("=")
     if not separator or not key:
         raise ConfigError(f"command line: {item!r} is not an override. Write key=value, for example alpha=0.5")
-    try:
-        return key.strip(), as_number(parse_yaml(value, source=""))
-    except ConfigError as error:
-        raise ConfigError(f"command line: {item!r}: the value{str(error)[1:]}") from None
+    return key.strip(), as_number(parse_yaml(value, source=f"command line: {item!r}: the value"))
 
 
 def parse(model: type[SectionT], settings: dict[str, Any], *, source: str) -> SectionT:

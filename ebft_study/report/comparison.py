@@ -11,7 +11,6 @@ from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from ebft_study import text
 from ebft_study.analysis import usage
@@ -160,22 +159,15 @@ def differences_figure(comparison: Comparison) -> ReportFigure:
     figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
     for axes, metric in zip(panels, metrics, strict=True):
-        axes.axvline(0, color=drawing.BASE_COLOR, linestyle="--", linewidth=1.2)
+        at = f", {comparison.length} tokens" if metric == "cfm_loss" else ""
+        label = f"minus {comparison.reference} ({drawing.unit_of(metric)})"
+        drawing.interval_panel(axes, 0, title=f"Held-out {NAMES.get(metric, metric)}{at}", label=label)
         for each in comparison.differences:
             if each.metric != metric or each.label not in shown:
                 continue
             y = shown.index(each.label) + 0.5 * (studies.index(each.study) + 0.5) / len(studies) - 0.25
-            style, interval = styles[each.study], each.interval
-            if not math.isnan(interval.half_width):
-                axes.plot([interval.low, interval.high], [y, y], color=style.color, linewidth=2)
-            axes.plot(interval.mean, y, style.marker, color=style.color, markersize=5.5, label=each.study)
-        at = f", {comparison.length} tokens" if metric == "cfm_loss" else ""
-        axes.set_title(f"Held-out {NAMES.get(metric, metric)}{at}")
-        axes.set_xlabel(f"minus {comparison.reference} ({drawing.unit_of(metric)})")
-        axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
-        axes.grid(axis="y", visible=False)
-    panels[0].set_yticks(range(len(shown)), shown)
-    panels[0].set_ylim(len(shown) - 0.4, -0.6)
+            drawing.interval_row(axes, y, each.interval, styles[each.study], label=each.study)
+    drawing.row_labels(panels[0], shown)
     if len(studies) > 1:
         drawing.add_legend(figure)
     omitted = f" The first {MAX_ROWS} configurations are drawn." if len(labels) > len(shown) else ""

@@ -7,6 +7,7 @@ two settings span a grid, the first chooses the hue and the second the lightness
 from __future__ import annotations
 
 import itertools
+import math
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,11 +18,12 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
-from matplotlib.ticker import LogFormatter
+from matplotlib.ticker import LogFormatter, MaxNLocator
 
 from ebft_study import text
 from ebft_study.analysis.selection import comparable, ranked
 from ebft_study.analysis.settings import is_number, sort_key
+from ebft_study.analysis.statistics import Interval
 from ebft_study.analysis.summary import MAX_GROUPS, Configuration, StudySummary
 from ebft_study.results import METRICS
 
@@ -159,6 +161,30 @@ def wrapped(label: str) -> str:
 def base_line(axes: Axes, value: float = 0.0) -> None:
     """Draw a horizontal line at the base model's value."""
     axes.axhline(value, color=BASE_COLOR, linestyle="--", linewidth=1.2, zorder=1, label=BASE_LABEL)
+
+
+def interval_panel(axes: Axes, reference: float, *, title: str, label: str, ticks: int = 5) -> None:
+    """Prepare a panel of horizontal intervals, with a dashed line at `reference` unless it is NaN."""
+    if math.isfinite(reference):
+        axes.axvline(reference, color=BASE_COLOR, linestyle="--", linewidth=1.2)
+    axes.set_title(title)
+    axes.set_xlabel(label)
+    axes.xaxis.set_major_locator(MaxNLocator(ticks, steps=[1, 2, 2.5, 5, 10]))
+    axes.grid(axis="y", visible=False)
+
+
+def interval_row(axes: Axes, y: float, interval: Interval, style: Style, **marker: Any) -> None:
+    """Draw a mean with its interval, where there is one, in a panel of intervals."""
+    if math.isfinite(interval.half_width):
+        axes.plot([interval.low, interval.high], [y, y], color=style.color, linewidth=2)
+    if interval.n:
+        axes.plot(interval.mean, y, style.marker, **{"color": style.color, "markersize": 5.5, **marker})
+
+
+def row_labels(axes: Axes, labels: Sequence[str]) -> None:
+    """Name the rows of a panel of intervals, the first on top."""
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set_ylim(len(labels) - 0.4, -0.6)
 
 
 def compared_configurations(study: StudySummary) -> list[tuple[str, Configuration]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from ebft_study import text
 from ebft_study.analysis.configuration import Map
@@ -29,17 +28,13 @@ def figure(study: StudySummary) -> ReportFigure | None:
     drawn = Figure(figsize=(8.4, 1.35 + 0.3 * len(shown)), layout="constrained")
     panels = drawn.subplots(1, len(metrics), squeeze=False, sharey=True)[0]
     for axes, metric in zip(panels, metrics, strict=True):
-        axes.axvline(0, color=drawing.BASE_COLOR, linestyle="--", linewidth=1.2)
+        at = f", {study.length} tokens" if metric == "cfm_loss" else ""
+        label = f"difference\n({drawing.unit_of(metric)})"
+        drawing.interval_panel(axes, 0, title=f"Held-out {NAMES[metric]}{at}", label=label, ticks=4)
         for y, (settings, reference) in enumerate(shown):
             if each := found.get((settings, reference, metric)):
                 _row(axes, y, each)
-        at = f", {study.length} tokens" if metric == "cfm_loss" else ""
-        axes.set_title(f"Held-out {NAMES[metric]}{at}")
-        axes.set_xlabel(f"difference\n({drawing.unit_of(metric)})")
-        axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
-        axes.grid(axis="y", visible=False)
-    panels[0].set_yticks(range(len(shown)), [f"{named(a)}, not {named(b)}" for a, b in shown])
-    panels[0].set_ylim(len(shown) - 0.4, -0.6)
+    drawing.row_labels(panels[0], [f"{named(a)}, not {named(b)}" for a, b in shown])
     caption = (
         "Held-out value with one value of a setting minus that with another, all other settings equal: means over the "
         "configurations that differ in it alone, paired by seed, with 95 % intervals. Left of the dashed line is "

@@ -15,7 +15,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import matplotlib
 import pandas as pd
 from markdown_it import MarkdownIt
@@ -24,6 +23,7 @@ from markupsafe import Markup
 from ebft_study import text
 from ebft_study.errors import ResultsError
 from ebft_study.report.drawing import RC, ReportFigure
+from ebft_study.report.templates import template
 from ebft_study.results import find_study
 from ebft_study.storage import Location, absolute
 
@@ -121,9 +121,6 @@ def answer(node: Any) -> str:
 def page(node: Any, title: str) -> str:
     """An executed notebook as an HTML file: outputs open, code folded."""
     markdown = MarkdownIt("commonmark", {"html": False}).enable("table")
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
     cells = [
         {
             "text": Markup(markdown.render(cell.source)) if cell.cell_type == "markdown" else None,
@@ -132,7 +129,7 @@ def page(node: Any, title: str) -> str:
         }
         for cell in node.cells
     ]
-    return environment.get_template(TEMPLATE).render(title=title, cells=cells)
+    return template(TEMPLATE).render(title=title, cells=cells)
 
 
 def _output(output: Any, markdown: MarkdownIt) -> Markup:

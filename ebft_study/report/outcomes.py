@@ -13,7 +13,6 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from ebft_study import text
 from ebft_study.analysis import pareto
@@ -41,15 +40,11 @@ def differences(study: StudySummary) -> ReportFigure | None:
     figure = Figure(figsize=(8.4, 1.3 + 0.3 * len(shown)), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for axes, metric in zip(panels, drawing.TITLES, strict=True):
-        axes.axvline(0, color=drawing.BASE_COLOR, linestyle="--", linewidth=1.2)
+        label = f"difference to base model ({drawing.unit_of(metric)})"
+        drawing.interval_panel(axes, 0, title=drawing.panel_title(study, metric), label=label)
         for y, configuration in enumerate(shown):
             _difference_row(axes, y, configuration, metric, styles[configuration.name])
-        axes.set_title(drawing.panel_title(study, metric))
-        axes.set_xlabel(f"difference to base model ({drawing.unit_of(metric)})")
-        axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
-        axes.grid(axis="y", visible=False)
-    panels[0].set_yticks(range(len(shown)), [c.label for c in shown])
-    panels[0].set_ylim(len(shown) - 0.4, -0.6)
+    drawing.row_labels(panels[0], [c.label for c in shown])
     caption = (
         "Mean over seeds of the held-out value after training minus the base model's, with the 95 % interval over "
         "seeds; the small dots below it are single seeds. Left of the dashed line is better than the base model."
@@ -66,11 +61,7 @@ def _difference_row(axes: Axes, y: int, configuration: Configuration, metric: st
     final, base = (values.get((metric, None), {}) for values in (configuration.final, configuration.base))
     singles = [final[seed] - base[seed] for seed in final if seed in base]
     axes.plot(singles, [y + 0.26] * len(singles), ".", color=style.color, alpha=0.6, markersize=4, markeredgewidth=0)
-    change = configuration.change(metric)
-    if change.n > 1:
-        axes.plot([change.low, change.high], [y, y], color=style.color, linewidth=2)
-    if change.n:
-        axes.plot(change.mean, y, style.marker, color=style.color, markersize=5.5)
+    drawing.interval_row(axes, y, configuration.change(metric), style)
 
 
 # --- a grid of two settings ------------------------------------------------------------------------------------

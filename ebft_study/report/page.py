@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import matplotlib
 from markupsafe import Markup
 
@@ -21,6 +20,7 @@ from ebft_study.report import collected, content, facts, methods, paper, scaling
 from ebft_study.report.claims import judge
 from ebft_study.report.drawing import ReportFigure
 from ebft_study.report.figures import draw_all
+from ebft_study.report.templates import template
 from ebft_study.results import load
 from ebft_study.storage import StoragePath
 
@@ -83,23 +83,16 @@ def write(study_folder: StoragePath, *, written: str | None = None) -> Path | St
 
 
 def render(
-    template: str, figures: Sequence[ReportFigure], svgs: Mapping[str, str], *, written: str | None = None, **rows: Any
+    name: str, figures: Sequence[ReportFigure], svgs: Mapping[str, str], *, written: str | None = None, **rows: Any
 ) -> str:
-    """A page from its template, with its figures inline.
+    """A page from the template `name`, with its figures inline.
 
     Args:
         svgs: of the figures, by name.
         written: the date of the page; default: now.
         rows: what else the template names.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    return environment.get_template(template).render(
+    return template(name).render(
         text=text,
         figures=figures,
         svgs={name: Markup(_inline(svg, name)) for name, svg in svgs.items()},

@@ -22,13 +22,12 @@ from ebft_study.analysis.scaling.fits import Estimate, Fit
 from ebft_study.analysis.scaling.heldout import Extrapolation
 from ebft_study.analysis.scaling.levels import levels
 from ebft_study.analysis.scaling.study import MethodLaw, SharedLaw, StudyLaws
-from ebft_study.analysis.statistics import mean_interval
+from ebft_study.analysis.statistics import CONFIDENCE, mean_interval
 from ebft_study.analysis.summary import HELDOUT, StudySummary
 from ebft_study.report import drawing
 from ebft_study.report.drawing import ReportFigure
 
 laws_of_all = functools.lru_cache(maxsize=1)(of_study.laws_of_all)
-SIGNIFICANT = 0.05
 MEASURES = {"ce_loss": "CE", "cfm_loss": "gain in CFM", "judge_cfm_loss": "gain in judge\N{NO-BREAK SPACE}CFM"}
 SPLITS = {"heldout": "held-out", "validation": "validation"}
 AXIS_NAMES = {"parameters": "parameters", "tokens": "training tokens"}
@@ -109,7 +108,7 @@ def _of_shared(shared: SharedLaw, found: StudyLaws) -> str:
     parts = [f"One law for all methods, with a multiplier of data for each: {_score(shared.score, found)}."]
     if math.isnan(shared.p_value):
         parts.append("Too few points test whether one multiplier is enough.")
-    elif shared.p_value < SIGNIFICANT:
+    elif shared.p_value < 1 - CONFIDENCE:
         parts.append(
             f"But the methods differ by more than a multiplier (p = {shared.p_value:.2g}): no one factor compares them."
         )

@@ -6,7 +6,6 @@ import math
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from ebft_study.analysis.methods import BASE, ORDER, WARM_START, Column, Task, tasks
 from ebft_study.analysis.summary import StudySummary
@@ -34,7 +33,7 @@ def figure(study: StudySummary) -> ReportFigure | None:
             axes.set_visible(False)
         for axes, column in zip(row, columns, strict=False):
             _panel(axes, task, column)
-            axes.set_yticks(range(len(task.methods)), list(task.methods) if axes is row[0] else [])
+            drawing.row_labels(axes, list(task.methods) if axes is row[0] else [""] * len(task.methods))
     left_out = sum(len(task.columns) - len(columns) for task, columns in zip(all_tasks, shown, strict=True))
     caption = (
         "Held-out losses and scores after training: means over seeds with 95 % intervals; the dashed line is the base "
@@ -49,18 +48,9 @@ def figure(study: StudySummary) -> ReportFigure | None:
 def _panel(axes: Axes, task: Task, column: Column) -> None:
     styles = dict(zip(ORDER[2:], drawing.sequence(len(ORDER) - 2), strict=True))
     base = task.methods[BASE].mean(column).mean if BASE in task.methods else math.nan
-    if math.isfinite(base):
-        axes.axvline(base, color=drawing.BASE_COLOR, linestyle="--", linewidth=1.1)
-    for y, (name, method) in enumerate(task.methods.items()):
-        level = method.mean(column)
-        color = drawing.BASE_COLOR if name in (BASE, WARM_START) else styles.get(name, drawing.Style(drawing.INK)).color
-        if level.n > 1:
-            axes.plot([level.low, level.high], [y, y], color=color, linewidth=1.8)
-        if level.n:
-            axes.plot(level.mean, y, "o", color=color, markersize=5)
-    axes.set_ylim(len(task.methods) - 0.4, -0.6)
-    axes.set_title(column_name(column).replace(": ", ":\n"))
     unit = drawing.unit_of(column.metric)
-    axes.set_xlabel("score" if unit == column.metric else unit)
-    axes.xaxis.set_major_locator(MaxNLocator(3))
-    axes.grid(axis="y", visible=False)
+    label = "score" if unit == column.metric else unit
+    drawing.interval_panel(axes, base, title=column_name(column).replace(": ", ":\n"), label=label, ticks=3)
+    for y, (name, method) in enumerate(task.methods.items()):
+        color = drawing.BASE_COLOR if name in (BASE, WARM_START) else styles.get(name, drawing.Style(drawing.INK)).color
+        drawing.interval_row(axes, y, method.mean(column), drawing.Style(color))

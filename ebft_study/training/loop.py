@@ -67,10 +67,10 @@ def train(
             startup_seconds = time.perf_counter() - started
         while run.step < config.total_steps:
             run.update()
-            while run.notices:
-                notice = run.notices.pop(0)
-                if recorder:
+            if recorder:
+                for notice in run.notices:
                     recorder.event("memory", notice, step=run.step)
+            run.notices.clear()
             observe(run, recorder, on_report)
         finish(run, recorder)
     except (NonFiniteError, ParityError) as error:

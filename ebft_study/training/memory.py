@@ -126,14 +126,12 @@ def smaller(config: RunConfig, device: str, plan: MemoryPlan) -> MemoryPlan | No
 
     None where they have one of each.
     """
-    halves = -(-plan.micro_batch_size // 2), -(-plan.anchors_at_once // 2)
-    if plan.micro_batch_size > 1:
-        passes = {"micro_batch_size": halves[0], "anchors_at_once": plan.anchors_at_once}
-    elif plan.anchors_at_once > 1:
-        passes = {"micro_batch_size": 1, "anchors_at_once": halves[1]}
-    else:
+    names = ("micro_batch_size", "anchors_at_once", "activation_checkpointing")
+    changes = {name: getattr(plan, name) for name in names}
+    name = next((name for name in names[:2] if changes[name] > 1), None)
+    if name is None:
         return None
-    changes = {**passes, "activation_checkpointing": plan.activation_checkpointing}
+    changes[name] = math.ceil(changes[name] / 2)
     changed = config.model_copy(update={"training": config.training.model_copy(update=changes)})
     return replace(fit_memory(changed, device, world_size=1, budget_bytes=math.inf), budget_bytes=plan.budget_bytes)
 

@@ -21,6 +21,7 @@ from ebft_study.errors import ConfigError
 from ebft_study.evaluation.base import CONTEXTS, VERIFIER_LIMITS
 from ebft_study.networks.loading import base_dtype, digest_of_files, read_config, source_of
 from ebft_study.paths import cache_folder
+from ebft_study.pretraining import ladder
 from ebft_study.training import Workers, downstream
 from ebft_study.training.inputs import Inputs, read_inputs
 from ebft_study.training.memory import free_memory, plan_for, plan_micro_batches, total_memory
@@ -151,7 +152,7 @@ def _describe_model(name: str, revision: str | None) -> dict[str, Any]:
     model = read_config(name, revision=revision)
     described: dict[str, Any] = {"parameters": ModelShape.from_config(model).n_parameters}
     described["files"] = digest_of_files(name, revision=revision)
-    record = cache_folder() / "models" / Path(source_of(name)).name / "pretraining.json"
+    record = cache_folder() / "models" / Path(source_of(name)).name / ladder.RECORD
     if record.exists():
         pretraining = json.loads(record.read_text())
         described |= {key: pretraining[key] for key in ("perplexity", "trigram_perplexity", "train_tokens")}

@@ -12,7 +12,7 @@ import pytest
 from ebft_study.analysis.curves import frame_of, score_series, series, spread
 from ebft_study.analysis.effects import effects, feature_settings, left_out, subjects
 from ebft_study.analysis.lengths import against_sft
-from ebft_study.analysis.statistics import Score, averaged
+from ebft_study.analysis.statistics import Score, mean_value
 from ebft_study.analysis.summary import StudySummary, summarize
 from ebft_study.results import load
 from tests import notebooks
@@ -77,11 +77,11 @@ def test_settings_that_never_vary_alone_have_no_effect(tmp_path: Path) -> None:
 
 def test_a_mean_of_scores_keeps_their_sequences() -> None:
     left, right = (Score(value, (0, 1), [3, 1], [value - 0.5, value + 1.5]) for value in (1.0, 2.0))
-    both = averaged([left, right])
+    both = mean_value([left, right])
     assert isinstance(both, Score)
     assert both == 1.5
     assert both.values.tolist() == [1.0, 3.0]
-    assert not isinstance(averaged([left, 2.0]), Score)
+    assert not isinstance(mean_value([left, 2.0]), Score)
 
 
 def test_curves_are_of_finished_trials_and_the_others_apart(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def run_single(run: RunConfig, source: StudySource, *, folder: Path, resume: boo
         alone = ResourcesSpec()
         check_shared_memory([run], plan_services([run], alone, concurrency=1), alone, concurrency=1)
     provenance = prepare([run], workers=lambda _: workers)
-    if changed := study_yaml.changed_inputs(folder, provenance) if (folder / study_yaml.NAME).exists() else []:
+    if changed := study_yaml.changed_inputs(folder, provenance):
         raise ResultsError(f"{folder}: {'; '.join(changed)}: the run began with others. Use another --output")
     folder.mkdir(parents=True, exist_ok=True)
     study_yaml.write(folder, spec, source, provenance=provenance)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,7 +77,7 @@ def prune(
     """
     every = _checkpoints(study_folder, trial_id)
     current = {saved.step: saved for saved in every if saved.attempt >= since}  # of one step, the later attempt's
-    values = {step: saved.metrics.get(objective.metric, math.nan) for step, saved in current.items()}
+    values = _values(current, objective)
     keep = checkpoint.to_keep(
         values,
         newest=config.keep_checkpoints,
@@ -88,16 +89,12 @@ def prune(
     earlier = sorted((saved for saved in every if saved.attempt < since), key=lambda saved: saved.attempt)
     kept = {current[step].path for step in keep} | {saved.path for saved in earlier[-config.keep_checkpoints :]}
     in_parallel(_remove, [saved.path for saved in every if saved.path not in kept])
-    left = checkpoint.ranked({step: values[step] for step in keep}, objective.mode)
-    return current[left[0]].below_study if left else None
+    return _best({step: current[step] for step in keep}, objective)
 
 
 def best(study_folder: Location, trial_id: str, objective: ObjectiveSpec, *, since: int = 0) -> str | None:
     """The best checkpoint that a trial has, as `prune` returns it; removes nothing."""
-    current = {saved.step: saved for saved in _checkpoints(study_folder, trial_id, since)}
-    values = {step: saved.metrics.get(objective.metric, math.nan) for step, saved in current.items()}
-    ranked = checkpoint.ranked(values, objective.mode)
-    return current[ranked[0]].below_study if ranked else None
+    return _best({saved.step: saved for saved in _checkpoints(study_folder, trial_id, since)}, objective)
 
 
 def checkpoint_name(step: int) -> str:
@@ -119,6 +116,15 @@ class _Checkpoint:
     @property
     def below_study(self) -> str:
         return f"train/{self.path.parent.name}/{self.path.name}"
+
+
+def _values(by_step: Mapping[int, _Checkpoint], objective: ObjectiveSpec) -> dict[int, float]:
+    return {step: saved.metrics.get(objective.metric, math.nan) for step, saved in by_step.items()}
+
+
+def _best(by_step: Mapping[int, _Checkpoint], objective: ObjectiveSpec) -> str | None:
+    ranked = checkpoint.ranked(_values(by_step, objective), objective.mode)
+    return by_step[ranked[0]].below_study if ranked else None
 
 
 def _checkpoints(study_folder: Location, trial_id: str, since: int = 0) -> list[_Checkpoint]:

@@ -47,7 +47,7 @@ class StudySource:
 
 def write(folder: Location, spec: StudySpec, source: StudySource, *, provenance: Mapping[str, Any]) -> None:
     """Write study.yaml, complete or not at all; an existing study keeps the time of its creation."""
-    before = content(folder) if copies.either_exists(storage_path(folder) / NAME) else {}
+    before = _content_if_any(folder)
     new = {
         **normalize.dump(spec),
         "profile": source.profile,
@@ -57,12 +57,14 @@ def write(folder: Location, spec: StudySpec, source: StudySource, *, provenance:
         "git_revision": git_revision(),
         "provenance": _plain(provenance),
     }
-    _write(folder, new | {key: before[key] for key in ("former_provenance",) if key in before})
+    if "former_provenance" in before:
+        new["former_provenance"] = before["former_provenance"]
+    _write(folder, new)
 
 
 def changed_inputs(folder: Location, provenance: Mapping[str, Any]) -> list[str]:
-    """Data, models and benchmarks that are not those of the record, as `data qa: 3f2a04d1 -> 9c11e0b7`."""
-    recorded = content(folder).get("provenance") or {}
+    """Data, models and benchmarks that are not those recorded: `data qa: 3f2a04d1 -> 9c11e0b7`; none without record."""
+    recorded = _content_if_any(folder).get("provenance") or {}
     return [
         f"{kind} {name}: {then[key][:8]} -> {now[key][:8]}"
         for kind in INPUTS
@@ -115,6 +117,10 @@ def content(folder: Location) -> dict[str, Any]:
     if record is None:
         raise ConfigError(f"{problem}, and neither can its copy. Restore it")
     return record
+
+
+def _content_if_any(folder: Location) -> dict[str, Any]:
+    return content(folder) if copies.either_exists(storage_path(folder) / NAME) else {}
 
 
 def changes(folder: Location) -> list[str]:

@@ -22,6 +22,7 @@ from ebft_study.errors import ConfigError
 from ebft_study.results import METRICS
 from ebft_study.storage import Location
 from ebft_study.study.spec import enumeration, trials
+from ebft_study.study.spec.axis import frozen
 from ebft_study.study.spec.enumeration import Assignment
 from ebft_study.study.spec.study_spec import EarlierPoint, EarlierStudy, StudySpec
 
@@ -142,8 +143,4 @@ def _on_axes(spec: StudySpec, settings: Mapping[str, Any]) -> Assignment | str:
 
 def _gives(choice: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
     ours = {config.short_name(path): value for path, value in choice.items()}
-    return all(_plain(settings.get(name)) == _plain(value) for name, value in ours.items())
-
-
-def _plain(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+    return all(frozen(settings.get(name)) == frozen(value) for name, value in ours.items())
