@@ -46,6 +46,10 @@ class StorageError(EbftError):
     """Storage that cannot be read or written: full, read-only or unreachable. The study stops and can be resumed."""
 
 
+class LockLostError(StorageError):
+    """The study is another driver's by now, or its lock is gone: this driver and its trials write nothing more."""
+
+
 class CheckpointError(EbftError):
     """A requested checkpoint is missing or unusable."""
 

@@ -110,6 +110,7 @@ def _write_tensors(tensors: Tensors, facts: Facts, path: Path) -> None:
 
 def _write(path: Path, write: Callable[[Path], None]) -> None:
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as temporary:
             write(temporary)
     except OSError as error:

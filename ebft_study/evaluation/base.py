@@ -18,7 +18,7 @@ from ebft_study.errors import StorageError
 from ebft_study.evaluation import Evaluator, Measured, Scores
 from ebft_study.evaluation.downstream.benchmarks import Benchmark
 from ebft_study.paths import cache_folder
-from ebft_study.storage import StoragePath, storage_path
+from ebft_study.storage import StoragePath, storage_errors, storage_path
 
 CONTEXTS = {"completion_length", "stride", "first_context_length", "temperature", "anchor_region"}
 """Rollout settings that evaluation shares with training."""
@@ -129,4 +129,7 @@ def put(entry: str, measured: Pair) -> None:
 
 
 def _path(entry: str) -> StoragePath:
-    return storage_path(cache_folder() / "base_evaluations" / f"{entry}.json")
+    folder = cache_folder() / "base_evaluations"
+    with storage_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    return storage_path(folder / f"{entry}.json")

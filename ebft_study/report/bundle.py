@@ -76,6 +76,7 @@ def bundle(study: StoragePath, target: Path | None = None, notebooks: Sequence[P
     about = {name: json.loads(json.dumps(spec.get(name), default=str)) for name in RECORDED if spec.get(name)}
     content = archive.pack(files, {"study": study.name, "written_by": _version(), **about})
     chosen = target or Path(f"{study.name}.zip")
+    chosen.parent.mkdir(parents=True, exist_ok=True)
     storage_path(chosen).write_bytes(content)
     return chosen
 

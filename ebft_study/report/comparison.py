@@ -69,6 +69,8 @@ def write(comparison: Comparison, target: StoragePath) -> None:
         costs=costs(comparison.studies),
         pair_costs=list(pair_costs(comparison)),
     )
+    if target.local:
+        target.local.parent.mkdir(parents=True, exist_ok=True)
     target.write_bytes(page.encode())
 
 

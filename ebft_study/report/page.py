@@ -39,7 +39,7 @@ def write(study_folder: StoragePath, *, written: str | None = None) -> Path | St
     figures = draw_all(study)
     svgs = {figure.name: as_svg(figure) for figure in figures}
     for figure in figures:
-        _save(figure, svgs[figure.name], study_folder / "figures")
+        _save(figure, svgs[figure.name], study_folder.subfolder("figures"))
     verdicts = judge(study)
     rulings = [(name, sum(v.ruling == name for v in verdicts)) for name in ("agrees", "disagrees", "cannot tell")]
     page = render(

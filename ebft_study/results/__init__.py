@@ -9,6 +9,7 @@ Importing this package imports neither pandas nor pyarrow: they are loaded when 
 
 from ebft_study.results.compaction import compact
 from ebft_study.results.database import catalog
+from ebft_study.results.fence import Fence
 from ebft_study.results.metrics import METRICS, Metric, metric
 from ebft_study.results.reader import Results, cell_value, find_in, find_study, load, read_table, studies_in
 from ebft_study.results.schema import SKIPPED, TABLES
@@ -19,6 +20,7 @@ __all__ = [
     "METRICS",
     "SKIPPED",
     "TABLES",
+    "Fence",
     "Metric",
     "Results",
     "StudyRecorder",

@@ -62,7 +62,8 @@ def read_verified(target: StoragePath) -> tuple[bytes | None, str]:
     try:
         content = target.read_bytes()
     except FileNotFoundError:
-        return copy, ""  # the copy is written first
+        damaged = copy is None and copy_of(target).exists()
+        return copy, f"{target}: is missing, and its copy is damaged" if damaged else ""  # the copy is written first
     if copy is None:
         return content, f"{target}: its copy is damaged" if copy_of(target).exists() else ""
     return copy, "" if content == copy else f"{target}: is damaged, its copy is used"

@@ -229,7 +229,11 @@ def _missing(folder: StoragePath) -> list[str]:
 
 def _try_file(path: StoragePath, table: str, problems: list[str]) -> pyarrow.Table | None:
     if table == "trials":
-        return read_trial(path, problems)
+        content = read_trial(path, named := [])
+        if content is None and not named:
+            raise FileNotFoundError(path)  # its rows are in another file by now
+        problems.extend(named)
+        return content
     try:
         return read_file(path, table)
     except ResultsError as error:
@@ -277,7 +281,8 @@ def _resolve_duplicates(frame: pd.DataFrame, table: str) -> pd.DataFrame:
     """One row per key. Rows of `metrics` at one step complete each other: a later non-null value wins."""
     keys = _KEYS[table]
     moment = next(name for name in ("written_at", "updated_at", "time") if name in frame.columns)
-    ordered = frame.sort_values(["attempt", moment], kind="stable", na_position="first")
+    order = ["generation"] * (table == "trials") + ["attempt", moment]
+    ordered = frame.sort_values(order, kind="stable", na_position="first")
     if table == "metrics" and ordered.duplicated(keys).any():
         ordered = ordered.groupby(keys, sort=False, as_index=False).last()[list(frame.columns)]
     newest = ordered.drop_duplicates(keys, keep="last")

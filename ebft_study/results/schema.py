@@ -99,6 +99,11 @@ _TRIAL_STATE = (
     Column("best_cfm_loss", "float64", "lowest cfm_loss on the validation split"),
     Column("best_checkpoint", "string", "folder of the checkpoint with the best objective, below the study's folder"),
     Column("host", "string", "machine that ran the last attempt"),
+    Column(
+        "generation",
+        "int64",
+        "which driver of the study wrote the row, from 1; the latest counts. Null on a disk, whose lock is enough",
+    ),
     Column("updated_at", "timestamp", "when this row was last replaced, UTC", required=True),
 )
 

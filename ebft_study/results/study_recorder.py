@@ -2,22 +2,29 @@
 
 The table `trials` has one file per trial, which is replaced when the trial's state changes; a hidden copy, written
 first, replaces a damaged one. Pending trials share files, so that a study of ten thousand is planned in seconds.
+
+In a store, a driver writes files of its own generation only (see `fence`): `<trial>~g<generation>.parquet`. An older
+driver that writes once more overwrites none of them.
 """
 
 from __future__ import annotations
 
 import functools
 import os
+import re
 import secrets
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ebft_study.results import copies, reader, schema
+from ebft_study.results.fence import Fence
 from ebft_study.results.metrics import unknown
 from ebft_study.results.writer import Clock, FileSequence, as_parquet, build_table, checked_name
 from ebft_study.storage import Location, StoragePath, storage_path
 
 _PENDING_PREFIX = "waiting~"  # '~' may not be in a trial's identifier
+_OF_TRIAL = re.compile(r"([^.~][^~]*?)(?:~g(\d+))?\.parquet")
+_GENERATION = re.compile(r"~g(\d+)")
 _ROWS_PER_FILE = 500  # a shared file is written again when one of its trials starts
 
 Row = dict[str, Any]
@@ -26,12 +33,13 @@ Row = dict[str, Any]
 class StudyRecorder:
     """States of a study's trials, and its events; held by the driver alone."""
 
-    def __init__(self, study_folder: Location, *, study: str) -> None:
-        self._study, self._clock = study, Clock()
-        self._trials = storage_path(study_folder) / "results" / "trials"
-        self._files = FileSequence(study_folder, "driver", os.getpid())
+    def __init__(self, study_folder: Location, *, study: str, fence: Fence | None = None) -> None:
+        self._study, self._clock, self._fence = study, Clock(), fence or Fence(study_folder)
+        self._trials = storage_path(study_folder).subfolder("results", "trials")
+        self._files = FileSequence(study_folder, "driver", os.getpid(), self._fence)
         self._rows: dict[str, Row] = {}
-        self._pending = PendingRows(self._trials)
+        self._own = latest_files(self._trials)
+        self._pending = PendingRows(self._trials, self._fence, started=self._own)
 
     def trial(self, row: Mapping[str, Any]) -> None:
         """Update the recorded row of a trial with `row` and write the trial's own file.
@@ -40,19 +48,24 @@ class StudyRecorder:
         `row["hyperparameters"]`, flat with short names (`config.flatten`), because a setting is named
         `baseline`; the named baseline that a trial belongs to is `named_baseline`.
         """
+        self._fence.check()
         trial_id = checked_name(row.get("trial_id", ""))
-        updated = self._updated(self._recorded(trial_id), row)
-        _write_rows([updated], self._file(trial_id))
-        self._rows[trial_id] = updated
+        updated, path = self._updated(self._recorded(trial_id), row), self._file(trial_id)
+        before = self._own.get(trial_id, path)
+        _write_rows([updated], path)
+        self._rows[trial_id], self._own[trial_id] = updated, path
+        if before != path:
+            copies.delete(before)
         # The trial's own file is complete by now: a crash in between leaves the row twice, and reading keeps the newer.
         self._pending.remove(trial_id)
 
     def trials(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Update the rows of many trials; those without a file of their own share files."""
-        pending, names = [], set(self._trials.names())
+        self._fence.check()
+        pending = []
         for row in rows:
             trial_id = checked_name(row.get("trial_id", ""))
-            if self._file(trial_id).name in names:
+            if trial_id in self._own:
                 self.trial(row)
             else:
                 pending.append(self._updated(self._pending.get(trial_id), row))
@@ -66,35 +79,55 @@ class StudyRecorder:
         self._files.event(row, details)
 
     def _updated(self, before: Row, row: Mapping[str, Any]) -> Row:
-        checked = _flat(row)
-        return {**before, **checked, "study": self._study, "updated_at": self._clock.now(before.get("updated_at"))}
+        updated_at = self._clock.now(before.get("updated_at"))
+        fixed = {"study": self._study, "updated_at": updated_at, "generation": self._fence.generation or None}
+        return {**before, **_flat(row), **fixed}
 
     def _recorded(self, trial_id: str) -> Row:
         """The trial's present row, of an earlier driver, too, when this one resumes its study."""
         if trial_id in self._rows:
             return self._rows[trial_id]
-        rows = reader.trial_rows(self._file(trial_id))
+        rows = reader.trial_rows(self._own[trial_id]) if trial_id in self._own else None
         return self._pending.get(trial_id) if rows is None else rows[0]
 
     def _file(self, trial_id: str) -> StoragePath:
-        return self._trials / f"{trial_id}.parquet"
+        suffix = f"~g{self._fence.generation}" if self._fence.generation else ""
+        return self._trials / f"{trial_id}{suffix}.parquet"
+
+
+def latest_files(trials: StoragePath) -> dict[str, StoragePath]:
+    """The files of trials that have one of their own; of several generations the latest."""
+    names = {copies.name_of_copied(name) or name for name in trials.names()}
+    matches = [match for name in names if (match := _OF_TRIAL.fullmatch(name))]
+    return {match[1]: trials / match[0] for match in sorted(matches, key=lambda match: int(match[2] or 0))}
+
+
+def latest_generation(study_folder: StoragePath) -> int:
+    """The latest driver of a study in a store that has written a trial's state; 0 where none has."""
+    names = (study_folder / "results" / "trials").names()
+    return max((int(match[1]) for name in names if (match := _GENERATION.search(name))), default=0)
 
 
 class PendingRows:
     """The rows of trials that have not started, in shared files; held by the one process that writes them."""
 
-    def __init__(self, folder: StoragePath) -> None:
-        """Read the shared files that an earlier driver left in `folder`."""
-        self._folder = folder
+    def __init__(self, folder: StoragePath, fence: Fence, *, started: Mapping[str, StoragePath]) -> None:
+        """Read the shared files that an earlier driver left in `folder`; those of an older generation are replaced."""
+        self._folder, self._prefix = folder, _PENDING_PREFIX
+        if fence.generation:
+            self._prefix += f"g{fence.generation}~"
         self._files: dict[StoragePath, dict[str, Row]] = {}
-        names = folder.names()
-        started = {name.removesuffix(".parquet") for name in names}
-        for path in [folder / name for name in names if name.startswith(_PENDING_PREFIX)]:
+        for path in [folder / name for name in folder.names() if name.startswith(_PENDING_PREFIX)]:
             rows = reader.trial_rows(path)
             if rows is None:
                 continue  # a damaged file stays where it is, and reading reports it
+            if not path.name.startswith(self._prefix):
+                fence.check()
+                self.put({**row, "generation": fence.generation} for row in rows if row["trial_id"] not in started)
+                copies.delete(path)
+                continue
             self._files[path] = {row["trial_id"]: row for row in rows}
-            for trial_id in started & self._files[path].keys():
+            for trial_id in started.keys() & self._files[path].keys():
                 self.remove(trial_id)
 
     def get(self, trial_id: str) -> Row:
@@ -130,7 +163,7 @@ class PendingRows:
     def _file_with_room(self) -> StoragePath:
         newest = next(reversed(self._files), None)
         if newest is None or len(self._files[newest]) >= _ROWS_PER_FILE:
-            newest = self._folder / f"{_PENDING_PREFIX}{secrets.token_hex(4)}.parquet"
+            newest = self._folder / f"{self._prefix}{secrets.token_hex(4)}.parquet"
             self._files[newest] = {}
         return newest
 

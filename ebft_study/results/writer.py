@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from ebft_study.errors import ResultsError
 from ebft_study.results import schema
+from ebft_study.results.fence import Fence
 from ebft_study.results.metrics import metric, unknown
 from ebft_study.storage import Location, StoragePath, storage_path
 
@@ -32,10 +33,12 @@ _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 class TrialRecorder:
     """Results of one attempt of a trial; held by the process that has the numbers (rank 0)."""
 
-    def __init__(self, study_folder: Location, *, study: str, trial_id: str, attempt: int) -> None:
+    def __init__(
+        self, study_folder: Location, *, study: str, trial_id: str, attempt: int, fence: Fence | None = None
+    ) -> None:
         self._who = {"study": study, "trial_id": trial_id, "attempt": attempt}
         self._clock = Clock()
-        self._files = FileSequence(study_folder, trial_id, attempt)
+        self._files = FileSequence(study_folder, trial_id, attempt, fence or Fence(study_folder))
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """One row of `metrics`. Several calls at one step are merged when read; unregistered names are refused."""
@@ -72,17 +75,18 @@ class TrialRecorder:
 class FileSequence:
     """The files of one writer, with unique names: `<trial>-a<attempt>-<sequence>-<token>-<digest>.parquet`."""
 
-    def __init__(self, study_folder: Location, trial_id: str, attempt: int) -> None:
-        self._results = storage_path(study_folder) / "results"
+    def __init__(self, study_folder: Location, trial_id: str, attempt: int, fence: Fence) -> None:
+        self._folder, self._fence = storage_path(study_folder), fence
         self._prefix = f"{checked_name(trial_id)}-a{attempt:03d}"
         self._token = secrets.token_hex(4)
         self._count = 0
 
     def write(self, table: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write `rows` as the next file of `table`."""
+        self._fence.check()
         name = self._next_name()
         self._count += 1
-        put_in_place(build_table(table, rows), self._results / table, name)
+        put_in_place(build_table(table, rows), self._folder.subfolder("results", table), name)
 
     def event(self, row: Mapping[str, Any], details: Mapping[str, Any]) -> None:
         """Write a row of `events`, identified by the name of its file."""

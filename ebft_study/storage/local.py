@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path, PosixPath
 from typing import Any
 
+from ebft_study.errors import StorageError
 from ebft_study.storage.filesystems import storage_errors
 
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
@@ -23,7 +24,6 @@ def atomic_write(target: Path) -> Iterator[Path]:
     Readers find the old content or the new one, never a part. A new file survives a power cut. When the block fails,
     nothing is left behind.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
     # Hidden, and not ending in .parquet: neither pandas nor a DuckDB glob picks it up.
     temporary = Path(target.parent, f".{target.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -46,8 +46,8 @@ def remove_leftovers(folder: Path) -> None:
     """Remove what `atomic_write` left below a folder where its process was killed; nothing there may be writing now."""
     for path in folder.rglob(".*.tmp"):
         if _TEMPORARY.fullmatch(path.name):
-            with contextlib.suppress(OSError):
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            with contextlib.suppress(StorageError):
+                LocalPath(path).delete()
 
 
 def _sync(path: Path) -> None:
@@ -95,13 +95,23 @@ class LocalPath(PosixPath):
             return super().read_bytes()
 
     def write_bytes(self, data: bytes) -> None:  # type: ignore[override]
-        """Write a file atomically; missing folders are created.
+        """Write a file atomically. No folder is created: a study that was deleted or unmounted would begin anew.
 
         Raises:
             StorageError: the file cannot be written.
         """
         with storage_errors(self), atomic_write(self) as temporary:
             temporary.write_bytes(data)
+
+    def subfolder(self, *names: str) -> LocalPath:
+        """The folder `names[0]/names[1]/...` below this one, which has to exist; it is created if it does not."""
+        folder = self
+        with storage_errors(self):
+            for name in names:
+                folder = folder / name
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(folder)
+        return folder
 
     def names(self) -> list[str]:
         """Sorted names of the files and folders directly below; none where the folder does not exist."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import io
+import operator
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -87,6 +89,9 @@ class ObjectStorePath:
 
     def write_bytes(self, data: bytes) -> None:
         self._write(io.BytesIO(data))
+
+    def subfolder(self, *names: str) -> ObjectStorePath:
+        return functools.reduce(operator.truediv, names, self)
 
     def names(self) -> list[str]:
         from pyarrow.fs import FileSelector

@@ -13,7 +13,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from ebft_study.config import RunConfig
-from ebft_study.results import TrialRecorder
+from ebft_study.results import Fence, TrialRecorder
 from ebft_study.results.copies import read_mapping
 from ebft_study.storage import storage_path
 from ebft_study.training.tracking import WandbRecorder
@@ -45,6 +45,8 @@ class Attempt:
     """The training loop, as `module:function`."""
     gpu_fraction: float = 1.0
     """The part of a GPU that each worker may use."""
+    generation: int = 0
+    """Of the driver that the attempt belongs to, in a store."""
 
     @property
     def name(self) -> str:
@@ -83,7 +85,8 @@ def train_recorded(
 def _recorder(config: RunConfig, attempt: Attempt) -> Any:
     """Writer of the tables, wrapped by one for W&B when the configuration enables it."""
     folder, study, trial_id = storage_path(attempt.study_folder), attempt.study, attempt.trial_id
-    tables = TrialRecorder(folder, study=study, trial_id=trial_id, attempt=attempt.attempt)
+    fence = Fence(folder, attempt.generation)
+    tables = TrialRecorder(folder, study=study, trial_id=trial_id, attempt=attempt.attempt, fence=fence)
     if config.tracking.wandb == "off":
         return tables
     folder.local_dir.mkdir(parents=True, exist_ok=True)

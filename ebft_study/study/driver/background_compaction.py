@@ -23,6 +23,7 @@ _FEWEST_TRIALS = 16  # that ended since the last time
 def compacting(
     folder: Location,
     ended: Callable[[], int],
+    check: Callable[[], None] = lambda: None,
     *,
     every_seconds: float = _EVERY_SECONDS,
     fewest_trials: int = _FEWEST_TRIALS,
@@ -31,6 +32,7 @@ def compacting(
 
     Args:
         ended: how many trials of the study are over.
+        check: raises when the study is another driver's by now.
     """
 
     def work(over: threading.Event) -> None:
@@ -39,6 +41,7 @@ def compacting(
             if ended() - done >= fewest_trials:
                 done = ended()
                 with contextlib.suppress(EbftError, OSError):  # nothing is lost; the end of the session tries again
+                    check()
                     results.compact(folder)
 
     with in_background(work, name="compaction"):

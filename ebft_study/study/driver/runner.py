@@ -198,13 +198,14 @@ def _run(
         if not is_new and study_yaml.read(folder).budget != study.spec.budget:
             study_yaml.change_budget(folder, study.spec.budget)
         provenance = _prepare(study, console)
+        lock_handle.fence.check()
         if copies.either_exists(folder / study_yaml.NAME):
             _check_inputs(folder, study, provenance, accept_changes=accept_changes)
         if is_new:
             earlier.check_files(study.spec, provenance)
             study_yaml.write(folder, study.spec, study.source, provenance=provenance)
         reason = run_session(folder, study, past, console, lock_handle)
-        return StudyResult(folder, past.states, reason, _report(folder, console))
+        return StudyResult(folder, past.states, reason, None if lock_handle.lost else _report(folder, console))
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from ebft_study import results
 from ebft_study.analysis import usage
-from ebft_study.errors import EbftError, StorageError
+from ebft_study.errors import EbftError, LockLostError, StorageError
 from ebft_study.storage import StoragePath
 from ebft_study.study.cluster import existing, own
 from ebft_study.study.cluster.requests import ResourceRequest
@@ -67,10 +67,11 @@ def run_session(
     if folder.local:
         exploit.remove_unfinished(folder.local)
     spec = study.spec
-    recorder = results.StudyRecorder(folder, study=study.name)
+    fence = lock_handle.fence
+    recorder = results.StudyRecorder(folder, study=study.name, fence=fence)
     recorder.event(SESSION, display.summary(list(past.states.values()), display.Plan(study.n_trials)))
     monitor = Monitor(recorder, past.states, spec.objective.metric, spec.objective.further_metrics)
-    search = _search(folder, study, past, monitor)
+    search = _search(folder, study, past, monitor, fence)
     plan = display.Plan(study.n_trials, study.concurrency, _announce(folder, study, recorder, console))
     columns = tuple(dict.fromkeys(("ce_loss", "cfm_loss", *(one.metric for one in spec.objective.all))))
     is_alive = (lambda: True) if study.capacity.is_existing else own.node_is_alive
@@ -82,8 +83,10 @@ def run_session(
         monitor.display = display.display(console, columns, past.states, title=study.name, plan=plan)
         monitor.say(f"{study.name}: {display.summary(list(past.states.values()), plan)}")
         try:
-            with _watchdog(study, stopper, monitor, folder), compacting(folder, monitor.number_ended):
-                _tune(folder, study, past, search, monitor, stopper)
+            with _watchdog(study, stopper, monitor, folder), compacting(folder, monitor.number_ended, fence.check):
+                _tune(folder, study, past, search, monitor, stopper, fence.generation)
+        except LockLostError as error:
+            stopper.request_stop(str(error))
         except StorageError as error:  # of the driver itself; those of trials come as stop requests
             stopper.request_stop(f"{STORAGE_FAILED}: {error}")
         except KeyboardInterrupt:  # a second signal, or one while Ray was starting
@@ -110,10 +113,14 @@ def _wind_up(folder: StoragePath, monitor: Monitor, recorder: results.StudyRecor
         monitor.display.close()
 
 
-def _search(folder: StoragePath, study: ResolvedStudy, past: History, monitor: Monitor) -> Search:
+def _search(folder: StoragePath, study: ResolvedStudy, past: History, monitor: Monitor, fence: results.Fence) -> Search:
     """The trials that are left, in order; those that are known by now are recorded as pending."""
     spec = study.spec
     if spec.search.algorithm == "optuna":
+
+        def upload() -> None:
+            fence.check()
+            journal.upload(folder)
 
         def refused(label: str, problem: str) -> None:
             monitor.note("refused", f"{label}: {problem}")
@@ -122,7 +129,7 @@ def _search(folder: StoragePath, study: ResolvedStudy, past: History, monitor: M
         repaired = journal.repair(spec, working, results.read_table(folder, "trials"), past.trial_results)
         if repaired:
             monitor.note("damaged", repaired)
-        search: Search = OptunaSearch(spec, working, past.trial_results, refused, lambda: journal.upload(folder))
+        search: Search = OptunaSearch(spec, working, past.trial_results, refused, upload)
     else:
         ordered = list(study.trials)
         if spec.scheduler.compares:
@@ -196,6 +203,7 @@ def _tune(
     search: Search,
     monitor: Monitor,
     stopper: StudyStopper,
+    generation: int,
 ) -> None:
     """Start Ray, unless the cluster exists, and let Tune run the search to its end, or until a stop is requested."""
     import ray.tune
@@ -218,7 +226,7 @@ def _tune(
         mailboxes = relay.start()
 
         def launched(trial: Trial) -> TrialTask:
-            task = trial_task(folder, study, trial, lineages.get(trial.trial_id))
+            task = trial_task(folder, study, trial, lineages.get(trial.trial_id), generation)
             services.start(task.run_config)
             return task
 
@@ -332,11 +340,14 @@ def _scheduler(
     return StudyScheduler(spec, longest=study.longest_run_steps, history=past.curves, stopped=past.stopped)
 
 
-def trial_task(folder: StoragePath, study: ResolvedStudy, trial: Trial, lineage: exploit.Lineage | None) -> TrialTask:
+def trial_task(
+    folder: StoragePath, study: ResolvedStudy, trial: Trial, lineage: exploit.Lineage | None, generation: int = 0
+) -> TrialTask:
     """The task of a trial's processes, with every open choice made.
 
     Args:
         lineage: what the trial has continued since an exploit in an earlier session.
+        generation: of the driver, in a store.
     """
     from ebft_study.training import recorded
 
@@ -358,6 +369,7 @@ def trial_task(folder: StoragePath, study: ResolvedStudy, trial: Trial, lineage:
         objective=study.spec.objective.all[0].model_dump(mode="json", exclude={"further"}),
         loop=recorded.LOOP,
         lineage=None if lineage is None else dataclasses.asdict(lineage),
+        generation=generation,
     )
 
 

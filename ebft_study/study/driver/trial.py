@@ -31,6 +31,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 
 from ebft_study.errors import EbftError, StorageError
+from ebft_study.results import Fence
 from ebft_study.storage import StoragePath, storage_errors, storage_path
 from ebft_study.study.driver import relay
 from ebft_study.study.folder import attempts
@@ -75,8 +76,10 @@ def run_trial(config: dict[str, Any]) -> None:
 
 def _run_attempt(task: TrialTask) -> None:
     study_folder, trial_id = storage_path(task.study_folder), task.trial_id
+    fence = Fence(study_folder, task.generation)
+    fence.check()
     start_from = _checkpoint_to_start_from(study_folder, task)
-    number = attempts.begin(study_folder, trial_id)
+    number = attempts.begin(study_folder, trial_id, generation=task.generation)
     attempt = Attempt(
         study=task.study,
         study_folder=task.study_folder,
@@ -86,6 +89,7 @@ def _run_attempt(task: TrialTask) -> None:
         start_from=str(start_from) if start_from else None,
         loop=task.loop,
         gpu_fraction=task.resources_spec.gpu_fraction,
+        generation=task.generation,
     )
     fit = _fit_workers if task.resources_spec.workers_per_trial else _fit_in_process
     keep, objective = task.run_config.checkpoint, task.objective_spec
@@ -95,9 +99,12 @@ def _run_attempt(task: TrialTask) -> None:
     }
 
     def report(metrics: dict[str, Any], kept: StoragePath | None) -> None:
+        fence.check()
         last.update(metrics)
         if kept is not None:
-            last["best_checkpoint"] = attempts.prune(study_folder, trial_id, keep, objective, since=task.since_attempt)
+            last["best_checkpoint"] = attempts.prune(
+                study_folder, trial_id, keep, objective, since=task.since_attempt, until=number
+            )
         with storage_errors(study_folder):
             _report({**last, "attempt": number}, kept)
 

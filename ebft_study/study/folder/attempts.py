@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from ebft_study.config import CheckpointConfig
+from ebft_study.results import fence
 from ebft_study.storage import Location, StoragePath, in_parallel, storage_errors, storage_path
 from ebft_study.study.spec.study_spec import ObjectiveSpec
 from ebft_study.training import checkpoint
@@ -31,9 +33,12 @@ def numbers(study_folder: Location, trial_id: str) -> list[int]:
     return sorted(int(match[1]) for name in names if (match := pattern.fullmatch(name)))
 
 
-def begin(study_folder: Location, trial_id: str) -> int:
-    """Claim the next attempt, counted from 1, by creating its folder."""
-    attempt = max(numbers(study_folder, trial_id), default=0)
+def begin(study_folder: Location, trial_id: str, *, generation: int = 0) -> int:
+    """Claim the next attempt by creating its folder; attempts count from 1, in a store from the driver's first."""
+    first = fence.first_attempt(generation)
+    own = range(first, first + fence.ATTEMPTS) if generation else range(first, sys.maxsize)
+    attempt = max((number for number in numbers(study_folder, trial_id) if number in own), default=first - 1)
+    storage_path(study_folder).subfolder("train")
     while True:
         attempt += 1
         attempt_folder = folder(study_folder, trial_id, attempt)
@@ -42,7 +47,7 @@ def begin(study_folder: Location, trial_id: str) -> int:
             return attempt
         with storage_errors(attempt_folder):
             try:
-                attempt_folder.local.mkdir(parents=True)
+                attempt_folder.local.mkdir()
             except FileExistsError:
                 continue
         return attempt
@@ -68,14 +73,21 @@ def keep_checkpoint(attempt_folder: StoragePath, written: Path, *, step: int) ->
 
 
 def prune(
-    study_folder: Location, trial_id: str, config: CheckpointConfig, objective: ObjectiveSpec, *, since: int = 0
+    study_folder: Location,
+    trial_id: str,
+    config: CheckpointConfig,
+    objective: ObjectiveSpec,
+    *,
+    since: int = 0,
+    until: int | None = None,
 ) -> str | None:
     """Remove the checkpoints of a trial, over all its attempts, that the settings do not keep.
 
-    The newest ones always stay: another trial may be about to start from one. Returns the best one that is left, as a
-    path below the study's folder; None where the objective was not measured at any.
+    The newest ones always stay: another trial may be about to start from one. Those of attempts after `until` are not
+    looked at: they are another driver's. Returns the best one that is left, as a path below the study's folder; None
+    where the objective was not measured at any.
     """
-    every = _checkpoints(study_folder, trial_id)
+    every = [saved for saved in _checkpoints(study_folder, trial_id) if until is None or saved.attempt <= until]
     current = {saved.step: saved for saved in every if saved.attempt >= since}  # of one step, the later attempt's
     values = _values(current, objective)
     keep = checkpoint.to_keep(

@@ -3,11 +3,12 @@
 On a disk, it is a file lock, which the system releases when its process ends, however it ends. A file beside it names
 its owner to those who only look: trying the lock would keep a driver that starts at that moment from getting it.
 
-In a store, it is an object that names its owner. Either record is rewritten every few seconds (a heartbeat). Another
-driver takes the lock of a store over when the last heartbeat is `STALE_SECONDS` old, or when the owner was a process of
-this machine that has ended. pyarrow has no "create unless it exists", so each owner reads back what it wrote, and again
-before every heartbeat: of two drivers that start simultaneously, one may run for at most a heartbeat until it notices
-and stops.
+In a store, a driver writes a claim of its own, with a number one higher than any before, and then looks for others: the
+listing of a store shows what was written before it, so of two that begin simultaneously at least one sees the other and
+withdraws. A claim names its owner and is rewritten every few seconds (a heartbeat). Another driver may claim the study
+when the last heartbeat is `STALE_SECONDS` old, or when the owner was a process of this machine that has ended. Nobody
+writes the claim of another, so a driver that wakes from sleep cannot take the study back: `results.fence` says what
+becomes of what it still writes.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ import os
 import secrets
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,20 +29,27 @@ from typing import Any
 import filelock
 import psutil
 
-from ebft_study.errors import ResultsError, StorageError
+from ebft_study.errors import LockLostError, ResultsError, StorageError
+from ebft_study.results import Fence, fence
+from ebft_study.results.study_recorder import latest_generation
 from ebft_study.storage import StoragePath, storage_errors
 from ebft_study.study.folder.background import in_background
 
 NAME, OWNER = ".lock", ".owner"
-BEAT_SECONDS, STALE_SECONDS, SETTLE_SECONDS = 10.0, 60.0, 1.0
+BEAT_SECONDS, STALE_SECONDS = 10.0, 60.0
 
 
 @dataclass
 class LockHandle:
-    """A lock that this driver holds. `lost` is the reason why it no longer does, '' while it does."""
+    """A lock that this driver holds; its fence is to be asked before anything is written."""
 
-    lost: str = ""
+    fence: Fence
     _on_lost: Callable[[str], None] | None = field(default=None, repr=False)
+
+    @property
+    def lost(self) -> str:
+        """The reason why this driver does not hold the lock any more, '' while it does."""
+        return self.fence.lost
 
     def on_lost(self, listener: Callable[[str], None]) -> None:
         """Register `listener`, which is called from another thread with the reason when the lock is lost."""
@@ -51,20 +58,20 @@ class LockHandle:
             listener(self.lost)
 
     def lose(self, reason: str) -> None:
-        self.lost = reason
+        self.fence.lost = reason
         if self._on_lost:
             self._on_lost(reason)
 
 
 def hold(folder: StoragePath, *, record: str) -> contextlib.AbstractContextManager[LockHandle]:
     """Hold the study's lock inside the context; a new folder that has no `record` at its end is removed again."""
-    return _hold_file(folder, folder.local, record) if folder.local else _hold_object(folder)
+    return _hold_file(folder, folder.local, record) if folder.local else _hold_claim(folder, record)
 
 
 def is_held(folder: StoragePath) -> bool:
     """Whether a driver holds the study's lock, as far as reading alone can show."""
-    owner = _owner(folder / (OWNER if folder.local else NAME))
-    return owner is not None and not _has_ended(owner) and _seconds_since(owner) < STALE_SECONDS
+    owners = map(_owner, [folder / OWNER] if folder.local else _claims(folder))
+    return any(owner and not _has_ended(owner) and _seconds_since(owner) < STALE_SECONDS for owner in owners)
 
 
 def _refusal(folder: StoragePath, more: str = "") -> ResultsError:
@@ -87,8 +94,9 @@ def _hold_file(folder: StoragePath, path: Path, record: str) -> Iterator[LockHan
         except filelock.Timeout:
             raise _refusal(folder) from None
     try:
-        with _heartbeat(folder / OWNER):
-            yield LockHandle()
+        handle = LockHandle(Fence(folder))
+        with _heartbeat(folder / OWNER, handle):
+            yield handle
     finally:
         if new and not (path / record).exists():
             with contextlib.suppress(OSError):  # another process put something there
@@ -99,11 +107,16 @@ def _hold_file(folder: StoragePath, path: Path, record: str) -> Iterator[LockHan
 
 
 @contextlib.contextmanager
-def _heartbeat(path: StoragePath) -> Iterator[None]:
+def _heartbeat(path: StoragePath, handle: LockHandle) -> Iterator[None]:
     """Name this process in `path`, and rewrite that every few seconds, as it may be another machine that looks."""
 
     def beat(released: threading.Event) -> None:
         while not released.wait(BEAT_SECONDS):
+            try:
+                handle.fence.check()
+            except StorageError as error:
+                handle.lose(str(error))
+                return
             with contextlib.suppress(StorageError):
                 _write(path, "")
 
@@ -120,39 +133,62 @@ def _heartbeat(path: StoragePath) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _hold_object(folder: StoragePath) -> Iterator[LockHandle]:
-    path, token = folder / NAME, secrets.token_hex(8)
-    owner = _owner(path)
-    if owner is not None and not _has_ended(owner):
-        silent = _seconds_silent(path)
-        if silent < STALE_SECONDS:
-            raise _refusal(folder, f" (process {owner['pid']} on {owner['host']}, last heartbeat {silent:.0f} s ago)")
+def _hold_claim(folder: StoragePath, record: str) -> Iterator[LockHandle]:
+    latest = latest_generation(folder)  # in this order: who has written there has a claim
+    before = fence.generations(folder)
+    latest, token = max([latest, *before]), secrets.token_hex(8)
+    for path in [folder / NAME, *(folder / fence.CLAIMS / name for name in before.get(latest, []))]:
+        _refuse_living(folder, path)
+    generation, earlier = latest + 1, {name for names in before.values() for name in names}
+    path = folder / fence.CLAIMS / fence.claim_name(generation, token)
     _write(path, token)
-    time.sleep(SETTLE_SECONDS)
-    if not _is_owned_by(path, token):
+    if {name for names in fence.generations(folder).values() for name in names} - earlier - {path.name}:
+        path.delete()
         raise _refusal(folder, ", which began at the same moment")
-    handle = LockHandle()
+    for name in earlier:
+        (folder / fence.CLAIMS / name).delete()
+    (folder / NAME).delete()  # of an earlier version
+    handle = LockHandle(Fence(folder, generation))
     try:
         with in_background(functools.partial(_beat, path, token, handle), name="heartbeat"):
             yield handle
     finally:
         with contextlib.suppress(StorageError):
-            if _is_owned_by(path, token):
-                path.delete()
+            handle.fence.verify()
+            if (folder / record).exists():
+                _write(path, token, released=True)  # stays: the next driver's number is higher
+            else:
+                (folder / fence.CLAIMS).delete()
+
+
+def _refuse_living(folder: StoragePath, path: StoragePath) -> None:
+    """Refuse to go on if the claim at `path` is that of a driver that has not ended."""
+    owner = _owner(path)
+    if owner is None or _has_ended(owner):
+        return
+    silent = _seconds_silent(folder, path, owner)
+    if silent < STALE_SECONDS:
+        raise _refusal(folder, f" (process {owner['pid']} on {owner['host']}, last heartbeat {silent:.0f} s ago)")
+
+
+def _claims(folder: StoragePath) -> list[StoragePath]:
+    """The newest claims of drivers: one, unless another withdraws at this moment."""
+    found = fence.generations(folder)
+    return [folder / fence.CLAIMS / name for name in found.get(max(found, default=0), [])]
 
 
 def _beat(path: StoragePath, token: str, handle: LockHandle, released: threading.Event) -> None:
-    last_beat = time.monotonic()
+    last_beat = fence.now()
     while not released.wait(BEAT_SECONDS):
         try:
-            owner = _owner(path)
-            if owner is not None and owner.get("token") != token:
-                handle.lose(f"process {owner.get('pid')} on {owner.get('host')} has taken this study over")
-                return
+            handle.fence.verify()
             _write(path, token)
-            last_beat = time.monotonic()
+            last_beat = fence.now()
+        except LockLostError as error:
+            handle.lose(str(error))
+            return
         except StorageError as error:
-            if time.monotonic() - last_beat > STALE_SECONDS:
+            if fence.now() - last_beat > STALE_SECONDS:
                 handle.lose(f"the store has not answered for {STALE_SECONDS:.0f} s: {error}")
                 return
 
@@ -167,13 +203,10 @@ def _owner(path: StoragePath) -> dict[str, Any] | None:
     return owner if isinstance(owner, dict) else {"pid": "?", "host": "?"}
 
 
-def _is_owned_by(path: StoragePath, token: str) -> bool:
-    return (_owner(path) or {}).get("token") == token
-
-
-def _write(path: StoragePath, token: str) -> None:
+def _write(path: StoragePath, token: str, *, released: bool = False) -> None:
     now = datetime.datetime.now(datetime.UTC).isoformat()
     owner = {"token": token, "pid": os.getpid(), "host": socket.gethostname(), "machine": _machine(), "time": now}
+    owner |= {"released": True} if released else {}
     path.write_bytes(json.dumps(owner).encode())
 
 
@@ -187,19 +220,21 @@ def _machine() -> str:
 
 
 def _has_ended(owner: dict[str, Any]) -> bool:
-    """Whether the owner was a process of this machine that has ended."""
-    return owner.get("machine") == _machine() and not psutil.pid_exists(int(owner["pid"]))
+    """Whether the owner has released the lock, or was a process of this machine that has ended."""
+    return (
+        bool(owner.get("released")) or owner.get("machine") == _machine() and not psutil.pid_exists(int(owner["pid"]))
+    )
 
 
-def _seconds_silent(path: StoragePath) -> float:
+def _seconds_silent(folder: StoragePath, path: StoragePath, owner: dict[str, Any]) -> float:
     """Seconds since the last heartbeat, by the store's own clock where it has one: clocks of machines differ."""
-    probe = path.parent / f".clock-{secrets.token_hex(4)}"
+    probe = folder / f".clock-{secrets.token_hex(4)}"
     probe.write_bytes(b"")
     try:
         now, then = probe.changed_at(), path.changed_at()
     finally:
         probe.delete()
-    return _seconds_since(_owner(path) or {}) if now is None or then is None else now - then
+    return _seconds_since(owner) if now is None or then is None else now - then
 
 
 def _seconds_since(owner: dict[str, Any]) -> float:

@@ -36,6 +36,8 @@ class TrialTask:
     """The training loop, as `module:function`."""
     lineage: dict[str, Any] | None = None
     """The checkpoint that the trial continues after an exploit of population-based training (`exploit.Lineage`)."""
+    generation: int = 0
+    """Of the driver, in a store; see `results.fence`."""
     failed: str = ""
     """Why the trial is not to be tried again; its process only reports it."""
 
