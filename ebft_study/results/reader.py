@@ -229,7 +229,8 @@ def _missing(folder: StoragePath) -> list[str]:
 
 def _try_file(path: StoragePath, table: str, problems: list[str]) -> pyarrow.Table | None:
     if table == "trials":
-        content = read_trial(path, named := [])
+        named: list[str] = []
+        content = read_trial(path, named)
         if content is None and not named:
             raise FileNotFoundError(path)  # its rows are in another file by now
         problems.extend(named)

@@ -89,7 +89,8 @@ def _recorder(config: RunConfig, attempt: Attempt) -> Any:
     tables = TrialRecorder(folder, study=study, trial_id=trial_id, attempt=attempt.attempt, fence=fence)
     if config.tracking.wandb == "off":
         return tables
-    folder.local_dir.mkdir(parents=True, exist_ok=True)
+    if folder.local is None:
+        folder.local_dir.mkdir(parents=True, exist_ok=True)
     # Studies of one name differ in their time of creation.
     record, _ = read_mapping(folder / "study.yaml")
     created = hashlib.sha256(str((record or {}).get("created_at")).encode()).hexdigest()[:8]

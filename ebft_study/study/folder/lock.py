@@ -221,9 +221,9 @@ def _machine() -> str:
 
 def _has_ended(owner: dict[str, Any]) -> bool:
     """Whether the owner has released the lock, or was a process of this machine that has ended."""
-    return (
-        bool(owner.get("released")) or owner.get("machine") == _machine() and not psutil.pid_exists(int(owner["pid"]))
-    )
+    if owner.get("released"):
+        return True
+    return owner.get("machine") == _machine() and not psutil.pid_exists(int(owner["pid"]))
 
 
 def _seconds_silent(folder: StoragePath, path: StoragePath, owner: dict[str, Any]) -> float:

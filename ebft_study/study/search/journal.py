@@ -53,6 +53,7 @@ def download(folder: StoragePath, to: Path | None = None) -> Path:
     path = working_copy(folder)
     if folder.local is None:
         path = to or path
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             storage_path(path).write_bytes((folder / JOURNAL).read_bytes())
         except FileNotFoundError:
@@ -73,7 +74,6 @@ def open_study(spec: StudySpec, path: Path) -> optuna.Study:
     """
     import optuna
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     Path(f"{path}.lock").unlink(missing_ok=True)
     if path.exists():
         with path.open("r+b") as file:
