@@ -20,7 +20,7 @@ import re
 import time
 
 from ebft_study.errors import LockLostError, StorageError
-from ebft_study.storage import Location, StoragePath, storage_path
+from ebft_study.storage import Location, StoragePath, storage_errors, storage_path
 
 CLAIMS = ".drivers"
 ATTEMPTS = 1000
@@ -69,6 +69,15 @@ class Fence:
             )
             raise LockLostError(self.lost)
         self._seen = moment
+
+
+def alone(study_folder: Location) -> Fence:
+    """The fence of a process that is alone with a study, whose folder it makes where there is none."""
+    folder = storage_path(study_folder)
+    if folder.local:
+        with storage_errors(folder):
+            folder.local.mkdir(parents=True, exist_ok=True)
+    return Fence(folder)
 
 
 def generations(study_folder: StoragePath) -> dict[int, list[str]]:

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ebft_study.results import copies, reader, schema
-from ebft_study.results.fence import Fence
+from ebft_study.results.fence import Fence, alone
 from ebft_study.results.metrics import unknown
 from ebft_study.results.writer import Clock, FileSequence, as_parquet, build_table, checked_name
 from ebft_study.storage import Location, StoragePath, storage_path
@@ -34,7 +34,7 @@ class StudyRecorder:
     """States of a study's trials, and its events; held by the driver alone."""
 
     def __init__(self, study_folder: Location, *, study: str, fence: Fence | None = None) -> None:
-        self._study, self._clock, self._fence = study, Clock(), fence or Fence(study_folder)
+        self._study, self._clock, self._fence = study, Clock(), fence or alone(study_folder)
         self._trials = storage_path(study_folder).subfolder("results", "trials")
         self._files = FileSequence(study_folder, "driver", os.getpid(), self._fence)
         self._rows: dict[str, Row] = {}

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from ebft_study.errors import ResultsError
 from ebft_study.results import schema
-from ebft_study.results.fence import Fence
+from ebft_study.results.fence import Fence, alone
 from ebft_study.results.metrics import metric, unknown
 from ebft_study.storage import Location, StoragePath, storage_path
 
@@ -38,7 +38,7 @@ class TrialRecorder:
     ) -> None:
         self._who = {"study": study, "trial_id": trial_id, "attempt": attempt}
         self._clock = Clock()
-        self._files = FileSequence(study_folder, trial_id, attempt, fence or Fence(study_folder))
+        self._files = FileSequence(study_folder, trial_id, attempt, fence)
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """One row of `metrics`. Several calls at one step are merged when read; unregistered names are refused."""
@@ -75,8 +75,8 @@ class TrialRecorder:
 class FileSequence:
     """The files of one writer, with unique names: `<trial>-a<attempt>-<sequence>-<token>-<digest>.parquet`."""
 
-    def __init__(self, study_folder: Location, trial_id: str, attempt: int, fence: Fence) -> None:
-        self._folder, self._fence = storage_path(study_folder), fence
+    def __init__(self, study_folder: Location, trial_id: str, attempt: int, fence: Fence | None = None) -> None:
+        self._folder, self._fence = storage_path(study_folder), fence or alone(study_folder)
         self._prefix = f"{checked_name(trial_id)}-a{attempt:03d}"
         self._token = secrets.token_hex(4)
         self._count = 0

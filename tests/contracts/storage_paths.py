@@ -22,8 +22,9 @@ class StoragePathContract:
             with (here / "file").open("rb") as file:
                 assert hashlib.file_digest(file, "sha256").hexdigest() == hashlib.sha256(content).hexdigest()
 
-    def test_folders_on_the_way_need_not_exist(self, here: StoragePath) -> None:
-        (here / "a" / "b" / "file").write_bytes(b"x")
+    def test_a_folder_below_is_made_once(self, here: StoragePath) -> None:
+        for _ in range(2):
+            (here.subfolder("a", "b") / "file").write_bytes(b"x")
         assert here.names() == ["a"]
         assert (here / "a").names() == ["b"]
         assert (here / "a" / "b").exists()
@@ -44,10 +45,8 @@ class StoragePathContract:
 
     def test_a_file_or_a_folder_is_removed(self, here: StoragePath) -> None:
         for name in ("keep", "file", "folder/one", "folder/two"):
-            target = here
-            for part in name.split("/"):
-                target = target / part
-            target.write_bytes(b"x")
+            *above, last = name.split("/")
+            (here.subfolder(*above) / last).write_bytes(b"x")
         (here / "file").delete()
         (here / "folder").delete()
         assert here.names() == ["keep"]

@@ -130,7 +130,7 @@ def test_a_clock_that_is_set_back_loses_no_report(tmp_path: Path, monkeypatch: p
 
 
 def test_tables_in_a_store_are_written_compacted_and_read_like_those_on_a_disk(tmp_path: Path, s3_query: str) -> None:
-    folders = [storage_path(tmp_path / "disk"), storage_path(f"s3://studies/tables?{s3_query}")]
+    folders = [storage_path(tmp_path).subfolder("disk"), storage_path(f"s3://studies/tables?{s3_query}")]
     for folder in folders:
         (folder / "study.yaml").write_bytes(b"question: q\n")
         study = StudyRecorder(folder, study="s")

@@ -21,13 +21,13 @@ from tests.contracts.storage_paths import StoragePathContract
 class TestFolder(StoragePathContract):
     @pytest.fixture
     def here(self, tmp_path: Path) -> StoragePath:
-        return storage_path(tmp_path / "here")
+        return storage_path(tmp_path).subfolder("here")
 
 
 class TestFileUrl(StoragePathContract):
     @pytest.fixture
     def here(self, tmp_path: Path) -> StoragePath:
-        return storage_path(f"file://{tmp_path}/here")
+        return storage_path(f"file://{tmp_path}").subfolder("here")
 
 
 class TestS3(StoragePathContract):

@@ -18,7 +18,7 @@ from rich.console import Console
 from ebft_study import report, text
 from ebft_study.config import RunConfig
 from ebft_study.errors import ConfigError, EbftError, ResultsError, rule_broken
-from ebft_study.results import StudyRecorder, copies
+from ebft_study.results import Fence, StudyRecorder, copies
 from ebft_study.storage import Location, StoragePath, absolute, remove_leftovers, storage_path
 from ebft_study.study.cluster import existing
 from ebft_study.study.driver.session import run_session
@@ -200,7 +200,7 @@ def _run(
         provenance = _prepare(study, console)
         lock_handle.fence.check()
         if copies.either_exists(folder / study_yaml.NAME):
-            _check_inputs(folder, study, provenance, accept_changes=accept_changes)
+            _check_inputs(folder, study, provenance, lock_handle.fence, accept_changes=accept_changes)
         if is_new:
             earlier.check_files(study.spec, provenance)
             study_yaml.write(folder, study.spec, study.source, provenance=provenance)
@@ -269,7 +269,7 @@ def _prepare(study: ResolvedStudy, console: Console) -> dict[str, Any]:
 
 
 def _check_inputs(
-    folder: StoragePath, study: ResolvedStudy, provenance: dict[str, Any], *, accept_changes: bool
+    folder: StoragePath, study: ResolvedStudy, provenance: dict[str, Any], fence: Fence, *, accept_changes: bool
 ) -> None:
     """Refuse to continue a study with other data or models than it began with, unless that is wanted."""
     changed = study_yaml.changed_inputs(folder, provenance)
@@ -281,7 +281,7 @@ def _check_inputs(
             "them back, or start another study (or add --accept-changes, which records the change)"
         )
     message = f"from here on with other inputs: {'; '.join(changed)}"
-    StudyRecorder(folder, study=study.name).event("changed", message)
+    StudyRecorder(folder, study=study.name, fence=fence).event("changed", message)
     study_yaml.accept_inputs(folder, provenance)
 
 

@@ -71,7 +71,7 @@ def run_session(
     recorder = results.StudyRecorder(folder, study=study.name, fence=fence)
     recorder.event(SESSION, display.summary(list(past.states.values()), display.Plan(study.n_trials)))
     monitor = Monitor(recorder, past.states, spec.objective.metric, spec.objective.further_metrics)
-    search = _search(folder, study, past, monitor, fence)
+    search = _search(folder, study, past, monitor, fence.check)
     plan = display.Plan(study.n_trials, study.concurrency, _announce(folder, study, recorder, console))
     columns = tuple(dict.fromkeys(("ce_loss", "cfm_loss", *(one.metric for one in spec.objective.all))))
     is_alive = (lambda: True) if study.capacity.is_existing else own.node_is_alive
@@ -113,13 +113,19 @@ def _wind_up(folder: StoragePath, monitor: Monitor, recorder: results.StudyRecor
         monitor.display.close()
 
 
-def _search(folder: StoragePath, study: ResolvedStudy, past: History, monitor: Monitor, fence: results.Fence) -> Search:
-    """The trials that are left, in order; those that are known by now are recorded as pending."""
+def _search(
+    folder: StoragePath, study: ResolvedStudy, past: History, monitor: Monitor, check: Callable[[], None] = lambda: None
+) -> Search:
+    """The trials that are left, in order; those that are known by now are recorded as pending.
+
+    Args:
+        check: raises when the study is another driver's by now.
+    """
     spec = study.spec
     if spec.search.algorithm == "optuna":
 
         def upload() -> None:
-            fence.check()
+            check()
             journal.upload(folder)
 
         def refused(label: str, problem: str) -> None:

@@ -342,6 +342,7 @@ def test_failed_trials_of_optuna_are_run_again_when_asked_for(
     """Every configuration has its result, so that nothing but the table knows of something to do."""
     study = spec(search={"algorithm": "optuna", "num_configurations": 2, "sampler": "random"})
     folder = tmp_path / "studies" / "s"
+    folder.mkdir(parents=True)
     study_yaml.write(folder, study, SOURCE, provenance={})
     search = OptunaSearch(study, journal.working_copy(storage_path(folder)), {})
     recorder = results.StudyRecorder(folder, study="s")
