@@ -81,8 +81,15 @@ class LocalPath(PosixPath):
 
     @property
     def for_ray(self) -> dict[str, Any]:
-        """The arguments `storage_path` and `storage_filesystem` of Ray's `RunConfig`."""
-        return {"storage_path": str(self)}
+        """The arguments `storage_path` and `storage_filesystem` of Ray's `RunConfig`; the folder above has to exist."""
+        from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+        from ebft_study.storage.below import FilesBelow
+
+        return {
+            "storage_path": str(self),
+            "storage_filesystem": PyFileSystem(FSSpecHandler(FilesBelow(str(self.parent)))),
+        }
 
     def read_bytes(self) -> bytes:
         """The whole content of a file.

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from ebft_study import report, text
 from ebft_study.config import RunConfig
-from ebft_study.errors import ConfigError, EbftError, ResultsError, rule_broken
+from ebft_study.errors import ConfigError, EbftError, ResultsError, StorageError, rule_broken
 from ebft_study.results import Fence, StudyRecorder, copies
 from ebft_study.storage import Location, StoragePath, absolute, remove_leftovers, storage_path
 from ebft_study.study.cluster import existing
@@ -205,7 +205,11 @@ def _run(
             earlier.check_files(study.spec, provenance)
             study_yaml.write(folder, study.spec, study.source, provenance=provenance)
         reason = run_session(folder, study, past, console, lock_handle)
-        return StudyResult(folder, past.states, reason, None if lock_handle.lost else _report(folder, console))
+        try:
+            lock_handle.fence.check()
+        except StorageError:
+            return StudyResult(folder, past.states, reason)
+        return StudyResult(folder, past.states, reason, _report(folder, console))
 
 
 @contextlib.contextmanager

@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import os
 import signal
+import sys
+import threading
 import time
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +18,7 @@ from rich.console import Console
 
 from ebft_study import results
 from ebft_study.analysis import usage
-from ebft_study.errors import EbftError, LockLostError, StorageError
+from ebft_study.errors import EbftError, LockLostError, StorageError, one_line
 from ebft_study.storage import StoragePath
 from ebft_study.study.cluster import existing, own
 from ebft_study.study.cluster.requests import ResourceRequest
@@ -46,6 +49,7 @@ if TYPE_CHECKING:
     from ebft_study.study.driver.tune_hooks import Observer, StudyStopper
 
 STORAGE_FAILED = "the study's storage failed"
+_GRACE_SECONDS = 30.0
 
 
 def run_session(
@@ -78,8 +82,7 @@ def run_session(
     hours = spec.budget.max_hours
     hours_left = None if hours is None else hours - past.session_seconds / 3600
     stopper = StudyStopper(hours_left, is_alive, RuleMonitor(spec.stopping, spec.objective, past.evaluations))
-    lock_handle.on_lost(stopper.request_stop)
-    with _signals(stopper.request_stop):
+    with _ending_soon(lock_handle, stopper), _signals(stopper.request_stop):
         monitor.display = display.display(console, columns, past.states, title=study.name, plan=plan)
         monitor.say(f"{study.name}: {display.summary(list(past.states.values()), plan)}")
         try:
@@ -93,12 +96,43 @@ def run_session(
             stopper.request_stop("Ctrl-C")
             raise
         except BaseException as error:
-            stopper.request_stop(f"the driver failed: {type(error).__name__}: {error}")
-            raise
+            stopper.request_stop(_loss(fence) or f"the driver failed: {type(error).__name__}: {error}")
+            if not _loss(fence):  # else it is what Tune makes of it
+                raise
         finally:
             _wind_up(folder, monitor, recorder, stopper)
     is_over = search.exhausted and not any(state.status in OPEN for state in past.states.values())
     return "" if is_over and stopper.reason == BUDGET_USED else str(stopper.reason)
+
+
+@contextlib.contextmanager
+def _ending_soon(lock_handle: LockHandle, stopper: StudyStopper) -> Iterator[None]:
+    """Context that a lost lock ends: in order, or, where Ray waits for what does not come any more, with the process."""
+
+    def end() -> None:
+        print(f"error: {one_line(lock_handle.lost)}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    def lost(reason: str) -> None:
+        stopper.request_stop(reason)
+        deadline.start()
+
+    deadline = threading.Timer(_GRACE_SECONDS, end)
+    deadline.daemon = True
+    lock_handle.on_lost(lost)
+    try:
+        yield
+    finally:
+        deadline.cancel()
+
+
+def _loss(fence: results.Fence) -> str:
+    """Why this driver may not write any more, '' where it may."""
+    try:
+        fence.check()
+    except StorageError as error:
+        return str(error)
+    return ""
 
 
 def _wind_up(folder: StoragePath, monitor: Monitor, recorder: results.StudyRecorder, stopper: StudyStopper) -> None:
@@ -228,7 +262,8 @@ def _tune(
     lineages = exploit.lineages(folder) if is_population else {}
     with _ray(study) as slot:
         monitor.say(own.dashboard_line())
-        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+        for name in ("ray.tune", "ray.train._internal.storage"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         mailboxes = relay.start()
 
         def launched(trial: Trial) -> TrialTask:

@@ -108,7 +108,11 @@ def _run_attempt(task: TrialTask) -> None:
         with storage_errors(study_folder):
             _report({**last, "attempt": number}, kept)
 
-    outcome = fit(task, attempt, report)
+    try:
+        outcome = fit(task, attempt, report)
+    except Exception:
+        fence.check()  # what Ray makes of a study that is gone says less
+        raise
     ray.tune.report({**last, "attempt": number, "outcome": outcome})
 
 

@@ -93,13 +93,14 @@ def _hold_file(folder: StoragePath, path: Path, record: str) -> Iterator[LockHan
             lock.acquire()
         except filelock.Timeout:
             raise _refusal(folder) from None
+    handle = LockHandle(Fence(folder))
     try:
-        handle = LockHandle(Fence(folder))
         with _heartbeat(folder / OWNER, handle):
             yield handle
     finally:
         if new and not (path / record).exists():
-            with contextlib.suppress(OSError):  # another process put something there
+            with contextlib.suppress(OSError, StorageError):  # another process put something there, or it is gone
+                handle.fence.check()
                 (path / NAME).unlink(missing_ok=True)
                 path.rmdir()
                 path.parent.rmdir()
