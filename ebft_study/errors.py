@@ -46,6 +46,10 @@ class StorageError(EbftError):
     """Storage that cannot be read or written: full, read-only or unreachable. The study stops and can be resumed."""
 
 
+class NoFileError(StorageError):
+    """A folder, named pipe, socket or device where a file belongs; reading it might wait for ever, or never end."""
+
+
 class LockLostError(StorageError):
     """The study is another driver's by now, or its lock is gone: this driver and its trials write nothing more."""
 

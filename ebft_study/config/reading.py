@@ -14,6 +14,7 @@ from ebft_study.config.keys import as_number, nearest, nest, resolve_key, with_p
 from ebft_study.config.rules import check_rules
 from ebft_study.config.sections import RunConfig, Section
 from ebft_study.errors import ConfigError, one_line
+from ebft_study.storage import open_file
 
 MOST_CHARACTERS, MOST_NODES, MOST_NESTED = 10**6, 10**5, 50
 """Limits of a configuration, far above any that people write."""
@@ -23,7 +24,8 @@ SectionT = TypeVar("SectionT", bound=Section)
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML mapping with the safe loader."""
     try:
-        text = path.read_text(encoding="utf-8")
+        with open_file(path) as file:
+            text = file.read().decode("utf-8")
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file. Check the path, or see search_spaces/ for ready files") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -21,6 +21,7 @@ from ebft_study.data.presets import PRESETS, Row, RowMapping, prompt_and_answer,
 from ebft_study.data.unit_tests import read_assertions
 from ebft_study.errors import DataError, one_line
 from ebft_study.paths import cache_folder
+from ebft_study.storage import open_file
 
 if TYPE_CHECKING:
     from ebft_study.config import DataConfig
@@ -188,7 +189,7 @@ def _check_file(path: Path) -> None:
     if path.suffix not in BUILDERS:
         raise DataError(f"{path}: is neither .jsonl nor .parquet. Convert it to one of them")
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             beginning = file.read(4096)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}). Check its permissions") from None

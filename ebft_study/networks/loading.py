@@ -19,6 +19,7 @@ from ebft_study.networks.blocks import ATTENTION, Backend
 from ebft_study.networks.lora import BaseModel, add_adapters
 from ebft_study.networks.verification import SUPPORTED, copy_with_weights, verify
 from ebft_study.pretraining.ladder import LADDER, RECORD, architecture, ensure_tiny_model
+from ebft_study.storage import open_file
 
 if TYPE_CHECKING:
     from ebft_study.config import RunConfig
@@ -157,7 +158,7 @@ def digest_of_files(name: str, *, revision: str | None = None) -> str:
         files = sorted(path for path in folder.iterdir() if path.suffix in FILES and path.name != RECORD)
         digest = hashlib.sha256()
         for path in files:
-            with path.open("rb") as file:
+            with open_file(path) as file:
                 digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(_explain(name, error)) from error

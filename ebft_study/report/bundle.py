@@ -38,7 +38,7 @@ from ebft_study.report.table import FORMATS
 from ebft_study.results import TABLES, Results, archive, copies, load, read_table, schema
 from ebft_study.results.redaction import redacted
 from ebft_study.results.writer import as_parquet
-from ebft_study.storage import StoragePath, storage_path
+from ebft_study.storage import StoragePath, open_file, storage_path
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -173,7 +173,8 @@ def _notebooks_of(study: StoragePath) -> list[tuple[str, bytes]]:
 
 def _read(notebook: Path) -> tuple[str, bytes]:
     try:
-        return notebook.name, notebook.read_bytes()
+        with open_file(notebook) as file:
+            return notebook.name, file.read()
     except OSError as error:
         raise ResultsError(f"{notebook}: cannot be read ({one_line(error)})") from None
 

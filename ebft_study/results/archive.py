@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ebft_study.errors import ResultsError, one_line
+from ebft_study.storage import open_file
 
 MANIFEST = "MANIFEST.json"
 FORMAT = 1
@@ -69,8 +70,9 @@ def unpack(source: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
         ResultsError: in one line: not such an archive, damaged, or with anything in it that `pack` does not write.
     """
     try:
-        size = source.stat().st_size
-        content = source.read_bytes() if size <= MAX_BYTES else b""
+        with open_file(source) as file:
+            size = os.fstat(file.fileno()).st_size
+            content = file.read() if size <= MAX_BYTES else b""
     except OSError as error:
         raise ResultsError(f"{source}: cannot be read ({one_line(error)})") from None
     if size > MAX_BYTES:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import filelock
 
-from ebft_study.errors import ResultsError
+from ebft_study.errors import NoFileError, ResultsError
 from ebft_study.results import reader, schema, writer
 from ebft_study.storage import Location, StoragePath, in_parallel, storage_path
 
@@ -74,5 +74,5 @@ def _trial_of(path: StoragePath) -> str | None:
 def _content(path: StoragePath, table: str) -> pyarrow.Table | None:
     try:
         return reader.read_file(path, table)
-    except ResultsError:
+    except (NoFileError, ResultsError):
         return None

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from ebft_study.errors import one_line
+from ebft_study.errors import NoFileError, one_line
 from ebft_study.storage import StoragePath
 
 _HASH_BYTES = 32
@@ -47,7 +47,7 @@ def read_copy(target: StoragePath) -> bytes | None:
     """The content of the copy; None where it is missing or damaged."""
     try:
         stored = copy_of(target).read_bytes()
-    except FileNotFoundError:
+    except (FileNotFoundError, NoFileError):
         return None
     digest, content = stored[:_HASH_BYTES], stored[_HASH_BYTES:]
     return content if hashlib.sha256(content).digest() == digest else None
@@ -64,6 +64,8 @@ def read_verified(target: StoragePath) -> tuple[bytes | None, str]:
     except FileNotFoundError:
         damaged = copy is None and copy_of(target).exists()
         return copy, f"{target}: is missing, and its copy is damaged" if damaged else ""  # the copy is written first
+    except NoFileError as error:
+        return copy, str(error)
     if copy is None:
         return content, f"{target}: its copy is damaged" if copy_of(target).exists() else ""
     return copy, "" if content == copy else f"{target}: is damaged, its copy is used"
@@ -92,7 +94,7 @@ def read_mapping(path: StoragePath) -> tuple[dict[str, Any] | None, str]:
         if copy is None:
             raise
         problem = "is missing"
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError) as error:
+    except (NoFileError, OSError, UnicodeDecodeError, yaml.YAMLError, TypeError) as error:
         problem = f"cannot be read ({one_line(error)})"
     if copy is None:
         return None, f"{path}: {problem}"

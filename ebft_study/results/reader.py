@@ -15,7 +15,7 @@ from operator import truediv
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ebft_study.errors import EbftError, ResultsError, one_line
+from ebft_study.errors import EbftError, NoFileError, ResultsError, one_line
 from ebft_study.results import copies, schema
 from ebft_study.storage import Location, StoragePath, in_parallel, storage_path
 
@@ -219,7 +219,7 @@ def _missing(folder: StoragePath) -> list[str]:
             expected = set(json.loads((folder / MANIFEST).read_bytes()))
         except FileNotFoundError:
             return []
-        except (ValueError, TypeError):
+        except (NoFileError, ValueError, TypeError):
             return [f"{folder / MANIFEST}: cannot be read. The next compaction writes it again"]
         gone = expected - set(folder.names())
         if not gone:
@@ -237,7 +237,7 @@ def _try_file(path: StoragePath, table: str, problems: list[str]) -> pyarrow.Tab
         return content
     try:
         return read_file(path, table)
-    except ResultsError as error:
+    except (NoFileError, ResultsError) as error:
         problems.append(str(error))
         return None
 

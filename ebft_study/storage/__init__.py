@@ -13,7 +13,7 @@ from typing import TypeAlias, TypeVar
 
 from ebft_study.storage import filesystems
 from ebft_study.storage.filesystems import storage_errors
-from ebft_study.storage.local import LocalPath, atomic_write, remove_leftovers
+from ebft_study.storage.local import LocalPath, atomic_write, open_file, remove_leftovers
 from ebft_study.storage.object_store import ObjectStorePath
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "absolute",
     "atomic_write",
     "in_parallel",
+    "open_file",
     "remove_leftovers",
     "storage_errors",
     "storage_path",

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import io
 import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path, PosixPath
 from typing import Any
 
-from ebft_study.errors import StorageError
+from ebft_study.errors import NoFileError, StorageError
 from ebft_study.storage.filesystems import storage_errors
 
+_KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 
 
@@ -58,6 +67,34 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def open_file(path: str | os.PathLike[str]) -> io.BufferedReader:
+    """Open a file of this machine for reading.
+
+    Raises:
+        NoFileError: it is something else, such as a named pipe.
+        OSError: it cannot be opened.
+    """
+    return open(path, "rb", opener=_open_regular)
+
+
+def _open_regular(path: str, flags: int) -> int:
+    try:
+        descriptor = os.open(path, flags | os.O_NONBLOCK)  # a named pipe would wait for a writer
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            raise _no_file(path, "a socket") from None
+        raise
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
+        return descriptor
+    os.close(descriptor)
+    raise _no_file(path, next((kind for is_kind, kind in _KINDS if is_kind(mode)), "something else"))
+
+
+def _no_file(path: str, kind: str) -> NoFileError:
+    return NoFileError(f"{path}: is {kind}, where a file belongs. Remove it, or correct the path")
+
+
 class LocalPath(PosixPath):
     """A `pathlib.Path` with the methods that a storage path also needs; inherited methods are unchanged.
 
@@ -98,8 +135,14 @@ class LocalPath(PosixPath):
             FileNotFoundError: the file does not exist.
             StorageError: the file cannot be read.
         """
-        with storage_errors(self, "read"):
-            return super().read_bytes()
+        with storage_errors(self, "read"), open_file(self) as file:
+            return file.read()
+
+    def open(self, mode: str = "r", *arguments: Any, **options: Any) -> Any:
+        """A file like that of `pathlib`; what is no file is not opened for reading."""
+        if mode.startswith("r"):
+            options["opener"] = _open_regular
+        return open(self, mode, *arguments, **options)
 
     def write_bytes(self, data: bytes) -> None:  # type: ignore[override]
         """Write a file atomically. No folder is created: a study that was deleted or unmounted would begin anew.

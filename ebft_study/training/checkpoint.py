@@ -77,7 +77,7 @@ def load(folder: Path, *, verify: bool = True) -> dict[str, Any]:
     Raises:
         CheckpointError: the folder is not a complete checkpoint.
     """
-    record = _record(folder)
+    record = _record(storage_path(folder))
     if record is None or (verify and step_of(folder) is None):
         raise CheckpointError(f"{folder}: is not a complete checkpoint. Start from an earlier one, or from scratch")
     # Mapped, not read: a worker reads only the parts that it copies, and workers of one machine share the pages.

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from ebft_study import results
 from ebft_study.analysis import usage
-from ebft_study.errors import EbftError, LockLostError, StorageError, one_line
+from ebft_study.errors import EbftError, LockLostError, StorageError
 from ebft_study.storage import StoragePath
 from ebft_study.study.cluster import existing, own
 from ebft_study.study.cluster.requests import ResourceRequest
@@ -107,10 +107,10 @@ def run_session(
 
 @contextlib.contextmanager
 def _ending_soon(lock_handle: LockHandle, stopper: StudyStopper) -> Iterator[None]:
-    """Context that a lost lock ends: in order, or, where Ray waits for what does not come any more, with the process."""
+    """Context that a lost lock ends; where Ray waits for what does not come any more, the whole process ends."""
 
     def end() -> None:
-        print(f"error: {one_line(lock_handle.lost)}", file=sys.stderr, flush=True)
+        print(f"error: {lock_handle.lost}", file=sys.stderr, flush=True)
         os._exit(1)
 
     def lost(reason: str) -> None:

@@ -29,7 +29,7 @@ from typing import Any
 import filelock
 import psutil
 
-from ebft_study.errors import LockLostError, ResultsError, StorageError
+from ebft_study.errors import LockLostError, NoFileError, ResultsError, StorageError
 from ebft_study.results import Fence, fence
 from ebft_study.results.study_recorder import latest_generation
 from ebft_study.storage import StoragePath, storage_errors
@@ -199,7 +199,7 @@ def _owner(path: StoragePath) -> dict[str, Any] | None:
         owner = json.loads(path.read_bytes())
     except FileNotFoundError:
         return None
-    except ValueError:
+    except (NoFileError, ValueError):
         owner = None
     return owner if isinstance(owner, dict) else {"pid": "?", "host": "?"}
 

@@ -153,7 +153,7 @@ def is_over(spec: StudySpec, folder: StoragePath) -> bool:
 
     with tempfile.TemporaryDirectory() as temporary:
         path = download(folder, Path(temporary, JOURNAL))
-        if not path.exists():
+        if not path.is_file():
             return False
         try:
             asked = optuna.load_study(study_name=spec.study, storage=_storage(path)).get_trials(deepcopy=False)
@@ -285,6 +285,8 @@ def _problem(spec: StudySpec, path: Path, chosen: Mapping[int, dict[Any, Any]], 
     """
     if not path.exists():
         return "is missing" if chosen else ""
+    if not path.is_file():
+        return "is no file"
     try:
         asked = open_study(spec, path).get_trials(deepcopy=False)
         assignments = {each.number: assignment_of(spec, each.params) for each in asked}
