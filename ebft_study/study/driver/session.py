@@ -18,7 +18,7 @@ from rich.console import Console
 
 from ebft_study import results
 from ebft_study.analysis import usage
-from ebft_study.errors import EbftError, LockLostError, StorageError
+from ebft_study.errors import EbftError, StorageError
 from ebft_study.storage import StoragePath
 from ebft_study.study.cluster import existing, own
 from ebft_study.study.cluster.requests import ResourceRequest
@@ -87,20 +87,19 @@ def run_session(
         monitor.say(f"{study.name}: {display.summary(list(past.states.values()), plan)}")
         try:
             with _watchdog(study, stopper, monitor, folder), compacting(folder, monitor.number_ended, fence.check):
-                _tune(folder, study, past, search, monitor, stopper, fence.generation)
-        except LockLostError as error:
-            stopper.request_stop(str(error))
+                _tune(folder, study, past, search, monitor, stopper, fence)
         except StorageError as error:  # of the driver itself; those of trials come as stop requests
-            stopper.request_stop(f"{STORAGE_FAILED}: {error}")
+            stopper.request_stop(_storage_failed(fence, error))
         except KeyboardInterrupt:  # a second signal, or one while Ray was starting
             stopper.request_stop("Ctrl-C")
             raise
         except BaseException as error:
-            stopper.request_stop(_loss(fence) or f"the driver failed: {type(error).__name__}: {error}")
-            if not _loss(fence):  # else it is what Tune makes of it
+            loss = _loss(fence)  # of which this is what Tune makes
+            stopper.request_stop(loss or f"the driver failed: {type(error).__name__}: {error}")
+            if not loss:
                 raise
         finally:
-            _wind_up(folder, monitor, recorder, stopper)
+            _wind_up(folder, monitor, recorder, stopper, fence)
     is_over = search.exhausted and not any(state.status in OPEN for state in past.states.values())
     return "" if is_over and stopper.reason == BUDGET_USED else str(stopper.reason)
 
@@ -135,14 +134,20 @@ def _loss(fence: results.Fence) -> str:
     return ""
 
 
-def _wind_up(folder: StoragePath, monitor: Monitor, recorder: results.StudyRecorder, stopper: StudyStopper) -> None:
+def _storage_failed(fence: results.Fence, error: object) -> str:
+    return _loss(fence) or f"{STORAGE_FAILED}: {error}"
+
+
+def _wind_up(
+    folder: StoragePath, monitor: Monitor, recorder: results.StudyRecorder, stopper: StudyStopper, fence: results.Fence
+) -> None:
     """Leave a study that can be resumed, as far as its storage still accepts anything."""
     try:
         monitor.interrupted(stopper.reason or "the driver ended")
         recorder.event("interrupted" if stopper.reason else "finished", stopper.reason or "every trial is over")
         results.compact(folder)
     except StorageError as error:
-        stopper.request_stop(f"{STORAGE_FAILED}: {error}")
+        stopper.request_stop(_storage_failed(fence, error))
     if monitor.display:
         monitor.display.close()
 
@@ -243,7 +248,7 @@ def _tune(
     search: Search,
     monitor: Monitor,
     stopper: StudyStopper,
-    generation: int,
+    fence: results.Fence,
 ) -> None:
     """Start Ray, unless the cluster exists, and let Tune run the search to its end, or until a stop is requested."""
     import ray.tune
@@ -267,7 +272,7 @@ def _tune(
         mailboxes = relay.start()
 
         def launched(trial: Trial) -> TrialTask:
-            task = trial_task(folder, study, trial, lineages.get(trial.trial_id), generation)
+            task = trial_task(folder, study, trial, lineages.get(trial.trial_id), fence.generation)
             services.start(task.run_config)
             return task
 
@@ -282,7 +287,7 @@ def _tune(
             monitor,
             released,
             ChainMap(stopper.rule_reasons, getattr(scheduler, "reasons", {})),
-            lambda reason: stopper.request_stop(f"{STORAGE_FAILED}: {reason}"),
+            lambda reason: stopper.request_stop(_storage_failed(fence, reason)),
             max_failures=spec.resources.max_failures,
             may_lose_nodes=study.capacity.is_existing,
         )
