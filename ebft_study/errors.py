@@ -51,7 +51,7 @@ class NoFileError(StorageError):
 
 
 class LockLostError(StorageError):
-    """The study is another driver's by now, or its lock is gone: this driver and its trials write nothing more."""
+    """The study is another driver's by now, or gone: this driver and its trials write nothing more."""
 
 
 class CheckpointError(EbftError):

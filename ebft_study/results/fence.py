@@ -19,7 +19,7 @@ import os
 import re
 import time
 
-from ebft_study.errors import LockLostError, StorageError
+from ebft_study.errors import LockLostError
 from ebft_study.storage import Location, StoragePath, storage_errors, storage_path
 
 CLAIMS = ".drivers"
@@ -39,22 +39,23 @@ class Fence:
             generation: of the driver that this process is or belongs to; 0: not fenced by a number.
         """
         self.folder, self.generation, self.lost = storage_path(study_folder), generation, ""
-        self._identity, self._seen = _identity(self.folder), -_TRUSTED_SECONDS
+        self._identity, self._seen = identity(self.folder), -_TRUSTED_SECONDS
 
     def check(self) -> None:
         """Raise if the study is another driver's, or gone; asks the store again after some seconds only.
 
         Raises:
-            LockLostError: another driver has taken the study over, or its lock is gone.
-            StorageError: the study's folder is gone.
+            LockLostError: another driver has taken the study over, or its lock or its folder is gone.
+            StorageError: that cannot be told.
         """
         if self.lost:
             raise LockLostError(self.lost)
         if self.folder.local:
-            if self._identity is None or _identity(self.folder) != self._identity:
-                raise StorageError(
+            if self._identity is None or identity(self.folder) != self._identity:
+                self.lost = (
                     f"{self.folder}: the study's folder is gone: it was deleted, or its disk is not mounted any more"
                 )
+                raise LockLostError(self.lost)
         elif self.generation and now() - self._seen >= _TRUSTED_SECONDS:
             self.verify()
 
@@ -104,12 +105,13 @@ def now() -> float:
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
-def _identity(folder: StoragePath) -> tuple[int, int] | None:
-    """What tells a folder on a disk from a later one of the same name; None where it does not exist."""
-    if folder.local is None:
+def identity(path: StoragePath) -> tuple[int, int] | None:
+    """What tells a file or folder on a disk from a later one of the same name; None where it does not exist."""
+    if path.local is None:
         return None
     try:
-        status = os.stat(folder.local)
-    except OSError:
+        with storage_errors(path, "read"):
+            status = os.stat(path.local)
+    except FileNotFoundError:
         return None
     return status.st_dev, status.st_ino

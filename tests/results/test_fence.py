@@ -167,7 +167,7 @@ def test_a_folder_that_is_gone_is_not_made_again(tmp_path: Path) -> None:
     study = tmp_path / "studies" / "s"
     study.mkdir(parents=True)
     driver = StudyRecorder(study, study="s")
-    trial = TrialRecorder(study, study="s", trial_id="a", attempt=1)
+    trial, other = (TrialRecorder(study, study="s", trial_id="a", attempt=attempt) for attempt in (1, 2))
     driver.trials(rows("ab"))
     trial.metrics(1, {"loss": 1.0})
     study.rename(tmp_path / "unmounted")
@@ -184,6 +184,6 @@ def test_a_folder_that_is_gone_is_not_made_again(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
     assert list((tmp_path / "studies").iterdir()) == []
     study.mkdir()  # the mount point, or a study of the same name
-    with pytest.raises(StorageError, match="is gone"):
-        trial.metrics(2, {"loss": 1.0})
+    with pytest.raises(LockLostError, match="is gone"):
+        other.metrics(2, {"loss": 1.0})
     assert list(study.iterdir()) == []

@@ -115,12 +115,16 @@ def _heartbeat(path: StoragePath, handle: LockHandle) -> Iterator[None]:
         while not released.wait(BEAT_SECONDS):
             try:
                 handle.fence.check()
-            except StorageError as error:
+                if fence.identity(path.parent / NAME) != locked:
+                    raise LockLostError(f"{path.parent}: the lock of this study is gone, so another process may run it")
+                _write(path, "")
+            except LockLostError as error:
                 handle.lose(str(error))
                 return
-            with contextlib.suppress(StorageError):
-                _write(path, "")
+            except StorageError:
+                continue  # of a full disk, for example; who has rows to write ends the study
 
+    locked = fence.identity(path.parent / NAME)
     _write(path, "")
     try:
         with in_background(beat, name="heartbeat"):

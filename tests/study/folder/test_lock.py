@@ -12,7 +12,7 @@ from pathlib import Path
 import filelock
 import pytest
 
-from ebft_study.errors import LockLostError, ResultsError
+from ebft_study.errors import LockLostError, ResultsError, StorageError
 from ebft_study.results import StudyRecorder, fence
 from ebft_study.storage import StoragePath, storage_path
 from ebft_study.study.folder import lock
@@ -96,6 +96,29 @@ def test_a_folder_that_is_gone_is_a_lost_lock_and_does_not_come_back(tmp_path: P
         wait_for_loss(handle)
         assert "is gone" in handle.lost
     assert list((tmp_path / "studies").iterdir()) == []
+
+
+def test_a_lock_file_that_is_gone_is_a_lost_lock(tmp_path: Path) -> None:
+    """Another driver would lock the file that it makes."""
+    folder = storage_path(tmp_path)
+    with lock.hold(folder, record=RECORD) as handle:
+        (tmp_path / lock.NAME).unlink()
+        wait_for_loss(handle)
+        assert "the lock of this study is gone" in handle.lost
+
+
+def test_a_disk_that_is_full_for_a_while_is_no_lost_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[StoragePath] = []
+
+    def write(path: StoragePath, token: str) -> None:
+        tried.append(path)
+        raise StorageError("No space left on device")
+
+    with lock.hold(storage_path(tmp_path), record=RECORD) as handle:
+        monkeypatch.setattr(lock, "_write", write)
+        while len(tried) < 3:
+            time.sleep(0.02)
+        assert not handle.lost
 
 
 # --- in a store ------------------------------------------------------------------------------------------------
