@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -33,17 +33,16 @@ class Driver:
     def begin(self, trial_id: str) -> int:
         return attempts.begin(self.folder, trial_id, generation=self.fence.generation)
 
-    def measure(self, trial_id: str, attempt: int, step: int, loss: float, *, best: float | None = None) -> None:
-        """A row, and a checkpoint where `best` is given."""
+    def measure(self, trial_id: str, attempt: int, step: int, loss: float) -> None:
         trial = TrialRecorder(self.folder, study="s", trial_id=trial_id, attempt=attempt, fence=self.fence)
         trial.metrics(step, {"cfm_loss": loss})
-        if best is not None:
+        self.save(trial_id, attempt, step, loss)
+
+    def save(self, trial_id: str, attempt: int, step: int, loss: float) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoint.save(Path(folder), {"step": step}, step=step, metrics={"cfm_loss": loss})
             path = attempts.folder(self.folder, trial_id, attempt) / attempts.checkpoint_name(step)
-            written = Path("checkpoint")
-            shutil.rmtree(written, ignore_errors=True)
-            written.mkdir()
-            checkpoint.save(written, {"step": step}, step=step, metrics={"cfm_loss": best})
-            path.upload(written, last=checkpoint.RECORD)
+            path.upload(Path(folder), last=checkpoint.RECORD)
 
     def ended(self, trial_id: str, attempt: int, status: str, **columns: Any) -> None:
         self.study.trial({"trial_id": trial_id, "status": status, "attempt": attempt, **columns})
@@ -63,13 +62,13 @@ def taken_over(folder: StoragePath) -> Driver:
     first = Driver(folder, 1)
     first.study.trials(rows("abcd", label="kept"))
     first.ended("a", 0, "running")
-    first.measure("a", first.begin("a"), 1, 9.0, best=9.0)
+    first.measure("a", first.begin("a"), 1, 9.0)
     second = Driver(folder, 2)
     second.study.trials(rows("abc"))
     for trial_id in "ab":
         attempt = second.begin(trial_id)
-        second.measure(trial_id, attempt, 1, 2.0, best=2.0)
-        second.measure(trial_id, attempt, 2, 1.0, best=1.0)
+        second.measure(trial_id, attempt, 1, 2.0)
+        second.measure(trial_id, attempt, 2, 1.0)
         second.ended(trial_id, attempt, "finished", final_cfm_loss=1.0)
     second.study.trials(rows("cd", "skipped"))
     results.compact(folder)
@@ -80,20 +79,18 @@ def tables(folder: StoragePath) -> dict[str, pd.DataFrame]:
     return {table: results.read_table(folder, table) for table in ("trials", "metrics")}
 
 
-def test_what_an_older_driver_still_writes_changes_no_result(
-    folder: StoragePath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_an_older_driver_still_writes_changes_no_result(folder: StoragePath) -> None:
     """It falls asleep between looking at the lock and writing."""
-    monkeypatch.chdir(tmp_path)
     first = taken_over(folder)
     before = tables(folder)
     assert before["trials"]["status"].tolist() == ["finished", "finished", "skipped", "skipped"]
     assert before["trials"]["label"].tolist() == ["kept"] * 4
     first.fence._seen = math.inf
-    first.measure("a", 1, 1, 8.0, best=8.0)
-    first.measure("a", 1, 2, 8.0, best=0.0)
+    first.measure("a", 1, 1, 8.0)
+    first.measure("a", 1, 2, 8.0)
     again = first.begin("a")
-    first.measure("a", again, 1, 7.0, best=7.0)
+    first.measure("a", again, 1, 7.0)
+    first.save("a", again, 3, 0.0)
     attempts.prune(folder, "a", CheckpointConfig(keep_checkpoints=1), OBJECTIVE, until=again)
     first.ended("b", 0, "running")
     first.ended("b", first.begin("b"), "failed", error="its node slept")
@@ -108,9 +105,8 @@ def test_what_an_older_driver_still_writes_changes_no_result(
 
 
 def test_an_older_driver_and_its_trials_notice_before_they_write(
-    folder: StoragePath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: StoragePath, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     first = taken_over(folder)
     late = TrialRecorder(folder, study="s", trial_id="a", attempt=1, fence=Fence(folder, 1))
     before = {name: (folder / "results" / name).names() for name in (folder / "results").names()}
