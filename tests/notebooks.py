@@ -157,6 +157,7 @@ def _write(notebook: Path, study: Any, out: Path) -> None:
     from ebft_study.report.notebooks import answer, execute, page
 
     node = execute(notebook, study)
+    out.mkdir(parents=True, exist_ok=True)
     for suffix, content in ((".ipynb", nbformat.writes(node)), (".html", page(node, notebook.stem))):
         with atomic_write(out / f"{notebook.stem}{suffix}") as temporary:
             temporary.write_text(content, encoding="utf-8")
