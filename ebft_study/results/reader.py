@@ -133,8 +133,7 @@ def read_table(
     folder = storage_path(study_folder) / "results" / table
     read = None if columns is None else frozenset([*columns, *_KEYS[table], *_ORDER])
     parts = _read_files(folder, table, [] if problems is None else problems, read)
-    empty = _present_schema(table, read).empty_table()
-    rows = pa.concat_tables([empty, *parts], promote_options="permissive")
+    rows = pa.concat_tables(parts or [_present_schema(table, read).empty_table()], promote_options="permissive")
     return _resolve_duplicates(rows.to_pandas(), table)
 
 
@@ -229,7 +228,7 @@ def _joined(parts: Iterable[pyarrow.Table | None]) -> list[pyarrow.Table]:
     import pyarrow as pa
 
     tables = [part for part in parts if part is not None]
-    return [pa.concat_tables(tables, promote_options="permissive").combine_chunks()] if tables else []
+    return tables if len(tables) < 2 else [pa.concat_tables(tables, promote_options="permissive").combine_chunks()]
 
 
 def _visible_files(folder: StoragePath, table: str) -> list[StoragePath]:
@@ -278,8 +277,7 @@ def _parse(stored: bytes, path: StoragePath, table: str, columns: frozenset[str]
     try:
         # For files this small, threads and reading ahead only cost.
         file = pq.ParquetFile(pa.BufferReader(stored), page_checksum_verification=True, pre_buffer=False)
-        names = None if columns is None else [name for name in file.schema_arrow.names if name in columns]
-        content = file.read(names, use_threads=False)
+        content = file.read(None if columns is None else _present_schema(table, columns).names, use_threads=False)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ResultsError(f"{path}: cannot be read as Parquet ({one_line(error)}). Remove or restore it") from None
     metadata = content.schema.metadata or {}

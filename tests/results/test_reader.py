@@ -6,6 +6,7 @@ import random
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pyarrow as pa
@@ -208,12 +209,12 @@ def test_files_that_vanish_while_reading_are_listed_again(tmp_path: Path, monkey
     before = tables(tmp_path)
     real, calls = reader.read_file, []
 
-    def read_while_compacting(path: Path, table: str) -> pa.Table:
+    def read_while_compacting(path: Path, *arguments: Any) -> pa.Table:
         calls.append(path)
         if len(calls) == 1:
             monkeypatch.setattr(reader, "read_file", real)
             compact(tmp_path)
-        return real(path, table)
+        return real(path, *arguments)
 
     monkeypatch.setattr(reader, "read_file", read_while_compacting)
     pd.testing.assert_frame_equal(before["metrics"], read_table(tmp_path, "metrics"))
