@@ -177,7 +177,8 @@ def summarize(results: Results) -> StudySummary:
         settings = {key: cell_value(first[key]) for key in names}
         baseline = cell_value(first["named_baseline"])
         ignored = unread(settings.get("method"), results.spec, shown_as) | unset(settings, results.spec)
-        finished = group[group["status"] == "finished"].dropna(subset=["seed"])
+        identity = group[["trial_id", "seed", "status"]]
+        finished = identity[identity["status"] == "finished"].dropna(subset=["seed"])
         seeds = {str(trial): int(seed) for trial, seed in zip(finished["trial_id"], finished["seed"], strict=True)}
         read = [key for key in varying if key not in ignored]
         configurations.append(

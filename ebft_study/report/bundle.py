@@ -91,7 +91,9 @@ class BundleCheck:
         found = f"{self.study}: {self.n_files} files as recorded, tables of {self.n_trials} trials readable; "
         if self.is_rendered:
             return f"{found}tables and report made again from them: the same numbers"
-        return f"{found}tables and report not made again: written by ebft-study {self.written_by}, this is {__version__}"
+        return (
+            f"{found}tables and report not made again: written by ebft-study {self.written_by}, this is {__version__}"
+        )
 
 
 def check(source: Path) -> BundleCheck:

@@ -154,14 +154,11 @@ def _to_sft_at(
 
 def _rivals(study: StudySummary) -> Rivals:
     """The best SFT configuration by a metric of the same base model and, for CFM, the same feature map."""
-    return {
-        metric: {c.name: sft for group in study.of_one_base(metric) for sft in [_best_sft(group, metric)] for c in group}
-        for metric in study.compared
-    }
-
-
-def _best_sft(group: Sequence[Configuration], metric: str) -> Configuration | None:
-    return best([c for c in group if c.is_sft], metric)
+    rivals: dict[str, dict[str, Configuration | None]] = {metric: {} for metric in study.compared}
+    for metric, of_metric in rivals.items():
+        for group in study.of_one_base(metric):
+            of_metric |= dict.fromkeys((c.name for c in group), best([c for c in group if c.is_sft], metric))
+    return rivals
 
 
 def precision(study: StudySummary) -> str:

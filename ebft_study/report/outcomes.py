@@ -165,7 +165,8 @@ def along_settings(study: StudySummary) -> ReportFigure | None:
         "Held-out value minus the base model's, mean over seeds with its 95 % interval, "
         "against each setting that varies. Lines join configurations that differ in this setting alone; a row's "
         f"colours show the other settings. Below the dashed line is better than the base model.{more}"
-        + fewer * any(len(_lines(study, name, drawn)) > MAX_LINES for name in names)
+        + fewer
+        * any(len(_lines(study, name, drawn)) > MAX_LINES for name in names)
     )
     return ReportFigure("settings", "Outcome along each setting", caption, figure)
 

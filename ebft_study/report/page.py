@@ -119,6 +119,7 @@ def as_svg(figure: ReportFigure) -> str:
 
 def _save(figure: ReportFigure, svg: str, folder: StoragePath) -> None:
     buffer = io.BytesIO()
+    figure.figure.set_layout_engine("none")  # that of the SVG stays: making it takes as long as drawing
     figure.figure.savefig(buffer, format="png", dpi=DOTS_PER_INCH)
     (folder / f"{figure.name}.png").write_bytes(buffer.getvalue())
     (folder / f"{figure.name}.svg").write_bytes(svg.encode())

@@ -56,7 +56,8 @@ def read_copy(target: StoragePath) -> bytes | None:
 def read_verified(target: StoragePath) -> tuple[bytes | None, str, bool]:
     """The content of a duplicated file, the problem with one of the two, and whether a hash vouches for the content.
 
-    The content is None where there is neither. The copy counts where both are there and differ: it proves itself whole, and is never the older one.
+    The content is None where there is neither. The copy counts where both are there and differ: it proves itself whole,
+    and is never the older one.
     """
     copy = read_copy(target)
     try:

@@ -166,9 +166,7 @@ def read_file(path: StoragePath, table: str, columns: frozenset[str] | None = No
     return _parse(content, path, table, columns if is_whole else None)
 
 
-def read_trial(
-    path: StoragePath, problems: list[str], columns: frozenset[str] | None = None
-) -> pyarrow.Table | None:
+def read_trial(path: StoragePath, problems: list[str], columns: frozenset[str] | None = None) -> pyarrow.Table | None:
     """A file of `trials`, or its copy where they differ; None where neither can be read.
 
     Damage to either is named in `problems`.
@@ -309,12 +307,10 @@ def to_present_schema(content: pyarrow.Table, table: str, columns: frozenset[str
     if content.schema.equals(present):
         return content
     by_name, known = dict(zip(content.column_names, content.columns, strict=True)), set(present.names)
-    columns = [
-        by_name[f.name].cast(f.type) if f.name in by_name else pa.nulls(content.num_rows, f.type) for f in present
-    ]
+    cast = [by_name[f.name].cast(f.type) if f.name in by_name else pa.nulls(content.num_rows, f.type) for f in present]
     extra = [name for name in content.column_names if name not in known]
     nullable = [f.with_nullable(True) for f in present] + [content.schema.field(name) for name in extra]
-    return pa.Table.from_arrays(columns + [content[name] for name in extra], schema=pa.schema(nullable))
+    return pa.Table.from_arrays(cast + [content[name] for name in extra], schema=pa.schema(nullable))
 
 
 def _resolve_duplicates(frame: pd.DataFrame, table: str) -> pd.DataFrame:
@@ -322,7 +318,8 @@ def _resolve_duplicates(frame: pd.DataFrame, table: str) -> pd.DataFrame:
     keys = _KEYS[table]
     order = ["time"] if table == "events" else keys
     if order == keys and not frame.duplicated(keys).any():
-        return frame.sort_values(keys, kind="stable", ignore_index=True)
+        rows = frame[keys].sort_values(keys, kind="stable").index
+        return frame if rows.is_monotonic_increasing else frame.take(rows.to_numpy()).reset_index(drop=True)
     moment = next(name for name in _ORDER[1:] if name in frame.columns)
     ordered = frame.sort_values(["attempt", moment], kind="stable", na_position="first")
     if table == "metrics" and ordered.duplicated(keys).any():
