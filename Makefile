@@ -65,6 +65,7 @@ mutants: $(STAMP) ## small mutations of the package, one at a time: the tests of
 scale: $(STAMP) ## what a study of 2000 trials costs its driver and its readers, without processes for trials
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.scale.simulate
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.scale.snapshot
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.scale.readers
 
 decisions: $(STAMP) ## how well early stopping decides, in simulated studies; writes docs/decisions.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.decisions --write docs/decisions.md

@@ -68,7 +68,8 @@ class Configuration:
     @functools.cached_property
     def finished(self) -> pd.DataFrame:
         """The finished trials."""
-        return self.trials[self.trials["status"] == "finished"]
+        done = self.trials["status"] == "finished"
+        return self.trials if done.all() else self.trials[done]  # a frame of many columns takes long to cut
 
     @property
     def n_finished(self) -> int:

@@ -53,7 +53,8 @@ def precision(configurations: Iterable[Configuration], metric: str, position: in
     for group in comparable(configurations, metric, at_one_length=True):
         values = [c.final.get((metric, position), {}) for c in group]
         levels += [v.standard_error for of_seed in values for v in of_seed.values() if isinstance(v, Score)]
-        for left, right in _spread(list(itertools.combinations(values, 2))):
+        pairs, step = itertools.combinations(values, 2), max(1, math.ceil(math.comb(len(values), 2) / MAX_PAIRS))
+        for left, right in itertools.islice(pairs, 0, None, step):
             paired = (left[seed] - right[seed] for seed in left.keys() & right.keys())
             differences += [difference for difference in paired if isinstance(difference, Score)]
             intervals.append(paired_difference(left, right))
@@ -67,12 +68,6 @@ def precision(configurations: Iterable[Configuration], metric: str, position: in
         sequence_deviation=_median([each.sequence_error * math.sqrt(each.n_sequences) for each in over_both]),
         n_sequences=max(len(difference.sequences) for difference in differences),
     )
-
-
-def _spread(
-    pairs: Sequence[tuple[dict[int, float], dict[int, float]]],
-) -> list[tuple[dict[int, float], dict[int, float]]]:
-    return list(pairs[:: max(1, math.ceil(len(pairs) / MAX_PAIRS))])
 
 
 def _median(values: Sequence[float]) -> float:

@@ -97,7 +97,7 @@ class StudySummary:
         """Metric and mode of the first objective, by which configurations are ranked."""
         return (objectives(self.results.spec) or [DEFAULT_OBJECTIVE])[0]
 
-    @property
+    @functools.cached_property
     def compared(self) -> tuple[str, ...]:
         """Metrics by which tables compare configurations; with the judge's CFM where a trial has measured it."""
         judged = any(("judge_cfm_loss", None) in {**c.base, **c.final} for c in self.configurations)
@@ -170,13 +170,15 @@ def summarize(results: Results) -> StudySummary:
     last, validation_start = _validation(results)
     goal = (objectives(results.spec) or [DEFAULT_OBJECTIVE])[0]
     names = [*(column.name for column in schema.hyperparameters()), *choices_of(results.spec)]
+    firsts = trials.drop_duplicates("group").set_index("group")[[*names, "named_baseline"]].to_dict("index")
     configurations = []
     for name, group in trials.groupby("group", sort=False):
-        first = group.iloc[0]
+        first = firsts[name]
         settings = {key: cell_value(first[key]) for key in names}
         baseline = cell_value(first["named_baseline"])
         ignored = unread(settings.get("method"), results.spec, shown_as) | unset(settings, results.spec)
-        finished = group[group["status"] == "finished"].dropna(subset=["seed"])
+        identity = group[["trial_id", "seed", "status"]]
+        finished = identity[identity["status"] == "finished"].dropna(subset=["seed"])
         seeds = {str(trial): int(seed) for trial, seed in zip(finished["trial_id"], finished["seed"], strict=True)}
         read = [key for key in varying if key not in ignored]
         configurations.append(

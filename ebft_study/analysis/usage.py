@@ -25,6 +25,17 @@ PLAN_EVENT = "plan"
 REDONE_EVENT = "redone"
 """Kind of the event that holds the cost of what a new attempt of a trial does again."""
 MAX_GROUPS = 8
+SAVINGS_COLUMNS = ("status", "steps", "warm_start_steps", "steps_saved", "seconds_saved")
+"""Columns of `trials` that `savings` reads."""
+SERVICES_COLUMNS = (
+    *("policy_lag", "sync_seconds", "parity_mean_difference", "parity_max_difference", "parity_off_fraction"),
+    *("rechunk_mean_difference", "rechunk_off_fraction", "importance_ratio_min", "importance_ratio_max"),
+    *("importance_clipped_fraction", "effective_sample_fraction"),
+    *("feature_queue_seconds", "feature_tokens_embedded", "feature_tokens_saved", "feature_hit_rate_memory"),
+    *("feature_hit_rate_disk", "ground_truth_hit_rate", "sample_hit_rate", "feature_batch_requests"),
+    *("feature_cache_bytes",),
+)
+"""Columns of `metrics` that `services` reads."""
 
 
 def cost(results: Results) -> Facts:

@@ -15,8 +15,6 @@ bytes: the report is dated by its newest row.
 
 from __future__ import annotations
 
-import functools
-import importlib.metadata
 import itertools
 import json
 import math
@@ -29,7 +27,7 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from ebft_study import terminal
+from ebft_study import __version__, terminal
 from ebft_study.analysis.summary import summarize
 from ebft_study.config import parse_yaml
 from ebft_study.errors import ConfigError, ResultsError, one_line
@@ -44,7 +42,6 @@ if TYPE_CHECKING:
     import pandas as pd
     import pyarrow
 
-PACKAGE = "ebft-study"
 SPEC, REPORT = "study.yaml", "report.html"
 CHECKED_FOR_CREDENTIALS = ("trials", "events")
 RECORDED = ("created_at", "file", "git_revision", "versions", "provenance")
@@ -70,11 +67,10 @@ def bundle(study: StoragePath, target: Path | None = None, notebooks: Sequence[P
     for name, content in [*_notebooks_of(study), *map(_read, notebooks)]:
         files[f"notebooks/{name}"] = _executed(name, content, study)
     with tempfile.TemporaryDirectory() as place:
-        folder = _laid_out(files, _folder(place, study.name))
-        files |= _rendered(folder)
+        files |= _rendered(load(_laid_out(files, _folder(place, study.name))))
     spec = yaml.safe_load(files[SPEC])
     about = {name: json.loads(json.dumps(spec.get(name), default=str)) for name in RECORDED if spec.get(name)}
-    content = archive.pack(files, {"study": study.name, "written_by": _version(), **about})
+    content = archive.pack(files, {"study": study.name, "written_by": __version__, **about})
     chosen = target or Path(f"{study.name}.zip")
     chosen.parent.mkdir(parents=True, exist_ok=True)
     storage_path(chosen).write_bytes(content)
@@ -96,7 +92,9 @@ class BundleCheck:
         found = f"{self.study}: {self.n_files} files as recorded, tables of {self.n_trials} trials readable; "
         if self.is_rendered:
             return f"{found}tables and report made again from them: the same numbers"
-        return f"{found}tables and report not made again: written by ebft-study {self.written_by}, this is {_version()}"
+        return (
+            f"{found}tables and report not made again: written by ebft-study {self.written_by}, this is {__version__}"
+        )
 
 
 def check(source: Path) -> BundleCheck:
@@ -118,7 +116,7 @@ def check(source: Path) -> BundleCheck:
         folder = _laid_out(given, _folder(place, name))
         try:
             results = load(folder)
-            again = _rendered(folder) if written_by == _version() and not results.problems else None
+            again = _rendered(results) if written_by == __version__ and not results.problems else None
         except Exception as error:  # tables may hold anything that their schema allows
             what = f"{type(error).__name__}: {one_line(error)}".replace(f"{place}/", "")
             raise ResultsError(f"{source}: no report can be made of its tables ({what})") from None
@@ -194,13 +192,13 @@ def _executed(name: str, content: bytes, study: StoragePath) -> bytes:
     return redacted(text).encode()
 
 
-def _rendered(folder: Path) -> dict[str, bytes]:
-    """Report, figures and tables to copy, made of the tables in `folder`."""
-    results = load(folder)
-    page.write(storage_path(folder), written=_newest(results))
-    files = {f"figures/{path.name}": path.read_bytes() for path in (folder / "figures").glob("*.*")}
+def _rendered(results: Results) -> dict[str, bytes]:
+    """Report, figures and tables to copy, made of the tables of a study; they are written into its folder."""
+    study, folder = summarize(results), results.folder
+    page.write_summary(study, written=_newest(results))
+    files = {f"figures/{name}": (folder / "figures" / name).read_bytes() for name in (folder / "figures").names()}
     files[REPORT] = (folder / REPORT).read_bytes()
-    for name, table in collected.tables(summarize(results)).items():
+    for name, table in collected.tables(study).items():
         files |= {f"tables/{name}.{ending}": make(table).encode() for make, ending in FORMATS.values()}
     return files
 
@@ -226,11 +224,6 @@ def _laid_out(files: Mapping[str, bytes], folder: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
     return folder
-
-
-@functools.cache
-def _version() -> str:
-    return importlib.metadata.version(PACKAGE)
 
 
 # --- what is checked -------------------------------------------------------------------------------------------

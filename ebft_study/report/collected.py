@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ebft_study.analysis.summary import StudySummary
 from ebft_study.report import content, methods, paper
 from ebft_study.report.table import Table, slug
@@ -19,8 +21,12 @@ def tables(study: StudySummary) -> dict[str, Table]:
     return {table.name: table for table in each}
 
 
-def outcomes(study: StudySummary) -> Table:
-    """Held-out values of all configurations, and differences to the base model and to SFT."""
+def outcomes(study: StudySummary, lines: Sequence[content.ConfigurationRow] | None = None) -> Table:
+    """Held-out values of configurations, and differences to the base model and to SFT.
+
+    Args:
+        lines: those of the table; default: all.
+    """
     rows = [
         (
             row.label,
@@ -28,10 +34,11 @@ def outcomes(study: StudySummary) -> Table:
             row.validation,
             *(part[metric] for part in (row.levels, row.to_base, row.to_sft) for metric in study.compared),
         )
-        for row in content.configuration_rows(study)
+        for row in (content.configuration_rows(study) if lines is None else lines)
     ]
     kinds = [f"{content.NAMES[metric]}{versus}" for versus in ("", " − base", " − SFT") for metric in study.compared]
-    caption = "Held-out values of all configurations: means over seeds ± half-width of the 95 % interval."
+    which = "all" if lines is None or not content.omitted(study) else "the best"
+    caption = f"Held-out values of {which} configurations: means over seeds ± half-width of the 95 % interval."
     columns = ("Configuration", "Seeds", f"Validation {study.objective[0]}", *kinds)
     return Table("outcomes", caption, columns, tuple(rows))
 

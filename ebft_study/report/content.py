@@ -28,6 +28,9 @@ from ebft_study.results.metrics import COST
 
 ROUTINE_EVENTS = ("started", "finished", "evaluated", PLAN_EVENT, EXPLOIT, RACE_EVENT, REDONE_EVENT)
 MAX_INCIDENTS = 30
+MAX_CONFIGURATIONS = 100
+"""Configurations on the axes in the tables of a page; nobody reads more, and `ebft_study.tables` has all."""
+MAX_UNFINISHED = 100
 MAX_CONTEXT_CHARACTERS = 240
 NAMES = {"ce_loss": "CE", "ce_answer_loss": "Answer CE", "cfm_loss": "CFM", "judge_cfm_loss": "Judge CFM"}
 
@@ -43,6 +46,9 @@ def overview(study: StudySummary) -> str:
     line = f"{finished} of {total} trials finished" + (f" ({', '.join(others)})" if others else "")
     return f"{line} · {len(study.configurations)} configurations × {at_most}{seeds} seed{'s' * (seeds != 1)}"
 
+
+Rivals = Mapping[str, Mapping[str, Configuration | None]]
+"""Metric -> name of a configuration -> the one that it is compared with; None without one."""
 
 # --- configurations --------------------------------------------------------------------------------------------
 
@@ -67,18 +73,36 @@ class ConfigurationRow:
     is_best: bool
 
 
-def configuration_rows(study: StudySummary) -> list[ConfigurationRow]:
-    """The base models, the configurations on the axes from the best to the worst, and the baselines.
+def listed(study: StudySummary, limit: int | None = None) -> list[Configuration]:
+    """The configurations on the axes from the best to the worst, at most `limit`, and the baselines.
 
     The order is that of the objective on the validation split, with incomplete configurations after complete ones.
+    """
+    unmeasured = [c for c in study.on_axes if not c.is_measured]
+    baselines = [c for c in study.configurations if c.baseline is not None]
+    return [*[*ranked(study.on_axes), *unmeasured][:limit], *baselines]
+
+
+def omitted(study: StudySummary) -> str:
+    """A sentence on what the tables of a page leave out; empty where they have all."""
+    number = len(study.on_axes)
+    if number <= MAX_CONFIGURATIONS:
+        return ""
+    return (
+        f"Of {text.count(number)} configurations, tables list the {MAX_CONFIGURATIONS} best by validation "
+        f"{study.objective[0]}, and the baselines; ebft_study.tables({study.results.folder.name!r}) has all."
+    )
+
+
+def configuration_rows(study: StudySummary, limit: int | None = None) -> list[ConfigurationRow]:
+    """The base models, and the configurations as `listed`.
+
     "Best" is EBFT's best, within each feature map where the objective compares no further; one alone is no best.
     """
     groups = comparable(study.ebft, study.objective[0])
     winners = {c.name for group in groups if len(group) > 1 or len(groups) == 1 if (c := best(group))}
-    order = ranked(study.on_axes)
-    unmeasured = [c for c in study.on_axes if not c.is_measured]
-    baselines = [c for c in study.configurations if c.baseline is not None]
-    lines = [_configuration_row(study, c, c.name in winners) for c in (*order, *unmeasured, *baselines)]
+    rivals = _rivals(study)
+    lines = [_configuration_row(study, c, rivals, c.name in winners) for c in listed(study, limit)]
     return [*_base_rows(study), *lines]
 
 
@@ -97,11 +121,11 @@ def _base_rows(study: StudySummary) -> list[ConfigurationRow]:
     return rows
 
 
-def _configuration_row(study: StudySummary, c: Configuration, is_best: bool) -> ConfigurationRow:
+def _configuration_row(study: StudySummary, c: Configuration, best_sft: Rivals, is_best: bool) -> ConfigurationRow:
     incomplete = " (incomplete)" if c.n_finished and not c.is_complete else ""
     incomplete = " (not promoted)" if c.is_left_out else incomplete
     compared = study.compared
-    rivals = {metric: sft for metric in compared if (sft := _rival(study, c, metric)) is not c}
+    rivals = {metric: sft for metric in compared if (sft := best_sft[metric].get(c.name)) is not c}
     return ConfigurationRow(
         c.label,
         f"{len(c.finished_seeds)} of {c.n_seeds}{incomplete}",
@@ -128,10 +152,13 @@ def _to_sft_at(
     }
 
 
-def _rival(study: StudySummary, c: Configuration, metric: str) -> Configuration | None:
-    """The best SFT configuration by `metric` of the same base model and, for CFM, the same feature map."""
-    (group,) = (group for group in study.of_one_base(metric) if any(other is c for other in group))
-    return best([other for other in group if other.is_sft], metric)
+def _rivals(study: StudySummary) -> Rivals:
+    """The best SFT configuration by a metric of the same base model and, for CFM, the same feature map."""
+    rivals: dict[str, dict[str, Configuration | None]] = {metric: {} for metric in study.compared}
+    for metric, of_metric in rivals.items():
+        for group in study.of_one_base(metric):
+            of_metric |= dict.fromkeys((c.name for c in group), best([c for c in group if c.is_sft], metric))
+    return rivals
 
 
 def precision(study: StudySummary) -> str:
@@ -169,11 +196,12 @@ class EvidenceRow:
     bootstrap: str
 
 
-def evidence_rows(study: StudySummary) -> list[EvidenceRow]:
+def evidence_rows(study: StudySummary, limit: int | None = None) -> list[EvidenceRow]:
     """The differences of which values of single sequences are known; empty for older studies."""
-    rows = []
-    for c, metric in itertools.product(study.configurations, study.compared):
-        sft = _rival(study, c, metric)
+    rows, rivals = [], _rivals(study)
+    chosen = {c.name for c in listed(study, limit)}
+    for c, metric in itertools.product((c for c in study.configurations if c.name in chosen), study.compared):
+        sft = rivals[metric].get(c.name)
         if sft is c:
             continue
         values = c.final.get((metric, None), {})
@@ -250,8 +278,19 @@ def _contamination(scores: BenchmarkScores) -> str:
 # --- trials and events -----------------------------------------------------------------------------------------
 
 
-def trial_rows(study: StudySummary) -> list[dict[str, str]]:
-    """One line per trial: state, settings that vary, held-out values."""
+def trial_rows(study: StudySummary, limit: int | None = None) -> list[dict[str, str]]:
+    """One line per trial of the configurations as `listed`: state, settings that vary, held-out values."""
+    chosen = {c.name for c in listed(study, limit)}
+    return _trial_rows(study, [c for c in study.configurations if c.name in chosen])
+
+
+def unfinished_rows(study: StudySummary) -> list[dict[str, str]]:
+    """The same of all trials that did not finish."""
+    rows = _trial_rows(study, [c for c in study.configurations if c.n_finished < len(c.trials)])
+    return [row for row in rows if row["status"] != "finished"]
+
+
+def _trial_rows(study: StudySummary, configurations: Sequence[Configuration]) -> list[dict[str, str]]:
     return [
         {
             "trial": row["trial_id"],
@@ -265,13 +304,16 @@ def trial_rows(study: StudySummary) -> list[dict[str, str]]:
             "time": text.duration(row["total_seconds"]),
             "reason": "; ".join(str(row[key]) for key in ("stop_reason", "error") if not text.is_missing(row[key])),
         }
-        for c in study.configurations
-        for row in c.trials.sort_values("seed").to_dict("records")
+        for c in configurations
+        for row in c.trials[_OF_TRIAL].sort_values("seed").to_dict("records")
     ]
 
 
-def cost_rows(study: StudySummary) -> list[dict[str, str]]:
-    """One line per trial that recorded its cost."""
+_OF_TRIAL = ["trial_id", "status", "seed", "steps_done", "total_seconds", "stop_reason", "error"]
+
+
+def cost_rows(study: StudySummary, limit: int | None = None) -> list[dict[str, str]]:
+    """One line per trial of the configurations as `listed` that recorded its cost."""
     columns: dict[str, Callable[[Any], str]] = {
         name: text.power for name in COST if name.endswith("_flops") or name == "flops"
     }
@@ -281,9 +323,10 @@ def cost_rows(study: StudySummary) -> list[dict[str, str]]:
         **dict.fromkeys(("update_seconds", "cpu_seconds", "gpu_seconds"), text.duration),
         "energy_joules": text.count,
     }
+    trials = pd.concat([c.trials for c in listed(study, limit)] or [study.results.trials])
     return [
         {"trial": row["trial_id"], **{name: show(row[name]) for name, show in columns.items()}}
-        for row in study.results.trials.sort_values("trial_id").to_dict("records")
+        for row in trials[["trial_id", *columns]].sort_values("trial_id").to_dict("records")
         if not text.is_missing(row["flops"])
     ]
 

@@ -16,8 +16,9 @@ from matplotlib.figure import Figure
 
 from ebft_study import text
 from ebft_study.analysis import pareto
-from ebft_study.analysis.configuration import equal_but_for
+from ebft_study.analysis.configuration import Map, equal_but_for
 from ebft_study.analysis.curves import DIVERGENCE
+from ebft_study.analysis.selection import ranked
 from ebft_study.analysis.settings import assignments, is_number, objectives, sort_key
 from ebft_study.analysis.statistics import Interval
 from ebft_study.analysis.summary import Configuration, StudySummary
@@ -28,6 +29,8 @@ from ebft_study.report.drawing import ReportFigure, Style
 MAX_ROWS = 30
 MAX_SETTINGS = 6
 MAX_LABELS = 12
+# Nor can more lines along a setting.
+MAX_LINES = 24
 
 
 def differences(study: StudySummary) -> ReportFigure | None:
@@ -154,20 +157,40 @@ def along_settings(study: StudySummary) -> ReportFigure | None:
         axes.set_title(drawing.panel_title(study, metric))
     others = [text.symbol(name) for name in study.varying[MAX_SETTINGS:]]
     more = f" Not drawn: {text.listed(others)}." if others else ""
+    fewer = (
+        f" Where a setting has more lines than {MAX_LINES}, those with the best configurations by validation "
+        f"{study.objective[0]} are drawn."
+    )
     caption = (
-        "Held-out value minus the base model's for every configuration, mean over seeds with its 95 % interval, "
+        "Held-out value minus the base model's, mean over seeds with its 95 % interval, "
         "against each setting that varies. Lines join configurations that differ in this setting alone; a row's "
         f"colours show the other settings. Below the dashed line is better than the base model.{more}"
+        + fewer
+        * any(len(_lines(study, name, drawn)) > MAX_LINES for name in names)
     )
     return ReportFigure("settings", "Outcome along each setting", caption, figure)
 
 
+def _lines(study: StudySummary, name: str, drawn: Sequence[Configuration]) -> dict[Map, list[Configuration]]:
+    """Configurations that differ in this setting alone, by their other settings."""
+    return equal_but_for(name, study.varying, [c for c in drawn if name not in c.unread])
+
+
+def _best_lines(lines: dict[Map, list[Configuration]]) -> dict[Map, list[Configuration]]:
+    """At most `MAX_LINES`, those with the best configurations, in their order."""
+    if len(lines) <= MAX_LINES:
+        return lines
+    ranks = {c.name: rank for rank, c in enumerate(ranked(c for line in lines.values() for c in line))}
+    order = sorted(lines, key=lambda others: min(ranks.get(c.name, len(ranks)) for c in lines[others]))
+    chosen = set(order[:MAX_LINES])
+    return {others: line for others, line in lines.items() if others in chosen}
+
+
 def _along(axes: Axes, study: StudySummary, name: str, metric: str, drawn: Sequence[Configuration]) -> None:
-    drawn = [c for c in drawn if name not in c.unread]
-    values = sorted({c.settings[name] for c in drawn}, key=sort_key)
+    groups = _best_lines(_lines(study, name, drawn))
+    values = sorted({c.settings[name] for line in groups.values() for c in line}, key=sort_key)
     place, numeric = dict(zip(values, drawing.setting_axis(axes, values), strict=True)), all(map(is_number, values))
     axes.axhline(0, color=drawing.BASE_COLOR, linestyle="--", linewidth=1.2)
-    groups = equal_but_for(name, study.varying, drawn)
     for index, (others, style) in enumerate(zip(groups, drawing.sequence(len(groups)), strict=True)):
         label = assignments(dict(others), [key for key, _ in others])
         dodge = 0.0 if numeric else 0.16 * ((index + 0.5) / len(groups) - 0.5)

@@ -15,7 +15,7 @@ from markupsafe import Markup
 from ebft_study import text
 from ebft_study.analysis import pareto, usage
 from ebft_study.analysis.settings import objectives
-from ebft_study.analysis.summary import summarize
+from ebft_study.analysis.summary import StudySummary, summarize
 from ebft_study.report import collected, content, facts, methods, paper, scaling, table
 from ebft_study.report.claims import judge
 from ebft_study.report.drawing import ReportFigure
@@ -28,14 +28,19 @@ TEMPLATE = "report.html.j2"
 DOTS_PER_INCH = 160
 
 
-def write(study_folder: StoragePath, *, written: str | None = None) -> Path | StoragePath:
-    """Write `report.html` and `figures/` of the study in `study_folder`; returns the HTML file.
+def write(study_folder: StoragePath) -> Path | StoragePath:
+    """Write `report.html` and `figures/` of the study in `study_folder`; returns the HTML file."""
+    return write_summary(summarize(load(study_folder)))
+
+
+def write_summary(study: StudySummary, *, written: str | None = None) -> Path | StoragePath:
+    """Write the report of a study into its folder; returns the HTML file.
 
     Args:
         written: the report's date; default: now.
     """
-    study = summarize(load(study_folder))
-    spec = study.results.spec
+    spec, study_folder = study.results.spec, study.results.folder
+    lines = content.configuration_rows(study, content.MAX_CONFIGURATIONS)
     figures = draw_all(study)
     svgs = {figure.name: as_svg(figure) for figure in figures}
     for figure in figures:
@@ -57,17 +62,20 @@ def write(study_folder: StoragePath, *, written: str | None = None) -> Path | St
         fixed=facts.fixed_settings(study),
         provenance=facts.provenance(spec),
         cost=usage.cost(study.results),
-        configurations=content.configuration_rows(study),
-        outcomes=collected.outcomes(study),
+        configurations=lines,
+        outcomes=collected.outcomes(study, lines),
+        omitted=content.omitted(study),
         precision=content.precision(study),
-        evidence=content.evidence_rows(study),
+        evidence=content.evidence_rows(study, content.MAX_CONFIGURATIONS),
         methods=methods.method_tables(study),
         benchmarks=content.benchmark_tables(study),
         paper=paper.section(study),
         formats=table.FORMATS,
         scaling=scaling.section(study),
-        trials=content.trial_rows(study),
-        costs=content.cost_rows(study),
+        trials=content.trial_rows(study, content.MAX_CONFIGURATIONS),
+        unfinished=content.unfinished_rows(study),
+        max_unfinished=content.MAX_UNFINISHED,
+        costs=content.cost_rows(study, content.MAX_CONFIGURATIONS),
         incidents=content.incidents(study),
         objectives=[metric for metric, _ in objectives(spec) or [study.objective]],
         front=pareto.rows(study),
@@ -111,6 +119,7 @@ def as_svg(figure: ReportFigure) -> str:
 
 def _save(figure: ReportFigure, svg: str, folder: StoragePath) -> None:
     buffer = io.BytesIO()
+    figure.figure.set_layout_engine("none")  # that of the SVG stays: making it takes as long as drawing
     figure.figure.savefig(buffer, format="png", dpi=DOTS_PER_INCH)
     (folder / f"{figure.name}.png").write_bytes(buffer.getvalue())
     (folder / f"{figure.name}.svg").write_bytes(svg.encode())

@@ -11,7 +11,16 @@ from ebft_study.results.compaction import compact
 from ebft_study.results.database import catalog
 from ebft_study.results.fence import Fence
 from ebft_study.results.metrics import METRICS, Metric, metric
-from ebft_study.results.reader import Results, cell_value, find_in, find_study, load, read_table, studies_in
+from ebft_study.results.reader import (
+    Results,
+    cell_value,
+    check_table,
+    find_in,
+    find_study,
+    load,
+    read_table,
+    studies_in,
+)
 from ebft_study.results.schema import SKIPPED, TABLES
 from ebft_study.results.study_recorder import StudyRecorder
 from ebft_study.results.writer import TrialRecorder
@@ -27,6 +36,7 @@ __all__ = [
     "TrialRecorder",
     "catalog",
     "cell_value",
+    "check_table",
     "compact",
     "find_in",
     "find_study",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 import secrets
 from typing import TYPE_CHECKING
 
@@ -17,7 +16,6 @@ from ebft_study.storage import Location, StoragePath, in_parallel, storage_path
 if TYPE_CHECKING:
     import pyarrow
 
-_WRITTEN_BY_TRIAL = re.compile(r"(?P<trial_id>.+)-a\d+-\d{6}-[0-9a-f]{8}(-[0-9a-f]{16})?\.parquet")
 _ENDED = ("finished", "stopped", "failed")
 
 
@@ -47,7 +45,7 @@ def _compact_table(folder: StoragePath, table: str, ended: set[str]) -> None:
     compacted = [path for path in files if path.name.startswith(reader.COMPACTED_PREFIX)]
     replaced = {name for path in compacted for name in reader.merged_files(path)}
     in_parallel(lambda path: path.delete(), [path for path in files if path.name in replaced])
-    small = [path for path in files if path.name not in replaced and _trial_of(path) in ended]
+    small = [path for path in files if path.name not in replaced and writer.trial_of(path.name) in ended]
     if not small:
         return
     sources = [*(path for path in compacted if path.name not in replaced), *small]
@@ -64,11 +62,6 @@ def _compact_table(folder: StoragePath, table: str, ended: set[str]) -> None:
     kept = [path.name for path in compacted if path.name not in replaced and path not in readable]
     (folder / reader.MANIFEST).write_bytes(json.dumps(sorted([*kept, target.name])).encode())
     in_parallel(lambda path: path.delete(), readable)
-
-
-def _trial_of(path: StoragePath) -> str | None:
-    match = _WRITTEN_BY_TRIAL.fullmatch(path.name)
-    return match["trial_id"] if match else None
 
 
 def _content(path: StoragePath, table: str) -> pyarrow.Table | None:

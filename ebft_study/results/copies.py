@@ -53,31 +53,37 @@ def read_copy(target: StoragePath) -> bytes | None:
     return content if hashlib.sha256(content).digest() == digest else None
 
 
-def read_verified(target: StoragePath) -> tuple[bytes | None, str]:
-    """The content of a duplicated file, and the problem with one of the two; None where there is neither.
+def read_verified(target: StoragePath) -> tuple[bytes | None, str, bool]:
+    """The content of a duplicated file, the problem with one of the two, and whether a hash vouches for the content.
 
-    The copy counts where both are there and differ: it proves itself whole, and is never the older one.
+    The content is None where there is neither. The copy counts where both are there and differ: it proves itself whole,
+    and is never the older one.
     """
     copy = read_copy(target)
     try:
         content = target.read_bytes()
     except FileNotFoundError:
         damaged = copy is None and copy_of(target).exists()
-        return copy, f"{target}: is missing, and its copy is damaged" if damaged else ""  # the copy is written first
+        problem = f"{target}: is missing, and its copy is damaged" if damaged else ""  # the copy is written first
+        return copy, problem, copy is not None
     except NoFileError as error:
-        return copy, str(error)
+        return copy, str(error), copy is not None
     if copy is None:
-        return content, f"{target}: its copy is damaged" if copy_of(target).exists() else ""
-    return copy, "" if content == copy else f"{target}: is damaged, its copy is used"
+        return content, _damage_of_copy(target), False
+    return copy, "" if content == copy else f"{target}: is damaged, its copy is used", True
 
 
 def repair(target: StoragePath) -> None:
     """Write the mapping of a duplicated file again where the file or its copy is missing or damaged."""
     record, problem = read_mapping(target)
-    copy = read_copy(target)
     if problem and record is not None:
-        whole = target.read_bytes() if copy is None else copy
-        write(target, whole)
+        copy = read_copy(target)
+        write(target, target.read_bytes() if copy is None else copy)
+
+
+def _damage_of_copy(target: StoragePath) -> str:
+    """The problem with a copy that proves nothing: none where there is no copy."""
+    return f"{target}: its copy is damaged" if copy_of(target).exists() else ""
 
 
 def read_mapping(path: StoragePath) -> tuple[dict[str, Any] | None, str]:
@@ -88,8 +94,7 @@ def read_mapping(path: StoragePath) -> tuple[dict[str, Any] | None, str]:
     """
     copy = read_copy(path)
     try:
-        problem = f"{path}: its copy is damaged" if copy is None and copy_of(path).exists() else ""
-        return _mapping(path.read_bytes()), problem
+        return _mapping(path.read_bytes()), _damage_of_copy(path) if copy is None else ""
     except FileNotFoundError:
         if copy is None:
             raise

@@ -7,16 +7,15 @@ columns that they lack. Of a step that several attempts reported, the highest at
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
-import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from operator import truediv
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ebft_study.errors import EbftError, NoFileError, ResultsError, one_line
-from ebft_study.results import copies, schema
+from ebft_study.results import copies, schema, writer
 from ebft_study.storage import Location, StoragePath, in_parallel, storage_path
 
 if TYPE_CHECKING:
@@ -30,8 +29,8 @@ MANIFEST = ".compacted.json"
 MERGED_FROM = b"merged_from"
 """Key of a compacted file's metadata: the names of the files whose rows it holds, as JSON."""
 
-_DIGEST = re.compile(r"-(?:[0-9a-f]{8}|[0-9a-f]{16})-([0-9a-f]{16})\.parquet")
-"""The end of a name with a digest, after the token of its writer. Files of earlier versions have the token alone."""
+_FILES_AT_ONCE = 500
+"""Files whose rows are joined while others are still to be read: a column of its own for every row takes far more."""
 _KEYS = {
     "trials": ["trial_id"],
     "metrics": ["trial_id", "step"],
@@ -41,6 +40,8 @@ _KEYS = {
     "events": ["event_id"],
 }
 """The columns that identify a row; of rows that agree in these, the highest attempt, then the newest, is kept."""
+_ORDER = ("generation", "attempt", "written_at", "updated_at", "time")
+"""The columns that say which of them is the newest, in any table."""
 
 
 @dataclass(frozen=True)
@@ -118,15 +119,27 @@ def read_spec(folder: StoragePath, problems: list[str]) -> dict[str, Any]:
     return content or {}
 
 
-def read_table(study_folder: Location, table: str, problems: list[str] | None = None) -> pd.DataFrame:
-    """One table of a study, duplicates resolved; names of unreadable files are added to `problems`."""
+def read_table(
+    study_folder: Location, table: str, problems: list[str] | None = None, columns: Iterable[str] | None = None
+) -> pd.DataFrame:
+    """One table of a study, duplicates resolved; names of unreadable files are added to `problems`.
+
+    Args:
+        columns: those to read, besides the ones that identify and order rows; default: all. Many trials have a file
+            each, and most of its columns are settings.
+    """
     import pyarrow as pa
 
     folder = storage_path(study_folder) / "results" / table
-    parts = _read_files(folder, table, [] if problems is None else problems)
-    empty = schema.arrow_schema(table).empty_table()
-    rows = pa.concat_tables([empty, *parts], promote_options="permissive")
+    read = None if columns is None else frozenset([*columns, *_KEYS[table], *_ORDER])
+    parts = _read_files(folder, table, [] if problems is None else problems, read)
+    rows = pa.concat_tables(parts or [_present_schema(table, read).empty_table()], promote_options="permissive")
     return _resolve_duplicates(rows.to_pandas(), table)
+
+
+def check_table(study_folder: Location, table: str, problems: list[str]) -> None:
+    """Add the names of unreadable files of a table to `problems`, without its rows: a file of known digest is whole."""
+    _read_files(storage_path(study_folder) / "results" / table, table, problems, frozenset())
 
 
 def cell_value(value: Any) -> Any:
@@ -140,23 +153,27 @@ def cell_value(value: Any) -> Any:
 # --- files -----------------------------------------------------------------------------------------------------
 
 
-def read_file(path: StoragePath, table: str) -> pyarrow.Table:
-    """One results file under the present schema; raises `ResultsError` when it is not one."""
+def read_file(path: StoragePath, table: str, columns: frozenset[str] | None = None) -> pyarrow.Table:
+    """One results file under the present schema; raises `ResultsError` when it is not one.
+
+    Args:
+        columns: those to read, default all; a file without a digest is read whole, as only reading shows its damage.
+    """
     content = path.read_bytes()
-    expected = _DIGEST.search(path.name)
-    if expected and hashlib.sha256(content).hexdigest()[:16] != expected[1]:
+    is_whole = writer.fits_name(content, path.name)
+    if is_whole is False:
         raise ResultsError(f"{path}: is damaged: its content does not fit the digest in its name. Restore it")
-    return _parse(content, path, table)
+    return _parse(content, path, table, columns if is_whole else None)
 
 
-def read_trial(path: StoragePath, problems: list[str]) -> pyarrow.Table | None:
+def read_trial(path: StoragePath, problems: list[str], columns: frozenset[str] | None = None) -> pyarrow.Table | None:
     """A file of `trials`, or its copy where they differ; None where neither can be read.
 
     Damage to either is named in `problems`.
     """
-    content, problem = copies.read_verified(path)
+    content, problem, is_whole = copies.read_verified(path)
     try:
-        table = None if content is None else _parse(content, path, "trials")
+        table = None if content is None else _parse(content, path, "trials", columns if is_whole else None)
     except ResultsError as error:
         table, problem = None, str(error)
     if problem:
@@ -186,18 +203,30 @@ def merged_files(path: StoragePath) -> set[str]:
         return set()
 
 
-def _read_files(folder: StoragePath, table: str, problems: list[str]) -> list[pyarrow.Table]:
-    """All readable files; starts over when a compaction removes files meanwhile."""
+def _read_files(
+    folder: StoragePath, table: str, problems: list[str], columns: frozenset[str] | None
+) -> list[pyarrow.Table]:
+    """The rows of all readable files; starts over when a compaction removes files meanwhile."""
     for _ in range(20):
         new_problems = _missing(folder)
-        try_file = functools.partial(_try_file, table=table, problems=new_problems)
+        try_file = functools.partial(_try_file, table=table, problems=new_problems, columns=columns)
+        files = _visible_files(folder, table)
         try:
-            parts = in_parallel(try_file, _visible_files(folder, table))
+            groups = (files[start : start + _FILES_AT_ONCE] for start in range(0, len(files), _FILES_AT_ONCE))
+            parts = [joined for group in groups for joined in _joined(in_parallel(try_file, group))]
         except FileNotFoundError:
             continue
         problems.extend(sorted(new_problems))
-        return [part for part in parts if part is not None]
+        return parts
     raise ResultsError(f"{folder}: files keep disappearing while they are read. Try again when the study is idle")
+
+
+def _joined(parts: Iterable[pyarrow.Table | None]) -> list[pyarrow.Table]:
+    """The rows of some files as one table, in one piece; nothing for none."""
+    import pyarrow as pa
+
+    tables = [part for part in parts if part is not None]
+    return tables if len(tables) < 2 else [pa.concat_tables(tables, promote_options="permissive").combine_chunks()]
 
 
 def _visible_files(folder: StoragePath, table: str) -> list[StoragePath]:
@@ -227,65 +256,78 @@ def _missing(folder: StoragePath) -> list[str]:
     return [f"{folder / name}: is missing, and with it the rows of ended trials. Restore it" for name in sorted(gone)]
 
 
-def _try_file(path: StoragePath, table: str, problems: list[str]) -> pyarrow.Table | None:
+def _try_file(
+    path: StoragePath, table: str, problems: list[str], columns: frozenset[str] | None
+) -> pyarrow.Table | None:
     if table == "trials":
         named: list[str] = []
-        content = read_trial(path, named)
+        content = read_trial(path, named, columns)
         if content is None and not named:
             raise FileNotFoundError(path)  # its rows are in another file by now
         problems.extend(named)
         return content
     try:
-        return read_file(path, table)
+        return read_file(path, table, columns)
     except (NoFileError, ResultsError) as error:
         problems.append(str(error))
         return None
 
 
-def _parse(stored: bytes, path: StoragePath, table: str) -> pyarrow.Table:
+def _parse(stored: bytes, path: StoragePath, table: str, columns: frozenset[str] | None) -> pyarrow.Table:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        # For files this small, threads only cost.
-        content = pq.ParquetFile(pa.BufferReader(stored), page_checksum_verification=True).read(use_threads=False)
-    except FileNotFoundError:
-        raise
+        # For files this small, threads and reading ahead only cost.
+        file = pq.ParquetFile(pa.BufferReader(stored), page_checksum_verification=True, pre_buffer=False)
+        content = file.read(None if columns is None else _present_schema(table, columns).names, use_threads=False)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise ResultsError(f"{path}: cannot be read as Parquet ({one_line(error)}). Remove or restore it") from None
     metadata = content.schema.metadata or {}
     if b"schema_version" not in metadata or metadata.get(b"table", table.encode()) != table.encode():
         raise ResultsError(f"{path}: is not a file of the table {table!r}. Move it out of the results folder")
     try:
-        return to_present_schema(content, table)
+        return to_present_schema(content, table, columns)
     except pa.ArrowException as error:
         raise ResultsError(f"{path}: does not fit the table {table!r} ({one_line(error)}). Remove it") from None
 
 
-def to_present_schema(content: pyarrow.Table, table: str) -> pyarrow.Table:
-    """Columns of the schema cast to today's type, absent ones null, others kept: they are someone's data."""
+@functools.cache
+def _present_schema(table: str, columns: frozenset[str] | None) -> pyarrow.Schema:
+    """The schema of a table, or of some of its columns."""
     import pyarrow as pa
 
-    present = schema.arrow_schema(table)
+    whole = schema.arrow_schema(table)
+    return whole if columns is None else pa.schema([f for f in whole if f.name in columns], metadata=whole.metadata)
+
+
+def to_present_schema(content: pyarrow.Table, table: str, columns: frozenset[str] | None = None) -> pyarrow.Table:
+    """Columns of the schema (or of `columns`) cast to today's type, absent ones null.
+
+    Others are kept: they are someone's data, or of a file that was read whole.
+    """
+    import pyarrow as pa
+
+    present = _present_schema(table, columns)
     if content.schema.equals(present):
         return content
     by_name, known = dict(zip(content.column_names, content.columns, strict=True)), set(present.names)
-    columns = [
-        by_name[f.name].cast(f.type) if f.name in by_name else pa.nulls(content.num_rows, f.type) for f in present
-    ]
+    cast = [by_name[f.name].cast(f.type) if f.name in by_name else pa.nulls(content.num_rows, f.type) for f in present]
     extra = [name for name in content.column_names if name not in known]
     nullable = [f.with_nullable(True) for f in present] + [content.schema.field(name) for name in extra]
-    return pa.Table.from_arrays(columns + [content[name] for name in extra], schema=pa.schema(nullable))
+    return pa.Table.from_arrays(cast + [content[name] for name in extra], schema=pa.schema(nullable))
 
 
 def _resolve_duplicates(frame: pd.DataFrame, table: str) -> pd.DataFrame:
     """One row per key. Rows of `metrics` at one step complete each other: a later non-null value wins."""
     keys = _KEYS[table]
-    moment = next(name for name in ("written_at", "updated_at", "time") if name in frame.columns)
-    order = ["generation"] * (table == "trials") + ["attempt", moment]
-    ordered = frame.sort_values(order, kind="stable", na_position="first")
+    order = ["time"] if table == "events" else keys
+    if order == keys and not frame.duplicated(keys).any():
+        rows = frame[keys].sort_values(keys, kind="stable").index
+        return frame if rows.is_monotonic_increasing else frame.take(rows.to_numpy()).reset_index(drop=True)
+    newness = [name for name in _ORDER if name in frame.columns]
+    ordered = frame.sort_values(newness, kind="stable", na_position="first")
     if table == "metrics" and ordered.duplicated(keys).any():
         ordered = ordered.groupby(keys, sort=False, as_index=False).last()[list(frame.columns)]
     newest = ordered.drop_duplicates(keys, keep="last")
-    order = ["time"] if table == "events" else keys
     return newest.sort_values(order, kind="stable").reset_index(drop=True)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 
+from ebft_study.storage.filesystems import SECRET_NAMES
+
 REMOVED = "[removed]"
 _PATTERNS = (
     re.compile(r"(?P<kept>\b[\w+.-]+://)[^\s/@\"']+:[^\s/@\"']*(?=@)"),  # user:password@ of a URL
-    re.compile(
-        r"(?P<kept>[?&;][\w.-]*(?:key|secret|token|passw|sas|credential|sig)[\w.-]*=)[^&\s\"'#;]+", re.IGNORECASE
-    ),
+    re.compile(rf"(?P<kept>[?&;][\w.-]*(?:{SECRET_NAMES})[\w.-]*=)[^&\s\"'#;]+", re.IGNORECASE),
     re.compile(r"(?P<kept>\b[A-Z0-9_]*(?:KEY|SECRET|TOKEN|PASSWORD)[A-Z0-9_]*[\"']?\s*[=:]\s*[\"']?)[^\s\"',;]+"),
     re.compile(r"(?P<kept>\b(?:bearer|basic)\s+)[\w.~+/=-]{8,}", re.IGNORECASE),
     re.compile(

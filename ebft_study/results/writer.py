@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 
 # A leading dot or underscore would hide a file from pandas and DuckDB; '=' would look like a partition.
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_DIGEST = re.compile(r"-(?:[0-9a-f]{8}|[0-9a-f]{16})-([0-9a-f]{16})\.parquet")
+"""The end of a name with a digest, after the token of its writer. Files of earlier versions have the token alone."""
+_WRITTEN_BY_TRIAL = re.compile(r"(?P<trial_id>.+)-a\d+-\d{6}-[0-9a-f]{8}(-[0-9a-f]{16})?\.parquet")
+_SMALL = 100  # rows
 
 
 class TrialRecorder:
@@ -160,16 +164,42 @@ def put_in_place(table: pyarrow.Table, folder: StoragePath, name: str) -> Storag
     return target
 
 
+def fits_name(content: bytes, name: str) -> bool | None:
+    """Whether a file's content is what its name says; None where the name has no digest."""
+    match = _DIGEST.search(name)
+    return digest(content) == match[1] if match else None
+
+
+def trial_of(name: str) -> str | None:
+    """The trial that wrote the file of this name; None for any other file."""
+    match = _WRITTEN_BY_TRIAL.fullmatch(name)
+    return match["trial_id"] if match else None
+
+
 def digest(content: bytes) -> str:
     """The first 16 hexadecimal digits of the SHA-256 of a file."""
     return hashlib.sha256(content).hexdigest()[:16]
 
 
 def as_parquet(table: pyarrow.Table) -> bytes:
-    """The bytes of a Parquet file with a checksum on every page."""
+    """The bytes of a Parquet file with a checksum on every page.
+
+    A file of few rows is all description: what pays in a large one (compression, dictionaries, statistics) makes it
+    larger, and takes most of the time of writing and reading it. Descriptions of columns are in large ones only.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
+    sink, is_large = pa.BufferOutputStream(), table.num_rows >= _SMALL
+    if not is_large:
+        fields = [field.remove_metadata() for field in table.schema]
+        table = pa.Table.from_arrays(table.columns, schema=pa.schema(fields, metadata=table.schema.metadata))
+    pq.write_table(
+        table,
+        sink,
+        compression="zstd" if is_large else "none",
+        use_dictionary=is_large,
+        write_statistics=is_large,
+        write_page_checksum=True,
+    )
     return bytes(sink.getvalue().to_pybytes())

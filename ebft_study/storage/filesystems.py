@@ -22,7 +22,9 @@ _CONNECT_SECONDS, _REQUEST_SECONDS, _ATTEMPTS = 3.0, 20.0, 3
 _S3_KEYS = ("endpoint_override", "region", "scheme")
 _CONTAINERS = ("abfs", "abfss", "hdfs", "wasb", "wasbs")
 """Schemes whose URLs have a container or a user's name, and no secret, before `@`."""
-_SECRET = re.compile(r"key|secret|token|passw|sas|credential|sig", re.IGNORECASE)
+SECRET_NAMES = "key|secret|token|passw|sas|credential|sig"
+"""Parts of the names of keys whose values are credentials, as a pattern in any case."""
+_SECRET = re.compile(SECRET_NAMES, re.IGNORECASE)
 _CREDENTIALS = "Check the credentials in the environment"
 _ADDRESS = "Check endpoint_override, scheme and the network"
 _MEANINGS = (

@@ -214,7 +214,7 @@ def test_a_bundle_of_another_version_is_not_made_again(whole: Path, tmp_path: Pa
     found = ebft.check_bundle(bad)
     assert not found.is_rendered
     assert found.study == "a [2J"
-    assert found.in_words().endswith(f"not made again: written by ebft-study 0.1, this is {module._version()}")
+    assert found.in_words().endswith(f"not made again: written by ebft-study 0.1, this is {ebft.__version__}")
 
 
 # --- notebooks, unreadable studies, the command line ----------------------------------------------------------------

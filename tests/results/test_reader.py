@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pyarrow as pa
@@ -14,7 +16,7 @@ import pytest
 
 from ebft_study import config
 from ebft_study.errors import ResultsError
-from ebft_study.results import StudyRecorder, TrialRecorder, compact, load, read_table, schema
+from ebft_study.results import StudyRecorder, TrialRecorder, compact, load, read_table, reader, schema, writer
 
 
 def record(folder: Path, trial_id: str = "t1", attempt: int = 0) -> TrialRecorder:
@@ -202,18 +204,16 @@ def test_compaction_leaves_damaged_files_where_they_are(tmp_path: Path) -> None:
 
 
 def test_files_that_vanish_while_reading_are_listed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ebft_study.results import reader
-
     build_two_trials(tmp_path)
     before = tables(tmp_path)
     real, calls = reader.read_file, []
 
-    def read_while_compacting(path: Path, table: str) -> pa.Table:
+    def read_while_compacting(path: Path, *arguments: Any) -> pa.Table:
         calls.append(path)
         if len(calls) == 1:
             monkeypatch.setattr(reader, "read_file", real)
             compact(tmp_path)
-        return real(path, table)
+        return real(path, *arguments)
 
     monkeypatch.setattr(reader, "read_file", read_while_compacting)
     pd.testing.assert_frame_equal(before["metrics"], read_table(tmp_path, "metrics"))
@@ -275,3 +275,67 @@ def test_files_of_versions_without_digests_are_read(tmp_path: Path) -> None:
     problems: list[str] = []
     read_table(tmp_path, "metrics", problems)
     assert problems == []
+
+
+# --- parts of tables ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("table", schema.TABLES)
+def test_some_columns_are_those_of_the_whole_table(tmp_path: Path, table: str) -> None:
+    build_two_trials(tmp_path)
+    record(tmp_path, "done", attempt=1).metrics(2, {"kl": 0.5})
+    whole = read_table(tmp_path, table)
+    for names in (["label", "loss", "value", "message"], []):
+        part = read_table(tmp_path, table, columns=names)
+        assert {*names} & {*whole.columns} <= {*part.columns}
+        assert len(part.columns) < len(whole.columns)
+        pd.testing.assert_frame_equal(part, whole[list(part.columns)])
+
+
+def test_rows_of_many_files_are_joined_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build_two_trials(tmp_path)
+    before = tables(tmp_path)
+    monkeypatch.setattr(reader, "_FILES_AT_ONCE", 2)
+    assert_same(before, tables(tmp_path))
+
+
+def test_damage_in_columns_that_are_not_read_is_named(tmp_path: Path) -> None:
+    """By the digest where a file has one, else because such a file is read whole."""
+    build_two_trials(tmp_path)
+    folder = tmp_path / "results" / "metrics"
+    for path in folder.glob("busy*.parquet"):
+        pages = pq.ParquetFile(path).metadata.row_group(0)
+        names = [pages.column(index).path_in_schema for index in range(pages.num_columns)]
+        at = pages.column(names.index("loss")).data_page_offset + 20
+        content = path.read_bytes()
+        earlier = path.with_name(re.sub("-[0-9a-f]{16}[.]parquet$", ".parquet", path.name))
+        for target in (path, earlier):
+            target.write_bytes(content[: at + 10] + bytes([content[at + 10] ^ 1]) + content[at + 11 :])
+            for read in (functools.partial(read_table, columns=["kl"]), reader.check_table):
+                read(tmp_path, "metrics", problems := [])
+                assert problems, target
+                assert all(problem.startswith(f"{target}: ") for problem in problems)
+            target.unlink()
+        path.write_bytes(content)
+    reader.check_table(tmp_path, "metrics", problems := [])
+    assert problems == []
+
+
+def test_a_check_names_damaged_trials(tmp_path: Path) -> None:
+    build_two_trials(tmp_path)
+    path = next((tmp_path / "results" / "trials").glob("*.parquet"))
+    path.write_bytes(path.read_bytes()[:-1])
+    problems: list[str] = []
+    reader.check_table(tmp_path, "trials", problems)
+    assert problems == [f"{path}: is damaged, its copy is used"]
+
+
+def test_files_of_few_rows_are_not_compressed(tmp_path: Path) -> None:
+    """What pays in a large file takes most of the time of reading a small one."""
+    for rows, codec in ((1, "UNCOMPRESSED"), (200, "ZSTD")):
+        values = [{"study": "s", "trial_id": "t", "attempt": 0, "step": step, "loss": 1.0} for step in range(rows)]
+        table = writer.build_table("metrics", [{**row, "written_at": writer.now()} for row in values])
+        file = pq.ParquetFile(pa.BufferReader(writer.as_parquet(table)))
+        column = file.metadata.row_group(0).column(file.schema_arrow.names.index("step"))
+        assert (column.compression, column.statistics is not None) == (codec, rows > 1)
+        assert file.read().equals(table)

@@ -123,11 +123,12 @@ def _measured(study: StudySummary) -> list[Configuration]:
 
 def _axes(configurations: list[Configuration]) -> tuple[str, ...]:
     """The axes of scale along which some method varies."""
-    trials = pd.concat([c.finished for c in configurations]) if configurations else pd.DataFrame()
+    columns = {"parameters": "parameters", "tokens": COSTS["tokens"]}
+    finished = [c.finished[["method", *columns.values()]] for c in configurations]
+    trials = pd.concat(finished) if finished else pd.DataFrame()
     if trials.empty:
         return ()
     of_methods = [part for _, part in trials.groupby("method")]
-    columns = {"parameters": "parameters", "tokens": COSTS["tokens"]}
     return tuple(a for a in AXES if any(len(set(levels(part[columns[a]].dropna()))) > 1 for part in of_methods))
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import bisect
 import json
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +36,11 @@ Curve = list[tuple[float, float]]
 BUDGET_USED = "budget.max_hours is used up"
 SESSION = "session"
 """Event that begins a session; written before everything else that a session records."""
+STATE_COLUMNS = (
+    *("label", "status", "error", "stop_reason", "started_at", "total_seconds", "steps", "warm_start_steps"),
+)
+"""Columns of `trials` that `states` reads, besides those that identify a row."""
+_NO_METRICS = ("study", "trial_id", "attempt", "step", "written_at")
 
 
 @dataclass(frozen=True)
@@ -61,20 +65,17 @@ def read(study_folder: Location, objective: str, further: Sequence[str] = ()) ->
     rows = results.read_table(study_folder, "trials")
     metrics = results.read_table(study_folder, "metrics")
     events = results.read_table(study_folder, "events")
-    redone = _redone(events)
-    by_trial = dict(list(metrics.groupby("trial_id")))
-    states: dict[str, TrialState] = {}
+    redone, by_trial = _redone(events), _evaluations(metrics)
+    states_by_trial = states(rows, metrics)
     trial_results: dict[str, TrialResult] = {}
     curves: dict[Replicate, Curve] = {}
     evaluations: dict[str, list[Evaluation]] = {}
     stopped: dict[str, str] = {}
     for row in rows.to_dict("records"):
-        measured = by_trial.get(row["trial_id"])
-        state = _state(row, measured)
+        state = states_by_trial[row["trial_id"]]
         state.redone = redone.get(state.trial_id, {})
-        states[state.trial_id] = state
-        if measured is not None and _text(row["named_baseline"]) == "":
-            evaluations[state.trial_id] = _evaluations(measured)
+        if state.trial_id in by_trial and _text(row["named_baseline"]) == "":
+            evaluations[state.trial_id] = by_trial[state.trial_id]
             names = (objective, *further)
             state.curve = {e.step: tuple(e.get(name) for name in names) for e in evaluations[state.trial_id]}
             curves[_replicate(row)] = _curve(evaluations[state.trial_id], objective)
@@ -85,7 +86,7 @@ def read(study_folder: Location, objective: str, further: Sequence[str] = ()) ->
             stopped[_text(row["configuration"])] = state.note.removeprefix(f"{EARLY_STOP}: ").rpartition("; ")[0]
         elif state.status == results.SKIPPED:
             stopped[_text(row["configuration"])] = state.note
-    return History(states, trial_results, curves, evaluations, stopped, _session_seconds(events, metrics))
+    return History(states_by_trial, trial_results, curves, evaluations, stopped, _session_seconds(events, metrics))
 
 
 def scores(folder: Location, objective: str) -> Callable[[int], dict[str, Score]]:
@@ -107,15 +108,17 @@ def problems(folder: Location) -> list[str]:
     """Damaged files of a study, and changes that were made to its record by hand."""
     messages = study_yaml.changes(folder)
     for table in results.TABLES:
-        results.read_table(folder, table, messages)
+        results.check_table(folder, table, messages)
     return messages
 
 
 def _session_seconds(events: pd.DataFrame, metrics: pd.DataFrame) -> float:
     """Duration of all sessions: from the first to the last moment on record of each, as a killed one has no end."""
+    import pandas as pd
+
     starts = events.loc[events["kind"] == SESSION, "time"].sort_values().tolist()
-    moments = sorted([*events["time"].dropna(), *metrics["written_at"].dropna()])
-    last = [moments[bisect.bisect_left(moments, start) - 1] for start in starts[1:]] + moments[-1:]
+    moments = pd.concat([events["time"], metrics["written_at"]]).dropna().sort_values(ignore_index=True)
+    last = [*(moments.iloc[moments.searchsorted(start) - 1] for start in starts[1:]), *moments.tail(1)]
     return float(sum(max((end - start).total_seconds(), 0.0) for start, end in zip(starts, last, strict=False)))
 
 
@@ -127,7 +130,45 @@ def _redone(events: pd.DataFrame) -> dict[str, dict[str, float]]:
     return {trial_id: dict(cost) for trial_id, cost in costs.items()}
 
 
-def _state(row: dict[Any, Any], measured: pd.DataFrame | None) -> TrialState:
+def states(trials: pd.DataFrame, metrics: pd.DataFrame) -> dict[str, TrialState]:
+    """The state of every trial, from its row and its metrics, as far as their columns were read.
+
+    Args:
+        metrics: in order of steps.
+    """
+    steps = metrics.groupby("trial_id")["step"].max()
+    latest = _records(metrics.groupby("trial_id")[_measured(metrics)].last())
+    # A later attempt may have begun at an earlier step, and has not reached the last one again.
+    attempts = metrics["trial_id"].map(trials.set_index("trial_id")["attempt"])
+    current = metrics[metrics["attempt"] == attempts].groupby("trial_id").tail(1).set_index("trial_id")
+    costs = _records(current[[name for name in COST if name in current]])
+    found = {}
+    for row in trials.to_dict("records"):
+        state = found[row["trial_id"]] = _state(row)
+        if state.trial_id in latest:
+            state.step = int(steps[state.trial_id])
+            state.metrics = {name: value for name, value in latest[state.trial_id].items() if name not in COST}
+            state.metrics |= costs.get(state.trial_id, {})
+    return found
+
+
+def _measured(metrics: pd.DataFrame) -> list[str]:
+    """Names of the metrics of a table that any trial has measured."""
+    return [name for name in metrics.columns if name not in _NO_METRICS and metrics[name].notna().any()]
+
+
+def _records(table: pd.DataFrame) -> dict[Hashable, dict[str, float]]:
+    """Index -> finite values by column."""
+    return dict(zip(table.index, _finite(table), strict=True))
+
+
+def _finite(table: pd.DataFrame) -> list[dict[str, float]]:
+    """The finite values of each row, by column."""
+    names, rows = [str(name) for name in table.columns], table.to_numpy(dtype=float).tolist()
+    return [{name: value for name, value in zip(names, row, strict=True) if math.isfinite(value)} for row in rows]
+
+
+def _state(row: dict[Any, Any]) -> TrialState:
     state = TrialState(
         trial_id=row["trial_id"],
         label=_text(row["label"]),
@@ -139,21 +180,7 @@ def _state(row: dict[Any, Any], measured: pd.DataFrame | None) -> TrialState:
     )
     if state.status == "running" and row["started_at"] == row["started_at"]:  # NaT differs from itself
         state.started_at = row["started_at"].timestamp()
-    if measured is not None:
-        state.step = int(measured["step"].max())
-        last = _latest(measured).iloc[-1]
-        state.metrics = {str(name): float(value) for name, value in last.items() if math.isfinite(value)}
-        # A later attempt may have begun at an earlier step, and has not reached the last one again.
-        current = measured[measured["attempt"] == state.attempt].sort_values("step")[list(COST)].tail(1)
-        cost = current.iloc[-1].to_dict() if len(current) else {}
-        state.metrics = {name: value for name, value in state.metrics.items() if name not in COST}
-        state.metrics |= {str(name): float(value) for name, value in cost.items() if math.isfinite(value)}
     return state
-
-
-def _latest(measured: pd.DataFrame) -> pd.DataFrame:
-    """At every row, the latest value of each metric so far."""
-    return measured.drop(columns=["study", "trial_id", "attempt", "step", "written_at"]).ffill()
 
 
 def _replicate(row: dict[Any, Any]) -> Replicate:
@@ -166,11 +193,14 @@ def _curve(evaluations: list[Evaluation], objective: str) -> Curve:
     return [(step, value) for step, value in seen if math.isfinite(value)]
 
 
-def _evaluations(measured: pd.DataFrame) -> list[Evaluation]:
-    """Rows with an evaluation, each with the latest training metrics before it, as reports have them."""
-    evaluated = measured["ce_loss"].notna()
-    rows = zip(measured.loc[evaluated, "step"], _latest(measured)[evaluated].to_dict("records"), strict=True)
-    return [Evaluation(int(step), {str(k): float(v) for k, v in row.items() if math.isfinite(v)}) for step, row in rows]
+def _evaluations(metrics: pd.DataFrame) -> dict[str, list[Evaluation]]:
+    """Trial -> rows with an evaluation, each with the latest training metrics before it, as reports have them."""
+    evaluated = metrics["ce_loss"].notna()
+    latest = _finite(metrics.groupby("trial_id")[_measured(metrics)].ffill()[evaluated])
+    by_trial: dict[str, list[Evaluation]] = {str(trial): [] for trial in metrics["trial_id"].unique()}
+    for trial, step, row in zip(metrics["trial_id"][evaluated], metrics["step"][evaluated], latest, strict=True):
+        by_trial[trial].append(Evaluation(int(step), row))
+    return by_trial
 
 
 def _text(value: Any) -> str:
