@@ -203,7 +203,7 @@ def _json_rows(path: Path, wanted: Collection[str | None]) -> list[Row]:
             if "\\u" in text:  # a half of a surrogate pair is no text
                 json.dumps(parsed, ensure_ascii=False).encode()
         except (ValueError, RecursionError) as error:
-            problem = error if isinstance(error, _RepeatedKey) else "is not valid JSON"
+            problem = error if isinstance(error, _RepeatedKeyError) else "is not valid JSON"
             if isinstance(error, RecursionError):
                 problem = "is nested too deeply"
             raise DataError(f"{path}: {where}{problem}. Repair or remove it") from None
@@ -231,7 +231,7 @@ def _json_texts(path: Path) -> Iterator[tuple[str, str]]:
                 yield f"line {number} ", text
 
 
-class _RepeatedKey(ValueError):
+class _RepeatedKeyError(ValueError):
     """A JSON object has a key twice, and only one could count."""
 
 
@@ -240,7 +240,7 @@ def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(mapping) < len(pairs):
         names = [name for name, _ in pairs]
         repeated = next(name for name in names if names.count(name) > 1)
-        raise _RepeatedKey(f"has {repeated!r} twice")
+        raise _RepeatedKeyError(f"has {repeated!r} twice")
     return mapping
 
 

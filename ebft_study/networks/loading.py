@@ -286,6 +286,9 @@ def _explain(name: str, error: Exception) -> str:
     if ATTENTION in reason:  # the architecture looks for its attention elsewhere than in the registry
         problem = "its architecture has attention of its own, which block attention cannot replace"
         return f"model {name!r}: {problem}. {SUPPORTED}"
+    if "weights_only" in str(error):
+        problem = "its weights are a pickled file that brings code of its own, which is not run"
+        return f"model {name!r}: {problem}. Convert it to safetensors"
     if "trust_remote_code" in str(error):
         problem = "it brings code of its own (auto_map), which is not run"
         return f"model {name!r}: {problem}. Use a model whose architecture transformers has"
