@@ -52,7 +52,7 @@ def load_file(name: str, path: Path, config: DataConfig, preset: str | None) -> 
         if value is not None and not is_used:
             raise DataError(f"{path}: {key}={value!r} is for hub data sets. Remove it")
     mapping = _row_mapping(config, preset)
-    wanted = {*mapping.columns, mapping.tests_column}
+    wanted = {*mapping.columns, *([mapping.tests_column] if mapping.tests_column else [])}
     try:
         rows = FORMATS[path.suffix](path, wanted)
         examples = list(_examples("train", rows, mapping, str(path)))
@@ -194,7 +194,7 @@ def _check_file(path: Path) -> None:
         raise DataError(f"{path}: is a binary file, not JSON lines. Give a text file with one JSON object per line")
 
 
-def _json_rows(path: Path, wanted: Collection[str | None]) -> list[Row]:
+def _json_rows(path: Path, wanted: Collection[str]) -> list[Row]:
     """The `wanted` columns of all rows; the first one has every column of the file."""
     rows, names = list[dict[str, Any]](), dict[str, None]()
     for where, text in _json_texts(path):
@@ -244,7 +244,7 @@ def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return mapping
 
 
-def _parquet_rows(path: Path, wanted: Collection[str | None]) -> Iterator[Row]:
+def _parquet_rows(path: Path, wanted: Collection[str]) -> Iterator[Row]:
     """The `wanted` columns of all rows; the first one has every column of the file."""
     import pyarrow.parquet as pq
 
@@ -260,7 +260,7 @@ def _parquet_rows(path: Path, wanted: Collection[str | None]) -> Iterator[Row]:
                 columns = {}
 
 
-FORMATS: dict[str, Callable[[Path, Collection[str | None]], Iterable[Row]]] = {
+FORMATS: dict[str, Callable[[Path, Collection[str]], Iterable[Row]]] = {
     ".jsonl": _json_rows,
     ".json": _json_rows,
     ".parquet": _parquet_rows,

@@ -250,8 +250,8 @@ def _missing(folder: StoragePath) -> list[str]:
     problems: list[str] = []
     for _ in range(3):
         try:
-            expected = set(json.loads((folder / MANIFEST).read_bytes()))
-            gone = expected - set(folder.names())
+            expected = json.loads((folder / MANIFEST).read_bytes())
+            gone = set(expected if isinstance(expected, list) else [expected]) - set(folder.names())
             problems = [
                 f"{folder / name}: is missing, and with it the rows of ended trials. Restore it"
                 for name in sorted(gone)

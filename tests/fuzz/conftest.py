@@ -5,6 +5,7 @@ went wrong.
 """
 
 import json
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -16,6 +17,13 @@ settings.register_profile(
 )
 settings.register_profile("fuzz", settings.get_profile("few"), max_examples=100, derandomize=False, print_blob=True)
 settings.load_profile("few")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EBFT_STUDY_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

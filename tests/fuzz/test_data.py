@@ -32,10 +32,12 @@ HARMLESS = [
     b'{"text": "n", "n": ' + b"[" * 200 + b"]" * 200 + b"}",
 ]  # fmt: skip
 HARMFUL = [
-    b'{"text": 1}', b'{"text": true}', b'{"text": ["a"]}', b'{"text": {"a": 1}}', b'{"text": NaN}', b'{"text": Infinity}',
-    b"[]", b"null", b"1", b'"x"', b'{"text": "\\ud800 x"}', b'{"text": "\xff\xfe"}', b'{"text": "a\x00b"}', b"\x00",
+    b'{"text": 1}', b'{"text": true}', b'{"text": ["a"]}', b'{"text": {"a": 1}}', b'{"text": NaN}',
+    b'{"text": Infinity}', b"[]", b"null", b"1", b'"x"', b'{"text": "\\ud800 x"}',
+    b'{"text": "\xff\xfe"}', b'{"text": "a\x00b"}', b"\x00",
     b'{"text": ' + b"9" * 5000 + b"}", b'{"text": "a", "text": "b"}', b'{"text": "open', b'{"text":"\\x"}', b"// no",
-    b'{"text": ' + b"[" * 20000 + b"]" * 20000 + b"}", b"[" * 50000, b'{"text": "x"} {"text": "y"}', b"{'text': 'x'}",
+    b'{"text": ' + b"[" * 20000 + b"]" * 20000 + b"}", b"[" * 50000, b'{"text": "x"} {"text": "y"}',
+    b"{'text': 'x'}",
     b'{"text": "x", "y": ' + b'{"a":' * 5000 + b"1" + b"}" * 5005,
 ]  # fmt: skip
 COLUMNS = {

@@ -223,7 +223,7 @@ def from_record(content: Mapping[str, Any], *, source: str) -> StudySpec:
     recorded = content.get("defaults", {})
     if not isinstance(recorded, Mapping):
         raise ConfigError(f"{source}: defaults={recorded!r}: is not a mapping. Restore it")
-    fields["defaults"] = config.EARLIER_DEFAULTS | recorded
+    fields["defaults"] = {**config.EARLIER_DEFAULTS, **recorded}
     return normalized(config.parse(StudySpec, fields, source=source), source)
 
 
