@@ -83,7 +83,9 @@ def test_json(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any, draw: Ra
         draw.choice([flip, truncate])(path, draw)
     data, _ = answer("json", lambda: read(path, tokenizer, **draw.choice([{}, {"text_column": "text"}])))
     if data is not None:
-        rows = [json.loads(line.decode("utf-8-sig")) for line in path.read_bytes().split(b"\n") if line.strip()]
+        content = path.read_bytes().decode("utf-8-sig")
+        is_list = content.lstrip().startswith("[")
+        rows = json.loads(content) if is_list else [json.loads(line) for line in content.split("\n") if line.strip()]
         expected = {row["text"] for row in rows if (row.get("text") or "").strip()}
         check(texts(data) == expected, "examples differ from those that are in the file")
 
