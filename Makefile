@@ -56,8 +56,8 @@ chaos: $(STAMP) ## slow tests of studies, then kill -9 at random in the middle o
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos --kills 20
 
-fuzz: $(STAMP) ## 2,000 study files and overrides that nobody should write: a right answer, or one line
-	OMP_NUM_THREADS=1 $(BIN)/pytest tests/fuzz --hypothesis-profile=fuzz
+fuzz: $(STAMP) ## 2,000 study files, overrides, data sets, models and result folders that nobody should write; ends with a line of JSON
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/fuzz --hypothesis-profile=fuzz -m 'slow or not slow'
 
 mutants: $(STAMP) ## small mutations of the package, one at a time: the tests of each must fail
 	$(BIN)/python -m tests.mutants

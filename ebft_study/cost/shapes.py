@@ -54,8 +54,8 @@ class ModelShape:
         """
         kind = getattr(config, "model_type", "")
         for name in ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size"):
-            if not isinstance(getattr(config, name, None), int):
-                raise ModelError(f"model type {kind!r} has no {name}. Use a decoder-only transformer")
+            if (_optional(config, name) or 0) < 1:
+                raise ModelError(f"model type {kind!r} has no {name} of at least 1. Use a decoder-only transformer")
         H, heads = config.hidden_size, config.num_attention_heads
         head_dim = _optional(config, "head_dim") or H // heads
         kv_heads = _optional(config, "num_key_value_heads") or heads

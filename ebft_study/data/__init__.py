@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ebft_study.data.builtin import SOURCES, load_builtin
 from ebft_study.data.examples import SPLITS, Example, TextDataset
 from ebft_study.data.presets import PRESETS
-from ebft_study.data.tables import BUILDERS, HUB_ID, load_file, load_hub
+from ebft_study.data.tables import FORMATS, HUB_ID, load_file, load_hub
 from ebft_study.data.tokens import PADDING_DOCUMENT, Batch, TokenDataset, batch_indices, tokenize
 from ebft_study.errors import DataError
 
@@ -47,7 +47,7 @@ def load_text(config: DataConfig) -> TextDataset:
             return load_file(name, Path(location).expanduser(), config, source)
         return load_hub(name, PRESETS[source].hub_id, config, source)
     path = Path(name).expanduser()
-    if path.exists() or path.suffix in BUILDERS:
+    if path.exists() or path.suffix in FORMATS:
         return load_file(name, path, config, None)
     if HUB_ID.fullmatch(name):
         return load_hub(name, name, config, None)

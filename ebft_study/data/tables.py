@@ -1,6 +1,7 @@
-"""Tabular data sets: local JSONL and Parquet files and the Hugging Face hub, streamed with `datasets`.
+"""Tabular data sets: local JSONL and Parquet files, and the Hugging Face hub, streamed with `datasets`.
 
-A local file is read completely. A hub data set is read once and cached, so that every trial of a study sees the same
+A local file is read completely, JSON by Python's own parser: that of pyarrow, which `datasets` uses, ends the process
+on some files. A hub data set is read once and cached, so that every trial of a study sees the same
 text; `dataset_revision` pins it. With `max_examples` only part of it is downloaded.
 """
 
@@ -11,7 +12,7 @@ import functools
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +21,11 @@ from ebft_study.data.examples import SPLITS, Example, TextDataset, build_dataset
 from ebft_study.data.presets import PRESETS, Row, RowMapping, prompt_and_answer, raw_text
 from ebft_study.data.unit_tests import read_assertions
 from ebft_study.errors import DataError, one_line
-from ebft_study.paths import cache_folder
 from ebft_study.storage import open_file
 
 if TYPE_CHECKING:
     from ebft_study.config import DataConfig
 
-BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 SPLIT_NAMES = {
     "train": "train",
@@ -35,6 +34,7 @@ SPLIT_NAMES = {
 }
 EVALUATION_SPLITS = ("validation", "heldout")
 SHUFFLE_BUFFER = 10_000  # rows of a hub data set held in memory to mix them before the first max_examples are taken
+ROWS_PER_BATCH = 1000
 EVALUATION_ROWS = 10_000  # rows read beyond max_examples, a tenth of which go to validation and heldout
 HUB_PROBLEMS = {
     "OfflineModeIsEnabled": "is on the hub and HF_HUB_OFFLINE is set. Unset it, or use a local file",
@@ -53,20 +53,14 @@ def load_file(name: str, path: Path, config: DataConfig, preset: str | None) -> 
         if value is not None and not is_used:
             raise DataError(f"{path}: {key}={value!r} is for hub data sets. Remove it")
     mapping = _row_mapping(config, preset)
+    wanted = {*mapping.columns, *([mapping.tests_column] if mapping.tests_column else [])}
     try:
-        with _quiet() as datasets:
-            rows = datasets.load_dataset(
-                BUILDERS[path.suffix],
-                data_files={"train": [str(path)]},
-                split="train",
-                streaming=True,
-                cache_dir=str(cache_folder() / "data" / "datasets"),
-            )
-            examples = list(_examples("train", rows, mapping, str(path)))
+        rows = FORMATS[path.suffix](path, wanted)
+        examples = list(_examples("train", rows, mapping, str(path)))
     except DataError:
         raise
     except Exception as error:  # any error that a user's file causes in the reader
-        raise DataError(f"{path}: {_damage(path, error)}") from None
+        raise DataError(f"{path}: cannot be read ({one_line(error)}). Repair the file, or write it again") from None
     return _split(name, examples, config, mapping, {"source": str(path), "preset": preset})
 
 
@@ -186,7 +180,7 @@ def _check_file(path: Path) -> None:
         raise DataError(f"{path}: is a folder. Give one .jsonl or .parquet file")
     if not path.exists():
         raise DataError(f"{path}: no such file. Check the path")
-    if path.suffix not in BUILDERS:
+    if path.suffix not in FORMATS:
         raise DataError(f"{path}: is neither .jsonl nor .parquet. Convert it to one of them")
     try:
         with open_file(path) as file:
@@ -201,18 +195,78 @@ def _check_file(path: Path) -> None:
         raise DataError(f"{path}: is a binary file, not JSON lines. Give a text file with one JSON object per line")
 
 
-def _damage(path: Path, error: Exception) -> str:
-    """Describe why a file could not be read: its first bad line, or the reader's message."""
-    if path.suffix == ".jsonl":
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                try:
-                    row = json.loads(line) if line.strip() else {}
-                except ValueError:
-                    return f"line {number} is not valid JSON. Repair or remove it"
-                if not isinstance(row, dict):
-                    return f"line {number} is not a JSON object. Write one {{...}} per line"
-    return f"cannot be read ({one_line(error)}). Repair the file, or make all rows hold the same types"
+def _json_rows(path: Path, wanted: Collection[str]) -> list[Row]:
+    """The `wanted` columns of all rows; the first one has every column of the file."""
+    rows, names = list[dict[str, Any]](), dict[str, None]()
+    for where, text in _json_texts(path):
+        try:
+            parsed = json.loads(text, object_pairs_hook=_without_repetition)
+            if "\\u" in text:  # a half of a surrogate pair is no text
+                json.dumps(parsed, ensure_ascii=False).encode()
+        except (ValueError, RecursionError) as error:
+            problem = error if isinstance(error, _RepeatedKeyError) else "is not valid JSON"
+            if isinstance(error, RecursionError):
+                problem = "is nested too deeply"
+            raise DataError(f"{path}: {where}{problem}. Repair or remove it") from None
+        for row in parsed if isinstance(parsed, list) and not where else [parsed]:
+            if not isinstance(row, dict):
+                raise DataError(f"{path}: {where}is not a JSON object. Write one {{...}} per line")
+            names |= dict.fromkeys(row)
+            rows.append({name: row[name] for name in wanted if name in row})
+    return [{**dict.fromkeys(names), **row} if number == 0 else row for number, row in enumerate(rows)]
+
+
+def _json_texts(path: Path) -> Iterator[tuple[str, str]]:
+    """The lines of a file that are not blank, with their numbers in words; one text, if it is a single list."""
+    with path.open("rb") as file:
+        lines = enumerate(file, start=1)
+        for number, line in lines:
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                if text.lstrip().startswith("[") and number == 1:
+                    yield "", text + file.read().decode()
+                    return
+            except UnicodeDecodeError:
+                raise DataError(f"{path}: line {number} is not UTF-8. Write the file in UTF-8") from None
+            if text.strip():
+                yield f"line {number} ", text
+
+
+class _RepeatedKeyError(ValueError):
+    """A JSON object has a key twice, and only one could count."""
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    mapping = dict(pairs)
+    if len(mapping) < len(pairs):
+        names = [name for name, _ in pairs]
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise _RepeatedKeyError(f"has {repeated!r} twice")
+    return mapping
+
+
+def _parquet_rows(path: Path, wanted: Collection[str]) -> Iterator[Row]:
+    """The `wanted` columns of all rows; the first one has every column of the file."""
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path, page_checksum_verification=True) as file:
+        names = file.schema_arrow.names
+        for name in wanted:
+            if names.count(name) > 1:
+                raise DataError(f"{path}: has {names.count(name)} columns {name!r}. Rename or remove all but one")
+        columns = dict.fromkeys(names)
+        for batch in file.iter_batches(ROWS_PER_BATCH, columns=[name for name in names if name in wanted]):
+            for row in batch.to_pylist():
+                yield {**columns, **row}
+                columns = {}
+
+
+FORMATS: dict[str, Callable[[Path, Collection[str]], Iterable[Row]]] = {
+    ".jsonl": _json_rows,
+    ".json": _json_rows,
+    ".parquet": _parquet_rows,
+}
+"""Ending of a file -> its reader."""
 
 
 def _hub_problem(revision: str | None, error: Exception) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bisect
 import functools
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,9 @@ from ebft_study.errors import DataError
 
 PADDING_DOCUMENT = -1
 CACHED_CHARACTERS = 1_000_000  # about a second of work on a laptop
-TEXTS_PER_CALL = 64  # the tokenizer's bookkeeping takes many times the memory of the token ids
+TEXTS_PER_CALL = 64  # the tokenizer's bookkeeping takes many times the memory of the token ids: 300 bytes per token
+CHARACTERS_PER_CALL = 2**17
+_WORD = re.compile(r"(?<=\w) (?=\w)")
 
 
 @dataclass(frozen=True)
@@ -202,13 +205,40 @@ def _pairs(examples: list[Example], tokenizer: Any, special: _SpecialTokens, len
 
 def _encode(tokenizer: Any, texts: list[str]) -> Iterator[list[int]]:
     """Token ids per text, without special tokens; `verbose=False` silences warnings about long texts."""
-    for begin in range(0, len(texts), TEXTS_PER_CALL):
-        yield from tokenizer(
-            texts[begin : begin + TEXTS_PER_CALL],
-            add_special_tokens=False,
-            return_attention_mask=False,
-            verbose=False,
-        )["input_ids"]
+    encode = functools.partial(tokenizer, add_special_tokens=False, return_attention_mask=False, verbose=False)
+    for batch in _batches(texts):
+        if len(batch[0]) > CHARACTERS_PER_CALL and _may_be_cut(tokenizer):
+            yield [token for part in _parts(batch[0]) for token in encode([part])["input_ids"][0]]
+        else:
+            yield from encode(batch)["input_ids"]
+
+
+def _batches(texts: list[str]) -> Iterator[list[str]]:
+    """Consecutive texts, so few that their tokens take little memory; a long one is alone."""
+    batch, size = list[str](), 0
+    for text in texts:
+        if batch and (len(batch) == TEXTS_PER_CALL or size + len(text) > CHARACTERS_PER_CALL):
+            yield batch
+            batch, size = [], 0
+        batch.append(text)
+        size += len(text)
+    if batch:
+        yield batch
+
+
+def _may_be_cut(tokenizer: Any) -> bool:
+    """Whether tokens never reach over the beginning of a word, and nothing is put in front of a text."""
+    whole, *parts = tokenizer(["one two", "one", " two"], add_special_tokens=False)["input_ids"]
+    return bool(whole == [*parts[0], *parts[1]])
+
+
+def _parts(text: str) -> Iterator[str]:
+    """A text cut before words."""
+    begin = 0
+    while cut := _WORD.search(text, begin + CHARACTERS_PER_CALL):
+        yield text[begin : cut.start()]
+        begin = cut.start()
+    yield text[begin:]
 
 
 def _chunk_documents(documents: list[_Piece], length: int) -> list[list[_Piece]]:

@@ -287,6 +287,7 @@ def _load(
         n_tokens=config.data.sequence_length,
         completion_length=config.longest_completion,
         is_first=bool(base.fingerprint),
+        needs_head=False,
     )
     if loaded.tokenizer.get_vocab() != base.tokenizer.get_vocab():
         raise ModelError(

@@ -142,6 +142,7 @@ class FeatureService:
                 device=options.device,
                 dtype=getattr(torch, options.precision),
                 attention=options.attention,
+                needs_head=False,
             )
             self._loaded = Embedder(network.model, cache, fingerprint=network.fingerprint, backend=options.attention)
         return self._loaded

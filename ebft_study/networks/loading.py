@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -14,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import CONFIG_NAME, cached_file
 from transformers.utils import logging as transformers_logging
 
-from ebft_study.errors import ModelError
+from ebft_study.errors import EbftError, ModelError
 from ebft_study.networks.blocks import ATTENTION, Backend
 from ebft_study.networks.lora import BaseModel, add_adapters
 from ebft_study.networks.verification import SUPPORTED, copy_with_weights, verify
@@ -57,6 +59,7 @@ def load_model(
     completion_length: int = 8,
     tokenizer: PreTrainedTokenizerFast | None = None,
     is_first: bool = True,
+    needs_head: bool = True,
 ) -> LoadedModel:
     """A ladder model, hub model or local folder, with weights of type `dtype`, in evaluation mode, without dropout.
 
@@ -68,12 +71,13 @@ def load_model(
         tokenizer: the model's, where it is loaded already.
         is_first: of the workers that load the same model, this one verifies and hashes it; the others have no
             fingerprint.
+        needs_head: False for a network whose features alone are used; its files may lack the output embedding.
 
     Raises:
         ModelError: nothing usable at `name`, or an architecture that block-parallel rollouts cannot run.
     """
     source, tokenizer = source_of(name), tokenizer or load_tokenizer(name, revision=revision)
-    try:
+    with _reading(name):
         if random_weights:
             config = AutoConfig.from_pretrained(source, revision=revision, **_OWN_CODE)
             with torch.random.fork_rng():
@@ -82,16 +86,16 @@ def load_model(
                     config, attn_implementation=ATTENTION, dtype=torch.float32, **_OWN_CODE
                 )
         else:
-            model = AutoModelForCausalLM.from_pretrained(
+            model, read = AutoModelForCausalLM.from_pretrained(
                 source,
                 revision=revision,
                 dtype=dtype,
                 attn_implementation=ATTENTION,
                 device_map={"": device},
+                output_loading_info=True,
                 **_OWN_CODE,
             )
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(_explain(name, error)) from error
+            _refuse_missing(name, model, read["missing_keys"], needs_head=needs_head)
     model = _without_dropout(cast_weights(model, dtype, device)).to(device).eval()
     if is_first:
         verify(model, name=name, n_tokens=n_tokens, completion_length=completion_length, backend=attention)
@@ -107,12 +111,11 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedToken
     Raises:
         ModelError: nothing usable at `name`, or a tokenizer that marks no end.
     """
-    try:
+    with _reading(name):
         tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(
             source_of(name), revision=revision, **_OWN_CODE
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(_explain(name, error)) from error
+        tokenizer(["a text"])
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
         raise ModelError(f"model {name!r}: its tokenizer has neither a padding nor an end token. Add one and save it")
     return tokenizer
@@ -131,10 +134,8 @@ def read_config(name: str, *, revision: str | None = None) -> Any:
     """
     if name in LADDER:
         return architecture(LADDER[name])
-    try:
+    with _reading(name):
         return AutoConfig.from_pretrained(name, revision=revision, **_OWN_CODE)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(_explain(name, error)) from error
 
 
 def source_of(name: str) -> str:
@@ -151,7 +152,7 @@ def digest_of_files(name: str, *, revision: str | None = None) -> str:
     Raises:
         ModelError: nothing usable at `name`.
     """
-    try:
+    with _reading(name):
         folder = Path(str(cached_file(source_of(name), CONFIG_NAME, revision=revision))).parent
         if folder.parent.name == "snapshots":
             return folder.name
@@ -160,8 +161,6 @@ def digest_of_files(name: str, *, revision: str | None = None) -> str:
         for path in files:
             with open_file(path) as file:
                 digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(_explain(name, error)) from error
     return digest.hexdigest()
 
 
@@ -259,11 +258,38 @@ def frozen_copy(config: RunConfig, base: LoadedModel) -> nn.Module:
     return copied.eval()
 
 
+def _refuse_missing(name: str, model: nn.Module, missing: set[str], *, needs_head: bool) -> None:
+    """Refuse weights that transformers has drawn at random because the files lack them."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    unused = {key for key, parameter in model.named_parameters() if not needs_head and parameter is head.weight}
+    if absent := sorted(missing - unused):
+        more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
+        raise ModelError(f"model {name!r}: its files lack the weights {absent[0]}{more}. Restore them")
+
+
+@contextlib.contextmanager
+def _reading(name: str) -> Iterator[None]:
+    """Context in which libraries read a model's files: whatever these make them raise is one line.
+
+    It may be anything: `KeyError`, `RecursionError`, the own errors of safetensors and transformers, and of tokenizers
+    a bare `Exception`.
+    """
+    try:
+        yield
+    except (EbftError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise ModelError(_explain(name, error)) from error
+
+
 def _explain(name: str, error: Exception) -> str:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if ATTENTION in reason:  # the architecture looks for its attention elsewhere than in the registry
         problem = "its architecture has attention of its own, which block attention cannot replace"
         return f"model {name!r}: {problem}. {SUPPORTED}"
+    if "weights_only" in str(error):
+        problem = "its weights are a pickled file that brings code of its own, which is not run"
+        return f"model {name!r}: {problem}. Convert it to safetensors"
     if "trust_remote_code" in str(error):
         problem = "it brings code of its own (auto_map), which is not run"
         return f"model {name!r}: {problem}. Use a model whose architecture transformers has"

@@ -99,11 +99,17 @@ def read_mapping(path: StoragePath) -> tuple[dict[str, Any] | None, str]:
         if copy is None:
             raise
         problem = "is missing"
-    except (NoFileError, OSError, UnicodeDecodeError, yaml.YAMLError, TypeError) as error:
+    except (NoFileError, OSError, ValueError, yaml.YAMLError, TypeError, RecursionError) as error:
         problem = f"cannot be read ({one_line(error)})"
     if copy is None:
         return None, f"{path}: {problem}"
     return _mapping(copy), f"{path}: {problem}; its copy is used"
+
+
+def is_changed(path: StoragePath, mapping: dict[str, Any]) -> bool:
+    """Whether the mapping of a duplicated file differs from that of its copy."""
+    copy = read_copy(path)
+    return copy is not None and _mapping(copy) != mapping
 
 
 def _mapping(content: bytes) -> dict[str, Any]:

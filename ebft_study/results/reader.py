@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ebft_study.errors import EbftError, NoFileError, ResultsError, one_line
 from ebft_study.results import copies, schema, writer
+from ebft_study.results.record import unreadable_parts
 from ebft_study.storage import Location, StoragePath, in_parallel, storage_path
 
 if TYPE_CHECKING:
@@ -116,7 +117,11 @@ def read_spec(folder: StoragePath, problems: list[str]) -> dict[str, Any]:
         content, problem = None, f"{path}: no such file; the question and the settings of the study are unknown"
     if problem:
         problems.append(problem)
-    return content or {}
+    elif content is not None and copies.is_changed(path, content):
+        problems.append(f"{path}: was changed by hand since the study began; 'ebft-study status' names the changes")
+    unreadable = dict(unreadable_parts(content or {}))
+    problems.extend(f"{path}: {where}; it is left out. Restore it" for where in unreadable.values())
+    return {key: part for key, part in (content or {}).items() if key not in unreadable}
 
 
 def read_table(
@@ -242,18 +247,22 @@ def _visible_files(folder: StoragePath, table: str) -> list[StoragePath]:
 
 def _missing(folder: StoragePath) -> list[str]:
     """Problems with compacted files that should be there; what a compaction replaces meanwhile is there again."""
-    gone: set[str] = set()
+    problems: list[str] = []
     for _ in range(3):
         try:
-            expected = set(json.loads((folder / MANIFEST).read_bytes()))
+            expected = json.loads((folder / MANIFEST).read_bytes())
+            gone = set(expected if isinstance(expected, list) else [expected]) - set(folder.names())
+            problems = [
+                f"{folder / name}: is missing, and with it the rows of ended trials. Restore it"
+                for name in sorted(gone)
+            ]
         except FileNotFoundError:
             return []
-        except (NoFileError, ValueError, TypeError):
+        except (NoFileError, ValueError, TypeError, RecursionError):
             return [f"{folder / MANIFEST}: cannot be read. The next compaction writes it again"]
-        gone = expected - set(folder.names())
-        if not gone:
+        if not problems:
             break
-    return [f"{folder / name}: is missing, and with it the rows of ended trials. Restore it" for name in sorted(gone)]
+    return problems
 
 
 def _try_file(

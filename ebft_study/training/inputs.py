@@ -5,6 +5,7 @@ Weights of the sizes that the platform is for take minutes to read.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ebft_study.config import RunConfig
 from ebft_study.data import TextDataset, TokenDataset, load_text, tokenize
-from ebft_study.errors import ConfigError, DataError
+from ebft_study.errors import ConfigError, DataError, ModelError
 from ebft_study.evaluation.downstream import check_engine_room, check_room
 from ebft_study.evaluation.downstream.benchmarks import Benchmark, load_benchmarks
 from ebft_study.methods.judging import Judging, judging_of
@@ -50,6 +51,7 @@ def read_inputs(config: RunConfig) -> Inputs:
     model = read_config(config.model, revision=config.model_revision)
     positions = getattr(model, "max_position_embeddings", None)
     data = _tokenized(config, text, tokenizer, positions)
+    _check_vocabulary(config.model, getattr(model, "vocab_size", None), data)
     benchmarks, skipped = _benchmarks(config, tokenizer, positions)
     judging, without_room = judging_of(config, text, data, tokenizer) if config.samples_answers else (None, [])
     return Inputs(text, tokenizer, data, benchmarks, judging, (*without_room, *skipped))
@@ -87,6 +89,16 @@ def _tokenized(
     for split, data in splits.items():
         _check_anchors(config, split, data)
     return splits
+
+
+def _check_vocabulary(name: str, vocabulary: int | None, data: Mapping[str, TokenDataset]) -> None:
+    """Refuse tokens for which the model has no embedding; a tokenizer may have more than the data use."""
+    largest = max(int(rows.tokens.max()) for rows in data.values())
+    if vocabulary is not None and largest >= vocabulary:
+        raise ModelError(
+            f"model {name!r}: has a vocabulary of {vocabulary} tokens, and its tokenizer gives the data number "
+            f"{largest}. Use the tokenizer that the model was trained with"
+        )
 
 
 def _check_anchors(config: RunConfig, split: str, data: TokenDataset) -> None:

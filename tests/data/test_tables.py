@@ -353,7 +353,7 @@ def test_a_missing_configuration_is_named(monkeypatch):
         ("binary.jsonl", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "is a binary file"),
         ("binary.parquet", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "is not a Parquet file"),
         ("cut.parquet", b"PAR1\x15\x04\x15", "cannot be read"),
-        ("latin.jsonl", b'{"text": "a"}\n{"text": "\xe9"}\n', "line 2 is not valid JSON"),
+        ("latin.jsonl", b'{"text": "a"}\n{"text": "\xe9"}\n', "line 2 is not UTF-8"),
         ("broken.jsonl", b'{"text": "a"}\n{"text": "b"\n', "line 2 is not valid JSON"),
         ("list.jsonl", b'{"text": "a"}\n[1, 2]\n', "line 2 is not a JSON object"),
         ("mixed.jsonl", b'{"text": "a"}\n{"text": {"b": 1}}\n', "row 1: text must be text, but one is dict|same types"),

@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from ebft_study.data import Example, TokenDataset, batch_indices, tokenize
@@ -320,3 +320,48 @@ def test_batches_depend_on_step_and_seed_alone():
 def test_a_data_set_without_rows_cannot_be_batched():
     with pytest.raises(DataError, match="without rows"):
         batch_indices(size=0, batch_size=4, step=0, seed=0)
+
+
+# --- long texts --------------------------------------------------------------------------------------------------
+
+
+def encoded(tokenizer, text, monkeypatch):
+    """Tokens of a text, and the texts that the tokenizer was given for it; each call takes 200 characters."""
+    given: list[str] = []
+    call = type(tokenizer).__call__
+
+    def spy(self, texts, **keywords):
+        given.extend(texts)
+        return call(self, texts, **keywords)
+
+    monkeypatch.setattr(tokenization, "CHARACTERS_PER_CALL", 200)
+    monkeypatch.setattr(type(tokenizer), "__call__", spy)
+    return next(tokenization._encode(tokenizer, [text])), [part for part in given if part in text and len(part) > 10]
+
+
+def test_a_long_text_has_the_same_tokens_in_parts(tokenizer, monkeypatch):
+    """300 bytes of bookkeeping per token are those of a part."""
+    text, whole = TEXT + "  two  spaces, one word" * 40, ids(tokenizer, TEXT + "  two  spaces, one word" * 40)
+    tokens, given = encoded(tokenizer, text, monkeypatch)
+    assert tokens == whole
+    assert "".join(given) == text
+    assert max(map(len, given)) < 300
+
+
+def test_a_text_is_not_cut_where_that_would_change_its_tokens(monkeypatch):
+    """Tokenizers of the kind of Llama 2 put a space in front of every text."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.train_from_iterator([TEXT], trainers.BpeTrainer(vocab_size=300, show_progress=False))
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="\n")
+    whole = ids(wrapped, TEXT)
+    tokens, given = encoded(wrapped, TEXT, monkeypatch)
+    assert tokens == whole
+    assert given == [TEXT]
+
+
+def test_calls_are_bounded_by_characters_and_by_texts(tokenizer):
+    sizes = [len(batch) for batch in tokenization._batches(["x" * 50_000] * 5 + ["y"] * 200)]
+    assert sizes[:2] == [2, 2]
+    assert max(sizes) == tokenization.TEXTS_PER_CALL
+    assert sum(sizes) == 205

@@ -6,12 +6,9 @@ A few in every run of the tests; thousands by `make fuzz`.
 from __future__ import annotations
 
 import functools
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import yaml
 from hypothesis import given
@@ -20,7 +17,7 @@ from hypothesis import strategies as st
 from ebft_study import config
 from ebft_study.errors import EbftError
 from ebft_study.study.resolving.study_file import load_study
-from ebft_study.terminal import one_line, printable
+from tests.fuzz.outcomes import answer, inputs, places
 
 FILES = sorted((Path(__file__).parents[2] / "search_spaces").glob("*.yaml"))
 SCALARS = [
@@ -39,7 +36,6 @@ KEYS = [
     "stopping.divergence.margin", "objective.metric", "budget.max_hours", "resources.by.n_samples", "steps", "axes",
     "search.num_configurations", "run.steps", "model", "depths", "benchmarks", "verifier", "name", "learning_rate", "",
 ]  # fmt: skip
-MOST_SECONDS, MOST_BYTES = 20.0, 2 * 2**30
 values = st.one_of(st.sampled_from(VALUES), st.text(max_size=8), st.integers().map(str), st.floats().map(str))
 
 
@@ -48,28 +44,12 @@ def text_of(path: Path) -> str:
     return path.read_text()
 
 
-def places(node: Any, above: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Paths of everything in nested mappings and lists."""
-    inner = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
-    for key, child in inner:
-        yield (*above, key)
-        yield from places(child, (*above, key))
-
-
-def is_answered(study: Any, profile: str | None, overrides: list[str]) -> None:
+def is_answered(kind: str, study: Any, profile: str | None, overrides: list[str]) -> None:
     """Whatever happens, it is a study or one line."""
-    before, started = psutil.Process().memory_info().rss, time.process_time()
-    try:
-        load_study(study, profile, overrides)
-    except EbftError as error:
-        line = one_line(str(error))
-        assert line == printable(line)
-        assert "\n" not in line
-        assert len(line) <= 2010
-    assert time.process_time() - started < MOST_SECONDS
-    assert psutil.Process().memory_info().rss - before < MOST_BYTES
+    answer(kind, lambda: load_study(study, profile, overrides))
 
 
+@inputs(300)
 @given(st.data())
 def test_settings_of_study_files(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     """Some values of a ready study are others."""
@@ -85,13 +65,14 @@ def test_settings_of_study_files(tmp_path_factory: pytest.TempPathFactory, data:
             continue
     profile = data.draw(st.sampled_from([None, "cpu", "cluster"]))
     if data.draw(st.booleans()):
-        is_answered(content, profile, [])
+        is_answered("study_files", content, profile, [])
         return
     written = tmp_path_factory.mktemp("fuzz") / "study.yaml"
     written.write_text(yaml.safe_dump(content))
-    is_answered(written, profile, [])
+    is_answered("study_files", written, profile, [])
 
 
+@inputs(200)
 @given(st.data())
 def test_texts_of_study_files(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     """Some characters of a ready study are others: mostly no YAML at all."""
@@ -102,14 +83,15 @@ def test_texts_of_study_files(tmp_path_factory: pytest.TempPathFactory, data: st
         text = text[:start] + data.draw(st.one_of(values, st.sampled_from(["\n", "  ", ": ", "\t", "- "]))) + text[end:]
     written = tmp_path_factory.mktemp("fuzz") / "study.yaml"
     written.write_bytes(text.encode("utf-8", "surrogatepass"))
-    is_answered(written, "cpu", [])
+    is_answered("study_files", written, "cpu", [])
 
 
+@inputs(300)
 @given(
     file=st.sampled_from(FILES), overrides=st.lists(st.tuples(st.sampled_from(KEYS), values), min_size=1, max_size=2)
 )
 def test_overrides(file: Path, overrides: list[tuple[str, str]]) -> None:
-    is_answered(file, "cpu", [f"{key}={value}" for key, value in overrides])
+    is_answered("overrides", file, "cpu", [f"{key}={value}" for key, value in overrides])
 
 
 BOMB = "b0: &b0 [x, x, x]\n" + "".join(f"b{i}: &b{i} [{', '.join([f'*b{i - 1}'] * 9)}]\n" for i in range(1, 9))

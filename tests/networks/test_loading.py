@@ -164,9 +164,9 @@ def test_weights_go_to_the_device_as_they_are_read(tmp_path: Path, monkeypatch: 
     from_pretrained = AutoModelForCausalLM.from_pretrained
 
     def reading(*arguments: Any, **options: Any) -> Any:
-        model = from_pretrained(*arguments, **options)
+        model, info = from_pretrained(*arguments, **options)
         read.extend((p.device.type, p.dtype) for p in model.parameters())
-        return model
+        return model, info
 
     monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", reading)
     load_model(str(folder), device="meta", dtype=torch.bfloat16, is_first=False)

@@ -13,10 +13,14 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
-from ebft_study import config
-from ebft_study.errors import ResultsError
-from ebft_study.results import StudyRecorder, TrialRecorder, compact, load, read_table, reader, schema, writer
+from ebft_study import config, results
+from ebft_study.errors import ConfigError, ResultsError
+from ebft_study.results import StudyRecorder, TrialRecorder, compact, copies, load, read_table, reader, schema, writer
+from ebft_study.storage import storage_path
+from ebft_study.study.folder import study_yaml
+from tests import synthetic_study
 
 
 def record(folder: Path, trial_id: str = "t1", attempt: int = 0) -> TrialRecorder:
@@ -339,3 +343,57 @@ def test_files_of_few_rows_are_not_compressed(tmp_path: Path) -> None:
         column = file.metadata.row_group(0).column(file.schema_arrow.names.index("step"))
         assert (column.compression, column.statistics is not None) == (codec, rows > 1)
         assert file.read().equals(table)
+
+
+@pytest.mark.parametrize("content", [b"[1]", b"[null]", b"{}", b"1", b"[" * 10**5])
+def test_a_manifest_of_another_kind_is_named(tmp_path: Path, content: bytes) -> None:
+    folder = synthetic_study.write_study(tmp_path / "s", effects={None: (0.0, 0.0)}, seeds=(0,))
+    (folder / "results" / "metrics" / reader.MANIFEST).write_bytes(content)
+    read = results.load(folder)
+    assert len(read.metrics) > 0
+    assert [problem.partition(": ")[2] for problem in read.problems] == [
+        "cannot be read. The next compaction writes it again"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "where"),
+    [
+        ("resources", {"cpus_per_worker": ""}, "resources.cpus_per_worker"),
+        ("provenance", {"data": {"d": {"fingerprint": 1e308}}}, "provenance.data.d.fingerprint"),
+        ("versions", [1], "versions"),
+        ("warm_start", [{}], "warm_start.0.study"),
+    ],
+)
+def test_a_part_of_study_yaml_of_another_type_is_named_and_left_out(
+    tmp_path: Path, part: str, value: object, where: str
+) -> None:
+    folder = synthetic_study.write_study(tmp_path / "s", effects={None: (0.0, 0.0)}, seeds=(0,))
+    content = yaml.safe_load((folder / "study.yaml").read_text())
+    (folder / "study.yaml").write_text(yaml.safe_dump({**content, part: value}))
+    read = results.load(folder)
+    assert part not in read.spec
+    assert f"study.yaml: {where}: " in read.problems[0]
+    with pytest.raises(ConfigError, match=where):
+        study_yaml.content(folder)
+
+
+def test_a_study_yaml_that_was_changed_by_hand_is_named(tmp_path: Path) -> None:
+    folder = synthetic_study.write_study(tmp_path / "s", effects={None: (0.0, 0.0)}, seeds=(0,))
+    written = (folder / "study.yaml").read_bytes()
+    copies.write(storage_path(folder / "study.yaml"), written)
+    assert results.load(folder).problems == []
+    (folder / "study.yaml").write_bytes(b"# a comment\n" + written)
+    assert results.load(folder).problems == []
+    (folder / "study.yaml").write_bytes(written.replace(b"tiny-1m", b"tiny-5m"))
+    assert "was changed by hand" in results.load(folder).problems[0]
+
+
+@pytest.mark.parametrize("content", [b"a: " + b"1" * 5000, b"[" * 10**4])
+def test_a_study_yaml_that_yaml_stumbles_over_is_replaced_by_its_copy(tmp_path: Path, content: bytes) -> None:
+    folder = synthetic_study.write_study(tmp_path / "s", effects={None: (0.0, 0.0)}, seeds=(0,))
+    copies.write(storage_path(folder / "study.yaml"), (folder / "study.yaml").read_bytes())
+    (folder / "study.yaml").write_bytes(content)
+    read = results.load(folder)
+    assert read.spec["study"] == "s"
+    assert "its copy is used" in read.problems[0]

@@ -21,6 +21,7 @@ import yaml
 from ebft_study.errors import ConfigError, ResultsError
 from ebft_study.results import copies
 from ebft_study.results.copies import read_mapping
+from ebft_study.results.record import unreadable_parts
 from ebft_study.storage import Location, storage_path
 from ebft_study.study.spec import normalize
 from ebft_study.study.spec.study_spec import BudgetSpec, StudySpec
@@ -116,6 +117,8 @@ def content(folder: Location) -> dict[str, Any]:
         ) from None
     if record is None:
         raise ConfigError(f"{problem}, and neither can its copy. Restore it")
+    for _, where in unreadable_parts(record):
+        raise ConfigError(f"{storage_path(folder) / NAME}: {where}. Restore it")
     return record
 
 

@@ -16,11 +16,12 @@ import json
 import random
 import tempfile
 import warnings
-from collections.abc import Container, Mapping, Set
+from collections.abc import Container, Iterable, Mapping, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ebft_study import config
+from ebft_study.errors import ConfigError
 from ebft_study.results import cell_value
 from ebft_study.storage import StoragePath, storage_errors, storage_path
 from ebft_study.study.spec import enumeration, trials
@@ -252,8 +253,15 @@ def _stored(value: Any) -> Any:
 
 def _value(axis: Axis, stored: Any) -> Any:
     if axis.is_choice:
-        return next(value for value in axis.finite or () if _stored(value) == stored)
+        return _first(value for value in axis.finite or () if _stored(value) == stored)
     return int(stored) if axis.is_integer else axis.readable(stored)
+
+
+def _first(values: Iterable[Any]) -> Any:
+    """The first value; a `KeyError` where there is none, as the axis is another one now."""
+    for value in values:
+        return value
+    raise KeyError
 
 
 # --- repair ----------------------------------------------------------------------------------------------------
@@ -312,7 +320,14 @@ def _rebuild(spec: StudySpec, study: optuna.Study, chosen: Mapping[int, dict[Any
     known = dict(enumerate(enumeration.known(spec), start=len(spec.told)))
     for number in range(len(spec.told), max(chosen, default=-1) + 1):
         if number in chosen:
-            ask_for(spec, study, _recorded_assignment(spec, chosen[number]))
+            try:
+                ask_for(spec, study, _recorded_assignment(spec, chosen[number]))
+            except _UNREADABLE:
+                row = chosen[number]
+                raise ConfigError(
+                    f"{spec.study}: axes: do not hold {row['configuration']!r}, which trial {row['trial_id']} has. "
+                    "Put back the values in study.yaml"
+                ) from None
         elif number in known:
             ask_for(spec, study, known[number])
         else:
@@ -330,5 +345,5 @@ def _recorded_assignment(spec: StudySpec, row: Mapping[Any, Any]) -> Assignment:
             value = cell_value(row[config.short_name(key)])
             assignment[key] = list(value) if isinstance(value, tuple) else value  # study files have lists
         else:
-            assignment[key] = next(name for name in axis.choices if f"{key}={name}" in names)
+            assignment[key] = _first(name for name in axis.choices if f"{key}={name}" in names)
     return assignment

@@ -220,7 +220,10 @@ def from_record(content: Mapping[str, Any], *, source: str) -> StudySpec:
     fields = {key: value for key, value in content.items() if key in StudySpec.model_fields}
     if "grown_from" in content:  # the name in versions before 0.2
         fields["extended_from"] = content["grown_from"]
-    fields["defaults"] = config.EARLIER_DEFAULTS | content.get("defaults", {})
+    recorded = content.get("defaults", {})
+    if not isinstance(recorded, Mapping):
+        raise ConfigError(f"{source}: defaults={recorded!r}: is not a mapping. Restore it")
+    fields["defaults"] = {**config.EARLIER_DEFAULTS, **recorded}
     return normalized(config.parse(StudySpec, fields, source=source), source)
 
 

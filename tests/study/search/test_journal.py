@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from ebft_study import config, results
+from ebft_study.errors import ConfigError
 from ebft_study.storage import StoragePath, storage_path
 from ebft_study.study.folder.trial_states import TrialResult
 from ebft_study.study.search import journal
@@ -205,3 +206,15 @@ def test_in_a_store_the_journal_is_fetched_and_put_back(
     assert problem == ""
     assert left["t0004"].configuration == handed[4].configuration
     assert not journal.is_over(spec(), folder)
+
+
+@pytest.mark.parametrize("journal_is_there", [True, False])
+def test_axes_that_lack_what_trials_have_are_refused(tmp_path: Path, journal_is_there: bool) -> None:
+    """Somebody has edited study.yaml."""
+    folder = storage_path(tmp_path)
+    path, _ = begin(folder)
+    if not journal_is_there:
+        path.unlink()
+    edited = spec(axes={**SPEC["axes"], "alpha": [0.3, 0.7]})
+    with pytest.raises(ConfigError, match=r"axes: do not hold .*, which trial t0.* has. Put back the values"):
+        journal.repair(edited, path, results.read_table(folder, "trials"), set())
