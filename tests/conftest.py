@@ -11,6 +11,18 @@ from collections.abc import Iterator
 
 import pytest
 
+LONGEST = (
+    *(
+        "integration/test_study_engine.py",
+        "integration/test_study_services.py",
+        "integration/",
+        "rollouts/test_vllm.py",
+    ),
+    *("benchmarks/test_services.py", "training/test_sharding.py", "training/test_sharded_memory.py"),
+    *("benchmarks/test_gpu.py", "benchmarks/test_realsize.py", "features/test_service.py"),
+)
+"""Files that take longest, which come first: no worker of `make test` shall have one left when the others are done."""
+
 
 @pytest.fixture(scope="session")
 def s3_query() -> Iterator[str]:
@@ -22,7 +34,13 @@ def s3_query() -> Iterator[str]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """GPU tests stay in the report as skipped where there is no GPU."""
+    """The longest files come first; GPU tests stay in the report as skipped where there is no GPU."""
+
+    def place(item: pytest.Item) -> int:
+        file = item.path.as_posix()
+        return next((number for number, name in enumerate(LONGEST) if f"/tests/{name}" in file), len(LONGEST))
+
+    items.sort(key=place)
     gpu_tests = [item for item in items if item.get_closest_marker("gpu")]
     if gpu_tests:
         import torch

@@ -10,10 +10,11 @@ import fake_training
 from ebft_study.training import recorded
 
 recorded.LOOP = "fake_training:train"
-# In place of the real module, whose import alone takes seconds.
-preparing = types.ModuleType("ebft_study.training.prepare")
-preparing.prepare = fake_training.prepare  # type: ignore[attr-defined]
-sys.modules[preparing.__name__] = preparing
+# In place of the real modules, whose import alone takes seconds.
+for name, stands_for in (("training.prepare", "prepare"), ("networks.loading", "read_config")):
+    module = types.ModuleType(f"ebft_study.{name}")
+    setattr(module, stands_for, getattr(fake_training, stands_for))
+    sys.modules[module.__name__] = module
 
 if __name__ == "__main__":
     from ebft_study.__main__ import main

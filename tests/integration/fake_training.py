@@ -15,6 +15,7 @@ import os
 import signal
 import tempfile
 import time
+import types
 from pathlib import Path
 from typing import Any
 
@@ -72,3 +73,10 @@ def _metrics(config: RunConfig, step: int) -> dict[str, float]:
 
 def prepare(configs: Any, **_: Any) -> dict[str, Any]:
     return {"data": {"fake": {"fingerprint": "0"}}, "configurations": len(configs)}
+
+
+def read_config(name: str, *, revision: str | None = None) -> Any:
+    """The sizes of a model, from which the disk of its checkpoints follows."""
+    return types.SimpleNamespace(
+        model_type="qwen2", hidden_size=64, num_attention_heads=4, num_hidden_layers=2, vocab_size=256
+    )

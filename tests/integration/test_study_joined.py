@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import shutil
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 
 from ebft_study import results
@@ -107,16 +109,53 @@ def test_the_cluster_outlives_the_study_and_nothing_of_it_is_left(guest: Guest, 
     assert left == (set(), [], 2.0)
 
 
-def test_a_cluster_of_its_own_is_told_from_another_one_by_its_processes(address: str) -> None:
-    program = (
-        "import ray\n"
-        "from ebft_study.study.cluster import own as cluster\n"
-        "cluster.set_environment()\n"
-        "def actors():\n"
-        "    from ray.util.state import list_actors\n"
-        "    return [actor.class_name for actor in list_actors()]\n"
-        "with cluster.running(namespace='own', slots=1, dashboard=True):\n"
-        "    print('actors:', ray.get(ray.remote(num_cpus=0)(actors).remote()))\n"
-    )
-    asked = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=1200)
-    assert asked.stdout.strip() == "actors: []", asked.stderr
+OWN = """
+import json, os, signal, stat, sys
+from pathlib import Path
+import psutil, ray
+from ebft_study.study.cluster import own, watchdog
+
+def actors():
+    from ray.util.state import list_actors
+    return [actor.class_name for actor in list_actors()]
+
+def listening():
+    connections = [each for process in psutil.Process().children(recursive=True) for each in process.net_connections()]
+    return sorted({each.laddr.ip.removeprefix("::ffff:") for each in connections if each.status == psutil.CONN_LISTEN})
+
+def mode(path):
+    return oct(stat.S_IMODE(os.stat(path).st_mode))
+
+own.set_environment()
+with own.running(namespace="own", slots=1, dashboard=True):
+    session = Path(ray._private.worker._global_node.get_session_dir_path())
+    found = {
+        "actors": ray.get(ray.remote(num_cpus=0)(actors).remote()),
+        "listening": listening(),
+        "folder": [mode(session.parents[1]), str(session.parents[1])],
+        "token": mode(Path.home() / ".ray" / "auth_token"),
+        "children": [process.pid for process in psutil.Process().children(recursive=True)],
+    }
+    print(json.dumps(found), flush=True)
+    with watchdog.watching_the_cluster(lambda: print("gone"), lambda: print("last words", flush=True), is_own=True):
+        next(p for p in psutil.Process().children(True) if p.name() == "gcs_server").kill()
+        ray.get(ray.remote(num_cpus=0)(actors).remote())
+"""
+
+
+def test_a_cluster_of_its_own_is_nobody_elses_and_a_driver_that_loses_it_ends(address: str, tmp_path: Path) -> None:
+    """Told from another cluster by its own processes, and reached by no other user or machine."""
+    environment = {**os.environ, "HOME": str(tmp_path), "TMPDIR": "/tmp"}
+    asked = subprocess.run([sys.executable, "-c", OWN], capture_output=True, text=True, timeout=1200, env=environment)
+    first, *said = asked.stdout.strip().splitlines()
+    found = json.loads(first)
+    assert found["actors"] == []
+    assert found["listening"] == ["127.0.0.1"]
+    assert found["folder"][0] == "0o700"
+    assert found["token"] == "0o600"
+    # Ray ends such a driver too, after a minute and without a word.
+    assert said == ["gone", "last words"], asked.stderr
+    assert asked.returncode == 1
+    left = [psutil.Process(pid) for pid in found["children"] if psutil.pid_exists(pid)]
+    assert not psutil.wait_procs(left, timeout=100)[1]
+    shutil.rmtree(found["folder"][1])

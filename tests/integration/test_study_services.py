@@ -9,19 +9,22 @@ import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import pandas as pd
 import psutil
 import pytest
 
-pytest.importorskip("vllm", reason="vLLM is not installed")
-
 from ebft_study import results
 from tests import commands
 from tests.tiny_run import write_data, write_model
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(1800)]
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.timeout(1800),
+    pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed"),  # its import takes seconds
+]
 
 STEPS = 24
 SETTINGS = {

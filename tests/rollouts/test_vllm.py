@@ -7,14 +7,12 @@ import signal
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-
-pytest.importorskip("vllm", reason="vLLM is not installed")
-
 import ray
 import torch
 from torch import nn
@@ -37,7 +35,11 @@ from tests.references import naive_model
 from tests.small_models import small_batch, small_model
 from tests.tiny_run import MemoryRecorder, answered, run_tiny, tiny_config, write_data, write_model
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(1800)]
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.timeout(1800),
+    pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed"),  # its import takes seconds
+]
 
 
 @pytest.fixture(scope="module")

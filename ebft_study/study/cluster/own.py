@@ -9,10 +9,12 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import psutil
 
 from ebft_study.study.cluster.capacity import cpu_count
+from ebft_study.study.cluster.private_folder import private_folder
 
 CLUSTER_DIED = "Ray's node process died"
 
@@ -74,21 +76,30 @@ def running(*, namespace: str, slots: int, dashboard: bool, travelling_bytes: fl
     """
     import ray
 
-    with _known_to_its_processes(), keeping_sigterm():
-        ray.init(
-            address="local",
-            num_cpus=cpu_count(),
-            resources={"slot": slots},
-            namespace=namespace,
-            include_dashboard=dashboard,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            object_store_memory=object_store_bytes(travelling_bytes),
-        )
-    try:
-        yield
-    finally:
-        ray.shutdown()
+    with private_folder() as folder:
+        with _known_to_its_processes(), _for_this_machine_only(), keeping_sigterm():
+            ray.init(
+                address="local",
+                _temp_dir=str(folder),
+                num_cpus=cpu_count(),
+                resources={"slot": slots},
+                namespace=namespace,
+                include_dashboard=dashboard,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                object_store_memory=object_store_bytes(travelling_bytes),
+            )
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+def kill_processes() -> None:
+    """Kill all processes that this one has started, and those that they have."""
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            process.kill()
 
 
 def object_store_bytes(travelling_bytes: float = 0.0) -> int:
@@ -117,6 +128,40 @@ def keeping_sigterm() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _for_this_machine_only() -> Iterator[None]:
+    """Start a cluster inside that listens on the loopback address, with a token that only this user can read."""
+    from ray._private import ray_constants
+
+    token = Path.home() / ".ray" / "auth_token"
+    token.parent.mkdir(mode=0o700, exist_ok=True)
+    name, before = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, ray_constants.ENABLE_RAY_CLUSTER
+    # Ray's switch between the address of a network and the loopback address; it ignores `_node_ip_address` for the
+    # latter. This process has read it when it imported Ray, and its children will.
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        with _variables({name: "0"}):
+            yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+        with contextlib.suppress(OSError):
+            token.chmod(0o600)
+
+
+@contextlib.contextmanager
+def _variables(values: dict[str, str]) -> Iterator[None]:
+    """Set environment variables for what is started inside."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+@contextlib.contextmanager
 def _known_to_its_processes() -> Iterator[None]:
     """Name the cluster that is started inside to its own processes.
 
@@ -126,13 +171,5 @@ def _known_to_its_processes() -> Iterator[None]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    names = {"RAY_GCS_SERVER_PORT": str(port), "RAY_ADDRESS": f"127.0.0.1:{port}"}
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(names)
-    try:
+    with _variables({"RAY_GCS_SERVER_PORT": str(port), "RAY_ADDRESS": f"127.0.0.1:{port}"}):
         yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value

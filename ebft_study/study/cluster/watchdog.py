@@ -13,12 +13,14 @@ import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 
+from ebft_study.study.cluster.own import kill_processes
+
 CLUSTER_GONE = "the Ray cluster cannot be reached"
 Address = tuple[str, int]
 
 _EVERY_SECONDS, _CONNECT_SECONDS = 3.0, 2.0
-_GONE_SECONDS = 20.0
-"""A head that is restarted needs some time. Ray itself gives up after 60 seconds."""
+_GONE_SECONDS, _OWN_GONE_SECONDS = 20.0, 6.0
+"""A head that is restarted needs some time; that of our own is not. Ray itself gives up after 60 seconds."""
 _GRACE_SECONDS = 10.0
 
 
@@ -72,20 +74,28 @@ def is_there(address: Address) -> bool:
 
 
 @contextlib.contextmanager
-def watching_the_cluster(gone: Callable[[], None], last_words: Callable[[], None]) -> Iterator[None]:
-    """Context in which the process ends with exit code 1 soon after the connected Ray cluster has ended."""
+def watching_the_cluster(gone: Callable[[], None], last_words: Callable[[], None], *, is_own: bool) -> Iterator[None]:
+    """Context in which the process ends with exit code 1 soon after the connected Ray cluster has ended.
+
+    Args:
+        is_own: the cluster was started by this process, which ends what is left of it.
+    """
     import ray
 
     context = ray.get_runtime_context()
     host, _, port = context.gcs_address.rpartition(":")
-    here = next(node for node in ray.nodes() if node["NodeID"] == context.get_node_id())
-    addresses = [(host.strip("[]"), int(port)), (here["NodeManagerAddress"], here["NodeManagerPort"])]
+    addresses = [(host.strip("[]"), int(port))]
+    if not is_own:  # `own.node_is_alive` looks at the process instead
+        here = next(node for node in ray.nodes() if node["NodeID"] == context.get_node_id())
+        addresses.append((here["NodeManagerAddress"], here["NodeManagerPort"]))
 
     def end() -> None:
         try:
             last_words()
+            if is_own:
+                kill_processes()
         finally:
             os._exit(1)  # other threads of this process wait for the cluster
 
-    with Watchdog(addresses, gone=gone, end=end):
+    with Watchdog(addresses, gone=gone, end=end, gone_seconds=_OWN_GONE_SECONDS if is_own else _GONE_SECONDS):
         yield

@@ -86,7 +86,7 @@ def run_session(
         monitor.display = display.display(console, columns, past.states, title=study.name, plan=plan)
         monitor.say(f"{study.name}: {display.summary(list(past.states.values()), plan)}")
         try:
-            with _watchdog(study, stopper, monitor, folder), compacting(folder, monitor.number_ended, fence.check):
+            with compacting(folder, monitor.number_ended, fence.check):
                 _tune(folder, study, past, search, monitor, stopper, fence)
         except StorageError as error:  # of the driver itself; those of trials come as stop requests
             stopper.request_stop(_storage_failed(fence, error))
@@ -228,16 +228,16 @@ def _announce(
 
 @contextlib.contextmanager
 def _watchdog(study: ResolvedStudy, stopper: StudyStopper, monitor: Monitor, folder: StoragePath) -> Iterator[None]:
-    """An existing cluster may end by itself, and Ray would then end this process without a message."""
-    if not study.capacity.is_existing:
-        yield
-        return
+    """A cluster may end by itself, and Ray would then end this process without a message."""
 
     def record_interruption() -> None:
         monitor.interrupted(CLUSTER_GONE)
         monitor.note("interrupted", f"{CLUSTER_GONE}; resume with: ebft-study resume {folder}")
 
-    with watching_the_cluster(lambda: stopper.request_stop(CLUSTER_GONE), record_interruption):
+    def gone() -> None:
+        stopper.request_stop(CLUSTER_GONE)
+
+    with watching_the_cluster(gone, record_interruption, is_own=not study.capacity.is_existing):
         yield
 
 
@@ -265,7 +265,7 @@ def _tune(
     services = StudyServices(spec.resources)
     is_population = spec.scheduler.kind == "pbt"
     lineages = exploit.lineages(folder) if is_population else {}
-    with _ray(study) as slot:
+    with _ray(study) as slot, _watchdog(study, stopper, monitor, folder):
         monitor.say(own.dashboard_line())
         for name in ("ray.tune", "ray.train._internal.storage"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
