@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from ebft_study.report.table import Table
     from ebft_study.results import Results
     from ebft_study.storage import Location, StoragePath
+    from ebft_study.study.driver.export import Exported
     from ebft_study.study.driver.runner import StudyResult
     from ebft_study.study.forecast.plan import StudyPlan
     from ebft_study.study.resolving.resolved import ResolvedStudy
@@ -290,6 +291,33 @@ def evaluate(
 
     folder = find(study, storage)
     return downstream.evaluate(folder, benchmarks, trials, overrides, checkpoint=checkpoint, check=check)
+
+
+def export(
+    study: Location,
+    trial: str = "best",
+    *,
+    to: str | Path,
+    checkpoint: str = "last",
+    merge: bool = False,
+    push: str | None = None,
+    storage: Location = STUDIES,
+) -> Exported:
+    """Write a trained model as a folder that `from_pretrained` of transformers loads, with tokenizer and model card.
+
+    Args:
+        trial: a trial, or `best`: of the configuration with the best mean of the validation objective, the best seed.
+        to: a new folder.
+        checkpoint: `last`, `best`, or a step.
+        merge: of a run with adapters, write the whole model instead of the adapters for peft.
+        push: also put it into this repository of the Hugging Face hub (`owner/name`), which is private if it is new.
+
+    Raises:
+        EbftError: there is no such trial or checkpoint, or the base model has changed since.
+    """
+    from ebft_study.study.driver import export
+
+    return export.export(find(study, storage), trial, to=Path(to), checkpoint=checkpoint, merge=merge, push=push)
 
 
 def train(

@@ -254,6 +254,26 @@ def evaluate(
 
 
 @app.command()
+def export(
+    name: StudyName,
+    to: Annotated[Path, typer.Option(help="A new folder.")],
+    trial: Annotated[str, typer.Argument(help="A trial, or best: by the validation objective.")] = "best",
+    checkpoint: Annotated[str, typer.Option(help="last, best, or a step.")] = "last",
+    merge: Annotated[bool, typer.Option("--merge", help="Write adapters and base model as one model.")] = False,
+    push: Annotated[str | None, typer.Option(help="Also put it into this repository of the hub: owner/name.")] = None,
+    storage: Storage = api.STUDIES,
+) -> None:
+    """Write a trained model as a Hugging Face folder, with tokenizer and model card.
+
+    [dim]ebft-study export alpha_gamma --to models/best[/dim]
+
+    [dim]ebft-study export alpha_gamma t0003 --to models/t0003 --merge --push owner/name[/dim]
+    """
+    exported = api.export(name, trial, to=to, checkpoint=checkpoint, merge=merge, push=push, storage=storage)
+    typer.echo(exported.in_words())
+
+
+@app.command()
 def train(
     file: Annotated[Path, typer.Argument(help="A file with the settings of one run.")],
     overrides: Overrides = None,

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 transformers_logging.disable_progress_bar()
 FILES = (".json", ".safetensors", ".bin", ".txt", ".model", ".jinja")
 """Endings of the files that a model and its tokenizer are read from."""
-_OWN_CODE: dict[str, Any] = {"trust_remote_code": False}
+OWN_CODE: dict[str, Any] = {"trust_remote_code": False}
 """Of transformers, never that of a model's folder; without a value it asks on the terminal."""
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -74,11 +74,11 @@ def load_model(
     source, tokenizer = source_of(name), tokenizer or load_tokenizer(name, revision=revision)
     try:
         if random_weights:
-            config = AutoConfig.from_pretrained(source, revision=revision, **_OWN_CODE)
+            config = AutoConfig.from_pretrained(source, revision=revision, **OWN_CODE)
             with torch.random.fork_rng():
                 torch.manual_seed(0)
                 model = AutoModelForCausalLM.from_config(
-                    config, attn_implementation=ATTENTION, dtype=torch.float32, **_OWN_CODE
+                    config, attn_implementation=ATTENTION, dtype=torch.float32, **OWN_CODE
                 )
         else:
             model = AutoModelForCausalLM.from_pretrained(
@@ -87,7 +87,7 @@ def load_model(
                 dtype=dtype,
                 attn_implementation=ATTENTION,
                 device_map={"": device},
-                **_OWN_CODE,
+                **OWN_CODE,
             )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(_explain(name, error)) from error
@@ -108,7 +108,7 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedToken
     """
     try:
         tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(
-            source_of(name), revision=revision, **_OWN_CODE
+            source_of(name), revision=revision, **OWN_CODE
         )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(_explain(name, error)) from error
@@ -131,7 +131,7 @@ def read_config(name: str, *, revision: str | None = None) -> Any:
     if name in LADDER:
         return architecture(LADDER[name])
     try:
-        return AutoConfig.from_pretrained(name, revision=revision, **_OWN_CODE)
+        return AutoConfig.from_pretrained(name, revision=revision, **OWN_CODE)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(_explain(name, error)) from error
 
