@@ -108,9 +108,9 @@ def plan(
 
     [dim]ebft-study plan search_spaces/alpha_gamma.yaml --profile cpu[/dim]
     """
-    from ebft_study.study.forecast.plan import show
-
     planned = api.plan(api.load(file, profile, overrides or []), storage=storage, memory_gib=memory_gib)
+    from ebft_study.study.forecast.plan import show  # takes seconds, which a mistake in the file should not
+
     show(planned, Terminal())
     raise typer.Exit(0 if planned.fits else 1)
 
@@ -183,10 +183,11 @@ def compare(
 
     [dim]ebft-study compare alpha_gamma alpha_gamma_k3 --across kl_estimator[/dim]
     """
+    target = output or f"comparison_{'_'.join(Path(name.partition('?')[0]).name for name in names)}.html"
+    compared = api.compare(names, across or (), storage=storage, output=target)
     from ebft_study.report.comparison import sentences
 
-    target = output or f"comparison_{'_'.join(Path(name.partition('?')[0]).name for name in names)}.html"
-    for sentence in sentences(api.compare(names, across or (), storage=storage, output=target)):
+    for sentence in sentences(compared):
         typer.echo(sentence)
     typer.echo(target)
 
