@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import CONFIG_NAME, cached_file
 from transformers.utils import logging as transformers_logging
 
+from ebft_study import hub
 from ebft_study.errors import ModelError
 from ebft_study.networks.blocks import ATTENTION, Backend
 from ebft_study.networks.lora import BaseModel, add_adapters
@@ -131,14 +132,18 @@ def read_config(name: str, *, revision: str | None = None) -> Any:
     if name in LADDER:
         return architecture(LADDER[name])
     try:
-        return AutoConfig.from_pretrained(name, revision=revision, **OWN_CODE)
+        return AutoConfig.from_pretrained(source_of(name), revision=revision, **OWN_CODE)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(_explain(name, error)) from error
 
 
 def source_of(name: str) -> str:
     """Folder or hub id of a model's files; a model of the ladder is trained first, if need be."""
-    return str(ensure_tiny_model(name)) if name in LADDER else name
+    if name in LADDER:
+        return str(ensure_tiny_model(name))
+    if not Path(name).exists():
+        hub.settle()
+    return name
 
 
 def digest_of_files(name: str, *, revision: str | None = None) -> str:
