@@ -136,7 +136,7 @@ def resume(
     """Continue a study that was interrupted or killed, given its name, folder or URL; `run` has the arguments.
 
     Args:
-        overrides: another budget: `budget.max_hours=8`.
+        overrides: another budget, `budget.max_hours=8`, or number of retries, `resources.max_failures=3`.
         retry_failed: also run trials again that failed.
     """
     folder = find(study, storage)

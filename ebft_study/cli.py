@@ -119,7 +119,8 @@ def plan(
 def resume(
     name: StudyName,
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="Another budget, for example [bold]budget.max_hours=8[/bold]")
+        list[str] | None,
+        typer.Argument(help="[bold]budget.max_hours=8[/bold], resources.max_failures=3, ..."),
     ] = None,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Also run trials again that failed.")] = False,
     accept_changes: AcceptChanges = False,
