@@ -87,7 +87,7 @@ def test_a_command_exists_with_its_options(page: str, line: str) -> None:
 
 
 def test_there_are_commands() -> None:
-    assert len(commands()) > 50
+    assert len(commands()) > 40
 
 
 @pytest.mark.parametrize(("page", "block"), blocks("python"), ids=lambda value: str(value)[:40].replace("\n", " "))
