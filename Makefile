@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup study paper notebooks test check bench gpu realsize chaos fuzz mutants scale decisions architectures lock audit clean
+.PHONY: help setup study paper notebooks docs test check bench gpu realsize chaos fuzz mutants scale decisions architectures lock audit clean
 
 help: ## what can be made
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -69,6 +69,10 @@ scale: $(STAMP) ## what a study of 2000 trials costs its driver and its readers,
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.scale.simulate
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.scale.snapshot
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.scale.readers
+
+docs: $(STAMP) ## the documentation as a site, with settings and API from the code; writes outputs/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "open outputs/site/index.html, or run $(BIN)/mkdocs serve"
 
 decisions: $(STAMP) ## how well early stopping decides, in simulated studies; writes docs/decisions.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.decisions --write docs/decisions.md

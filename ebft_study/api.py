@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from ebft_study.report.table import Table
     from ebft_study.results import Results
     from ebft_study.storage import Location, StoragePath
+    from ebft_study.study.driver.export import Exported
     from ebft_study.study.driver.runner import StudyResult
     from ebft_study.study.forecast.plan import StudyPlan
     from ebft_study.study.resolving.resolved import ResolvedStudy
@@ -135,12 +136,12 @@ def resume(
     """Continue a study that was interrupted or killed, given its name, folder or URL; `run` has the arguments.
 
     Args:
-        overrides: another budget: `budget.max_hours=8`.
+        overrides: another budget, `budget.max_hours=8`, or number of retries, `resources.max_failures=3`.
         retry_failed: also run trials again that failed.
     """
+    folder = find(study, storage)
     from ebft_study.study.driver import runner
 
-    folder = find(study, storage)
     console = _console(console)
     return runner.resume(
         folder, overrides, console=console, retry_failed=retry_failed, accept_changes=accept_changes, address=address
@@ -177,9 +178,10 @@ def catalog(storage: Location = STUDIES) -> duckdb.DuckDBPyConnection:
 
 def write_report(study: Location, *, storage: Location = STUDIES) -> Path | StoragePath:
     """Write the report of a study, running or finished; returns its HTML file."""
+    folder = find(study, storage)
     from ebft_study import report
 
-    return report.write_report(find(study, storage))
+    return report.write_report(folder)
 
 
 def compare(
@@ -230,9 +232,10 @@ def _distinct(studies: Sequence[Location], storage: Location) -> dict[str, Stora
 
 def tables(study: Location, *, storage: Location = STUDIES) -> dict[str, Table]:
     """The tables of a study's report by name; `markdown`, `latex`, `comma_separated` of `report.table` format them."""
+    folder = find(study, storage)
     from ebft_study import report
 
-    return report.tables(find(study, storage))
+    return report.tables(folder)
 
 
 def bundle(
@@ -248,9 +251,10 @@ def bundle(
         to: default: `<study>.zip` in the current folder.
         notebooks: executed ones, besides those in the study's folder.
     """
+    folder = find(study, storage)
     from ebft_study.report import bundle
 
-    return bundle.bundle(find(study, storage), Path(to) if to else None, [Path(each) for each in notebooks])
+    return bundle.bundle(folder, Path(to) if to else None, [Path(each) for each in notebooks])
 
 
 def check_bundle(file: str | Path) -> BundleCheck:
@@ -286,10 +290,38 @@ def evaluate(
     Returns:
         A row per trial, benchmark and metric, as in the table `evaluations`; remarks on benchmarks that were skipped.
     """
+    folder = find(study, storage)
     from ebft_study.study.driver import downstream
 
-    folder = find(study, storage)
     return downstream.evaluate(folder, benchmarks, trials, overrides, checkpoint=checkpoint, check=check)
+
+
+def export(
+    study: Location,
+    trial: str = "best",
+    *,
+    to: str | Path,
+    checkpoint: str = "last",
+    merge: bool = False,
+    push: str | None = None,
+    storage: Location = STUDIES,
+) -> Exported:
+    """Write a trained model as a folder that `from_pretrained` of transformers loads, with tokenizer and model card.
+
+    Args:
+        trial: a trial, or `best`: of the configuration with the best mean of the validation objective, the best seed.
+        to: a new folder.
+        checkpoint: `last`, `best`, or a step.
+        merge: of a run with adapters, write the whole model instead of the adapters for peft.
+        push: also put it into this repository of the Hugging Face hub (`owner/name`), which is private if it is new.
+
+    Raises:
+        EbftError: there is no such trial or checkpoint, or the base model has changed since.
+    """
+    folder = find(study, storage)
+    from ebft_study.study.driver import export
+
+    return export.export(folder, trial, to=Path(to), checkpoint=checkpoint, merge=merge, push=push)
 
 
 def train(
@@ -310,7 +342,6 @@ def train(
     import yaml
 
     from ebft_study import config
-    from ebft_study.study.driver.single_run import run_single
     from ebft_study.study.folder.study_yaml import StudySource
 
     if isinstance(run, str | Path):
@@ -323,6 +354,8 @@ def train(
         content = yaml.safe_dump(settings.model_dump(mode="json"))
         source = StudySource.from_content("run", content.encode())
     folder = Path(output) if output else Path("runs") / settings.name
+    from ebft_study.study.driver.single_run import run_single
+
     return run_single(settings, source, folder=folder, resume=resume, console=_console(console))
 
 

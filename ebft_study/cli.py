@@ -108,9 +108,9 @@ def plan(
 
     [dim]ebft-study plan search_spaces/alpha_gamma.yaml --profile cpu[/dim]
     """
-    from ebft_study.study.forecast.plan import show
-
     planned = api.plan(api.load(file, profile, overrides or []), storage=storage, memory_gib=memory_gib)
+    from ebft_study.study.forecast.plan import show  # takes seconds, which a mistake in the file should not
+
     show(planned, Terminal())
     raise typer.Exit(0 if planned.fits else 1)
 
@@ -119,7 +119,8 @@ def plan(
 def resume(
     name: StudyName,
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="Another budget, for example [bold]budget.max_hours=8[/bold]")
+        list[str] | None,
+        typer.Argument(help="[bold]budget.max_hours=8[/bold], resources.max_failures=3, ..."),
     ] = None,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Also run trials again that failed.")] = False,
     accept_changes: AcceptChanges = False,
@@ -183,10 +184,11 @@ def compare(
 
     [dim]ebft-study compare alpha_gamma alpha_gamma_k3 --across kl_estimator[/dim]
     """
+    target = output or f"comparison_{'_'.join(Path(name.partition('?')[0]).name for name in names)}.html"
+    compared = api.compare(names, across or (), storage=storage, output=target)
     from ebft_study.report.comparison import sentences
 
-    target = output or f"comparison_{'_'.join(Path(name.partition('?')[0]).name for name in names)}.html"
-    for sentence in sentences(api.compare(names, across or (), storage=storage, output=target)):
+    for sentence in sentences(compared):
         typer.echo(sentence)
     typer.echo(target)
 
@@ -251,6 +253,26 @@ def evaluate(
     _table("Scores ± standard error over problems", columns, shown)
     for remark in skipped:
         typer.echo(remark)
+
+
+@app.command()
+def export(
+    name: StudyName,
+    to: Annotated[Path, typer.Option(help="A new folder.")],
+    trial: Annotated[str, typer.Argument(help="A trial, or best: by the validation objective.")] = "best",
+    checkpoint: Annotated[str, typer.Option(help="last, best, or a step.")] = "last",
+    merge: Annotated[bool, typer.Option("--merge", help="Write adapters and base model as one model.")] = False,
+    push: Annotated[str | None, typer.Option(help="Also put it into this repository of the hub: owner/name.")] = None,
+    storage: Storage = api.STUDIES,
+) -> None:
+    """Write a trained model as a Hugging Face folder, with tokenizer and model card.
+
+    [dim]ebft-study export alpha_gamma --to models/best[/dim]
+
+    [dim]ebft-study export alpha_gamma t0003 --to models/t0003 --merge --push owner/name[/dim]
+    """
+    exported = api.export(name, trial, to=to, checkpoint=checkpoint, merge=merge, push=push, storage=storage)
+    typer.echo(exported.in_words())
 
 
 @app.command()

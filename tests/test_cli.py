@@ -72,7 +72,7 @@ def test_mistakes_end_in_one_line_and_leave_nothing(
     assert [path for path in sorted(tmp_path.iterdir()) if path.name != "cache"] == before
 
 
-@pytest.mark.parametrize("command", ["study", "resume", "status", "report", "train"])
+@pytest.mark.parametrize("command", ["study", "resume", "status", "report", "train", "export"])
 def test_help_shows_an_example(run: object, command: str) -> None:
     ran = run(command, "--help")  # type: ignore[operator]
     assert ran.code == 0
@@ -85,6 +85,29 @@ def test_help_and_status_load_neither_torch_nor_ray() -> None:
         "assert not {'torch', 'ray', 'transformers', 'optuna'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=600)
+
+
+def test_mistakes_cost_no_heavy_import(tmp_path: Path) -> None:
+    """A file that is missing or wrong, a study that is not there: the answer comes before torch would."""
+    (tmp_path / "wrong.yaml").write_text("study: s\nquestion: q\naxes: {alpha: [0.0, 2.0]}\nseeds: [0]\n")
+    commands = [
+        *([command, file] for command in ("study", "plan", "train") for file in ("missing.yaml", "wrong.yaml")),
+        *([command, "missing"] for command in ("resume", "status", "report", "evaluate", "bundle")),
+        ["export", "missing", "--to", "folder"],
+        ["compare", "missing", "missing too"],
+    ]
+    code = (
+        "import sys; from ebft_study import cli\n"
+        f"for arguments in {commands!r}:\n"
+        "    sys.argv = ['ebft-study', *arguments]\n"
+        "    try: cli.main()\n"
+        "    except SystemExit as ended: assert ended.code == 2, arguments\n"
+        "    heavy = {'torch', 'ray', 'transformers', 'optuna', 'matplotlib'} & set(sys.modules)\n"
+        "    assert not heavy, (arguments, heavy)\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert ran.returncode == 0, ran.stderr
+    assert len(ran.stderr.splitlines()) == len(commands)
 
 
 def test_errors_of_several_lines_become_one(run: object, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ebft_study import hub
 from ebft_study.data.cache import Facts, cached_examples
 from ebft_study.data.examples import SPLITS, Example, TextDataset, build_dataset, digest, split_of
 from ebft_study.data.presets import PRESETS, Row, RowMapping, prompt_and_answer, raw_text
@@ -37,7 +38,7 @@ SHUFFLE_BUFFER = 10_000  # rows of a hub data set held in memory to mix them bef
 ROWS_PER_BATCH = 1000
 EVALUATION_ROWS = 10_000  # rows read beyond max_examples, a tenth of which go to validation and heldout
 HUB_PROBLEMS = {
-    "OfflineModeIsEnabled": "is on the hub and HF_HUB_OFFLINE is set. Unset it, or use a local file",
+    "OfflineModeIsEnabled": "the hub does not answer, or HF_HUB_OFFLINE is set. Go online, or use a local file",
     "GatedRepoError": "needs permission. Accept its terms on the hub, then run 'hf auth login'",
     "RevisionNotFoundError": "has no revision {revision!r}. Check dataset_revision",
     "RepositoryNotFoundError": "is not on the hub, or is private. Check the name, or run 'hf auth login'",
@@ -92,6 +93,7 @@ def _download(
         with _quiet() as datasets:
             import huggingface_hub
 
+            hub.settle()
             commit = huggingface_hub.HfApi().dataset_info(hub_id, revision=config.dataset_revision, timeout=10).sha
             splits = datasets.load_dataset(hub_id, hub_config, revision=commit, streaming=True)
             for split, rows in splits.items():
@@ -109,6 +111,7 @@ def read_hub(hub_id: str, hub_config: str | None) -> list[Row]:
     """All rows of a small data set on the hub, its splits one after the other; the hub's client caches its files."""
     try:
         with _quiet() as datasets:
+            hub.settle()
             splits = datasets.load_dataset(hub_id, hub_config)
             return [row for rows in splits.values() for row in rows]
     except Exception as error:  # network, permissions, formats: the hub client has no common base class

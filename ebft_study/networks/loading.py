@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import CONFIG_NAME, cached_file
 from transformers.utils import logging as transformers_logging
 
+from ebft_study import hub
 from ebft_study.errors import EbftError, ModelError
 from ebft_study.networks.blocks import ATTENTION, Backend
 from ebft_study.networks.lora import BaseModel, add_adapters
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 transformers_logging.disable_progress_bar()
 FILES = (".json", ".safetensors", ".bin", ".txt", ".model", ".jinja")
 """Endings of the files that a model and its tokenizer are read from."""
-_OWN_CODE: dict[str, Any] = {"trust_remote_code": False}
+OWN_CODE: dict[str, Any] = {"trust_remote_code": False}
 """Of transformers, never that of a model's folder; without a value it asks on the terminal."""
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -79,11 +80,11 @@ def load_model(
     source, tokenizer = source_of(name), tokenizer or load_tokenizer(name, revision=revision)
     with _reading(name):
         if random_weights:
-            config = AutoConfig.from_pretrained(source, revision=revision, **_OWN_CODE)
+            config = AutoConfig.from_pretrained(source, revision=revision, **OWN_CODE)
             with torch.random.fork_rng():
                 torch.manual_seed(0)
                 model = AutoModelForCausalLM.from_config(
-                    config, attn_implementation=ATTENTION, dtype=torch.float32, **_OWN_CODE
+                    config, attn_implementation=ATTENTION, dtype=torch.float32, **OWN_CODE
                 )
         else:
             model, read = AutoModelForCausalLM.from_pretrained(
@@ -93,7 +94,7 @@ def load_model(
                 attn_implementation=ATTENTION,
                 device_map={"": device},
                 output_loading_info=True,
-                **_OWN_CODE,
+                **OWN_CODE,
             )
             _refuse_missing(name, model, read["missing_keys"], needs_head=needs_head)
     model = _without_dropout(cast_weights(model, dtype, device)).to(device).eval()
@@ -113,7 +114,7 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedToken
     """
     with _reading(name):
         tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(
-            source_of(name), revision=revision, **_OWN_CODE
+            source_of(name), revision=revision, **OWN_CODE
         )
         tokenizer(["a text"])
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
@@ -135,12 +136,16 @@ def read_config(name: str, *, revision: str | None = None) -> Any:
     if name in LADDER:
         return architecture(LADDER[name])
     with _reading(name):
-        return AutoConfig.from_pretrained(name, revision=revision, **_OWN_CODE)
+        return AutoConfig.from_pretrained(source_of(name), revision=revision, **OWN_CODE)
 
 
 def source_of(name: str) -> str:
     """Folder or hub id of a model's files; a model of the ladder is trained first, if need be."""
-    return str(ensure_tiny_model(name)) if name in LADDER else name
+    if name in LADDER:
+        return str(ensure_tiny_model(name))
+    if not Path(name).exists():
+        hub.settle()
+    return name
 
 
 def digest_of_files(name: str, *, revision: str | None = None) -> str:

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from ebft_study.errors import ModelError
 
 if TYPE_CHECKING:
+    import peft
+
     from ebft_study.config import LoraConfig
 
 ALL = "all-linear"
@@ -30,16 +32,25 @@ def add_adapters(model: nn.Module, config: LoraConfig, *, seed: int, dtype: torc
     # peft takes seconds to import, which a run without adapters should not pay.
     import peft
 
-    targets = _targets(model, config, name)
-    settings = peft.LoraConfig(
-        r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=targets, lora_dropout=0.0
-    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        peft.inject_adapter_in_model(settings, model)
+        peft.inject_adapter_in_model(adapter_settings(model, config, name), model)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
+
+
+def adapter_settings(model: nn.Module, config: LoraConfig, name: str) -> peft.LoraConfig:
+    """The settings of peft for the adapters of `model`."""
+    import peft
+
+    return peft.LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        target_modules=_targets(model, config, name),
+        lora_dropout=0.0,
+        task_type="CAUSAL_LM",
+    )
 
 
 def _targets(model: nn.Module, config: LoraConfig, name: str) -> list[str]:

@@ -14,6 +14,7 @@ from operator import truediv
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ebft_study import config
 from ebft_study.errors import EbftError, NoFileError, ResultsError, one_line
 from ebft_study.results import copies, schema, writer
 from ebft_study.results.record import unreadable_parts
@@ -139,7 +140,18 @@ def read_table(
     read = None if columns is None else frozenset([*columns, *_KEYS[table], *_ORDER])
     parts = _read_files(folder, table, [] if problems is None else problems, read)
     rows = pa.concat_tables(parts or [_present_schema(table, read).empty_table()], promote_options="permissive")
-    return _resolve_duplicates(rows.to_pandas(), table)
+    frame = _resolve_duplicates(rows.to_pandas(), table)
+    return _without_unread(frame) if table == "trials" and "method" in frame else frame
+
+
+def _without_unread(trials: pd.DataFrame) -> pd.DataFrame:
+    """Trials without values of settings that their method does not read, which earlier versions recorded."""
+    for method in trials["method"].dropna().unique():
+        names = [name for name in trials.columns if name in config.unread_settings(method)]
+        rows = trials["method"] == method
+        recorded = [name for name in names if trials.loc[rows, name].notna().any()]
+        trials[recorded] = trials[recorded].mask(rows)
+    return trials
 
 
 def check_table(study_folder: Location, table: str, problems: list[str]) -> None:

@@ -16,6 +16,7 @@ import secrets
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ebft_study import config
 from ebft_study.results import copies, reader, schema
 from ebft_study.results.fence import Fence, alone
 from ebft_study.results.metrics import unknown
@@ -173,7 +174,10 @@ def _write_rows(rows: Iterable[Row], path: StoragePath) -> None:
 
 
 def _flat(row: Mapping[str, Any]) -> Row:
-    """A trial's state and settings as columns; refuses names and statuses that the schema does not have."""
+    """A trial's state and settings as columns; refuses names and statuses that the schema does not have.
+
+    A setting that the trial's method does not read has no value: SFT has no alpha, and belongs to no group of one.
+    """
     state = {key: value for key, value in row.items() if key != "hyperparameters"}
     settings = dict(row.get("hyperparameters", {}))
     setting_names, state_names = _trial_columns()
@@ -185,7 +189,8 @@ def _flat(row: Mapping[str, Any]) -> Row:
             raise unknown("setting", key, setting_names, "Use the short names of config.flatten")
     if state.get("status", "pending") not in schema.STATUSES:
         raise unknown("trial status", str(state["status"]), schema.STATUSES, "Use one of them")
-    return {**state, **settings}
+    unread = config.unread_settings(str(settings.get("method")))
+    return {**state, **{name: None if name in unread else value for name, value in settings.items()}}
 
 
 @functools.cache

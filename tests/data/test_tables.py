@@ -296,9 +296,7 @@ def test_without_network_the_remedy_comes_quickly(monkeypatch):
 
     monkeypatch.setattr(huggingface_hub.HfApi, "__init__", elsewhere)
     start = time.monotonic()
-    with pytest.raises(
-        DataError, match=r"'owner/name': the hub cannot be reached .*Go online, or use a local file"
-    ) as caught:
+    with pytest.raises(DataError, match=r"'owner/name': the hub .*Go online, or use a local file") as caught:
         load("owner/name")
     assert time.monotonic() - start < 10
     assert "\n" not in str(caught.value)

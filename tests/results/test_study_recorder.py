@@ -97,3 +97,31 @@ def test_of_a_damaged_shared_file_the_copy_is_read(tmp_path: Path) -> None:
     recorder = StudyRecorder(tmp_path, study="s")
     recorder.trial({"trial_id": "t0", "status": "running", "attempt": 0})
     assert list(results.read_table(tmp_path, "trials")["status"]) == ["running", "pending"]
+
+
+def test_a_setting_that_a_method_does_not_read_has_no_value(tmp_path: Path) -> None:
+    """In the files themselves, for those who read them with pandas alone."""
+    recorder = StudyRecorder(tmp_path, study="s")
+    runs = {"ebft": RunConfig(), "sft": RunConfig(method="sft"), "rlvr": RunConfig(method="rlvr")}
+    for method, run in runs.items():
+        recorder.trial({"trial_id": method, "status": "pending", "attempt": 0, "hyperparameters": config.flatten(run)})
+    rows = pd.read_parquet(tmp_path / "results" / "trials").set_index("trial_id")
+    assert rows["alpha"].notna().to_dict() == {"ebft": True, "sft": False, "rlvr": False}
+    assert rows["n_samples"].notna().to_dict() == {"ebft": True, "sft": False, "rlvr": True}
+    assert rows["learning_rate"].notna().all()
+
+
+def test_what_earlier_versions_recorded_of_them_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(study_recorder.config, "unread_settings", lambda method: frozenset())
+        recorder = StudyRecorder(tmp_path, study="s")
+        for method in ("ebft", "sft"):
+            run = RunConfig(method=method)
+            recorder.trial(
+                {"trial_id": method, "status": "pending", "attempt": 0, "hyperparameters": config.flatten(run)}
+            )
+    assert pd.read_parquet(tmp_path / "results" / "trials")["alpha"].notna().all()
+    rows = results.read_table(tmp_path, "trials").set_index("trial_id")
+    assert rows["alpha"].notna().to_dict() == {"ebft": True, "sft": False}
+    assert rows.loc["ebft", "alpha"] == 1.0
+    assert rows["learning_rate"].notna().all()

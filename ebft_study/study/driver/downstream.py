@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ebft_study import config, results
 from ebft_study.config import DataConfig, EvaluationConfig, RunConfig
 from ebft_study.errors import ConfigError, DataError, ResultsError
-from ebft_study.results import TrialRecorder, cell_value
-from ebft_study.results.lineage import lineage
+from ebft_study.results import TrialRecorder
 from ebft_study.storage import StoragePath
-from ebft_study.study.folder import attempts
+from ebft_study.study.driver import trained
+from ebft_study.study.driver.trained import TrainedModel
 
 if TYPE_CHECKING:
     from ebft_study.evaluation import Scores
@@ -25,17 +24,6 @@ if TYPE_CHECKING:
 CHANGEABLE = ("evaluation.benchmark", "evaluation.evaluation_seed", "verifier.", "training.device")
 """Beginnings of the settings that an evaluation may change."""
 BENCHMARK_SETTINGS = {name for name in EvaluationConfig.model_fields if name.startswith("benchmark")}
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    """A trial's checkpoint that is to be evaluated."""
-
-    trial_id: str
-    label: str
-    attempt: int
-    run: RunConfig
-    checkpoint: StoragePath
 
 
 def evaluate(
@@ -56,14 +44,12 @@ def evaluate(
     from ebft_study.training.setup import choose_device
 
     study = results.load(folder)
-    changes = _changes(overrides) | {
-        "evaluation.benchmarks": list(benchmarks),
-        "evaluation.benchmark_every_steps": None,
-    }
-    chosen = [_evaluated(study, trial_id, checkpoint, changes) for trial_id in _trials(study, trials)]
+    changes = _changes(overrides) | {"evaluation.benchmarks": list(benchmarks)}
+    chosen = [trained.trained_model(study, trial_id, checkpoint, changes) for trial_id in _trials(study, trials)]
     settings = chosen[0].run.evaluation
     loaded, skipped = load_benchmarks(settings.benchmarks, problems=settings.benchmark_problems)
     for run in {(each.run.model, each.run.model_revision): each.run for each in chosen}.values():
+        trained.check_base(study, run)
         _check_room(run, loaded)
     overlaps = _overlaps(dict.fromkeys(each.run.data for each in chosen), loaded)
     rows: list[dict[str, Any]] = []
@@ -95,45 +81,12 @@ def _changes(overrides: Sequence[str]) -> dict[str, Any]:
 
 def _trials(study: results.Results, wanted: Sequence[str]) -> list[str]:
     """The trials to evaluate: all finished ones where none is named."""
-    trial_ids = study.trials["trial_id"].tolist()
     for trial_id in wanted:
-        if trial_id not in trial_ids:
-            listed = ", ".join(trial_ids) or "none"
-            raise ResultsError(f"{study.folder}: has no trial {trial_id!r}. Its trials: {listed}")
+        trained.check_trial(study, trial_id)
     finished = study.trials.loc[study.trials["status"] == "finished", "trial_id"].tolist()
     if not wanted and not finished:
         raise ResultsError(f"{study.folder}: has no finished trial. Name one that has a checkpoint")
     return list(wanted) or finished
-
-
-def _evaluated(study: results.Results, trial_id: str, checkpoint: str, changes: Mapping[str, Any]) -> Evaluated:
-    row = study.trials.set_index("trial_id").loc[trial_id].to_dict()
-    settings = {name: cell_value(row[name]) for name in config.short_names() if name in row}
-    nested = config.nest({k: v for k, v in settings.items() if v is not None}, source=f"trial {trial_id}")
-    nested["evaluation"] = {
-        key: value for key, value in nested["evaluation"].items() if not key.startswith("benchmark")
-    }
-    run = config.build_run(config.with_paths(nested, changes), source="command line")
-    return Evaluated(trial_id, str(row["label"]), int(row["attempt"]), run, _checkpoint(study, trial_id, checkpoint))
-
-
-def _checkpoint(study: results.Results, trial_id: str, which: str) -> StoragePath:
-    """The `last`, the `best`, or that of a step, of those that were kept."""
-    exploits = lineage(study)
-    since = int(exploits.loc[exploits["trial_id"] == trial_id, "attempt"].max()) if len(exploits) else 0
-    if which == "last":
-        path = attempts.newest_checkpoint(study.folder, trial_id, since=since)
-    elif which == "best":
-        path = study.best_checkpoint(trial_id)
-    elif which.isdecimal():
-        path = attempts.checkpoint_at(study.folder, trial_id, int(which), since=since)
-    else:
-        raise ConfigError(f"command line: --checkpoint={which!r}: is neither last, best nor a step. Use one of them")
-    if path is None:
-        raise ResultsError(
-            f"{study.folder}: trial {trial_id} has no checkpoint {which!r}. Name another one, or a trial"
-        )
-    return path
 
 
 def _check_room(run: RunConfig, benchmarks: Sequence[Benchmark]) -> None:
@@ -186,7 +139,7 @@ def _overlaps(data: Iterable[DataConfig], benchmarks: Sequence[Benchmark]) -> di
     return overlaps
 
 
-def _load(each: Evaluated, device: Any) -> tuple[LoadedModel, int]:
+def _load(each: TrainedModel, device: Any) -> tuple[LoadedModel, int]:
     """A trial's model with the weights of its checkpoint, and their step."""
     from ebft_study.networks.loading import load_generator
     from ebft_study.training import state
@@ -196,7 +149,7 @@ def _load(each: Evaluated, device: Any) -> tuple[LoadedModel, int]:
         return base, state.load_weights(base.model, saved)
 
 
-def _measure(each: Evaluated, base: LoadedModel, benchmark: Benchmark, judges: Judges) -> Result:
+def _measure(each: TrainedModel, base: LoadedModel, benchmark: Benchmark, judges: Judges) -> Result:
     from ebft_study.evaluation.downstream import BenchmarkEvaluator
     from ebft_study.evaluation.downstream.protocol import Protocol
     from ebft_study.rollouts.answers import InProcessAnswers
@@ -208,7 +161,7 @@ def _measure(each: Evaluated, base: LoadedModel, benchmark: Benchmark, judges: J
         return evaluator.measure(base.model, shown=True)
 
 
-def _record(study: results.Results, each: Evaluated, step: int, result: Result) -> None:
+def _record(study: results.Results, each: TrainedModel, step: int, result: Result) -> None:
     """Write the rows as the attempt that the table of trials has: the newest of equal ones counts."""
     name = str(study.trials["study"].iloc[0])
     recorder = TrialRecorder(study.folder, study=name, trial_id=each.trial_id, attempt=each.attempt)

@@ -93,7 +93,7 @@ def run(
         shown = "; ".join(different[:3]) + (f"; and {len(different) - 3} more" if len(different) > 3 else "")
         raise ResultsError(f"{folder}: holds a study of this name with other settings ({shown}). Choose another --name")
     if resume_existing:
-        study = _recorded(folder, spec.model_copy(update={"budget": study.spec.budget}))
+        study = _recorded(folder, spec.with_session_of(study.spec))
         return _run(folder, study, console, address, accept_changes=accept_changes)
     study = _recorded(folder, spec)
     past = _history(folder, study)
@@ -121,13 +121,13 @@ def resume(
     accept_changes: bool = False,
     address: str | None = None,
 ) -> StudyResult:
-    """Continue a study from its folder alone; `overrides` may change its budget."""
+    """Continue a study from its folder alone; `overrides` may change its budget and `resources.max_failures`."""
     folder = absolute(storage_path(location))
     for override in overrides:
-        if section_of(override) != "budget":
+        if section_of(override) != "budget" and override.partition("=")[0].strip() != "resources.max_failures":
             raise ConfigError(
-                f"command line: {override!r}: a study keeps its settings when it is resumed, except for its budget. "
-                "Write budget.max_hours=HOURS, or start another study"
+                f"command line: {override!r}: a study keeps its settings when it is resumed, except for its budget and "
+                "resources.max_failures. Write budget.max_hours=HOURS, or start another study"
             )
     spec = with_sections(study_yaml.read(folder), overrides)
     study = _recorded(folder, spec)
@@ -195,8 +195,8 @@ def _run(
         _check_budget(study, past)
         for problem in study_disk(study).shortages(folder, are_here=not study.capacity.is_existing):
             console.print(f"note: {problem}", markup=False, highlight=False, soft_wrap=True)
-        if not is_new and study_yaml.read(folder).budget != study.spec.budget:
-            study_yaml.change_budget(folder, study.spec.budget)
+        if not is_new and (recorded := study_yaml.read(folder)) != recorded.with_session_of(study.spec):
+            study_yaml.change_session(folder, study.spec)
         provenance = _prepare(study, console)
         lock_handle.fence.check()
         if copies.either_exists(folder / study_yaml.NAME):

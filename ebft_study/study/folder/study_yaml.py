@@ -24,7 +24,7 @@ from ebft_study.results.copies import read_mapping
 from ebft_study.results.record import unreadable_parts
 from ebft_study.storage import Location, storage_path
 from ebft_study.study.spec import normalize
-from ebft_study.study.spec.study_spec import BudgetSpec, StudySpec
+from ebft_study.study.spec.study_spec import StudySpec
 
 NAME = "study.yaml"
 INPUTS = ("data", "models", "benchmarks")
@@ -84,9 +84,10 @@ def accept_inputs(folder: Location, provenance: Mapping[str, Any]) -> None:
     _write(folder, {**record, "provenance": _plain(provenance), "former_provenance": former})
 
 
-def change_budget(folder: Location, budget: BudgetSpec) -> None:
-    """Record another budget of an existing study; everything else stays."""
-    _write(folder, {**content(folder), "budget": budget.model_dump(mode="json")})
+def change_session(folder: Location, spec: StudySpec) -> None:
+    """Record what each session of an existing study may set (`StudySpec.with_session_of`); everything else stays."""
+    new = normalize.dump(read(folder).with_session_of(spec))
+    _write(folder, {**content(folder), **{key: new[key] for key in ("budget", "resources")}})
 
 
 def _moment() -> str:

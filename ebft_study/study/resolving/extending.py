@@ -45,10 +45,10 @@ def extended(old: StudySpec, study: ResolvedStudy) -> StudySpec:
 def differences(recorded: StudySpec, asked: StudySpec) -> list[str]:
     """Keys in which a study and a file differ; files do not contain what a study records of its own history.
 
-    The budget is no part of what is studied: each session may have another.
+    Budget and retries are no part of what is studied: each session may have others.
     """
-    history = {name: getattr(recorded, name) for name in ("extended_from", "defaults", "warm_start", "budget")}
-    return study_yaml.differences(recorded, asked.model_copy(update=history))
+    history = {name: getattr(recorded, name) for name in ("extended_from", "defaults", "warm_start")}
+    return study_yaml.differences(recorded, asked.model_copy(update=history).with_session_of(recorded))
 
 
 def reopened(study: ResolvedStudy, past: History) -> History:

@@ -483,6 +483,11 @@ class StudySpec(Section):
         """Results of earlier studies that the search begins with."""
         return tuple(point for earlier in self.warm_start for point in earlier.points)
 
+    def with_session_of(self, other: StudySpec) -> StudySpec:
+        """This study with the budget and the number of retries of `other`, which each session may set anew."""
+        resources = self.resources.model_copy(update={"max_failures": other.resources.max_failures})
+        return self.model_copy(update={"budget": other.budget, "resources": resources})
+
     @field_validator("axes", mode="before")
     @classmethod
     def _lists_are_choices(cls, axes: Any) -> Any:

@@ -25,7 +25,7 @@ from ebft_study.study.folder.trial_states import TrialResult
 from ebft_study.study.search import journal
 from ebft_study.study.search.optuna_search import OptunaSearch
 from ebft_study.study.spec import normalize
-from ebft_study.study.spec.study_spec import BudgetSpec, ObjectiveSpec, StudySpec
+from ebft_study.study.spec.study_spec import ObjectiveSpec, StudySpec
 from ebft_study.study.view import status
 from ebft_study.training import checkpoint
 from tests.studies import SOURCE, resolved
@@ -409,10 +409,24 @@ def test_hours_of_all_sessions_count_and_those_between_them_do_not(
     assert history.read(existing, "cfm_loss").session_seconds == pytest.approx(1.5 * 3600)
 
 
+def test_each_session_may_set_concurrency_and_retries(existing: Path, request: pytest.FixtureRequest) -> None:
+    sessions = request.getfixturevalue("sessions")
+    runner.resume(existing, ["budget.max_concurrent_trials=1", "resources.max_failures=4"], console=quiet())
+    start(existing, spec(resources={"max_failures": 2}), resume_existing=True)
+    assert [(s.spec.budget.max_concurrent_trials, s.spec.resources.max_failures) for s, _ in sessions] == [
+        (1, 4),
+        (None, 2),
+    ]
+    assert study_yaml.read(existing).resources.max_failures == 2
+    assert study_yaml.changes(existing) == [], "the study itself has recorded it"
+    with pytest.raises(ConfigError, match=r"except for its budget and resources\.max_failures"):
+        runner.resume(existing, ["resources.cpus_per_worker=2"], console=quiet())
+
+
 def test_a_study_that_used_its_hours_is_continued_with_more_of_them_only(
     existing: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
-    study_yaml.change_budget(existing, BudgetSpec(max_hours=1.0))
+    study_yaml.change_session(existing, spec(budget={"max_hours": 1.0}))
     record_sessions(existing, monkeypatch, (0.0, 0.4), (10.0, 10.6))
     sessions = request.getfixturevalue("sessions")
     with pytest.raises(ConfigError, match="took 1 h 0 min so far, and 1 of its 2 trials"):
