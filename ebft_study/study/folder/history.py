@@ -75,7 +75,8 @@ def read(study_folder: Location, objective: str, further: Sequence[str] = ()) ->
     stopped: dict[str, str] = {}
     for row in rows.to_dict("records"):
         state = states_by_trial[row["trial_id"]]
-        state.redone, state.best_cfm = redone.get(state.trial_id, {}), float(best_cfm.get(state.trial_id, math.inf))
+        state.redone = redone.get(state.trial_id, {})
+        state.best_cfm = float(best_cfm.get(state.trial_id, math.inf))
         if state.trial_id in by_trial and _text(row["named_baseline"]) == "":
             evaluations[state.trial_id] = by_trial[state.trial_id]
             names = (objective, *further)
