@@ -235,6 +235,8 @@ class Ordeal:
         """What else than its name points to the damaged file."""
         assert self.damaged
         numbered = re.match(r"(.+-a\d+)-\d{6}-", self.damaged.name)
+        if self.damaged.name.startswith("compacted-"):  # a later compaction knows it no more, but counts its files
+            return [f"files of {trial}-a" for trial in self.calm.tables["best"]]
         is_checkpoint = self.damaged.parent.name.startswith("checkpoint_")
         return [f"files of {numbered[1]} are missing"] if numbered else [str(self.damaged.parent)] * is_checkpoint
 
