@@ -14,7 +14,7 @@ from operator import truediv
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ebft_study.errors import EbftError, NoFileError, ResultsError, one_line
+from ebft_study.errors import NoFileError, ResultsError, one_line
 from ebft_study.results import completeness, copies, schema, writer
 from ebft_study.results.record import unreadable_parts
 from ebft_study.storage import Location, StoragePath, in_parallel, storage_path
