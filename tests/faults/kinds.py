@@ -204,15 +204,18 @@ for _file in FILES:
 @kind("lock_deleted")
 def _(ordeal: Ordeal) -> None:
     process, at = ordeal.some_call(OPERATIONS, "driver")
+    others = []
 
     def meanwhile() -> None:
         if not ordeal.has_record:
             return
         for name in (".lock", ".owner"):
             Path(ordeal.path, name).unlink(missing_ok=True)
-        ordeal.ended(ordeal.session("resume", ordeal.name))
+        others.append(ordeal.session("resume", ordeal.name))
 
     ordeal.strike(Fault("stop", process, at), meanwhile)
+    for other in others:
+        ordeal.ended(other)
 
 
 def vanished(*, returns: bool) -> Story:

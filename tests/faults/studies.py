@@ -82,7 +82,7 @@ def imitate() -> None:
     session.own.node_is_alive = lambda: True
     os.fsync = lambda descriptor: None
     # A driver of a store that sleeps is to be missed within seconds.
-    lock.BEAT_SECONDS, lock.STALE_SECONDS, lock.SETTLE_SECONDS = 0.2, SLEEP_SECONDS, 0.02
+    lock.BEAT_SECONDS, lock.STALE_SECONDS = 0.2, SLEEP_SECONDS
 
 
 def warm_up(home: Path) -> None:
@@ -175,6 +175,8 @@ def _run_session(home: Path, arguments: list[str], fault: Fault, shared: Shared,
         acknowledged = os.open(home / "acknowledged", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         temporary = home / "tmp"
         temporary.mkdir(exist_ok=True)
+        errors = home.with_name(f"{home.name}-errors")  # Tune's own files do not fail here
+        errors.mkdir(exist_ok=True)
         os.environ.update(TMPDIR=str(temporary), EBFT_STUDY_CACHE=str(home / "cache"))
         set_clock(shared)
         _acknowledge(acknowledged)
@@ -186,7 +188,7 @@ def _run_session(home: Path, arguments: list[str], fault: Fault, shared: Shared,
             return lambda: write(home.parent / f"{home.name}-{process}.calls", json.dumps(calls.counts)) and None  # type: ignore[func-returns-value]
 
         starter = tune.TrialStarter(begin)
-        session._tune = lambda *arguments: tune.play(starter, temporary, *arguments)  # type: ignore[assignment]
+        session._tune = lambda *arguments: tune.play(starter, errors, *arguments)  # type: ignore[assignment]
         finish = begin("driver")
         sys.argv = ["ebft-study", *arguments]
         try:

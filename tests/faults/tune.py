@@ -169,6 +169,7 @@ def play(
     search: Search,
     monitor: Monitor,
     stopper: StudyStopper,
+    fence: results.Fence,
 ) -> None:
     """In place of `session._tune`."""
     scheduler = session._scheduler(folder, study, past, monitor, lambda trial_id, attempt: None)
@@ -177,10 +178,12 @@ def play(
         monitor,
         lambda trial_id, attempt: None,
         ChainMap(stopper.rule_reasons, getattr(scheduler, "reasons", {})),
-        lambda reason: stopper.request_stop(f"{session.STORAGE_FAILED}: {reason}"),
+        lambda reason: stopper.request_stop(session._storage_failed(fence, reason)),
         max_failures=study.spec.resources.max_failures,
     )
-    searcher = StudySearcher(search, monitor, lambda each: session.trial_task(folder, study, each, None))
+    searcher = StudySearcher(
+        search, monitor, lambda each: session.trial_task(folder, study, each, None, fence.generation)
+    )
     running: deque[_Trial] = deque()
     again: deque[_Trial] = deque()
     try:

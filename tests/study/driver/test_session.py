@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 
 from ebft_study.errors import StorageError
+from ebft_study.results import Fence
 from ebft_study.storage import LocalPath
 from ebft_study.study.driver import session
 from ebft_study.study.folder.history import History
@@ -55,7 +56,8 @@ def test_storage_that_fails_inside_tune_ends_the_session_in_one_line(
 
     monkeypatch.setattr(session, "_tune", tune)
     study = resolved({"study": "s", "question": "?", "run": {"steps": 1}})
-    arguments: Any = (LocalPath(tmp_path), study, History({}, {}, {}), Console(file=io.StringIO()), LockHandle())
+    handle = LockHandle(Fence(LocalPath(tmp_path)))
+    arguments: Any = (LocalPath(tmp_path), study, History({}, {}, {}), Console(file=io.StringIO()), handle)
     if isinstance(behind, StorageError):
         assert session.run_session(*arguments) == f"the study's storage failed: {behind}"
     else:
