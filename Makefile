@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup study paper notebooks docs test check bench gpu realsize chaos fuzz mutants scale decisions architectures lock audit clean
+.PHONY: help setup study paper notebooks docs test check bench gpu realsize chaos faults fuzz mutants scale decisions architectures lock audit clean
 
 help: ## what can be made
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -58,6 +58,9 @@ realsize: $(STAMP) ## a 1.5B model with random weights as run, as study and with
 chaos: $(STAMP) ## slow tests of studies, then kill -9 at random in the middle of a real one, 20 times; ends with a line of JSON
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos --kills 20
+
+faults: $(STAMP) ## 1,000 faults in studies: failing file calls and stores, kills, damage, clocks; ends with a line of JSON
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults --faults 1000
 
 fuzz: $(STAMP) ## 2,000 study files, overrides, data sets, models and result folders that nobody should write; ends with a line of JSON
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests/fuzz --hypothesis-profile=fuzz -m 'slow or not slow'

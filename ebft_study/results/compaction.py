@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import filelock
 
 from ebft_study.errors import NoFileError, ResultsError
-from ebft_study.results import reader, schema, writer
+from ebft_study.results import completeness, reader, schema, writer
 from ebft_study.storage import Location, StoragePath, in_parallel, storage_path
 
 if TYPE_CHECKING:
@@ -44,7 +44,10 @@ def _compact_table(folder: StoragePath, table: str, ended: set[str]) -> None:
     files = [folder / name for name in folder.names() if name.endswith(".parquet") and not name.startswith(".")]
     compacted = [path for path in files if path.name.startswith(reader.COMPACTED_PREFIX)]
     replaced = {name for path in compacted for name in reader.merged_files(path)}
-    in_parallel(lambda path: path.delete(), [path for path in files if path.name in replaced])
+    leftovers = [path for path in files if path.name in replaced]
+    if leftovers:  # a compaction was cut short, perhaps before it wrote the manifest
+        _write_manifest(folder, [path.name for path in compacted if path.name not in replaced])
+        in_parallel(lambda path: path.delete(), leftovers)
     small = [path for path in files if path.name not in replaced and writer.trial_of(path.name) in ended]
     if not small:
         return
@@ -56,12 +59,21 @@ def _compact_table(folder: StoragePath, table: str, ended: set[str]) -> None:
         return
     merged = pa.concat_tables(readable.values(), promote_options="permissive")
     names = json.dumps([path.name for path in readable])
-    metadata = {**schema.arrow_schema(table).metadata, reader.MERGED_FROM: names.encode()}
+    writers = json.dumps(completeness.counted(readable))
+    metadata = {
+        **schema.arrow_schema(table).metadata,
+        reader.MERGED_FROM: names.encode(),
+        completeness.WRITERS: writers.encode(),
+    }
     name = f"{reader.COMPACTED_PREFIX}{secrets.token_hex(8)}"
     target = writer.put_in_place(merged.replace_schema_metadata(metadata), folder, name)
     kept = [path.name for path in compacted if path.name not in replaced and path not in readable]
-    (folder / reader.MANIFEST).write_bytes(json.dumps(sorted([*kept, target.name])).encode())
+    _write_manifest(folder, [*kept, target.name])
     in_parallel(lambda path: path.delete(), readable)
+
+
+def _write_manifest(folder: StoragePath, names: list[str]) -> None:
+    (folder / reader.MANIFEST).write_bytes(json.dumps(sorted(names)).encode())
 
 
 def _content(path: StoragePath, table: str) -> pyarrow.Table | None:

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from ebft_study.errors import NoFileError, one_line
-from ebft_study.storage import StoragePath
+from ebft_study.storage import StoragePath, storage_errors
 
 _HASH_BYTES = 32
 
@@ -75,10 +75,11 @@ def read_verified(target: StoragePath) -> tuple[bytes | None, str, bool]:
 
 def repair(target: StoragePath) -> None:
     """Write the mapping of a duplicated file again where the file or its copy is missing or damaged."""
-    record, problem = read_mapping(target)
-    if problem and record is not None:
-        copy = read_copy(target)
-        write(target, target.read_bytes() if copy is None else copy)
+    with storage_errors(target, "repaired"):
+        record, problem = read_mapping(target)
+        if problem and record is not None:
+            copy = read_copy(target)
+            write(target, target.read_bytes() if copy is None else copy)
 
 
 def _damage_of_copy(target: StoragePath) -> str:
@@ -94,7 +95,10 @@ def read_mapping(path: StoragePath) -> tuple[dict[str, Any] | None, str]:
     """
     copy = read_copy(path)
     try:
-        return _mapping(path.read_bytes()), _damage_of_copy(path) if copy is None else ""
+        content = path.read_bytes()
+        if copy is not None and len(content) < len(copy) and copy.startswith(content):  # nobody edits so
+            return _mapping(copy), f"{path}: is cut short; its copy is used"
+        return _mapping(content), _damage_of_copy(path) if copy is None else ""
     except FileNotFoundError:
         if copy is None:
             raise

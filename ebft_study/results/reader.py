@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ebft_study import config
-from ebft_study.errors import EbftError, NoFileError, ResultsError, one_line
-from ebft_study.results import copies, schema, writer
+from ebft_study.errors import NoFileError, ResultsError, one_line
+from ebft_study.results import completeness, copies, schema, writer
 from ebft_study.results.record import unreadable_parts
 from ebft_study.storage import Location, StoragePath, in_parallel, storage_path
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import pyarrow
 
 STUDIES_FOLDER = Path("studies")
-COMPACTED_PREFIX = "compacted-"
+COMPACTED_PREFIX = completeness.COMPACTED_PREFIX
 MANIFEST = ".compacted.json"
 """File of a table's folder with the names of its compacted files: without one of them, most of a study is gone."""
 MERGED_FROM = b"merged_from"
@@ -72,6 +72,7 @@ def load(study: Location) -> Results:
     problems: list[str] = []
     spec = read_spec(folder, problems)
     tables = {table: read_table(folder, table, problems) for table in schema.TABLES}
+    problems += missing_files(folder)
     return Results(folder=folder, spec=spec, problems=problems, **tables)
 
 
@@ -159,6 +160,15 @@ def check_table(study_folder: Location, table: str, problems: list[str]) -> None
     _read_files(storage_path(study_folder) / "results" / table, table, problems, frozenset())
 
 
+def missing_files(study_folder: Location) -> list[str]:
+    """Attempts of which files of results were written and are gone."""
+    results = storage_path(study_folder) / "results"
+    tables = [results / table for table in schema.TABLES if table != "trials"]
+    return completeness.missing_files(
+        results, lambda: [path for table in tables for path in visible_files(table, table.name)]
+    )
+
+
 def cell_value(value: Any) -> Any:
     """A cell of a table as a plain Python value: arrays become tuples, missing values None."""
     value = value.tolist() if hasattr(value, "tolist") else value
@@ -209,14 +219,9 @@ def trial_rows(path: StoragePath) -> list[dict[str, Any]] | None:
 
 def merged_files(path: StoragePath) -> set[str]:
     """Names of the files whose rows are all in the compacted file `path`; empty for any other file."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     try:
-        with path.open("rb") as file:
-            metadata = pq.read_metadata(file).metadata or {}
-        return set(json.loads(metadata.get(MERGED_FROM, b"[]")))
-    except (pa.ArrowException, OSError, EbftError, ValueError, TypeError):
+        return set(json.loads(completeness.metadata(path).get(MERGED_FROM, b"[]")))
+    except (ValueError, TypeError):
         return set()
 
 
@@ -227,7 +232,7 @@ def _read_files(
     for _ in range(20):
         new_problems = _missing(folder)
         try_file = functools.partial(_try_file, table=table, problems=new_problems, columns=columns)
-        files = _visible_files(folder, table)
+        files = visible_files(folder, table)
         try:
             groups = (files[start : start + _FILES_AT_ONCE] for start in range(0, len(files), _FILES_AT_ONCE))
             parts = [joined for group in groups for joined in _joined(in_parallel(try_file, group))]
@@ -246,7 +251,7 @@ def _joined(parts: Iterable[pyarrow.Table | None]) -> list[pyarrow.Table]:
     return tables if len(tables) < 2 else [pa.concat_tables(tables, promote_options="permissive").combine_chunks()]
 
 
-def _visible_files(folder: StoragePath, table: str) -> list[StoragePath]:
+def visible_files(folder: StoragePath, table: str) -> list[StoragePath]:
     """Files of a table that exist, and are not contained in a compacted one."""
     names = folder.names()
     if table == "trials":

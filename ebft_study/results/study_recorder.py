@@ -109,6 +109,17 @@ def latest_generation(study_folder: StoragePath) -> int:
     return max((int(match[1]) for name in names if (match := _GENERATION.search(name))), default=0)
 
 
+def repair(study_folder: Location) -> None:
+    """Write the files of trials again that differ from their copies: damaged ones, or those of a change cut short."""
+    folder = storage_path(study_folder) / "results" / "trials"
+    names = folder.names()
+    for path in [folder / name for name in sorted({copies.name_of_copied(name) or name for name in names})]:
+        problems: list[str] = []
+        table = reader.read_trial(path, problems) if path.name.endswith(".parquet") else None
+        if problems and table is not None:
+            copies.write(path, copies.read_copy(path) or path.read_bytes())
+
+
 class PendingRows:
     """The rows of trials that have not started, in shared files; held by the one process that writes them."""
 

@@ -88,9 +88,8 @@ class FileSequence:
     def write(self, table: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write `rows` as the next file of `table`."""
         self._fence.check()
-        name = self._next_name()
-        self._count += 1
-        put_in_place(build_table(table, rows), self._folder.subfolder("results", table), name)
+        put_in_place(build_table(table, rows), self._folder.subfolder("results", table), self._next_name())
+        self._count += 1  # of what was written: a gap is a file that is gone
 
     def event(self, row: Mapping[str, Any], details: Mapping[str, Any]) -> None:
         """Write a row of `events`, identified by the name of its file."""

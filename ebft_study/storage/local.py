@@ -53,10 +53,11 @@ def atomic_write(target: Path) -> Iterator[Path]:
 
 def remove_leftovers(folder: Path) -> None:
     """Remove what `atomic_write` left below a folder where its process was killed; nothing there may be writing now."""
-    for path in folder.rglob(".*.tmp"):
-        if _TEMPORARY.fullmatch(path.name):
-            with contextlib.suppress(StorageError):
-                LocalPath(path).delete()
+    with storage_errors(folder, "listed"):
+        for path in folder.rglob(".*.tmp"):
+            if _TEMPORARY.fullmatch(path.name):
+                with contextlib.suppress(StorageError):
+                    LocalPath(path).delete()
 
 
 def _sync(path: Path) -> None:
@@ -128,6 +129,15 @@ class LocalPath(PosixPath):
             "storage_filesystem": PyFileSystem(FSSpecHandler(FilesBelow(str(self.parent)))),
         }
 
+    def exists(self, *, follow_symlinks: bool = True) -> bool:
+        """Whether there is a file or folder.
+
+        Raises:
+            StorageError: this cannot be known.
+        """
+        with storage_errors(self, "read"):
+            return super().exists()
+
     def read_bytes(self) -> bytes:
         """The whole content of a file.
 
@@ -135,8 +145,12 @@ class LocalPath(PosixPath):
             FileNotFoundError: the file does not exist.
             StorageError: the file cannot be read.
         """
-        with storage_errors(self, "read"), open_file(self) as file:
-            return file.read()
+        with storage_errors(self, "read"):
+            try:
+                with open_file(self) as file:
+                    return file.read()
+            except NotADirectoryError as error:  # nor does it exist
+                raise FileNotFoundError(*error.args) from None
 
     def open(self, mode: str = "r", *arguments: Any, **options: Any) -> Any:
         """A file like that of `pathlib`; what is no file is not opened for reading."""

@@ -98,21 +98,35 @@ def load(folder: Path, *, verify: bool = True) -> dict[str, Any]:
 def step_of(folder: Location) -> int | None:
     """The step of a complete checkpoint, None for anything else. Reads all of it."""
     path = storage_path(folder)
-    record = _record(path)
     try:
+        record = _record(path)
         complete = record is not None and all(_digest(path / name) == sha for name, sha in record["files"].items())
     except (OSError, StorageError):
         return None
     return int(record["step"]) if record and complete else None
 
 
+def has_all_files(folder: Location) -> bool:
+    """Whether a checkpoint's record is whole and its files are there, their content unverified."""
+    path = storage_path(folder)
+    try:
+        record = _record(path)
+        return record is not None and set(record["files"]) <= set(path.names())
+    except StorageError:
+        return False
+
+
 def recorded(folder: Location) -> tuple[int, dict[str, float]] | None:
-    """Step and metrics as recorded in a checkpoint, its tensors unverified; None without a readable record."""
+    """Step and metrics as recorded in a checkpoint, its tensors unverified; None without a whole record.
+
+    Raises:
+        StorageError: the record cannot be read, which says nothing about it.
+    """
     record = _record(storage_path(folder))
     return (record["step"], record["metrics"]) if record else None
 
 
-def _record(folder: Path | StoragePath) -> dict[str, Any] | None:
+def _record(folder: StoragePath) -> dict[str, Any] | None:
     """The record of a checkpoint: step, metrics, files with their hashes, and state; None without a whole one."""
     try:
         record = json.loads((folder / RECORD).read_bytes())
@@ -120,7 +134,7 @@ def _record(folder: Path | StoragePath) -> dict[str, Any] | None:
             return record if record.pop("sha256") == _seal(record) else None
         files = {_PICKLED: record["sha256"]}
         return {"step": int(record["step"]), "metrics": dict(record.get("metrics", {})), "files": files}
-    except (OSError, StorageError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
 
 

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 
 from ebft_study import config
+from ebft_study.errors import StorageError
 from ebft_study.results import StudyRecorder, TrialRecorder, compact, copies, load, read_table, reader, writer
 from ebft_study.storage import storage_path
 
@@ -165,3 +166,23 @@ def _with_pandas(folder: object, query: str) -> pd.DataFrame:
     options = dict(pair.split("=") for pair in query.split("&"))
     path = str(folder).removeprefix("s3://").partition("?")[0]
     return pd.read_parquet(f"{path}/results/metrics", filesystem=S3FileSystem(**options))
+
+
+@pytest.mark.parametrize("kept", [0, 5, 12, 20])
+def test_a_mapping_that_is_cut_short_is_damaged_even_where_it_is_one(tmp_path: Path, kept: int) -> None:
+    """Half a file may be a whole mapping; nobody edits so, and what is gone would silently be a default."""
+    path, content = storage_path(tmp_path / "study.yaml"), b"question: q\nseeds: [1, 2]\n"
+    copies.write(path, content)
+    path.write_bytes(content[:kept])
+    record, problem = copies.read_mapping(path)
+    assert record == {"question": "q", "seeds": [1, 2]}
+    assert problem == f"{path}: is cut short; its copy is used"
+    copies.repair(path)
+    assert path.read_bytes() == content
+    path.write_bytes(content + b"steps: 4\n")
+    assert copies.read_mapping(path) == ({"question": "q", "seeds": [1, 2], "steps": 4}, ""), "an edit"
+
+
+def test_a_file_that_vanishes_with_its_copy_is_an_error_of_one_line(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match=r"cannot be repaired"):
+        copies.repair(storage_path(tmp_path / "study.yaml"))

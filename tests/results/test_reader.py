@@ -17,7 +17,18 @@ import yaml
 
 from ebft_study import config, results
 from ebft_study.errors import ConfigError, ResultsError
-from ebft_study.results import StudyRecorder, TrialRecorder, compact, copies, load, read_table, reader, schema, writer
+from ebft_study.results import (
+    StudyRecorder,
+    TrialRecorder,
+    compact,
+    compaction,
+    copies,
+    load,
+    read_table,
+    reader,
+    schema,
+    writer,
+)
 from ebft_study.storage import storage_path
 from ebft_study.study.folder import study_yaml
 from tests import synthetic_study
@@ -175,6 +186,33 @@ def test_compacting_again_merges_what_was_compacted_before(tmp_path: Path) -> No
     assert_same(before, tables(tmp_path))
     for table in ("metrics", "samples", "events"):
         assert len(list((tmp_path / "results" / table).glob("*.parquet"))) == 1
+
+
+@pytest.mark.parametrize("merged_before", [True, False])
+def test_a_compaction_that_wrote_no_manifest_is_completed_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, merged_before: bool
+) -> None:
+    build_two_trials(tmp_path)
+    if merged_before:
+        compact(tmp_path)
+    finish(tmp_path, "busy")
+    before = tables(tmp_path)
+
+    def crash(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compaction, "_write_manifest", crash)
+        with pytest.raises(KeyboardInterrupt):
+            compact(tmp_path)
+    compact(tmp_path)
+    assert not [problem for problem in load(tmp_path).problems if "study.yaml" not in problem]
+    assert_same(before, tables(tmp_path))
+    (merged,) = (tmp_path / "results" / "metrics").glob("*.parquet")
+    merged.unlink()
+    problems: list[str] = []
+    read_table(tmp_path, "metrics", problems)
+    assert problems == [f"{merged}: is missing, and with it the rows of ended trials. Restore it"]
 
 
 def test_a_crash_between_merging_and_removing_leaves_no_double_row(
@@ -397,3 +435,27 @@ def test_a_study_yaml_that_yaml_stumbles_over_is_replaced_by_its_copy(tmp_path: 
     read = results.load(folder)
     assert read.spec["study"] == "s"
     assert "its copy is used" in read.problems[0]
+
+
+@pytest.mark.parametrize("compactions", [0, 1, 2])
+@pytest.mark.parametrize("table", ["metrics", "samples", "events"])
+def test_a_file_that_is_gone_is_noticed_before_and_after_merging(tmp_path: Path, table: str, compactions: int) -> None:
+    finish(tmp_path, "busy", "running")
+    finish(tmp_path, "done")
+    for trial_id in ("busy", "done"):
+        recorder = record(tmp_path, trial_id)
+        for step in range(3):
+            recorder.metrics(step, {"loss": 1.0})
+            recorder.samples(step, [{"sequence": 0, "anchor": 8, "sample": 0}])
+            recorder.event("evaluated", "x")
+        recorder.event("finished", "the last file, which nobody would miss")
+    assert reader.missing_files(tmp_path) == []
+    first = min((tmp_path / "results" / table).glob("done-*.parquet"))
+    first.unlink()
+    for number in range(compactions):
+        compact(tmp_path)
+        finish(tmp_path, "busy")
+        assert len(list((tmp_path / "results" / table).glob("compacted-*"))) == 1, number
+    (problem,) = reader.missing_files(tmp_path)
+    assert problem == f"{tmp_path / 'results'}: files of done-a000 are missing (1 of 10). Restore them"
+    assert problem in load(tmp_path).problems

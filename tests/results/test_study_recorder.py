@@ -125,3 +125,27 @@ def test_what_earlier_versions_recorded_of_them_is_not_read(tmp_path: Path, monk
     assert rows["alpha"].notna().to_dict() == {"ebft": True, "sft": False}
     assert rows.loc["ebft", "alpha"] == 1.0
     assert rows["learning_rate"].notna().all()
+
+
+def test_files_that_differ_from_their_copies_are_written_again(tmp_path: Path) -> None:
+    recorder = StudyRecorder(tmp_path, study="s")
+    recorder.trials([row(1), row(2), row(3)])
+    recorder.trial({"trial_id": "t1", "status": "finished"})
+    recorder.trial({"trial_id": "t2", "status": "running"})
+    folder = tmp_path / "results" / "trials"
+    older, (shared,) = (folder / "t1.parquet").read_bytes(), folder.glob("waiting~*.parquet")
+    recorder.trial({"trial_id": "t1", "steps_done": 4})
+    before = results.read_table(tmp_path, "trials")
+    study_recorder.repair(tmp_path)
+    (folder / "t1.parquet").write_bytes(older)  # killed between the copy and the file
+    (folder / ".t2.parquet.copy").write_bytes(b"damaged")
+    shared.write_bytes(b"damaged")
+    study_recorder.repair(tmp_path)
+    problems: list[str] = []
+    pd.testing.assert_frame_equal(results.read_table(tmp_path, "trials", problems), before)
+    assert not problems
+    assert plain(tmp_path).set_index("trial_id").loc["t1", "steps_done"] == 4
+    (folder / "t2.parquet").write_bytes(b"damaged")
+    (folder / ".t2.parquet.copy").write_bytes(b"damaged, too")
+    study_recorder.repair(tmp_path)
+    assert (folder / "t2.parquet").read_bytes() == b"damaged", "what cannot be repaired stays for someone to look at"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import time
@@ -171,3 +172,24 @@ def test_leftovers_are_named_as_writers_name_them(tmp_path: Path, monkeypatch: p
     assert len(list(tmp_path.iterdir())) == 1
     remove_leftovers(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_whether_a_file_exists_may_be_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    assert not storage_path(tmp_path / "none").exists()
+    monkeypatch.setattr(os, "stat", fail)
+    with pytest.raises(StorageError, match="Stale file handle"):
+        storage_path(tmp_path).exists()
+
+
+def test_leftovers_that_cannot_be_listed_are_an_error_of_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr(os, "scandir", fail)
+    with pytest.raises(StorageError, match="Stale file handle"):
+        remove_leftovers(tmp_path)

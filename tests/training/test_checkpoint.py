@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import itertools
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -185,3 +187,18 @@ def test_the_newest_always_stays() -> None:
 def test_of_equals_the_earlier_is_the_best() -> None:
     assert ranked({10: 1.0, 20: 1.0, 30: 0.5, 40: NAN}, "min") == [30, 10, 20]
     assert ranked({10: 1.0, 20: 1.0, 30: 0.5}, "max") == [10, 20, 30]
+
+
+def test_a_record_that_cannot_be_read_is_not_taken_for_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or a disk that fails for a moment changes which checkpoint is the best."""
+    checkpoint.save(tmp_path, STATE, step=4)
+
+    def fail(*_: Any) -> bytes:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    (tmp_path / "checkpoint_manager_snapshot.json").write_text("{}")
+    assert checkpoint.recorded(tmp_path / "checkpoint_manager_snapshot.json") is None
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    with pytest.raises(StorageError, match="Input/output error"):
+        checkpoint.recorded(tmp_path)
+    assert checkpoint.step_of(tmp_path) is None

@@ -31,7 +31,6 @@ class Monitor:
         `objective` and `further` are the metrics that the search optimizes.
         """
         self._recorder, self._states, self._objective, self._further = recorder, states, objective, further
-        self._best_cfm: dict[str, float] = {}
         self._first_report: dict[str, tuple[int, float]] = {}
         self.display: Lines | None = None
 
@@ -94,7 +93,7 @@ class Monitor:
             state.curve[state.step] = tuple(state.metrics.get(name, math.nan) for name in names)
         cfm = state.metrics.get("cfm_loss", math.nan)
         if math.isfinite(cfm):
-            self._best_cfm[trial_id] = min(cfm, self._best_cfm.get(trial_id, math.inf))
+            state.best_cfm = min(cfm, state.best_cfm)
         self._changed(state, f"step {state.step}/{state.total_steps}")
 
     def _resumed(self, state: TrialState, attempt: int, metrics: Mapping[str, Any]) -> None:
@@ -185,7 +184,7 @@ class Monitor:
             "steps_done": state.step,
             "final_ce_loss": metrics.get("ce_loss"),
             "final_cfm_loss": metrics.get("cfm_loss"),
-            "best_cfm_loss": self._best_cfm.get(state.trial_id),
+            "best_cfm_loss": state.best_cfm if math.isfinite(state.best_cfm) else None,
             **({"best_checkpoint": state.best_checkpoint} if state.best_checkpoint else {}),
             **{name: int(metrics[name]) for name in COUNTED if math.isfinite(metrics.get(name, math.nan))},
             **state.cost,

@@ -18,11 +18,11 @@ from rich.console import Console
 from ebft_study import report, text
 from ebft_study.config import RunConfig
 from ebft_study.errors import ConfigError, EbftError, ResultsError, StorageError, rule_broken
-from ebft_study.results import Fence, StudyRecorder, copies
+from ebft_study.results import Fence, StudyRecorder, copies, study_recorder
 from ebft_study.storage import Location, StoragePath, absolute, remove_leftovers, storage_path
 from ebft_study.study.cluster import existing
 from ebft_study.study.driver.session import run_session
-from ebft_study.study.folder import history, lock, study_yaml
+from ebft_study.study.folder import attempts, history, lock, study_yaml
 from ebft_study.study.folder.history import BUDGET_USED, History
 from ebft_study.study.folder.study_yaml import StudySource
 from ebft_study.study.folder.trial_states import TrialState
@@ -182,9 +182,10 @@ def _run(
             failed = {trial_id for trial_id, state in past.states.items() if state.status == "failed"}
             past = replace(past, trial_results={i: r for i, r in past.trial_results.items() if i not in failed})
         if not is_new:
-            for problem in history.problems(folder):
+            for problem in [*history.problems(folder), *attempts.damaged(folder)]:
                 console.print(f"note: {problem}", markup=False, highlight=False, soft_wrap=True)
             copies.repair(folder / study_yaml.NAME)
+            study_recorder.repair(folder)
             if _is_over(folder, study, past):
                 written = folder / "report.html"
                 return StudyResult(

@@ -93,6 +93,12 @@ def run_session(
         except KeyboardInterrupt:  # a second signal, or one while Ray was starting
             stopper.request_stop("Ctrl-C")
             raise
+        except Exception as error:
+            # Of a scheduler, for which Tune gives an error of its own.
+            if not isinstance(error.__context__, StorageError):
+                stopper.request_stop(f"the driver failed: {type(error).__name__}: {error}")
+                raise
+            stopper.request_stop(f"{STORAGE_FAILED}: {error.__context__}")
         except BaseException as error:
             loss = _loss(fence)  # of which this is what Tune makes
             stopper.request_stop(loss or f"the driver failed: {type(error).__name__}: {error}")

@@ -5,6 +5,7 @@ Tune pickles all of them into snapshots that nothing here ever reads, so they pi
 
 from __future__ import annotations
 
+import functools
 import textwrap
 import time
 from collections import Counter
@@ -15,6 +16,7 @@ from typing import Any
 from ray.tune import Callback, Stopper
 from ray.tune.search import Searcher
 
+from ebft_study.errors import StorageError
 from ebft_study.storage import filesystems
 from ebft_study.study.cluster.own import CLUSTER_DIED
 from ebft_study.study.driver.monitor import Monitor
@@ -83,6 +85,22 @@ class StudySearcher(Searcher):  # type: ignore[misc]
         return {}
 
 
+def _giving_up(hook: Callable[..., None]) -> Callable[..., None]:
+    """A hook of `Observer` that ends the study where nothing can be written: Tune would make a traceback of the error.
+
+    Or, of one at a trial's end, it would start the trial again.
+    """
+
+    @functools.wraps(hook)
+    def guarded(self: Observer, *arguments: Any, **keywords: Any) -> None:
+        try:
+            hook(self, *arguments, **keywords)
+        except StorageError as error:
+            self._give_up(str(error))
+
+    return guarded
+
+
 class Observer(Callback):  # type: ignore[misc]
     """Passes what happens to trials on to monitor and search."""
 
@@ -110,15 +128,18 @@ class Observer(Callback):  # type: ignore[misc]
         self._max_failures, self._may_lose_nodes = max_failures, may_lose_nodes
         self._crashes, self._nodes_lost = Counter[str](), Counter[str]()
 
+    @_giving_up
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._monitor.resumed(_id(trial))
 
+    @_giving_up
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
         if "outcome" not in result:
             self._monitor.reported(_id(trial), result)
 
+    @_giving_up
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Tune starts the trial again; after too many crashes only to end it, because it has no other way to."""
         trial_id, problem = _id(trial), _problem(trial)
@@ -136,12 +157,14 @@ class Observer(Callback):  # type: ignore[misc]
             trial.set_config({**trial.config, "failed": problem})
             trial.max_failures = 0  # should it not even start
 
+    @_giving_up
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         last = trial.last_result or {}
         reason = self._reasons.get(_id(trial), f"behind other trials at step {last.get('step', 0):g}")
         stopped_early = {"status": "stopped", "reason": f"{EARLY_STOP}: {reason}"}
         self._end(trial, last.get("outcome", stopped_early))
 
+    @_giving_up
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._end(trial, _failed(trial.config["failed"] or _problem(trial)))
 

@@ -5,16 +5,19 @@ Every start of a trial gets its own folder, so that an attempt that has not ende
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import truediv
 from pathlib import Path
 
 from ebft_study.config import CheckpointConfig
-from ebft_study.results import fence
+from ebft_study.results import fence, read_table
 from ebft_study.storage import Location, StoragePath, in_parallel, storage_errors, storage_path
+from ebft_study.study.folder.trial_states import OPEN
 from ebft_study.study.spec.study_spec import ObjectiveSpec
 from ebft_study.training import checkpoint
 from ebft_study.training.recorded import attempt_name
@@ -107,6 +110,21 @@ def prune(
 def best(study_folder: Location, trial_id: str, objective: ObjectiveSpec, *, since: int = 0) -> str | None:
     """The best checkpoint that a trial has, as `prune` returns it; removes nothing."""
     return _best({saved.step: saved for saved in _checkpoints(study_folder, trial_id, since)}, objective)
+
+
+def damaged(study_folder: Location) -> list[str]:
+    """Problems with the best checkpoints of ended trials. Hashes of weights are checked when one is loaded."""
+    trials = read_table(study_folder, "trials")
+    ended = trials[trials["best_checkpoint"].notna() & ~trials["status"].isin(OPEN)]
+    paths = [
+        functools.reduce(truediv, best.split("/"), storage_path(study_folder)) for best in ended["best_checkpoint"]
+    ]
+    whole = in_parallel(checkpoint.has_all_files, paths)
+    return [
+        f"{path}: the best checkpoint of {trial} is damaged. Restore it"
+        for path, trial, is_whole in zip(paths, ended["trial_id"], whole, strict=True)
+        if not is_whole
+    ]
 
 
 def checkpoint_name(step: int) -> str:

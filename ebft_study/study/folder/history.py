@@ -15,6 +15,7 @@ from ebft_study import results
 from ebft_study.analysis.statistics import Score
 from ebft_study.analysis.usage import REDONE_EVENT
 from ebft_study.results.metrics import COST
+from ebft_study.results.reader import missing_files
 from ebft_study.storage import Location
 from ebft_study.study.folder import study_yaml
 from ebft_study.study.folder.trial_states import (
@@ -67,6 +68,7 @@ def read(study_folder: Location, objective: str, further: Sequence[str] = ()) ->
     events = results.read_table(study_folder, "events")
     redone, by_trial = _redone(events), _evaluations(metrics)
     states_by_trial = states(rows, metrics)
+    best_cfm = metrics.loc[np.isfinite(metrics["cfm_loss"])].groupby("trial_id")["cfm_loss"].min()
     trial_results: dict[str, TrialResult] = {}
     curves: dict[Replicate, Curve] = {}
     evaluations: dict[str, list[Evaluation]] = {}
@@ -74,6 +76,7 @@ def read(study_folder: Location, objective: str, further: Sequence[str] = ()) ->
     for row in rows.to_dict("records"):
         state = states_by_trial[row["trial_id"]]
         state.redone = redone.get(state.trial_id, {})
+        state.best_cfm = float(best_cfm.get(state.trial_id, math.inf))
         if state.trial_id in by_trial and _text(row["named_baseline"]) == "":
             evaluations[state.trial_id] = by_trial[state.trial_id]
             names = (objective, *further)
@@ -109,7 +112,7 @@ def problems(folder: Location) -> list[str]:
     messages = study_yaml.changes(folder)
     for table in results.TABLES:
         results.check_table(folder, table, messages)
-    return messages
+    return [*messages, *missing_files(folder)]
 
 
 def _session_seconds(events: pd.DataFrame, metrics: pd.DataFrame) -> float:

@@ -40,6 +40,8 @@ class TrialState:
     earlier_seconds: float = 0.0
     note: str = ""
     """Why it ended."""
+    best_cfm: float = math.inf
+    """The lowest cfm_loss of all attempts."""
     best_checkpoint: str | None = None
     gpus: float = 0.0
     """GPUs that the trial reserves."""

@@ -157,7 +157,8 @@ def is_over(spec: StudySpec, folder: StoragePath) -> bool:
         if not path.is_file():
             return False
         try:
-            asked = optuna.load_study(study_name=spec.study, storage=_storage(path)).get_trials(deepcopy=False)
+            with storage_errors(path, "read"):
+                asked = optuna.load_study(study_name=spec.study, storage=_storage(path)).get_trials(deepcopy=False)
             run = sum(not is_left_out(spec, frozen) for frozen in asked[len(spec.told) :])
         except _UNREADABLE:
             return False

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ebft_study.errors import ConfigError
+from ebft_study.storage import storage_errors
 from ebft_study.study.folder.trial_states import TrialResult
 from ebft_study.study.search import journal
 from ebft_study.study.spec import enumeration, trials
@@ -65,43 +66,53 @@ class OptunaSearch:
             on_refused: called with a configuration's label and the rule that it breaks.
             on_change: called after every change of the journal.
         """
-        self._spec, self._on_refused, self._on_change = spec, on_refused, on_change
+        self._spec, self._path, self._on_refused, self._on_change = spec, path, on_refused, on_change
         self._trial_results = dict(trial_results)
-        self._study = journal.open_study(spec, path)
         baselines = trials.trials_of(spec, trials.baselines(spec))
         self._waiting = deque(trial for trial in baselines if trial.trial_id not in trial_results)
         self._known = enumeration.known(spec)
         self._excluded: set[int] = set()
-        for frozen in self._own_trials():
-            self._restore(frozen)
-        self._tell_ended()
-        on_change()
+        with storage_errors(path):
+            self._study = journal.open_study(spec, path)
+            for frozen in self._own_trials():
+                self._restore(frozen)
+            self._tell_ended()
+            on_change()
 
     def _restore(self, frozen: FrozenTrial) -> None:
-        """Continue with a configuration that an earlier session got from Optuna."""
+        """Continue with a configuration that an earlier session got from Optuna, or began to ask for."""
+        from optuna.trial import Trial as OptunaTrial
         from optuna.trial import TrialState
 
         assignment = journal.assignment_of(self._spec, frozen.params)
         if journal.is_left_out(self._spec, frozen):
             self._exclude(frozen.number)
-        elif assignment is None:  # the driver was killed while asking
-            if frozen.state == TrialState.WAITING:
-                self._study.ask()  # Optuna accepts the result of an enqueued configuration only after `ask`
-            self._tell(frozen.number, [_FAILED])
-        elif not frozen.state.is_finished():
+        elif frozen.state.is_finished():
+            return
+        elif assignment is None:  # the driver ended while asking
+            is_enqueued = frozen.state == TrialState.WAITING
+            asked = self._study.ask() if is_enqueued else OptunaTrial(self._study, frozen._trial_id)
+            assignment = journal.suggest(self._spec, asked)
+            if enumeration.is_excluded(self._spec, assignment):
+                self._exclude(frozen.number)
+            else:
+                self._open(frozen.number, assignment)
+        else:
             self._open(frozen.number, assignment)
 
     def next(self) -> Trial | None:
-        while not self._waiting and not self._all_asked():
-            self._open(*self._ask())
-            self._on_change()
+        with storage_errors(self._path):
+            while not self._waiting and not self._all_asked():
+                self._open(*self._ask())
+                self._on_change()
         return self._waiting.popleft() if self._waiting else None
 
     def ended(self, trial_id: str, trial_result: TrialResult) -> None:
         self._trial_results[trial_id] = trial_result
         number = journal.configuration_number(self._spec, trial_id)
         if number >= 0:
-            self._tell_ended()
+            with storage_errors(self._path):
+                self._tell_ended()
 
     @property
     def exhausted(self) -> bool:
@@ -109,7 +120,8 @@ class OptunaSearch:
 
     def _own_trials(self) -> list[FrozenTrial]:
         """Optuna's trials, without the results of earlier studies."""
-        every: list[FrozenTrial] = self._study.get_trials(deepcopy=False)
+        with storage_errors(self._path):
+            every: list[FrozenTrial] = self._study.get_trials(deepcopy=False)
         return every[len(self._spec.told) :]
 
     def _all_asked(self) -> bool:

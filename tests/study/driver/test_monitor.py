@@ -89,6 +89,19 @@ def test_a_trial_is_on_record_from_plan_to_end(tmp_path: Path) -> None:
     assert row["total_seconds"] >= 0.0
 
 
+def test_the_best_value_of_a_trial_is_that_of_all_its_sessions(tmp_path: Path) -> None:
+    first = Session(tmp_path)
+    first.monitor.planned(first.trials[1])
+    first.monitor.started("t0001")
+    first.train("t0001", cfm=(2.0, 1.5, math.inf))
+    second = Session(tmp_path, history.read(tmp_path, "cfm_loss").states)
+    second.monitor.planned(second.trials[1])
+    second.monitor.started("t0001")
+    second.monitor.reported("t0001", {"cfm_loss": 1.8, "step": 10.0, "attempt": 2})
+    second.monitor.ended("t0001", {**FINISHED, "started_at": time.time()})
+    assert second.row("t0001")["best_cfm_loss"] == 1.5
+
+
 def test_named_baselines_are_marked(tmp_path: Path) -> None:
     session = Session(tmp_path)
     for trial in session.trials:

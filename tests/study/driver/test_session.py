@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
+from pathlib import Path
+from typing import Any
 
 import pytest
+from rich.console import Console
 
+from ebft_study.errors import StorageError
+from ebft_study.results import Fence
+from ebft_study.storage import LocalPath
 from ebft_study.study.driver import session
+from ebft_study.study.folder.history import History
+from ebft_study.study.folder.lock import LockHandle
+from tests.studies import resolved
 
 
 @pytest.mark.parametrize(
@@ -30,3 +40,26 @@ def test_inner_handlers_give_way_to_the_outer_ones() -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
     assert (inner, outer) == (["Ctrl-C (terminated)"], ["Ctrl-C (terminated)"])
+
+
+@pytest.mark.parametrize("behind", [StorageError("metrics: cannot be written (No space left on device)"), ValueError()])
+def test_storage_that_fails_inside_tune_ends_the_session_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, behind: Exception
+) -> None:
+    """Tune gives an error of its own for that of a callback, with the traceback for a message."""
+
+    def tune(*_: object) -> None:
+        try:
+            raise behind
+        except Exception:
+            raise RuntimeError("Traceback of everything")  # noqa: B904 (as Tune does)
+
+    monkeypatch.setattr(session, "_tune", tune)
+    study = resolved({"study": "s", "question": "?", "run": {"steps": 1}})
+    handle = LockHandle(Fence(LocalPath(tmp_path)))
+    arguments: Any = (LocalPath(tmp_path), study, History({}, {}, {}), Console(file=io.StringIO()), handle)
+    if isinstance(behind, StorageError):
+        assert session.run_session(*arguments) == f"the study's storage failed: {behind}"
+    else:
+        with pytest.raises(RuntimeError):
+            session.run_session(*arguments)

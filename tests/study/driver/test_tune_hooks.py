@@ -12,7 +12,7 @@ import pytest
 import torch
 from ray.tune.search import Searcher
 
-from ebft_study.errors import DataError, EbftError
+from ebft_study.errors import DataError, EbftError, StorageError
 from ebft_study.study.driver import trial
 from ebft_study.study.driver.relay import Relay
 from ebft_study.study.driver.tune_hooks import Observer, StudySearcher, StudyStopper
@@ -173,6 +173,22 @@ def test_reports_and_the_final_outcome_reach_the_monitor() -> None:
     watching.on_trial_complete(1, [], tune_trial(step=2.0, attempt=3, outcome=outcome))
     assert monitor.calls == [("reported", "t0007", 2.0), ("ended", "t0007", "finished", "")]
     assert released == [("t0007", 3)]
+
+
+@pytest.mark.parametrize("hook", ["start", "result", "recover", "complete", "error"])
+def test_a_record_that_cannot_be_written_ends_the_study_without_a_traceback(hook: str) -> None:
+    """Tune would raise an error of its own, or start a trial again that has ended."""
+
+    def full(*_: Any, **__: Any) -> None:
+        raise StorageError("metrics: cannot be written (No space left on device)")
+
+    monitor: Any = SimpleNamespace(resumed=full, reported=full, retried=full, ended=full)
+    given_up = list[str]()
+    watching, released = observer(monitor, max_failures=1, give_up=given_up.append)
+    arguments: dict[str, Any] = {"result": {"step": 2.0}} if hook == "result" else {}
+    getattr(watching, f"on_trial_{hook}")(iteration=1, trials=[], trial=tune_trial(), **arguments)
+    assert given_up == ["metrics: cannot be written (No space left on device)"]
+    assert not released
 
 
 def test_a_trial_that_ends_without_outcome_was_stopped_early() -> None:

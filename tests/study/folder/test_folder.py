@@ -15,7 +15,7 @@ import yaml
 from rich.console import Console
 
 from ebft_study import results
-from ebft_study.config import CheckpointConfig, flatten
+from ebft_study.config import CheckpointConfig, RunConfig, flatten
 from ebft_study.errors import ConfigError, EbftError, ResultsError
 from ebft_study.storage import storage_path
 from ebft_study.study.driver import runner
@@ -230,7 +230,7 @@ def test_a_finished_trial_with_a_damaged_row_is_not_run_again(existing: Path, mo
     assert seen == [{"t0000"}]
     assert "t0000.parquet: is damaged, its copy is used" in console.file.getvalue()  # type: ignore[attr-defined]
     status.show(existing, console)
-    assert console.file.getvalue().count("its copy is used") == 2  # type: ignore[attr-defined]
+    assert console.file.getvalue().count("its copy is used") == 1, "it is repaired"  # type: ignore[attr-defined]
 
 
 def test_a_study_that_cannot_be_written_is_one_line_at_once(tmp_path: Path) -> None:
@@ -477,3 +477,31 @@ def test_status_says_what_early_stops_saved(existing: Path) -> None:
     console = quiet()
     status.show(existing, console)
     assert "early stopping saved 3 of 8 steps (about 1 min 30 s of trials)" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("provenance", [{"data": {"qa": "ab"}}, {"data": ["qa"]}, ["data"]])
+def test_a_damaged_provenance_is_refused_in_one_line(tmp_path: Path, provenance: Any) -> None:
+    given = {"data": {"qa": {"fingerprint": "abcdefgh"}}}
+    study_yaml.write(tmp_path, spec(), SOURCE, provenance=given)
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), "provenance": provenance}))
+    with pytest.raises(ConfigError, match=r"provenance is damaged"):
+        study_yaml.changed_inputs(tmp_path, given)
+
+
+@pytest.mark.parametrize("damage", ["record", "file", "all", "none", "not ended"])
+def test_a_damaged_best_checkpoint_of_an_ended_trial_is_named(tmp_path: Path, damage: str) -> None:
+    status = "running" if damage == "not ended" else "finished"
+    best = save(tmp_path / "train" / "t0-1" / "checkpoint_00000004", 4)
+    row = {"trial_id": "t0", "status": status, "attempt": 1, "best_checkpoint": "train/t0-1/checkpoint_00000004"}
+    results.StudyRecorder(tmp_path, study="s").trial(row | {"hyperparameters": flatten(RunConfig())})
+    if damage == "record":
+        record = best / checkpoint.RECORD
+        record.write_text(record.read_text().replace('"step": 4', '"step": 5'))
+    elif damage == "file":
+        next(best.glob("*.safetensors")).unlink()
+    elif damage != "none":
+        for path in best.iterdir():
+            path.unlink()
+    named = [] if damage in ("none", "not ended") else [f"{best}: the best checkpoint of t0 is damaged. Restore it"]
+    assert attempts.damaged(tmp_path) == named

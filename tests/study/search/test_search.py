@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 from pathlib import Path
 from typing import Any
 
-import optuna
 import pytest
 from optuna.samplers._tpe.sampler import _split_trials
-from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
+from ebft_study.errors import StorageError
 from ebft_study.storage import storage_path
 from ebft_study.study.folder import trial_states
 from ebft_study.study.folder.trial_states import TrialResult
@@ -368,24 +369,46 @@ def test_a_conditional_search_goes_on_with_the_same_trials(tmp_path: Path) -> No
     assert len(after) == 6
 
 
-@pytest.mark.parametrize(("whitening", "params", "whole"), [(1, 3, False), (1, 4, True), (0, 3, True)])
-def test_a_driver_killed_while_asking_is_known_by_the_axes_that_should_exist(
-    tmp_path: Path, whitening: int, params: int, whole: bool
+@pytest.mark.parametrize("sampler", ["tpe", "gp", "qmc", "random", "nsga2"])
+@pytest.mark.parametrize("known", [False, True])
+def test_a_driver_that_ends_while_asking_finishes_it_in_its_next_session(
+    tmp_path: Path, sampler: str, known: bool
 ) -> None:
-    """Three axes are all there is without whitening, but one too few with it."""
-    study = spec(**CONDITIONAL, search={"algorithm": "optuna", "num_configurations": 1})
-    given = optuna.create_study(
-        study_name="s", storage=JournalStorage(JournalFileBackend(str(tmp_path / JOURNAL)))
-    ).ask()
-    given.suggest_categorical("reward.whitening", [["none"], ["variant_i"]][whitening])
-    if whitening:
-        given.suggest_int("rollout.n_samples", 2, 8, log=True)
-    given.suggest_float("loss.gamma", 0.0, 0.3, step=0.1)
-    if params == 3 + whitening:
-        given.suggest_categorical("size", ["small", "large"])
-    done = run_all(OptunaSearch(study, tmp_path / JOURNAL, {}), lambda trial: ANY)
-    assert len(done) == int(whole)
-    assert [frozen.state for frozen in asked(tmp_path / JOURNAL)] == [TrialState.COMPLETE if whole else TrialState.FAIL]
+    """Killed after every line of the journal: the same number of configurations, and those known beforehand, run."""
+    point = {"whitening": "variant_i", "n_samples": 4, "gamma": 0.3, "size": "small"}
+    search = {"algorithm": "optuna", "num_configurations": 2, "sampler": sampler, "known": [point] if known else []}
+    study = spec(**CONDITIONAL, search=search)
+    OptunaSearch(study, tmp_path / JOURNAL, {}).next()
+    lines = (tmp_path / JOURNAL).read_bytes().splitlines(keepends=True)
+    for number in range(1, len(lines)):
+        (tmp_path / JOURNAL).write_bytes(b"".join(lines[:number]))
+        done = run_all(OptunaSearch(study, tmp_path / JOURNAL, {}), lambda trial: ANY)
+        assert [trial.trial_id for trial in done] == ["t0000", "t0001"], number
+        assert all(map(exists_as_it_should, done))
+        assert [frozen.state for frozen in asked(tmp_path / JOURNAL)] == [TrialState.COMPLETE] * 2
+        if known:
+            assert done[0].run.loss.gamma == 0.3
+            assert done[0].run.rollout.n_samples == 4
+
+
+def test_a_journal_that_cannot_be_read_or_written_ends_the_study_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = spec(seeds=[0], search={"algorithm": "optuna", "num_configurations": 2})
+    search = OptunaSearch(study, tmp_path / JOURNAL, {})
+    trial = search.next()
+    assert trial is not None
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(JournalFileBackend, "read_logs", fail)
+    monkeypatch.setattr(JournalFileBackend, "append_logs", fail)
+    for use in (search.next, lambda: search.ended(trial.trial_id, ANY), lambda: search.exhausted):
+        with pytest.raises(StorageError, match=r"optuna.journal: .*Input/output error"):
+            use()
+    with pytest.raises(StorageError, match="Input/output error"):
+        OptunaSearch(study, tmp_path / JOURNAL, {})
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "gp", "qmc", "random"])
