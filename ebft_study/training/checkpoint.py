@@ -20,7 +20,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ebft_study.errors import CheckpointError, StorageError
+from ebft_study.errors import CheckpointError, NoFileError, StorageError
 from ebft_study.storage import Location, StoragePath, storage_path
 from ebft_study.storage.filesystems import FULL_SIGNS
 
@@ -134,7 +134,7 @@ def _record(folder: StoragePath) -> dict[str, Any] | None:
             return record if record.pop("sha256") == _seal(record) else None
         files = {_PICKLED: record["sha256"]}
         return {"step": int(record["step"]), "metrics": dict(record.get("metrics", {})), "files": files}
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, NoFileError, ValueError, KeyError, TypeError):
         return None
 
 

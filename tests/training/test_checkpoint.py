@@ -198,7 +198,7 @@ def test_a_record_that_cannot_be_read_is_not_taken_for_none(tmp_path: Path, monk
 
     (tmp_path / "checkpoint_manager_snapshot.json").write_text("{}")
     assert checkpoint.recorded(tmp_path / "checkpoint_manager_snapshot.json") is None
-    monkeypatch.setattr(Path, "read_bytes", fail)
+    monkeypatch.setattr(local, "open_file", fail)
     with pytest.raises(StorageError, match="Input/output error"):
         checkpoint.recorded(tmp_path)
     assert checkpoint.step_of(tmp_path) is None
