@@ -18,6 +18,7 @@ import torch
 
 from ebft_study.errors import CheckpointError, StorageError
 from ebft_study.networks.loading import fingerprint, load_model
+from ebft_study.storage import local
 from ebft_study.training import checkpoint, state
 from ebft_study.training.checkpoint import ranked, to_keep
 from ebft_study.training.update import Run
