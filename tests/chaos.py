@@ -210,7 +210,7 @@ class Ordeal:
 
     def _wait_for_the_dead(self) -> None:
         ours = [process for process in self.family if not commands.title(process).startswith(commands.RAY_AGENTS)]
-        _, alive = psutil.wait_procs(ours, timeout=300)
+        alive = commands.outlived(ours, 40)
         self.orphans += [commands.title(process) for process in alive]
         self.family -= set(ours)
 

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO, Any
 
@@ -55,6 +55,21 @@ def family(process: subprocess.Popen[str]) -> list[psutil.Process]:
         return psutil.Process(process.pid).children(recursive=True)
     except psutil.NoSuchProcess:
         return []
+
+
+def outlived(processes: Iterable[psutil.Process], seconds: float) -> list[psutil.Process]:
+    """Those that have not ended after that time. (`psutil.wait_procs` trips over processes that end as it looks.)"""
+    left, deadline = list(processes), time.monotonic() + PATIENCE * seconds
+    while (left := [each for each in left if _runs(each)]) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return left
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.Error:
+        return False
 
 
 def title(process: psutil.Process) -> str:

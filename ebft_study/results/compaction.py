@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import secrets
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import filelock
 
 from ebft_study.errors import NoFileError, ResultsError
 from ebft_study.results import completeness, reader, schema, writer
-from ebft_study.storage import Location, StoragePath, in_parallel, storage_path
+from ebft_study.storage import Location, StoragePath, in_parallel, storage_errors, storage_path
 
 if TYPE_CHECKING:
     import pyarrow
@@ -32,10 +33,22 @@ def compact(study_folder: Location) -> None:
         raise ResultsError(f"{study_folder}: holds no results. Give the folder of a study")
     trials = reader.read_table(study_folder, "trials")
     ended = set(trials.loc[trials["status"].isin(_ENDED), "trial_id"])
-    with filelock.FileLock(results.local / ".compact.lock") if results.local else contextlib.nullcontext():
+    with _locked(results):
         for table in schema.TABLES:
             if table != "trials":
                 _compact_table(results / table, table, ended)
+
+
+@contextlib.contextmanager
+def _locked(results: StoragePath) -> Iterator[None]:
+    if results.local is None:
+        yield
+        return
+    lock = results.local / ".compact.lock"
+    with storage_errors(results):
+        lock.touch()  # the lock itself would make the folder of a study that is gone
+    with filelock.FileLock(lock):
+        yield
 
 
 def _compact_table(folder: StoragePath, table: str, ended: set[str]) -> None:

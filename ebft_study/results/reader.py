@@ -14,7 +14,6 @@ from operator import truediv
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ebft_study import config
 from ebft_study.errors import NoFileError, ResultsError, one_line
 from ebft_study.results import completeness, copies, schema, writer
 from ebft_study.results.record import unreadable_parts
@@ -147,8 +146,10 @@ def read_table(
 
 def _without_unread(trials: pd.DataFrame) -> pd.DataFrame:
     """Trials without values of settings that their method does not read, which earlier versions recorded."""
+    from ebft_study.config import unread_settings
+
     for method in trials["method"].dropna().unique():
-        names = [name for name in trials.columns if name in config.unread_settings(method)]
+        names = [name for name in trials.columns if name in unread_settings(method)]
         rows = trials["method"] == method
         recorded = [name for name in names if trials.loc[rows, name].notna().any()]
         trials[recorded] = trials[recorded].mask(rows)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 
 class _Inputs(TypedDict, total=False):
@@ -31,18 +34,27 @@ class _Told(TypedDict):
     points: list[Any]
 
 
-_PARTS: Mapping[str, TypeAdapter[Any]] = {
-    "provenance": TypeAdapter(_Provenance | None),
-    "former_provenance": TypeAdapter(list[dict[str, Any]]),
-    "versions": TypeAdapter(dict[str, str | None]),
-    "resources": TypeAdapter(_Resources),
-    "warm_start": TypeAdapter(list[_Told] | None),
+_PARTS: dict[str, Any] = {
+    "provenance": _Provenance | None,
+    "former_provenance": list[dict[str, Any]],
+    "versions": dict[str, str | None],
+    "resources": _Resources,
+    "warm_start": list[_Told] | None,
 }
+
+
+@functools.cache
+def _expected() -> dict[str, TypeAdapter[Any]]:
+    from pydantic import TypeAdapter  # which the benchmarks on a bare machine do without
+
+    return {key: TypeAdapter(expected) for key, expected in _PARTS.items()}
 
 
 def unreadable_parts(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Keys of study.yaml whose content is of another type than ever written, and where."""
-    for key, expected in _PARTS.items():
+    from pydantic import ValidationError
+
+    for key, expected in _expected().items():
         if key not in record:
             continue
         try:

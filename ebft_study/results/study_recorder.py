@@ -16,7 +16,6 @@ import secrets
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ebft_study import config
 from ebft_study.results import copies, reader, schema
 from ebft_study.results.fence import Fence, alone
 from ebft_study.results.metrics import unknown
@@ -200,7 +199,9 @@ def _flat(row: Mapping[str, Any]) -> Row:
             raise unknown("setting", key, setting_names, "Use the short names of config.flatten")
     if state.get("status", "pending") not in schema.STATUSES:
         raise unknown("trial status", str(state["status"]), schema.STATUSES, "Use one of them")
-    unread = config.unread_settings(str(settings.get("method")))
+    from ebft_study.config import unread_settings
+
+    unread = unread_settings(str(settings.get("method")))
     return {**state, **{name: None if name in unread else value for name, value in settings.items()}}
 
 

@@ -38,7 +38,7 @@ PATIENCE_SECONDS = 120.0
 """A session that takes longer hangs; one takes less than a second on an idle machine."""
 SLEEP_SECONDS = 2.0
 ENDED = ("finished", "stopped", "failed")
-TIMED = re.compile(r"study|written_at|attempt|.*_at|.*_seconds|host|best_checkpoint")
+TIMED = re.compile(r"study|written_at|attempt|generation|.*_at|.*_seconds|host|best_checkpoint")
 """Columns in which a study that was disturbed may differ."""
 _RUN = {
     "steps": 6, "eval_every_steps": 2, "checkpoint_every_steps": 2, "log_every_steps": 1, "keep_best": 1,

@@ -157,5 +157,5 @@ def test_a_cluster_of_its_own_is_nobody_elses_and_a_driver_that_loses_it_ends(ad
     assert said == ["gone", "last words"], asked.stderr
     assert asked.returncode == 1
     left = [psutil.Process(pid) for pid in found["children"] if psutil.pid_exists(pid)]
-    assert not psutil.wait_procs(left, timeout=100)[1]
+    assert not commands.outlived(left, 20)
     shutil.rmtree(found["folder"][1])

@@ -134,7 +134,7 @@ def test_engine_and_trainer_agree_from_first_to_last(survived: Survived) -> None
 
 
 def test_nothing_is_left_when_a_study_has_ended(survived: Survived) -> None:
-    assert not psutil.wait_procs(survived.processes, timeout=100)[1]
+    assert not commands.outlived(survived.processes, 20)
 
 
 @pytest.mark.slow
@@ -147,7 +147,7 @@ def test_a_killed_driver_leaves_nothing_and_a_dead_node_does_not_keep_one_waitin
     study.driver.communicate()
     # Ray's own agents notice after half a minute; they hold no model and no device.
     ours = [process for process in family if not commands.title(process).startswith(commands.RAY_AGENTS)]
-    left = psutil.wait_procs(ours, timeout=200)[1]
+    left = commands.outlived(ours, 25)
     assert not left, [commands.title(process) for process in left]
 
     resumed = started(tmp_path, "--resume")

@@ -113,7 +113,7 @@ def test_a_setting_that_a_method_does_not_read_has_no_value(tmp_path: Path) -> N
 
 def test_what_earlier_versions_recorded_of_them_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(study_recorder.config, "unread_settings", lambda method: frozenset())
+        patch.setattr(config, "unread_settings", lambda method: frozenset())
         recorder = StudyRecorder(tmp_path, study="s")
         for method in ("ebft", "sft"):
             run = RunConfig(method=method)

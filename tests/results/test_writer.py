@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import pandas as pd
@@ -15,8 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from ebft_study import config
-from ebft_study.errors import ResultsError
-from ebft_study.results import StudyRecorder, TrialRecorder, load, read_table, writer
+from ebft_study.errors import ResultsError, StorageError
+from ebft_study.results import StudyRecorder, TrialRecorder, compact, load, read_table, reader, writer
 
 
 @pytest.fixture
@@ -197,3 +199,19 @@ def test_killing_the_writer_at_any_moment_loses_no_row_that_was_reported(tmp_pat
     assert steps == list(range(len(steps)))
     assert reported <= len(steps) <= reported + 1
     assert len(results.problems) == 1, "only study.yaml, which this test does not write"
+
+
+def test_merging_makes_no_folder_of_a_study_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its folder may vanish while the table of trials is read."""
+    StudyRecorder(tmp_path / "s", study="s").trial({"trial_id": "t0", "status": "finished", "attempt": 1})
+    read = reader.read_table
+
+    def then_it_is_gone(*arguments: Any) -> pd.DataFrame:
+        rows = read(*arguments)
+        shutil.rmtree(tmp_path / "s")
+        return rows
+
+    monkeypatch.setattr(reader, "read_table", then_it_is_gone)
+    with pytest.raises(StorageError, match="does not exist"):
+        compact(tmp_path / "s")
+    assert not (tmp_path / "s").exists()

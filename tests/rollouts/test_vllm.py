@@ -28,6 +28,7 @@ from ebft_study.rollouts.vllm.engine import EngineOptions
 from ebft_study.rollouts.vllm.weights import SHARED_MEMORY
 from ebft_study.training import RunResult
 from ebft_study.training.recorded import Services
+from tests import commands
 from tests.contracts.answers import AnswersContract
 from tests.contracts.rollouts import LONGEST, RolloutContract
 from tests.evaluation.downstream import files
@@ -366,7 +367,7 @@ def test_an_engine_of_two_processes_follows_too_and_ends_with_all_its_processes(
     family = [process, *process.children(recursive=True)]
     assert len(family) >= 3
     rollouts.close()
-    assert not psutil.wait_procs(family, timeout=200)[1]
+    assert not commands.outlived(family, 25)
     # The messages between vLLM's processes; the few megabytes of its collectives (`vllm_dist_*`) it never frees.
     assert set(SHARED_MEMORY.glob("psm_*")) <= before
 
@@ -385,4 +386,4 @@ def test_a_killed_engine_is_noticed_at_once_and_leaves_nothing(folder: Path) -> 
     with pytest.raises(ServiceError, match="is gone"):
         rollouts.sample(trained_model(), batch, anchors, noise=torch.rand(1, 3, 2, 4), temperature=1.0)
     assert time.monotonic() - before < 30
-    assert not psutil.wait_procs(family, timeout=100)[1]
+    assert not commands.outlived(family, 20)

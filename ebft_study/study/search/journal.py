@@ -12,11 +12,12 @@ starts, uploaded before any trial that it chose starts.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import tempfile
 import warnings
-from collections.abc import Container, Iterable, Mapping, Set
+from collections.abc import Container, Iterable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -183,6 +184,18 @@ def configuration_number(spec: StudySpec, trial_id: str) -> int:
     """Optuna's number of a trial's configuration; negative for a baseline."""
     index = int(trial_id[1:]) // len(spec.seeds.all) - len(spec.baselines)
     return index + len(spec.told) if index >= 0 else index
+
+
+@contextlib.contextmanager
+def errors(path: Path) -> Iterator[None]:
+    """Context in which what a disk does to the journal, or to Optuna's lock of it, is a `StorageError` of one line."""
+    with storage_errors(path):
+        try:
+            yield
+        except RuntimeError as error:
+            if "lock" not in str(error):
+                raise
+            raise OSError(f"its lock failed: {error}") from None
 
 
 def suggest(spec: StudySpec, asked: optuna.Trial) -> Assignment:

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ebft_study.errors import ConfigError
-from ebft_study.storage import storage_errors
 from ebft_study.study.folder.trial_states import TrialResult
 from ebft_study.study.search import journal
 from ebft_study.study.spec import enumeration, trials
@@ -72,7 +71,7 @@ class OptunaSearch:
         self._waiting = deque(trial for trial in baselines if trial.trial_id not in trial_results)
         self._known = enumeration.known(spec)
         self._excluded: set[int] = set()
-        with storage_errors(path):
+        with journal.errors(path):
             self._study = journal.open_study(spec, path)
             for frozen in self._own_trials():
                 self._restore(frozen)
@@ -101,7 +100,7 @@ class OptunaSearch:
             self._open(frozen.number, assignment)
 
     def next(self) -> Trial | None:
-        with storage_errors(self._path):
+        with journal.errors(self._path):
             while not self._waiting and not self._all_asked():
                 self._open(*self._ask())
                 self._on_change()
@@ -111,7 +110,7 @@ class OptunaSearch:
         self._trial_results[trial_id] = trial_result
         number = journal.configuration_number(self._spec, trial_id)
         if number >= 0:
-            with storage_errors(self._path):
+            with journal.errors(self._path):
                 self._tell_ended()
 
     @property
@@ -120,7 +119,7 @@ class OptunaSearch:
 
     def _own_trials(self) -> list[FrozenTrial]:
         """Optuna's trials, without the results of earlier studies."""
-        with storage_errors(self._path):
+        with journal.errors(self._path):
             every: list[FrozenTrial] = self._study.get_trials(deepcopy=False)
         return every[len(self._spec.told) :]
 
