@@ -51,6 +51,7 @@ def write(folder: Path, models: Path) -> Path:
     if not (models / "model").exists():
         write_data(models / "data.jsonl")
         write_model(models / "model")
+    folder.mkdir(parents=True, exist_ok=True)
     study = spec(models)
     with mock.patch("os.fsync"):
         study_yaml.write(folder, study, StudySource("studied.yaml", "ab" * 32), provenance=INPUTS)

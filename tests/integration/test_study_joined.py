@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from ebft_study import results
+from tests import commands
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(1800)]
 
