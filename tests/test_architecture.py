@@ -16,7 +16,7 @@ from ebft_study.config import all_keys, short_names
 
 ROOT = Path(ebft_study.__file__).parent
 FLOORS = [
-    {"errors", "hub", "paths", "progress", "terminal", "algorithm", "sandbox"},
+    {"errors", "hub", "paths", "plugins", "progress", "terminal", "algorithm", "sandbox"},
     {"config", "storage"},
     {"cost", "results", "analysis", "data", "text"},
     {"pretraining", "report"},

@@ -33,6 +33,7 @@ from ebft_study.analysis.statistics import (
 )
 from ebft_study.analysis.summary import COMPARED, StudySummary
 from ebft_study.errors import ResultsError
+from ebft_study.plugins import name_of
 from ebft_study.results import METRICS, schema
 
 Ruling = Literal["same trials", "equal", "lower", "higher", "cannot tell"]
@@ -260,7 +261,15 @@ def _why_not(pair: Pair, metric: str, studies: Mapping[str, StudySummary], refer
     for model in (str(pair.reference.settings.get(key)) for key in _NETWORKS.get(metric, ())):
         if model in ours and model in theirs and ours[model] != theirs[model]:
             return f"{model} is another model in each (fingerprints {ours[model][:12]} and {theirs[model][:12]})"
-    return ""
+    codes = [_code_of(metric, studies[name].results.spec) for name in (reference, pair.study)]
+    return f"its code is another one in each ({' and '.join(codes)})" if codes[0] != codes[1] else ""
+
+
+def _code_of(metric: str, spec: Mapping[str, Any]) -> str:
+    """The plug-in that measured a metric in a study, with its fingerprint; '' for a metric of ours."""
+    used = fingerprints(spec, "plugins")
+    named = (f"{path} {used[path][:12]}" for path in used if name_of(path) == metric)
+    return next(named, "") if METRICS[metric].plugin else ""
 
 
 # --- differences -----------------------------------------------------------------------------------------------

@@ -99,9 +99,10 @@ class StudySummary:
 
     @functools.cached_property
     def compared(self) -> tuple[str, ...]:
-        """Metrics by which tables compare configurations; with the judge's CFM where a trial has measured it."""
-        judged = any(("judge_cfm_loss", None) in {**c.base, **c.final} for c in self.configurations)
-        return (*COMPARED, *(["judge_cfm_loss"] if judged else []))
+        """Metrics by which tables compare configurations; with those that only some studies have, if a trial does."""
+        further = ["judge_cfm_loss", *(name for name, entry in METRICS.items() if entry.plugin)]
+        measured = {metric for c in self.configurations for metric, _ in (*c.base, *c.final)}
+        return (*COMPARED, *(metric for metric in further if metric in measured))
 
     @property
     def on_axes(self) -> tuple[Configuration, ...]:
@@ -284,8 +285,8 @@ def _validation(results: Results) -> tuple[dict[str, dict[str, float]], dict[str
 
     Without a warm start the method begins at step 0.
     """
-    names = [name for name, entry in METRICS.items() if entry.is_objective]
     rows = results.metrics.sort_values("step")
+    names = [name for name, entry in METRICS.items() if entry.is_objective and name in rows]
     starts = _starts(rows, results.trials)
     tables = []
     for part in (rows, rows[rows["step"] == starts]):

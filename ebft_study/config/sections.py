@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
 
+from ebft_study import plugins
+
 Whitening = Literal["none", "variant_i", "variant_ii", "variant_iii", "reference_code"]
 Pooling = Literal["last_token", "mean", "concat"]
 Normalization = Literal["per_layer", "joint", "token_per_layer", "token_joint"]
@@ -27,7 +29,17 @@ def _listed(value: object) -> object:
 
 Depths = Annotated[tuple[float, ...], Field(min_length=1), AfterValidator(_check_depths)]
 OneOrMore = BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
+DATASETS = (
+    *("stdlib", "unstructured", "qa", "mini_functions", "mini_unstructured", "mini_translation", "mini_pretraining"),
+    *("open_code_instruct", "swallow_code", "alma_human_parallel"),
+)
+"""Names that no entry point has another meaning for."""
 VERIFIERS = ("unit_tests", "bleu", "exact_match", "comet")
+
+
+def _built_in_or_plugin(names: tuple[str, ...]) -> AfterValidator:
+    """The name of an entry point becomes its import path; other names are judged elsewhere."""
+    return AfterValidator(lambda name: name if name in names else plugins.expanded(name))
 
 
 class Section(BaseModel):
@@ -39,10 +51,10 @@ class Section(BaseModel):
 class DataConfig(Section):
     """Data that the model is fine-tuned on."""
 
-    dataset: str = Field(
+    dataset: Annotated[str, _built_in_or_plugin(DATASETS)] = Field(
         "qa",
         description="stdlib | unstructured | qa | mini_functions | mini_unstructured | mini_translation | a preset | "
-        "a .jsonl/.parquet path | a hub id",
+        "a .jsonl/.parquet path | a hub id | package.module:name",
     )
     dataset_config: str | None = Field(None, description="configuration name of a hub data set")
     dataset_revision: str | None = Field(None, description="commit or tag of a hub data set")
@@ -254,6 +266,9 @@ class EvaluationConfig(Section):
     judge_pooling: Pooling = Field("last_token", description="pooling of the judge")
     judge_normalize: Normalization = Field("per_layer", description="normalize of the judge")
     judge_completion_length: PositiveInt = Field(8, description="tokens per completion that the judge is given")
+    extra_metrics: Annotated[tuple[str, ...], AfterValidator(plugins.as_paths), BeforeValidator(_listed)] = Field(
+        (), description="metrics of your own, package.module:name: see docs/plugins.md"
+    )
     benchmarks: Annotated[tuple[str, ...], BeforeValidator(_listed)] = Field(
         (), description="name | name:file | name:hub of humaneval, mbpp, wmt22, mini, ...: see docs/downstream.md"
     )
@@ -282,7 +297,7 @@ class EvaluationConfig(Section):
 class VerifierConfig(Section):
     """The verifier, which judges whole completions."""
 
-    verifier: str | None = Field(
+    verifier: Annotated[str, _built_in_or_plugin(VERIFIERS)] | None = Field(
         None, description="unit_tests | bleu | exact_match | comet | package.module:name; default: none"
     )
     parse_rule: Literal["auto", "code_block", "statement", "text"] = Field(

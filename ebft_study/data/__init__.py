@@ -6,8 +6,10 @@ import difflib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ebft_study import plugins
 from ebft_study.data.builtin import SOURCES, load_builtin
 from ebft_study.data.examples import SPLITS, Example, TextDataset
+from ebft_study.data.imported import load_imported
 from ebft_study.data.presets import PRESETS
 from ebft_study.data.tables import FORMATS, HUB_ID, load_file, load_hub
 from ebft_study.data.tokens import PADDING_DOCUMENT, Batch, TokenDataset, batch_indices, tokenize
@@ -30,7 +32,10 @@ __all__ = [
 
 
 def load_text(config: DataConfig) -> TextDataset:
-    """Load the data set that `config.dataset` names: built-in, a preset (`preset:path` for a file), a file, or hub."""
+    """Load the data set that `config.dataset` names.
+
+    Built-in, a preset (`preset:path` for a file), a function of the user (`package.module:name`), a file, or a hub id.
+    """
     name = config.dataset
     source, _, location = name.partition(":")
     if (source in SOURCES or source in PRESETS) and (config.text_column or config.prompt_column):
@@ -46,6 +51,8 @@ def load_text(config: DataConfig) -> TextDataset:
         if location:
             return load_file(name, Path(location).expanduser(), config, source)
         return load_hub(name, PRESETS[source].hub_id, config, source)
+    if plugins.is_path(name):
+        return load_imported(config)
     path = Path(name).expanduser()
     if path.exists() or path.suffix in FORMATS:
         return load_file(name, path, config, None)
@@ -53,5 +60,5 @@ def load_text(config: DataConfig) -> TextDataset:
         return load_hub(name, name, config, None)
     names = [*SOURCES, *PRESETS]
     similar = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    remedy = f"use {', '.join(names)}, a .jsonl or .parquet file, or a hub id 'owner/name'"
+    remedy = f"use {', '.join(names)}, a .jsonl or .parquet file, a hub id 'owner/name', or package.module:name"
     raise DataError(f"unknown data set {name!r}: {f'did you mean {similar[0]!r}?' if similar else remedy}")

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ebft_study.algorithm.anchors import Anchors
+from ebft_study.algorithm.anchors import Anchors, completions_at
 from ebft_study.algorithm.metrics import conditional_feature_matching
 from ebft_study.algorithm.sampling import uniforms
 from ebft_study.config import RunConfig
 from ebft_study.data import Batch, TokenDataset
+from ebft_study.evaluation.extra_metrics import Evaluated, ExtraMetric
 from ebft_study.features import FeatureBackend
 from ebft_study.networks.blocks import Prefix, next_token_log_probs, run_prefix
 from ebft_study.results.metrics import in_table, metric
@@ -75,13 +76,14 @@ class Evaluator:
     """Evaluates models on one data set with one frozen feature network, and with the judge if there is one.
 
     The judge has a completion length, and so contexts and noise, of its own: no setting of a trial's training moves
-    what it measures.
+    what it measures. The `extra` metrics of the user see the contexts and completions of CFM.
     """
 
     config: RunConfig
     rollouts: RolloutBackend
     features: FeatureBackend
     judge: FeatureBackend | None = None
+    extra: tuple[ExtraMetric, ...] = ()
 
     def measure(
         self,
@@ -101,7 +103,12 @@ class Evaluator:
         rows = spread_rows(len(data), sequences)
         measured = {
             key: Scores.zeros(rows)
-            for key in quantities(lengths, with_entropy=with_entropy, with_judge=self.judge is not None)
+            for key in quantities(
+                lengths,
+                with_entropy=with_entropy,
+                with_judge=self.judge is not None,
+                extra=[each.name for each in self.extra],
+            )
         }
         device = next(model.parameters()).device
         longest = max(*lengths, self.config.evaluation.judge_completion_length if self.judge else 0)
@@ -137,6 +144,11 @@ class Evaluator:
             measured[name, None].add(at, -log_probs, batch.ce_mask(region))
         longest = max(lengths)
         anchors, sampled = self._sample(model, batch, prefix, longest)
+        for each in self.extra:
+            length = self.config.rollout.completion_length
+            completions, truth = sampled.completions[..., :length], completions_at(batch.tokens, anchors, length)
+            evaluated = Evaluated(model, each.tokenizer, self.config, batch, log_probs, anchors, completions, truth)
+            measured[each.name, None].add(at, *each.values(evaluated))
         for length, cfm in zip(lengths, _cfm(self.features, batch, anchors, sampled, lengths), strict=True):
             measured[CFM, length].add(at, cfm, anchors.valid)
         if with_entropy:
@@ -180,15 +192,23 @@ def spread_rows(size: int, wanted: int) -> Tensor:
     return torch.linspace(0, size - 1, min(size, wanted)).round().long()
 
 
-def quantities(lengths: Sequence[int], *, with_entropy: bool, with_judge: bool = False) -> list[tuple[str, int | None]]:
-    """Metric and position of everything that an evaluation measures: the registry's, in its order."""
+def quantities(
+    lengths: Sequence[int], *, with_entropy: bool, with_judge: bool = False, extra: Sequence[str] = ()
+) -> list[tuple[str, int | None]]:
+    """Metric and position of everything that an evaluation measures: the registry's, in its order.
+
+    Args:
+        extra: names of plug-ins; the registry may have those of other runs, too.
+    """
     positions: dict[str, Sequence[int | None]] = {
         "": (None,),
         "completion length": lengths,
         "token": range(1, 1 + max(lengths)) if with_entropy else (),
     }
+    left_out = {JUDGE_CFM} if not with_judge else set()
     entries = [entry for entry in in_table("evaluations").values() if not entry.of_benchmarks]
-    return [(e.name, at) for e in entries if with_judge or e.name != JUDGE_CFM for at in positions[e.position]]
+    measured = [e for e in entries if e.name not in left_out and (not e.plugin or e.name in extra)]
+    return [(e.name, at) for e in measured for at in positions[e.position]]
 
 
 def rows_of(measured: Measured, benchmark: str) -> list[dict[str, Any]]:
@@ -230,4 +250,4 @@ def summary(measured: Measured, completion_length: int) -> dict[str, float]:
         values |= {CFM: cfm.value, "cfm_standard_error": cfm.standard_error}
     if (JUDGE_CFM, None) in measured:
         values[JUDGE_CFM] = measured[JUDGE_CFM, None].value
-    return values
+    return values | {name: scores.value for (name, _), scores in measured.items() if metric(name).plugin}

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import ebft_study
+from ebft_study import plugins
 from ebft_study.config import RunConfig
 from ebft_study.data import TextDataset, TokenDataset
 from ebft_study.errors import StorageError
@@ -45,6 +46,7 @@ def key(config: RunConfig, base: Any, evaluator: Evaluator, text: TextDataset, d
         "data": config.data.model_dump(),
         "rollout": config.rollout.model_dump(include=CONTEXTS)
         | ({"temperature": None} if config.evaluation.evaluation_temperature else {}),
+        "extra_metrics": [plugins.fingerprint(each.entry.plugin) for each in evaluator.extra],
         "evaluation": {k: v for k, v in config.evaluation if k != "eval_every_steps" and not k.startswith("benchmark")},
     }
     return _hash(inputs)

@@ -34,6 +34,7 @@ from ebft_study.errors import ConfigError, ResultsError, one_line
 from ebft_study.report import collected, page
 from ebft_study.report.table import FORMATS
 from ebft_study.results import TABLES, Results, archive, copies, load, read_table, schema
+from ebft_study.results.reader import register_metrics
 from ebft_study.results.redaction import redacted
 from ebft_study.results.writer import as_parquet
 from ebft_study.storage import StoragePath, open_file, storage_path
@@ -138,6 +139,7 @@ def _spec(study: StoragePath) -> bytes:
         record = None
     if record is None:
         raise ResultsError(f"{study}: {SPEC} cannot be read. Restore it, then bundle the study")
+    register_metrics(record, [])
     text = yaml.safe_dump(record, sort_keys=False, allow_unicode=True, width=110)
     return redacted(text).encode()
 

@@ -32,7 +32,16 @@ MAX_CONFIGURATIONS = 100
 """Configurations on the axes in the tables of a page; nobody reads more, and `ebft_study.tables` has all."""
 MAX_UNFINISHED = 100
 MAX_CONTEXT_CHARACTERS = 240
-NAMES = {"ce_loss": "CE", "ce_answer_loss": "Answer CE", "cfm_loss": "CFM", "judge_cfm_loss": "Judge CFM"}
+
+
+class _Names(dict[str, str]):
+    """Names to display; a metric of the user has its own name."""
+
+    def __missing__(self, metric: str) -> str:
+        return metric
+
+
+NAMES = _Names(ce_loss="CE", ce_answer_loss="Answer CE", cfm_loss="CFM", judge_cfm_loss="Judge CFM")
 
 
 def overview(study: StudySummary) -> str:

@@ -22,6 +22,7 @@ from ebft_study.analysis.statistics import mean_interval
 from ebft_study.analysis.summary import COMPARED, Configuration, StudySummary
 from ebft_study.report import drawing, effects, importance, outcomes, scaling, side_by_side
 from ebft_study.report.drawing import ReportFigure, Style
+from ebft_study.results import METRICS
 
 # More lines than this cannot be distinguished: the best by validation are drawn, and the caption says so.
 MAX_LINES = 12
@@ -71,6 +72,7 @@ def learning_curves(study: StudySummary) -> ReportFigure | None:
         "ce_loss": "Validation CE",
         "cfm_loss": "Validation CFM loss",
         "judge_cfm_loss": "Validation CFM loss of the judge",
+        **{metric: f"Validation {metric}" for metric in study.compared if METRICS[metric].plugin},
         "reward": "Reward of the training rollouts",
     }
     panels = [metric for metric in titles if study.results.metrics[metric].notna().any()]

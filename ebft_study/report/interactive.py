@@ -27,6 +27,7 @@ from ebft_study.analysis.summary import MAX_GROUPS, Configuration, StudySummary
 from ebft_study.report import drawing, importance
 from ebft_study.report.content import NAMES
 from ebft_study.report.methods import column_name
+from ebft_study.results import METRICS
 
 LOSSES = ("ce_loss", "cfm_loss", "judge_cfm_loss")
 WIDTH, HEIGHT = 520, 190
@@ -119,7 +120,7 @@ def curves(study: StudySummary) -> InteractiveFigure | None:
 
 def _losses(study: StudySummary) -> Iterator[_Panel]:
     metrics = study.results.metrics
-    for name in LOSSES:
+    for name in (*LOSSES, *(metric for metric in study.compared if METRICS[metric].plugin)):
         rows = _rows((c, *series(study, c, name)) for c in study.configurations)
         at_start = metrics.loc[metrics["step"] == 0, name].dropna()
         has_one = len(at_start) and len(study.of_one_base(name)) == 1

@@ -8,11 +8,12 @@ that has no line is refused wherever it is accumulated or recorded. To add a met
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from ebft_study.errors import ResultsError
+from ebft_study.plugins import is_path, name_of
 
 Aggregation = Literal["measured", "mean", "std", "effective_fraction", "min", "max", "sum", "per_step", "per_worker"]
 """How a row of training metrics follows from the observations since the row before, over all workers.
@@ -46,6 +47,11 @@ VERIFIER = (
     *("dataset", "sequence_length", "max_answer_tokens", "overlong", "temperature"),
 )
 """Settings that change the rewards of a verifier."""
+CONTEXTS = (
+    *("dataset", "sequence_length", "packing", "stride", "first_context_length", "anchor_region"),
+    *("evaluation_temperature", "cfm_samples", "temperature", "completion_length"),
+)
+"""Settings that change the texts, contexts and completions of an evaluation."""
 BENCHMARK = (
     *("benchmarks", "benchmark_problems", "benchmark_samples", "benchmark_temperature", "benchmark_top_p"),
     *("benchmark_max_tokens", "benchmark_protocol"),
@@ -80,6 +86,50 @@ class Metric:
     of_benchmarks: bool = False
     is_objective: bool = False
     comparable_within: tuple[str, ...] = ()
+    plugin: str = ""
+    """The import path of one that a user has written."""
+
+    @classmethod
+    def of_plugin(
+        cls,
+        path: str,
+        *,
+        unit: str,
+        description: str,
+        direction: Literal["min", "max"],
+        comparable_within: Sequence[str],
+    ) -> Metric:
+        """A metric that a user has declared, or that a study has recorded; it has the name of its function.
+
+        Raises:
+            ResultsError: a value is not what it should be.
+        """
+        texts = (unit, description, *comparable_within)
+        if not is_path(path):
+            raise ResultsError(f"results: metric {path!r}: is no import path")
+        if direction not in ("min", "max") or not all(isinstance(each, str) and len(each) < 1000 for each in texts):
+            raise ResultsError(f"results: metric {path!r}: has no direction, or a text that is none")
+        return cls(
+            name_of(path),
+            unit,
+            description,
+            direction,
+            tables=_BOTH,
+            is_objective=True,
+            comparable_within=tuple(comparable_within),
+            plugin=path,
+        )
+
+    @property
+    def declaration(self) -> dict[str, Any]:
+        """What `of_plugin` takes, as plain values."""
+        within = list(self.comparable_within)
+        return {
+            "unit": self.unit,
+            "description": self.description,
+            "direction": self.direction,
+            "comparable_within": within,
+        }
 
     def defined_by(self, *, own_temperature: bool) -> tuple[str, ...]:
         """`comparable_within`, as far as it has an effect.
@@ -255,6 +305,15 @@ METRICS: dict[str, Metric] = _by_name(
     _benchmark("contaminated_fraction", "share of problems whose text the training data repeat, by n-grams", "min"),
 )  # fmt: skip
 
+_OURS = frozenset(METRICS) | {
+    *("study", "trial_id", "attempt", "step", "written_at", "evaluated_step", "best_checkpoint", "host", "outcome"),
+    *("done", "config", "date", "timestamp", "pid", "hostname", "node_ip", "training_iteration", "time_total_s"),
+}
+"""Metrics of this package, other columns, and what else a report to Ray Tune holds: plug-ins `register` other names."""
+
+_LOADED: set[str] = set()
+"""Names of metrics whose code this process has loaded."""
+
 
 def metric(name: str, table: Literal["metrics", "evaluations"] | None = None) -> Metric:
     """The registered metric `name`, of `table` if that is given; refuses others with the nearest name."""
@@ -262,6 +321,26 @@ def metric(name: str, table: Literal["metrics", "evaluations"] | None = None) ->
     if name not in known:
         raise unknown("metric" if table is None else f"metric of {table}", name, known, REGISTER)
     return known[name]
+
+
+def register(entry: Metric, *, is_recorded: bool = False) -> None:
+    """Add the metric of a plug-in, or replace it; its column in `metrics` follows.
+
+    Args:
+        is_recorded: it was read from a study, and gives way to one that this process has loaded.
+
+    Raises:
+        ResultsError: the name is taken.
+    """
+    if entry.name in _OURS:
+        raise ResultsError(f"results: metric {entry.name!r}: this name is taken. Give yours another one")
+    if is_recorded and entry.name in _LOADED:
+        if METRICS[entry.name] != entry:
+            raise ResultsError(f"results: metric {entry.name!r}: this process has loaded another one of this name")
+        return
+    if not is_recorded:
+        _LOADED.add(entry.name)
+    METRICS[entry.name] = entry
 
 
 def in_table(table: str) -> dict[str, Metric]:

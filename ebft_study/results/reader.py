@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ebft_study.errors import NoFileError, ResultsError, one_line
 from ebft_study.results import completeness, copies, schema, writer
+from ebft_study.results.metrics import METRICS, Metric, register
 from ebft_study.results.record import unreadable_parts
 from ebft_study.storage import Location, StoragePath, in_parallel, storage_path
 
@@ -70,9 +71,27 @@ def load(study: Location) -> Results:
     folder = find_study(study)
     problems: list[str] = []
     spec = read_spec(folder, problems)
+    register_metrics(spec, problems)
     tables = {table: read_table(folder, table, problems) for table in schema.TABLES}
     problems += missing_files(folder)
     return Results(folder=folder, spec=spec, problems=problems, **tables)
+
+
+def register_metrics(spec: dict[str, Any], problems: list[str]) -> None:
+    """The metrics of users that a study has recorded, as their plug-ins declared them: none is imported.
+
+    Before its tables are read: their columns follow.
+    """
+    provenance = spec.get("provenance")
+    used = provenance.get("plugins") if isinstance(provenance, dict) else None
+    for path, record in (used if isinstance(used, dict) else {}).items():
+        declared = record.get("metric") if isinstance(record, dict) else None
+        if declared is None:
+            continue
+        try:
+            register(Metric.of_plugin(path, **declared), is_recorded=True)
+        except (ResultsError, TypeError, ValueError, KeyError) as error:
+            problems.append(f"study.yaml: the metric of {path} cannot be read ({one_line(error)})")
 
 
 def find_study(study: Location) -> StoragePath:
@@ -319,9 +338,13 @@ def _parse(stored: bytes, path: StoragePath, table: str, columns: frozenset[str]
         raise ResultsError(f"{path}: does not fit the table {table!r} ({one_line(error)}). Remove it") from None
 
 
-@functools.cache
 def _present_schema(table: str, columns: frozenset[str] | None) -> pyarrow.Schema:
     """The schema of a table, or of some of its columns."""
+    return _some_of(table, columns, tuple(METRICS))
+
+
+@functools.cache
+def _some_of(table: str, columns: frozenset[str] | None, _metrics: tuple[str, ...]) -> pyarrow.Schema:
     import pyarrow as pa
 
     whole = schema.arrow_schema(table)

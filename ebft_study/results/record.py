@@ -17,10 +17,15 @@ class _Inputs(TypedDict, total=False):
     files: str | None
 
 
+class _Plugin(_Inputs, total=False):
+    folder: str | None
+
+
 class _Provenance(TypedDict, total=False):
     data: dict[str, _Inputs]
     models: dict[str, _Inputs]
     benchmarks: dict[str, _Inputs]
+    plugins: dict[str, _Plugin]
 
 
 class _Resources(TypedDict, total=False):

@@ -162,9 +162,13 @@ _EVENTS = (
 )
 
 
-@functools.cache
 def columns(table: str) -> tuple[Column, ...]:
     """The columns of `table` in order."""
+    return _columns(table, tuple(METRICS))
+
+
+@functools.cache
+def _columns(table: str, _metrics: tuple[str, ...]) -> tuple[Column, ...]:
     if table == "trials":
         return (*_TRIAL_STATE, *hyperparameters())
     if table == "metrics":
@@ -216,9 +220,13 @@ def _type_name(annotation: Any) -> str:
 # --- arrow -----------------------------------------------------------------------------------------------------
 
 
-@functools.cache
 def arrow_schema(table: str) -> pyarrow.Schema:
     """The pyarrow schema of `table`; descriptions are in the fields' metadata, the version in the schema's."""
+    return _arrow_schema(table, tuple(METRICS))
+
+
+@functools.cache
+def _arrow_schema(table: str, _metrics: tuple[str, ...]) -> pyarrow.Schema:
     import pyarrow as pa
 
     fields = [

@@ -17,10 +17,12 @@ import torch
 
 from ebft_study.config import RunConfig
 from ebft_study.cost import ModelShape
-from ebft_study.errors import ConfigError
+from ebft_study.data import load_text
+from ebft_study.errors import ConfigError, DataError
 from ebft_study.evaluation.base import CONTEXTS, VERIFIER_LIMITS
 from ebft_study.networks.loading import base_dtype, digest_of_files, read_config, source_of
 from ebft_study.paths import cache_folder
+from ebft_study.plugins import is_path
 from ebft_study.pretraining import ladder
 from ebft_study.training import Workers, downstream
 from ebft_study.training.inputs import Inputs, read_inputs
@@ -64,6 +66,11 @@ def prepare(
         _check_memory(config, workers(config))
         inputs = read_inputs(config)
         inputs.close()
+        if is_path(config.data.dataset) and load_text(config.data).fingerprint != inputs.text.fingerprint:
+            raise DataError(
+                f"data.dataset={config.data.dataset!r}: returns other examples each time that it is called, and every "
+                "trial calls it. Fix its seed, and sort what it reads"
+            )
         data[inputs.text.name] = _describe_data(inputs)
         benchmarks |= {each.name: {"fingerprint": each.fingerprint} for each in inputs.benchmarks}
         for name, revision in _networks(config).items():

@@ -13,6 +13,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from ebft_study.config import RunConfig
+from ebft_study.plugins import search_in
 from ebft_study.results import Fence, TrialRecorder
 from ebft_study.results.copies import read_mapping
 from ebft_study.storage import storage_path
@@ -47,6 +48,8 @@ class Attempt:
     """The part of a GPU that each worker may use."""
     generation: int = 0
     """Of the driver that the attempt belongs to, in a store."""
+    plugins: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Arguments of `plugins.search_in`."""
 
     @property
     def name(self) -> str:
@@ -63,6 +66,8 @@ def train_recorded(
 ) -> dict[str, Any]:
     """Run the loop; returns its `RunResult` as a dictionary, with `started_at` (epoch seconds) and `train_seconds`."""
     started_at, started = time.time(), time.monotonic()
+    if attempt.plugins:
+        search_in(**attempt.plugins)
     recorder = _recorder(config, attempt) if rank == 0 else None
     saved = storage_path(attempt.start_from).on_disk() if attempt.start_from else contextlib.nullcontext()
     try:

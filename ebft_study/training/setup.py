@@ -14,6 +14,7 @@ from ebft_study.data import TextDataset, TokenDataset
 from ebft_study.errors import ConfigError, ModelError
 from ebft_study.evaluation import Evaluator
 from ebft_study.evaluation.downstream.benchmarks import Benchmark
+from ebft_study.evaluation.extra_metrics import load_metrics
 from ebft_study.features import FeatureBackend
 from ebft_study.features.local import LocalFeatures, load_networks
 from ebft_study.methods import Method
@@ -150,7 +151,8 @@ def _with_networks(
         method = Ebft(
             config, rollouts=rollouts, features=features, base=frozen, anchors_at_once=memory_plan.anchors_at_once
         )
-    evaluator = Evaluator(config, StridedRollouts(config.training.attention), features, judge)
+    extra = load_metrics(config.evaluation.extra_metrics, base.tokenizer)
+    evaluator = Evaluator(config, StridedRollouts(config.training.attention), features, judge, extra)
     remarks = [f"base model {base.fingerprint}", *inputs.remarks]
     if inputs.benchmarks and rollouts.engine:
         remarks.append(f"benchmarks are sampled by {rollouts.engine}")

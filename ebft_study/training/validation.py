@@ -151,7 +151,8 @@ def shared_model(run: Run) -> LoadedModel | None:
 def _validation_row(run: Run, measured: Measured, started: float) -> dict[str, float]:
     row = evaluation.summary(measured, run.config.rollout.completion_length)
     row["evaluation_seconds"] = time.perf_counter() - started
-    for name in (evaluation.CE, evaluation.CFM, evaluation.JUDGE_CFM):
+    extra = [each.name for each in run.parts.evaluator.extra]
+    for name in (evaluation.CE, evaluation.CFM, evaluation.JUDGE_CFM, *extra):
         if name in row and not math.isfinite(row[name]):
             raise NonFiniteError(name, row[name], run.step)
     run.latest |= row | {"evaluated_step": float(run.step)}

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import cast
 
+from ebft_study import plugins
 from ebft_study.config import VerifierConfig
-from ebft_study.errors import ConfigError, EbftError, one_line
+from ebft_study.errors import ConfigError
 from ebft_study.verifiers import Judgement, Problem, Verifier
 from ebft_study.verifiers.base import AnswerVerifier, scored
 
 Function = Callable[[Sequence[Problem], Sequence[str]], Sequence[float | None]]
+_KEY = "verifier.verifier"
 _MEMBERS = ("name", "lowest", "highest", "judge", "close")
 
 
@@ -36,9 +36,7 @@ class ImportedFunction(AnswerVerifier):
         try:
             scores = list(self._function(problems, answers))
         except Exception as error:
-            raise _refused(
-                self.name, f"it has raised {type(error).__name__}: {one_line(error)}", "Repair it"
-            ) from error
+            raise plugins.raised(_KEY, self.name, error) from error
         if len(scores) != len(answers):
             raise _refused(self.name, f"it has returned {len(scores)} scores for {len(answers)} answers", "Repair it")
         for score in scores:
@@ -53,7 +51,7 @@ def load_imported(path: str, config: VerifierConfig) -> Verifier:
     Raises:
         ConfigError: there is no such object, or it is neither.
     """
-    target = _imported(path)
+    target = plugins.load(path, key=_KEY)
     try:
         parameters = inspect.signature(target).parameters.values()
     except (TypeError, ValueError):
@@ -63,15 +61,8 @@ def load_imported(path: str, config: VerifierConfig) -> Verifier:
         return ImportedFunction(path, target, config)
     if required != 0:
         raise _refused(path, f"takes {required} arguments", _KINDS)
-    try:
-        verifier = target()
-    except EbftError:
-        raise
-    except Exception as error:
-        raise _refused(path, f"it has raised {type(error).__name__}: {one_line(error)}", "Repair it") from error
-    missing = [name for name in _MEMBERS if not hasattr(verifier, name)]
-    if missing:
-        raise _refused(path, f"it has returned an object without {', '.join(missing)}", _KINDS)
+    verifier = plugins.call(path, key=_KEY, options={})
+    plugins.check_members(verifier, _MEMBERS, path, key=_KEY, what="an ebft_study.verifiers.Verifier")
     return cast(Verifier, verifier)
 
 
@@ -81,20 +72,5 @@ _KINDS = (
 )
 
 
-def _imported(path: str) -> Any:
-    module, _, name = path.partition(":")
-    if not module or not name:
-        raise _refused(path, "is no import path", "Write package.module:name")
-    try:
-        imported: Any = importlib.import_module(module)
-    except Exception as error:
-        remedy = "Install the package of the module, or put its folder on PYTHONPATH"
-        raise _refused(path, f"cannot be imported ({type(error).__name__}: {one_line(error)})", remedy) from error
-    try:
-        return functools.reduce(getattr, name.split("."), imported)
-    except AttributeError:
-        raise _refused(path, f"{module} has no {name}", "Repair the name") from None
-
-
 def _refused(path: str, rule: str, remedy: str) -> ConfigError:
-    return ConfigError(f"verifier.verifier={path!r}: {rule}. {remedy}")
+    return plugins.refused(_KEY, path, rule, remedy)

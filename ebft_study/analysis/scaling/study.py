@@ -28,6 +28,7 @@ from ebft_study.analysis.scaling.speedup import Speedup, sharing_p_value, speedu
 from ebft_study.analysis.selection import best, comparable
 from ebft_study.analysis.summary import VALIDATION, StudySummary
 from ebft_study.errors import FitError
+from ebft_study.results import METRICS
 
 AXES = ("parameters", "tokens")
 GAINS = ("cfm_loss", "judge_cfm_loss")
@@ -79,7 +80,8 @@ class StudyLaws:
 def laws_of_all(study: StudySummary) -> list[StudyLaws]:
     """The laws of every metric by which the study's configurations compare with each other; empty without an axis."""
     measured = _measured(study)
-    one_map = [metric for metric in study.compared if len(comparable(measured, metric, at_one_length=True)) == 1]
+    ours = [metric for metric in study.compared if not METRICS[metric].plugin]
+    one_map = [metric for metric in ours if len(comparable(measured, metric, at_one_length=True)) == 1]
     return [found for metric in one_map if (found := laws(study, metric)) is not None]
 
 

@@ -6,13 +6,14 @@ import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ebft_study import config, results
+from ebft_study import config, plugins, results
 from ebft_study.config import DataConfig, EvaluationConfig, RunConfig
 from ebft_study.errors import ConfigError, DataError, ResultsError
 from ebft_study.results import TrialRecorder
 from ebft_study.storage import StoragePath
 from ebft_study.study.driver import trained
 from ebft_study.study.driver.trained import TrainedModel
+from ebft_study.study.folder import study_yaml
 
 if TYPE_CHECKING:
     from ebft_study.evaluation import Scores
@@ -44,6 +45,7 @@ def evaluate(
     from ebft_study.training.setup import choose_device
 
     study = results.load(folder)
+    plugins.search_in(*study_yaml.used_plugins(folder))
     changes = _changes(overrides) | {"evaluation.benchmarks": list(benchmarks)}
     chosen = [trained.trained_model(study, trial_id, checkpoint, changes) for trial_id in _trials(study, trials)]
     settings = chosen[0].run.evaluation

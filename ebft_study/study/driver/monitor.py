@@ -12,6 +12,7 @@ from ebft_study import config
 from ebft_study.analysis.usage import REDONE_EVENT
 from ebft_study.results import SKIPPED, StudyRecorder
 from ebft_study.results.lineage import EXPLOIT
+from ebft_study.study.driver.callbacks import Callbacks
 from ebft_study.study.folder.trial_states import OPEN, TrialResult, TrialState, trial_result
 from ebft_study.study.spec.trials import Trial, format_value
 from ebft_study.study.view.display import Lines
@@ -33,6 +34,7 @@ class Monitor:
         self._recorder, self._states, self._objective, self._further = recorder, states, objective, further
         self._first_report: dict[str, tuple[int, float]] = {}
         self.display: Lines | None = None
+        self.callbacks = Callbacks()
 
     def planned(self, trial: Trial) -> None:
         """A trial is known and pending."""
@@ -74,6 +76,7 @@ class Monitor:
         first = {"started_at": _moment(state.started_at)} if state.attempt == 0 else {}
         self._record(trial_id, **first)
         self._changed(state, "starts")
+        self.callbacks.trial("on_trial_start", state)
 
     def reported(self, trial_id: str, metrics: Mapping[str, Any]) -> None:
         """An evaluation or a checkpoint; its rows are in the tables already."""
@@ -95,6 +98,7 @@ class Monitor:
         if math.isfinite(cfm):
             state.best_cfm = min(cfm, state.best_cfm)
         self._changed(state, f"step {state.step}/{state.total_steps}")
+        self.callbacks.trial("on_report", state)
 
     def _resumed(self, state: TrialState, attempt: int, metrics: Mapping[str, Any]) -> None:
         """A new attempt begins at an earlier step: the work since then was in vain, but it was done."""
@@ -145,6 +149,7 @@ class Monitor:
         if status == "failed" or state.stopped_early:  # the loop records other stops itself
             self._recorder.event(status, reason, trial_id=trial_id, attempt=state.attempt)
         self._changed(state, f"{status}{f' ({reason})' if reason else ''}")
+        self.callbacks.trial("on_trial_end", state)
         return trial_result(state, self._objective, self._further)
 
     def interrupted(self, reason: str) -> None:

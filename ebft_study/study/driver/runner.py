@@ -27,7 +27,7 @@ from ebft_study.study.folder.history import BUDGET_USED, History
 from ebft_study.study.folder.study_yaml import StudySource
 from ebft_study.study.folder.trial_states import TrialState
 from ebft_study.study.forecast.disk import study_disk
-from ebft_study.study.resolving import checks, extending
+from ebft_study.study.resolving import checks, extending, plugin_use
 from ebft_study.study.resolving.resolved import ResolvedStudy
 from ebft_study.study.resolving.study_file import resolve, section_of, with_sections
 from ebft_study.study.search import earlier, journal
@@ -93,7 +93,7 @@ def run(
         shown = "; ".join(different[:3]) + (f"; and {len(different) - 3} more" if len(different) > 3 else "")
         raise ResultsError(f"{folder}: holds a study of this name with other settings ({shown}). Choose another --name")
     if resume_existing:
-        study = _recorded(folder, spec.with_session_of(study.spec))
+        study = _recorded(folder, spec.with_session_of(study.spec), study.plugin_folder)
         return _run(folder, study, console, address, accept_changes=accept_changes)
     study = _recorded(folder, spec)
     past = _history(folder, study)
@@ -144,7 +144,8 @@ def extend(
 ) -> StudyResult:
     """Extend an existing study by the trials or steps that its file has gained, and run them."""
     folder = _folder(study, storage)
-    extended = resolve(extending.extended(study_yaml.read(folder), study), study.source, study.capacity)
+    spec = extending.extended(study_yaml.read(folder), study)
+    extended = resolve(spec, study.source, study.capacity, plugin_folder=study.plugin_folder)
     return _run(folder, extended, console, address, is_new=True, accept_changes=accept_changes)
 
 
@@ -161,8 +162,10 @@ def _folder(study: ResolvedStudy, storage: Location) -> StoragePath:
     return folder
 
 
-def _recorded(folder: StoragePath, spec: StudySpec) -> ResolvedStudy:
-    return resolve(spec, StudySource(str(folder / study_yaml.NAME)))
+def _recorded(folder: StoragePath, spec: StudySpec, plugin_folder: str | None = None) -> ResolvedStudy:
+    """The study in a folder; its plug-ins are where it found them, or beside the file that is given again."""
+    source = StudySource(str(folder / study_yaml.NAME))
+    return resolve(spec, source, plugin_folder=plugin_folder or study_yaml.used_plugins(folder)[0])
 
 
 def _run(
@@ -176,6 +179,8 @@ def _run(
     accept_changes: bool = False,
 ) -> StudyResult:
     """One session of a study. `is_new`: study.yaml does not contain this spec yet."""
+    plugin_use.load(study.spec, study.runs, source=study.source.name, folder=study.plugin_folder)
+    journal.check_sampler(study.spec)
     with _cluster_and_lock(folder, study, address) as (study, lock_handle):
         past = _history(folder, study)
         if retry_failed:
@@ -270,7 +275,9 @@ def _prepare(study: ResolvedStudy, console: Console) -> dict[str, Any]:
         return Workers(resources.device_of(run), resources.processes, resources.gpu_fraction, is_here)
 
     console.print("preparing data and models")
-    return prepare(study.runs, workers=workers)
+    provenance = prepare(study.runs, workers=workers)
+    used = plugin_use.record(study.spec, study.runs)
+    return {**provenance, **({"plugins": used} if used else {})}
 
 
 def _check_inputs(

@@ -24,6 +24,7 @@ from ebft_study.study.cluster import existing, own
 from ebft_study.study.cluster.requests import ResourceRequest
 from ebft_study.study.cluster.watchdog import CLUSTER_GONE, watching_the_cluster
 from ebft_study.study.driver.background_compaction import compacting
+from ebft_study.study.driver.callbacks import Callbacks
 from ebft_study.study.driver.monitor import Monitor
 from ebft_study.study.driver.services import StudyServices
 from ebft_study.study.folder import history
@@ -85,6 +86,8 @@ def run_session(
     with _ending_soon(lock_handle, stopper), _signals(stopper.request_stop):
         monitor.display = display.display(console, columns, past.states, title=study.name, plan=plan)
         monitor.say(f"{study.name}: {display.summary(list(past.states.values()), plan)}")
+        monitor.callbacks = Callbacks(spec.callbacks, lambda problem: monitor.note("callback", problem))
+        monitor.callbacks.call("on_study_start", study.name, str(folder))
         try:
             with compacting(folder, monitor.number_ended, fence.check):
                 _tune(folder, study, past, search, monitor, stopper, fence)
@@ -106,6 +109,7 @@ def run_session(
                 raise
         finally:
             _wind_up(folder, monitor, recorder, stopper, fence)
+            monitor.callbacks.call("on_study_end", study.name, stopper.reason)
     is_over = search.exhausted and not any(state.status in OPEN for state in past.states.values())
     return "" if is_over and stopper.reason == BUDGET_USED else str(stopper.reason)
 
@@ -287,7 +291,7 @@ def _tune(
             mailboxes.close.remote(owner)
             services.released(owner)
 
-        scheduler = _scheduler(folder, study, past, monitor, released)
+        scheduler = _scheduler(folder, study, past, monitor, released, stopper.request_stop)
         observer = Observer(
             search,
             monitor,
@@ -307,6 +311,7 @@ def _tune(
                     monitor,
                     launched,
                     take_turns=spec.scheduler.takes_turns,
+                    give_up=stopper.request_stop,
                     **({"reason_not_to_start": scheduler.reason_not_to_start} if spec.scheduler.compares else {}),
                 ),
                 scheduler=scheduler,
@@ -362,6 +367,7 @@ def _scheduler(
     past: History,
     monitor: Monitor,
     released: Callable[[str, int], None],
+    give_up: Callable[[str], None],
 ) -> Any:
     from ray.tune.schedulers import FIFOScheduler
 
@@ -389,7 +395,9 @@ def _scheduler(
         return RaceScheduler(race, monitor, stopped=past.stopped, released=released)
     if spec.scheduler.kind == "none":
         return FIFOScheduler()
-    return StudyScheduler(spec, longest=study.longest_run_steps, history=past.curves, stopped=past.stopped)
+    return StudyScheduler(
+        spec, longest=study.longest_run_steps, history=past.curves, stopped=past.stopped, give_up=give_up
+    )
 
 
 def trial_task(
@@ -420,6 +428,7 @@ def trial_task(
         resources=trial.resources.model_dump(mode="json"),
         objective=study.spec.objective.all[0].model_dump(mode="json", exclude={"further"}),
         loop=recorded.LOOP,
+        plugins=study.plugins,
         lineage=None if lineage is None else dataclasses.asdict(lineage),
         generation=generation,
     )

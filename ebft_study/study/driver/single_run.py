@@ -21,6 +21,7 @@ from ebft_study.study.driver.monitor import Monitor
 from ebft_study.study.folder import attempts, history, study_yaml
 from ebft_study.study.folder.study_yaml import StudySource
 from ebft_study.study.forecast.disk import checkpoint_disk
+from ebft_study.study.resolving import plugin_use
 from ebft_study.study.resolving.service_plan import check_cache, check_shared_memory, plan_services
 from ebft_study.study.spec.study_spec import ObjectiveSpec, ResourcesSpec, StudySpec, nested, paths
 from ebft_study.study.spec.trials import Configuration, Trial
@@ -43,11 +44,15 @@ def run_single(run: RunConfig, source: StudySource, *, folder: Path, resume: boo
     question = f"A single run of {Path(source.name).name}."
     spec = StudySpec(study=run.name, question=question, run=nested(run), seeds=(run.seed,))
     _check_folder(folder, spec, resume)
+    plugin_folder = plugin_use.folder_of(source.name)
+    plugin_use.load(spec, [run], source=source.name, folder=plugin_folder)
     workers = Workers("cuda" if choose_device(run).type == "cuda" else "cpu")
     if run.uses_engine:
         alone = ResourcesSpec()
         check_shared_memory([run], plan_services([run], alone, concurrency=1), alone, concurrency=1)
     provenance = prepare([run], workers=lambda _: workers)
+    if used := plugin_use.record(spec, [run]):
+        provenance["plugins"] = used
     if changed := study_yaml.changed_inputs(folder, provenance):
         raise ResultsError(f"{folder}: {'; '.join(changed)}: the run began with others. Use another --output")
     folder.mkdir(parents=True, exist_ok=True)

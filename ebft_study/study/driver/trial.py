@@ -90,6 +90,7 @@ def _run_attempt(task: TrialTask) -> None:
         loop=task.loop,
         gpu_fraction=task.resources_spec.gpu_fraction,
         generation=task.generation,
+        plugins=task.plugins,
     )
     fit = _fit_workers if task.resources_spec.workers_per_trial else _fit_in_process
     keep, objective = task.run_config.checkpoint, task.objective_spec

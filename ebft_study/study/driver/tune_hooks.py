@@ -16,7 +16,7 @@ from typing import Any
 from ray.tune import Callback, Stopper
 from ray.tune.search import Searcher
 
-from ebft_study.errors import StorageError
+from ebft_study.errors import ConfigError, StorageError
 from ebft_study.storage import filesystems
 from ebft_study.study.cluster.own import CLUSTER_DIED
 from ebft_study.study.driver.monitor import Monitor
@@ -48,18 +48,28 @@ class StudySearcher(Searcher):  # type: ignore[misc]
         *,
         take_turns: bool = False,
         reason_not_to_start: Callable[[str], str] = lambda configuration: "",
+        give_up: Callable[[str], None] = lambda reason: None,
     ) -> None:
         """
         Args:
             launched: starts the services of a trial and returns its task.
             take_turns: Tune gets more trials than there are slots, and decides when to start them.
             reason_not_to_start: of a configuration's trials; '' for one whose trials are to run.
+            give_up: called with the problem when the search cannot choose.
         """
         super().__init__()
+        self._give_up = give_up
         self._search, self._monitor, self._launched, self._take_turns = search, monitor, launched, take_turns
         self._reason_not_to_start = reason_not_to_start
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        try:
+            return self._suggest()
+        except ConfigError as error:
+            self._give_up(error.message)
+            return None
+
+    def _suggest(self) -> dict[str, Any] | str | None:
         while (trial := self._search.next()) is not None and (reason := self._not_to_start(trial)):
             self._monitor.planned(trial)
             outcome = {"status": "stopped", "reason": f"{EARLY_STOP}: {reason}"}
@@ -207,13 +217,17 @@ class StudyStopper(Stopper):  # type: ignore[misc]
         if self._rules is None or "outcome" in result:
             return False
         task = TrialTask.from_config(result["config"])
-        return not task.is_baseline and self._rules.should_stop(
-            task.trial_id,
-            result,
-            total_steps=task.total_steps,
-            n_samples=task.run["rollout"]["n_samples"],
-            warm_start_steps=task.run["training"]["warm_start_steps"],
-        )
+        try:
+            return not task.is_baseline and self._rules.should_stop(
+                task.trial_id,
+                result,
+                total_steps=task.total_steps,
+                n_samples=task.run["rollout"]["n_samples"],
+                warm_start_steps=task.run["training"]["warm_start_steps"],
+            )
+        except ConfigError as error:  # of a rule of the user: what it would have said is not known
+            self.request_stop(str(error))
+            return False
 
     def stop_all(self) -> bool:
         if self._deadline is not None and time.monotonic() >= self._deadline:

@@ -27,7 +27,7 @@ from ebft_study.study.spec import normalize
 from ebft_study.study.spec.study_spec import StudySpec
 
 NAME = "study.yaml"
-INPUTS = ("data", "models", "benchmarks")
+INPUTS = ("data", "models", "benchmarks", "plugins")
 """Parts of the provenance whose hashes say whether two sessions see the same."""
 PACKAGES = ("ebft-study", "torch", "ray", "transformers", "optuna", "tokenizers", "numpy", "pandas", "pyarrow")
 
@@ -64,7 +64,7 @@ def write(folder: Location, spec: StudySpec, source: StudySource, *, provenance:
 
 
 def changed_inputs(folder: Location, provenance: Mapping[str, Any]) -> list[str]:
-    """Data, models and benchmarks that are not those recorded: `data qa: 3f2a04d1 -> 9c11e0b7`; none without record."""
+    """Inputs that are not those recorded: `data qa: 3f2a04d1 -> 9c11e0b7`; none without record."""
     recorded = _content_if_any(folder).get("provenance") or {}
     return [
         f"{kind} {name}: {then[key][:8]} -> {now[key][:8]}"
@@ -74,6 +74,13 @@ def changed_inputs(folder: Location, provenance: Mapping[str, Any]) -> list[str]
         for key in ("fingerprint", "files")
         if key in now and then.get(key, now[key]) != now[key]
     ]
+
+
+def used_plugins(folder: Location) -> tuple[str | None, dict[str, str]]:
+    """Where a study found the plug-ins that Python alone does not find, and their digests by import path."""
+    used = (content(folder).get("provenance") or {}).get("plugins") or {}
+    where = next((str(entry["folder"]) for entry in used.values() if entry.get("folder")), None)
+    return where, {path: entry["fingerprint"] for path, entry in used.items() if "fingerprint" in entry}
 
 
 def accept_inputs(folder: Location, provenance: Mapping[str, Any]) -> None:

@@ -24,8 +24,6 @@ from ebft_study.study.spec import enumeration, promotion
 from ebft_study.study.spec.study_spec import StudySpec, key_matches
 from ebft_study.study.spec.trials import Trial
 
-OBJECTIVES = tuple(entry.name for entry in METRICS.values() if entry.is_objective)
-
 
 def check_search(spec: StudySpec, source: str) -> None:
     """Refuse axes from which no trials can be made."""
@@ -125,11 +123,12 @@ def _objective_rules(spec: StudySpec) -> Iterator[Broken]:
     objectives, search = spec.objective.all, spec.search
     metrics = [objective.metric for objective in objectives]
     for metric, mode in ((objective.metric, objective.mode) for objective in objectives):
-        if metric not in OBJECTIVES:
-            close = difflib.get_close_matches(metric, OBJECTIVES, n=1, cutoff=0.5)
+        reported = [entry.name for entry in METRICS.values() if entry.is_objective]
+        if metric not in reported:
+            close = difflib.get_close_matches(metric, reported, n=1, cutoff=0.5)
             nearest = f" Did you mean {close[0]!r}?" if close else ""
-            rule = f"no trial reports this metric at evaluations.{nearest} Reported are {', '.join(OBJECTIVES)}"
-            yield "objective.metric", metric, rule, "Use one of them"
+            rule = f"no trial reports this metric at evaluations.{nearest} Reported are {', '.join(reported)}"
+            yield "objective.metric", metric, rule, "Use one of them, or package.module:name for one of your own"
         elif (better := METRICS[metric].direction) != mode:
             yield "objective.mode", mode, f"the better {metric} is the {better}imum", f"Use mode: {better}"
         if metrics.count(metric) > 1:
@@ -244,6 +243,9 @@ def _reported_rules(metric: str, run: RunConfig) -> Iterator[Broken]:
     if metric == "ce_answer_loss" and is_raw_text:
         rule = f"data set {run.data.dataset!r} is raw text without answers, so no trial reports it"
         yield "objective.metric", metric, rule, "Use metric: ce_loss"
+    if METRICS[metric].plugin and METRICS[metric].plugin not in run.evaluation.extra_metrics:
+        rule = "evaluation.extra_metrics does not have it"
+        yield "objective.metric", metric, rule, f"Add {METRICS[metric].plugin}"
     if metric == "judge_cfm_loss" and run.evaluation.judge is None:
         rule = "no judge measures it"
         yield "objective.metric", metric, rule, "Name a network in evaluation.judge, or use metric: cfm_loss"

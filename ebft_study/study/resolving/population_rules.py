@@ -42,7 +42,7 @@ def _study_rules(spec: StudySpec, n_members: int) -> Iterator[Broken]:
     if spec.seeds.promotes:
         rule = "trials of a population continue from each other, so none is a configuration that could be promoted"
         yield "seeds.promote", spec.seeds.promote, rule, "List the seeds, or use another scheduler.kind"
-    stopping_rules = [name for name, rule in spec.stopping if rule is not None]
+    stopping_rules = [name for name, rule in spec.stopping if rule]
     if stopping_rules:
         rule = "a trial that falls behind continues from a better one instead of being stopped"
         yield "stopping", stopping_rules, rule, "Drop the stopping rules, or use another scheduler"

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ebft_study.config import RunConfig
 from ebft_study.study.cluster.capacity import ClusterCapacity
 from ebft_study.study.cluster.requests import ResourceRequest, shared_gpus
 from ebft_study.study.folder.study_yaml import StudySource
+from ebft_study.study.resolving import plugin_use
 from ebft_study.study.spec import promotion
 from ebft_study.study.spec.study_spec import StudySpec
 from ebft_study.study.spec.trials import Trial
@@ -30,6 +31,8 @@ class ResolvedStudy:
     candidates: tuple[Trial, ...]
     """Corners of Optuna's search space, checked instead of the trials that it may choose; otherwise empty."""
     capacity: ClusterCapacity
+    plugin_folder: str | None = None
+    """Where plug-ins are looked for that Python does not find: the folder of the study file."""
 
     def on(self, capacity: ClusterCapacity) -> ResolvedStudy:
         """The same study on other machines."""
@@ -102,6 +105,11 @@ class ResolvedStudy:
         """
         fits = max([1, *(request.fit(self.trial_capacity) for request in self.requests)])
         return min(fits, self.spec.budget.max_concurrent_trials or fits)
+
+    @cached_property
+    def plugins(self) -> dict[str, Any]:
+        """What the processes of trials need to find the same plug-ins."""
+        return plugin_use.for_tasks(self.spec, self.runs, self.plugin_folder)
 
     @cached_property
     def service_plan(self) -> ServicePlan:

@@ -17,11 +17,11 @@ from ebft_study.errors import ConfigError, one_line, refuse, rule_broken
 from ebft_study.study.cluster.capacity import ClusterCapacity, this_machine
 from ebft_study.study.cluster.requests import wants_gpus
 from ebft_study.study.folder.study_yaml import StudySource
-from ebft_study.study.resolving import checks
+from ebft_study.study.resolving import checks, plugin_use
 from ebft_study.study.resolving.resolved import ResolvedStudy
 from ebft_study.study.spec import enumeration, normalize, trials
 from ebft_study.study.spec.normalize import dump, normalized
-from ebft_study.study.spec.study_spec import USED_BY, Profile, StudySpec, paths
+from ebft_study.study.spec.study_spec import Profile, StudySpec, is_used, paths
 
 _MOST_CORNERS = 256
 SECTIONS = ("seeds", "scheduler", "stopping", "objective", "budget", "resources", "search")
@@ -47,10 +47,10 @@ def load_study(
     else:
         content = config.read_yaml(study)
         source = StudySource.from_content(str(study), study.read_bytes(), profile)
-    spec = with_overrides(read_study(content, source.name, profile), overrides)
+    spec = plugin_use.with_metrics(with_overrides(read_study(content, source.name, profile), overrides))
     if name is not None:
         spec = config.parse(StudySpec, {**dump(spec), "study": name}, source="command line")
-    resolved = resolve(spec, source)
+    resolved = resolve(spec, source, plugin_folder=plugin_use.folder_of(source.name))
     # Not in `resolve`: a study that another version has begun can still be resumed.
     on_axes = [trial.run for trial in resolved.examples if trial.configuration.baseline is None]
     checks.check_comparable(spec, on_axes, source.name)
@@ -58,8 +58,14 @@ def load_study(
     return resolved
 
 
-def resolve(spec: StudySpec, source: StudySource, capacity: ClusterCapacity | None = None) -> ResolvedStudy:
-    """Make a study's trials and check it as a whole; on this machine by default.
+def resolve(
+    spec: StudySpec,
+    source: StudySource,
+    capacity: ClusterCapacity | None = None,
+    *,
+    plugin_folder: str | None = None,
+) -> ResolvedStudy:
+    """Make a study's trials and check it as a whole; on this machine by default. Imports its plug-ins, if any.
 
     Raises:
         ConfigError: see `load_study`.
@@ -73,7 +79,8 @@ def resolve(spec: StudySpec, source: StudySource, capacity: ClusterCapacity | No
             trials.trial(spec, chosen, spec.seeds.all[0], len(listed), source.name) for chosen in configurations
         ]
     capacity = capacity or this_machine(gpus=wants_gpus(spec.resources))
-    study = ResolvedStudy(spec, source, tuple(listed), tuple(candidates), capacity)
+    study = ResolvedStudy(spec, source, tuple(listed), tuple(candidates), capacity, plugin_folder)
+    plugin_use.load(spec, study.runs, source=source.name, folder=plugin_folder)
     checks.check(study)
     return study
 
@@ -198,7 +205,7 @@ def with_sections(spec: StudySpec, overrides: Sequence[str]) -> StudySpec:
         rule, remedy = "the file has several objectives, of which this names none", "Change the objective in the file"
         raise rule_broken(source="command line", key="objective", given=overrides, rule=rule, remedy=remedy)
     kind = changes.get("scheduler", {}).get("kind", spec.scheduler.kind)
-    kept = {k: v for k, v in spec.scheduler.given().items() if kind in USED_BY.get(k, (kind,))}
+    kept = {k: v for k, v in spec.scheduler.given().items() if is_used(k, kind)}
     before = {**dump(spec), "scheduler": kept, "stopping": spec.stopping.model_dump(exclude_none=True)}
     return normalized(config.parse(StudySpec, config.merge(before, changes), source="command line"), "command line")
 

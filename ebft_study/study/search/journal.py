@@ -21,8 +21,8 @@ from collections.abc import Container, Iterable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ebft_study import config
-from ebft_study.errors import ConfigError
+from ebft_study import config, plugins
+from ebft_study.errors import ConfigError, EbftError
 from ebft_study.results import cell_value
 from ebft_study.storage import StoragePath, storage_errors, storage_path
 from ebft_study.study.spec import enumeration, trials
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 JOURNAL = "optuna.journal"
+_SAMPLER = "search.sampler"
+_TRIED = 3
 _UNREADABLE = (ValueError, KeyError, AttributeError, TypeError, AssertionError, IndexError)
 """Errors that Optuna raises on a file that is not a journal."""
 
@@ -138,6 +140,46 @@ def _sampler(search: SearchSpec, asked: int) -> BaseSampler:
             case "tpe":
                 # The constant liar keeps concurrent trials apart.
                 return samplers.TPESampler(seed=seed, constant_liar=True)
+            case _:
+                return _users_sampler(search, seed)
+
+
+def _users_sampler(search: SearchSpec, seed: int) -> BaseSampler:
+    """A sampler by import path, with the seed if it takes one that its options do not give.
+
+    Raises:
+        ConfigError: see `plugins.call`; or it is no sampler.
+    """
+    from optuna.samplers import BaseSampler
+
+    options = plugins.seeded(search.sampler, key=_SAMPLER, options=search.sampler_options, seed=seed)
+    sampler = plugins.call(search.sampler, key=_SAMPLER, options=options)
+    if not isinstance(sampler, BaseSampler):
+        rule = f"it has made an object of type {type(sampler).__name__}"
+        raise plugins.refused(_SAMPLER, search.sampler, rule, "Make an optuna.samplers.BaseSampler")
+    return sampler
+
+
+def check_sampler(spec: StudySpec) -> None:
+    """Ask a sampler of the user for a few configurations of this study, which nothing records.
+
+    Raises:
+        ConfigError: it cannot be made, or fails: for several objectives, on such axes, without a package that it needs.
+    """
+    import optuna
+
+    if spec.search.algorithm != "optuna" or not plugins.is_path(spec.search.sampler):
+        return
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(directions=directions(spec.objective), sampler=_sampler(spec.search, 0))
+    try:
+        for number in range(_TRIED):
+            asked, _ = ask(spec, study)
+            study.tell(asked, [float(number)] * len(spec.objective.all))
+    except EbftError:
+        raise
+    except Exception as error:  # of what a sampler does after a trial
+        raise plugins.raised(_SAMPLER, spec.search.sampler, error) from error
 
 
 def _storage(path: Path) -> Any:
@@ -205,6 +247,21 @@ def suggest(spec: StudySpec, asked: optuna.Trial) -> Assignment:
         if enumeration.exists(axis, assignment):
             assignment[key] = _value(axis, _suggest(key, axis, asked))
     return assignment
+
+
+def ask(spec: StudySpec, study: optuna.Study) -> tuple[optuna.Trial, Assignment]:
+    """What the sampler suggests.
+
+    Raises:
+        ConfigError: a sampler of the user has raised an error.
+    """
+    try:
+        asked = study.ask()
+        return asked, suggest(spec, asked)
+    except Exception as error:
+        if isinstance(error, OSError) or not plugins.is_path(spec.search.sampler):
+            raise  # a full disk is no fault of a sampler
+        raise plugins.raised(_SAMPLER, spec.search.sampler, error) from error
 
 
 def ask_for(spec: StudySpec, study: optuna.Study, assignment: Assignment) -> optuna.Trial:

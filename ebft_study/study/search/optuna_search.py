@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ebft_study import plugins
 from ebft_study.errors import ConfigError
 from ebft_study.study.folder.trial_states import TrialResult
 from ebft_study.study.search import journal
@@ -39,7 +40,7 @@ _FAILED = TrialResult("failed")
 STOPPED_EARLY = "stopped_early"
 """Attribute of an Optuna trial: the step, and the objectives at that step."""
 _COMPLETE_ONLY = ("gp", "nsga2")
-"""Samplers that ignore pruned trials."""
+"""Samplers that ignore pruned trials, as those of users may."""
 
 
 class OptunaSearch:
@@ -66,6 +67,7 @@ class OptunaSearch:
             on_change: called after every change of the journal.
         """
         self._spec, self._path, self._on_refused, self._on_change = spec, path, on_refused, on_change
+        self._is_complete_only = spec.search.sampler in _COMPLETE_ONLY or plugins.is_path(spec.search.sampler)
         self._trial_results = dict(trial_results)
         baselines = trials.trials_of(spec, trials.baselines(spec))
         self._waiting = deque(trial for trial in baselines if trial.trial_id not in trial_results)
@@ -136,8 +138,7 @@ class OptunaSearch:
         if known:
             return journal.ask_for(self._spec, self._study, known[0]).number, known[0]
         for _ in range(_MOST_EXCLUDED):
-            asked = self._study.ask()
-            assignment = journal.suggest(self._spec, asked)
+            asked, assignment = journal.ask(self._spec, self._study)
             if not enumeration.is_excluded(self._spec, assignment):
                 return asked.number, assignment
             self._exclude(asked.number)
@@ -173,7 +174,7 @@ class OptunaSearch:
             if frozen.state.is_finished():
                 continue
             ended = self._ended(frozen.number)
-            if ended and (is_first or self._spec.search.sampler not in _COMPLETE_ONLY or _finished(ended)):
+            if ended and (is_first or not self._is_complete_only or _finished(ended)):
                 self._tell(frozen.number, ended)
             else:
                 is_first = False
@@ -201,7 +202,7 @@ class OptunaSearch:
         if stopped is None:
             self._study.tell(number, values, state=None if values else TrialState.FAIL)
         else:
-            estimate = self._estimate(stopped) if self._spec.search.sampler in _COMPLETE_ONLY else None
+            estimate = self._estimate(stopped) if self._is_complete_only else None
             trial, step, means = OptunaTrial(self._study, frozen._trial_id), stopped.step, stopped.means
             if len(means) == 1 and not estimate:
                 trial.report(means[0], step)  # Optuna takes a pruned trial's value from its last report

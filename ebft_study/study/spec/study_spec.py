@@ -8,16 +8,19 @@ from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     Field,
     PositiveFloat,
     PositiveInt,
     SerializerFunctionWrapHandler,
+    WithJsonSchema,
     field_serializer,
     field_validator,
     model_serializer,
     model_validator,
 )
 
+from ebft_study import plugins
 from ebft_study.config import EARLIER_DEFAULTS, RunConfig, Section, all_keys, flatten
 from ebft_study.study.spec.axis import Axis, as_axis, in_lists
 from ebft_study.study.spec.links import Link
@@ -99,6 +102,16 @@ class SeedsSpec(Section):
         return self.listed or tuple(range(self.levels[-1]))
 
 
+PLUGIN = "package.module:name"
+"""All plug-ins, where one of them is named with our own."""
+
+
+def _one_of(names: Iterable[str]) -> WithJsonSchema:
+    """The values of a setting in the reference of study files."""
+    return WithJsonSchema({"enum": [*names, PLUGIN]})
+
+
+SAMPLERS = ("tpe", "gp", "qmc", "random", "nsga2")
 LEARN_FROM_OTHERS = ("tpe", "gp")
 """Samplers that learn from every result; nsga2 chooses parents among its own, qmc and random learn nothing."""
 
@@ -108,10 +121,13 @@ class SearchSpec(Section):
 
     algorithm: Literal["grid", "random", "optuna"] = "grid"
     num_configurations: PositiveInt | None = Field(None, le=100_000, description="random and optuna: how many to try")
-    sampler: Literal["tpe", "gp", "qmc", "random", "nsga2"] = Field(
+    sampler: Annotated[str, AfterValidator(plugins.choice(SAMPLERS)), _one_of(SAMPLERS)] = Field(
         "tpe",
         description="optuna: how to suggest; gp: Gaussian process; qmc: evenly spread, whatever the results; nsga2: "
-        "evolution, for several objectives",
+        "evolution, for several objectives; package.module:name: a sampler of Optuna's or of your own",
+    )
+    sampler_options: dict[str, Any] = Field(
+        default_factory=dict, description="package.module:name: what it is called with, besides a seed"
     )
     population_size: int = Field(10, ge=2, description="nsga2: configurations of a generation")
     search_seed: int = Field(0, ge=0, description="random and optuna: seed of the choice of configurations")
@@ -138,6 +154,12 @@ class SearchSpec(Section):
         return self
 
     @model_validator(mode="after")
+    def _options_of_plugins(self) -> SearchSpec:
+        if self.sampler_options and not plugins.is_path(self.sampler):
+            raise ValueError(f"sampler_options: only a package.module:name has any, and not {self.sampler}. Drop it")
+        return self
+
+    @model_validator(mode="after")
     def _reuse_where_it_has_an_effect(self) -> SearchSpec:
         if self.known and self.algorithm == "grid":
             raise ValueError("known: a grid runs every combination. Drop known, or use algorithm: random")
@@ -150,8 +172,10 @@ class SearchSpec(Section):
         return self
 
 
+SCHEDULERS = ("none", "asha", "hyperband", "median", "extrapolation", "race", "pbt")
 USED_BY = {
-    "grace_period_steps": ("asha", "hyperband", "median", "extrapolation", "race"),
+    "grace_period_steps": ("asha", "hyperband", "median", "extrapolation", "race", PLUGIN),
+    "options": (PLUGIN,),
     "reduction_factor": ("asha", "hyperband"),
     "brackets": ("asha",),
     "min_samples_required": ("median",),
@@ -167,13 +191,18 @@ USED_BY = {
 """Setting -> the schedulers that use it."""
 
 
+def is_used(setting: str, kind: str) -> bool:
+    """Whether a scheduler of this kind uses a setting."""
+    return (PLUGIN if plugins.is_path(kind) else kind) in USED_BY.get(setting, (PLUGIN, *SCHEDULERS))
+
+
 class SchedulerSpec(Section):
     """Early stopping of configurations that fall behind, or (pbt) continue from better ones. Baselines are exempt.
 
     docs/schedulers.md and docs/population.md compare them.
     """
 
-    kind: Literal["none", "asha", "hyperband", "median", "extrapolation", "race", "pbt"] = "none"
+    kind: Annotated[str, AfterValidator(plugins.choice(SCHEDULERS)), _one_of(SCHEDULERS)] = "none"
     grace_period_steps: PositiveInt = Field(50, description="no trial is stopped before this step")
     reduction_factor: int = Field(3, ge=2, description="about one of this many configurations continues at each rung")
     brackets: PositiveInt = Field(1, description="asha: groups of configurations, each with its first rung one later")
@@ -201,24 +230,25 @@ class SchedulerSpec(Section):
         None, description="pbt: axes that are perturbed; default: all. The others are copied from the donor"
     )
     perturbation_seed: int = Field(0, ge=0, description="pbt: seed of the choice of donors and settings")
+    options: dict[str, Any] = Field(default_factory=dict, description="package.module:name: what it is called with")
 
     @model_validator(mode="after")
     def _only_what_is_used(self) -> SchedulerSpec:
         """`kind: none` switches the section off; any other kind refuses settings that it does not use."""
         for name, kinds in USED_BY.items():
-            if self.kind != "none" and name in self.model_fields_set and self.kind not in kinds:
+            if self.kind != "none" and name in self.model_fields_set and not is_used(name, self.kind):
                 given, users = getattr(self, name), " and ".join(kinds)
                 raise ValueError(f"{name}={given}: is a setting of {users}, and kind is {self.kind}. Drop it")
         return self
 
     @model_serializer(mode="wrap")
     def _what_is_used(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {k: v for k, v in handler(self).items() if self.kind in USED_BY.get(k, (self.kind,))}
+        return {k: v for k, v in handler(self).items() if is_used(k, self.kind)}
 
     @property
     def compares(self) -> bool:
         """Whether configurations are compared, to stop those that are behind."""
-        return self.kind in ("asha", "hyperband", "median", "extrapolation", "race")
+        return self.kind not in ("none", "pbt")
 
     @property
     def takes_turns(self) -> bool:
@@ -268,6 +298,14 @@ class RewardHackingRule(Section):
     evaluations: PositiveInt = Field(3, description="rises in a row")
 
 
+def _by_path(given: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    return dict(zip(plugins.as_paths(given), given.values(), strict=True))
+
+
+Plugins = Annotated[dict[str, dict[str, Any]], AfterValidator(_by_path)]
+"""Import path -> options."""
+
+
 class StoppingSpec(Section):
     """Rules that look at one trial alone (`stopping.rules`); none applies unless it is named. Baselines are exempt."""
 
@@ -275,6 +313,9 @@ class StoppingSpec(Section):
     collapse: CollapseRule | None = None
     stagnation: StagnationRule | None = None
     reward_hacking: RewardHackingRule | None = None
+    functions: Plugins = Field(
+        default_factory=dict, description="rules of your own: package.module:name -> what it is called with"
+    )
 
 
 class ObjectiveSpec(Section):
@@ -473,6 +514,9 @@ class StudySpec(Section):
     profiles: dict[str, Profile] = Field(default_factory=dict)
     extended_from: tuple[StudySize, ...] = Field((), description="its size before each --extend; not for study files")
     warm_start: tuple[EarlierStudy, ...] = Field((), description="what its search was told; not for study files")
+    callbacks: Plugins = Field(
+        default_factory=dict, description="what to notify: package.module:name -> what it is called with"
+    )
     defaults: dict[str, Any] = Field(
         default_factory=lambda: {path: all_keys()[path] for path in EARLIER_DEFAULTS},
         description="setting -> its default when the study began, where versions differ; not for study files",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
@@ -38,6 +38,8 @@ class TrialTask:
     """The checkpoint that the trial continues after an exploit of population-based training (`exploit.Lineage`)."""
     generation: int = 0
     """Of the driver, in a store; see `results.fence`."""
+    plugins: dict[str, Any] = field(default_factory=dict)
+    """Where plug-ins are found, and their digests: arguments of `plugins.search_in`; empty without any."""
     failed: str = ""
     """Why the trial is not to be tried again; its process only reports it."""
 

@@ -1,6 +1,7 @@
 """Rules that stop a single trial: pure functions from its evaluations so far to a reason, or to ''.
 
-Schedulers compare configurations; these rules look at one trial alone, so they also work where all are bad.
+Schedulers compare configurations; these rules look at one trial alone, so they also work where all are bad. Users add
+their own (`StoppingRule`).
 """
 
 from __future__ import annotations
@@ -9,11 +10,26 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
+from ebft_study import plugins
+from ebft_study.errors import EbftError
 from ebft_study.study.folder.trial_states import Evaluation
 from ebft_study.study.spec.study_spec import ObjectiveSpec, StoppingSpec
 
+FUNCTIONS = "stopping.functions"
 _ROUNDING = 1e-9  # of a mean over contexts that are all at the largest possible rate
+
+
+class StoppingRule(Protocol):
+    """Why a trial should stop after the last of its evaluations, in a few words; '' if it continues.
+
+    Is asked after each new evaluation but the last one of a trial, in the driver. `history` begins with the base model,
+    at step 0, and holds what trials report: `evaluation.step`, and `evaluation.get("ce_loss")` (NaN where it is not
+    measured). The same history has the same answer, for a resumed study and a replay.
+    """
+
+    def __call__(self, history: Sequence[Evaluation], /, **options: Any) -> str: ...
 
 
 def reason_to_stop(
@@ -32,9 +48,28 @@ def reason_to_stop(
         "reward_hacking": hacked,
     }
     for name, rule in rules:
-        if rule and (reason := checks[name](history, **rule.model_dump())):
+        if name in checks and rule and (reason := checks[name](history, **rule.model_dump())):
             return str(reason)
-    return ""
+    asked = (_asked(path, options, history) for path, options in rules.functions.items())
+    return next(filter(None, asked), "")
+
+
+def _asked(path: str, options: Mapping[str, Any], history: Sequence[Evaluation]) -> str:
+    """The answer of a rule of the user.
+
+    Raises:
+        ConfigError: it has raised an error, or returned something else.
+    """
+    rule: StoppingRule = plugins.load(path, key=FUNCTIONS)
+    try:
+        reason = rule(list(history), **options)
+    except EbftError:
+        raise
+    except Exception as error:
+        raise plugins.raised(FUNCTIONS, path, error) from error
+    if not isinstance(reason, str):
+        raise plugins.refused(FUNCTIONS, path, f"it has returned {reason!r}", "Return a reason to stop, or ''")
+    return reason and f"{plugins.name_of(path)}: {' '.join(reason.split())}"
 
 
 def diverged(history: Sequence[Evaluation], *, margin: float, evaluations: int) -> str:

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
+from ebft_study import plugins
 from ebft_study.analysis.extrapolation import extrapolate
 from ebft_study.study.folder.trial_states import CONFIGURATION_STOPPED
 from ebft_study.study.spec.study_spec import StudySpec
@@ -75,7 +76,10 @@ class Curve:
 
 
 class Rule(Protocol):
-    """When a configuration is compared, by what, and when it is behind."""
+    """When a configuration is compared, by what, and when it is behind.
+
+    A scheduler of the user (`kind: package.module:name`) makes one of its `options`.
+    """
 
     def group(self, configuration: str) -> int:
         """Configurations of a group are compared with each other."""
@@ -213,14 +217,21 @@ class StudyScheduler(FIFOScheduler):  # type: ignore[misc]
         longest: int,
         history: Mapping[Replicate, Points],
         stopped: MutableMapping[str, str] | None = None,
+        give_up: Callable[[str], None] | None = None,
     ) -> None:
         """
         Args:
             longest: steps of the longest trial.
             history: curves of trials that earlier sessions ran.
             stopped: configurations of which no trial runs any more, and why; shared with who else decides that.
+            give_up: called with the problem when a scheduler of the user has failed; default: it is raised.
         """
         super().__init__()
+        self._kind, self._give_up, self._grace_period = (
+            spec.scheduler.kind,
+            give_up,
+            spec.scheduler.grace_period_steps,
+        )
         self._metric, self._sign = spec.objective.metric, 1.0 if spec.objective.mode == "min" else -1.0
         self._rule = _rule_of(spec, longest)
         self._groups: dict[int, dict[str, dict[int, Curve]]] = {}
@@ -237,8 +248,8 @@ class StudyScheduler(FIFOScheduler):  # type: ignore[misc]
         is_new = self._add(trial, step, value)
         if step >= trial.total_steps:
             return False
-        if is_new and trial.configuration not in self._stopped:
-            self._compare(trial, before, step)
+        if is_new and trial.configuration not in self._stopped and self._grace_period <= step:
+            self._compare_or_give_up(trial, before, step)
         reason = self._stopped.get(trial.configuration, "")
         if reason:
             self.reasons[trial.trial_id] = f"{reason}; {steps_saved(step, trial.total_steps)}"
@@ -278,6 +289,17 @@ class StudyScheduler(FIFOScheduler):  # type: ignore[misc]
         """The step of the last evidence, or of the start."""
         return max([0.0, trial.warm_start_steps, *self._curve(trial).steps[-1:]])
 
+    def _compare_or_give_up(self, trial: Replicate, before: float, step: float) -> None:
+        try:
+            self._compare(trial, before, step)
+        except Exception as error:
+            if not plugins.is_path(self._kind):
+                raise
+            problem = plugins.raised("scheduler.kind", self._kind, error)
+            if self._give_up is None:
+                raise problem from error
+            self._give_up(str(problem))
+
     def _compare(self, trial: Replicate, before: float, step: float) -> None:
         """Stop the configuration of a trial that reports `step` if too many others are better over shared seeds."""
         number = self._rule.group(trial.configuration)
@@ -304,6 +326,9 @@ class StudyScheduler(FIFOScheduler):  # type: ignore[misc]
 
 
 def _rule_of(spec: StudySpec, longest: int) -> Rule:
+    if plugins.is_path(spec.scheduler.kind):
+        rule: Rule = plugins.call(spec.scheduler.kind, key="scheduler.kind", options=spec.scheduler.options)
+        return rule
     if spec.scheduler.kind == "extrapolation":
         return Extrapolation(spec)
     return Median(spec) if spec.scheduler.kind == "median" else Halving(spec, longest)

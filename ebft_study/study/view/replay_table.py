@@ -17,7 +17,7 @@ from ebft_study.errors import ResultsError, refuse, rule_broken
 from ebft_study.results import copies
 from ebft_study.storage import Location, storage_path
 from ebft_study.study.folder import history, study_yaml
-from ebft_study.study.resolving import checks, race_rules, study_file
+from ebft_study.study.resolving import checks, plugin_use, race_rules, study_file
 from ebft_study.study.spec import normalize, trials
 from ebft_study.study.spec.study_spec import SchedulerSpec, StoppingSpec, StudySpec
 from ebft_study.study.stopping.replay import (
@@ -78,7 +78,7 @@ def study_with(folder: Location, file: Path, profile: str | None, overrides: Seq
     allowed = [item for item in overrides if study_file.section_of(item) in SECTIONS]
     profile = profile or study_yaml.content(folder).get("profile")
     asked = study_file.read_study(config.read_yaml(file), str(file), profile)
-    asked = study_file.with_sections(asked, allowed)
+    asked = plugin_use.with_metrics(study_file.with_sections(asked, allowed))
     _refuse_changes(recorded, [item for item in overrides if item not in allowed])
     spec = recorded.model_copy(update={name: getattr(asked, name) for name in SECTIONS})
     if spec.scheduler.kind == "pbt":
@@ -86,6 +86,7 @@ def study_with(folder: Location, file: Path, profile: str | None, overrides: Seq
         remedy = "Use asha, hyperband, median, extrapolation or race"
         raise rule_broken(source=str(file), key="scheduler.kind", given="pbt", rule=rule, remedy=remedy)
     runs = _runs(spec)
+    plugin_use.load(spec, runs, source=str(file), folder=plugin_use.folder_of(str(file)))
     refuse(race_rules.broken_rules(spec, runs), source=str(file))
     n_trials = len(spec.seeds.all) * (len(spec.baselines) + len(runs))
     checks.check_stopping(spec, n_trials=n_trials, runs=runs, source=str(file))
@@ -126,7 +127,7 @@ def alternatives(spec: StudySpec, recorded: Sequence[RecordedTrial]) -> dict[str
         SchedulerSpec.model_validate({"kind": kind, "grace_period_steps": grace})
         for kind in ("asha", "hyperband", "median", "extrapolation", "race")
     ]
-    rules = [StoppingSpec.model_validate({rule: {}}) for rule in StoppingSpec.model_fields]
+    rules = [StoppingSpec.model_validate({rule: {}}) for rule in StoppingSpec.model_fields if rule != "functions"]
     changes = [{"scheduler": each} for each in schedulers] + [{"stopping": each} for each in rules]
     changed = [spec.model_copy(update=change) for change in changes]
     changed = [each for each in changed if not any(race_rules.broken_rules(each, _runs(each)))]

@@ -10,6 +10,7 @@ from rich.console import Console
 from ebft_study import results
 from ebft_study.analysis import usage
 from ebft_study.results.lineage import EXPLOIT
+from ebft_study.results.reader import register_metrics
 from ebft_study.storage import Location, storage_path
 from ebft_study.study.folder import history, lock, study_yaml, trial_states
 from ebft_study.study.spec import trials
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 _EVENTS = (
     *("retry", "failed", "stopped", "refused", "resumed", "interrupted", "features", "cache", "promoted", EXPLOIT),
-    *("memory", "vanishing"),
+    *("memory", "vanishing", "callback"),
 )
 _ONLY_CHECKED = ("evaluations", "scores", "samples")
 _MOST_EVENTS = 12
@@ -32,6 +33,7 @@ def show(folder: Location, console: Console) -> None:
     spec = study_yaml.read(folder)
     columns = tuple(dict.fromkeys(("ce_loss", "cfm_loss", *(objective.metric for objective in spec.objective.all))))
     problems = study_yaml.changes(folder)
+    register_metrics(study_yaml.content(folder), problems)
     rows = results.read_table(folder, "trials", problems, (*history.STATE_COLUMNS, *usage.SAVINGS_COLUMNS))
     metrics = results.read_table(folder, "metrics", problems, (*columns, *usage.SERVICES_COLUMNS))
     events = results.read_table(folder, "events", problems)
