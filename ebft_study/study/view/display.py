@@ -73,7 +73,7 @@ class LiveTable(Lines):
         self._live.stop()
 
     def _render(self) -> RenderableType:
-        most = max(_FEWEST_ROWS, min(_MOST_ROWS, self._console.height - _OTHER_LINES))
+        most = rows_on(self._console)
         return render(self._states.values(), self._columns, title=self._title, plan=self._plan, most=most)
 
 
@@ -84,6 +84,11 @@ def display(
     if console.is_terminal:
         return LiveTable(console, columns, states, title, plan)
     return Lines(console, columns)
+
+
+def rows_on(console: Console) -> int:
+    """The most trials that a live table may show on a terminal."""
+    return max(_FEWEST_ROWS, min(_MOST_ROWS, console.height - _OTHER_LINES))
 
 
 def print_plain(console: Console, line: str, style: str | None = None) -> None:
