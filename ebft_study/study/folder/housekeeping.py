@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from ebft_study.errors import ConfigError, ResultsError
 from ebft_study.results import copies, studies_in
 from ebft_study.results.reader import read_spec
-from ebft_study.storage import StoragePath, absolute, storage_errors
+from ebft_study.storage import StoragePath, absolute, storage_errors, storage_path
 from ebft_study.study.folder import lock, study_yaml
 from ebft_study.study.spec.study_spec import NAME_PATTERN
 
@@ -50,15 +50,15 @@ def rename(folder: StoragePath, name: str) -> StoragePath:
         )
     if folder.local is None:
         raise ResultsError(f"{folder}: a store has no folders that could be renamed. Keep the name")
-    target = folder.parent / name
+    target = folder.local.parent / name
     if os.path.lexists(target):
         raise ResultsError(f"{target}: exists. Choose another name, or delete it first")
     with lock.hold(folder, record=study_yaml.NAME):
         study_yaml.change_name(folder, name)
         with storage_errors(folder):
             os.rename(folder, target)
-        (target / lock.OWNER).delete()
-    return target
+        (target / lock.OWNER).unlink(missing_ok=True)
+    return storage_path(target)
 
 
 def search_began_with(folder: StoragePath) -> list[str]:
