@@ -410,6 +410,8 @@ def train(
     import yaml
 
     from ebft_study import config
+    from ebft_study.storage import absolute, storage_path
+    from ebft_study.study.folder import lock, stop_request, study_yaml
     from ebft_study.study.folder.study_yaml import StudySource
 
     if isinstance(run, str | Path):
@@ -422,9 +424,11 @@ def train(
         content = yaml.safe_dump(settings.model_dump(mode="json"))
         source = StudySource.from_content("run", content.encode())
     folder = Path(output) if output else Path("runs") / settings.name
-    from ebft_study.study.driver.single_run import run_single
+    at, console = absolute(storage_path(folder)), _console(console)
+    with lock.hold(at, record=study_yaml.NAME), stop_request.heeded(at, console.print):
+        from ebft_study.study.driver.single_run import run_single
 
-    return run_single(settings, source, folder=folder, resume=resume, console=_console(console))
+        return run_single(settings, source, folder=folder, resume=resume, console=console)
 
 
 def find(study: Location, storage: Location = STUDIES) -> StoragePath:

@@ -266,7 +266,7 @@ def _tune(
 
     spec, plan = study.spec, study.service_plan
     if plan.reason:
-        monitor.note("features", plan.reason)
+        monitor.record("features", plan.reason)
     check_cache(study.runs, plan, spec.resources)
     services = StudyServices(spec.resources)
     is_population = spec.scheduler.kind == "pbt"
