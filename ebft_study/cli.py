@@ -406,6 +406,20 @@ def train(
     raise typer.Exit(0 if result.status == "finished" else 1)
 
 
+@app.command()
+def doctor() -> None:
+    """Show what works on this machine, and the remedy for what does not. Takes two minutes at most.
+
+    [dim]ebft-study doctor[/dim]
+    """
+    from ebft_study import doctor
+
+    console, found = Terminal(), doctor.findings()
+    for each in found:
+        console.print(f"{each.state:6}  {each.name}: {each.text}", soft_wrap=True)
+    raise typer.Exit(int(any(each.state == "broken" for each in found)))
+
+
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
 def bench(context: typer.Context) -> None:
     """Time one EBFT step, and compare it with the published way of computing it. Options: see its own --help.
