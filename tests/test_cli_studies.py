@@ -116,7 +116,7 @@ def test_the_shell_completes_commands_and_names(tmp_path: Path) -> None:
         ran = subprocess.run(
             [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
         )
-        return ran.stdout.decode().split()
+        return ran.stdout.split()
 
     assert {"stop", "status", "study"} <= set(completed("ebft-study st"))
     assert completed("ebft-study status m") == ["mine"]
