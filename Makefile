@@ -16,6 +16,7 @@ PINS := $(wildcard requirements/*.txt)
 # The files of requirements/ are complete, so that nothing is installed whose hash they do not have.
 $(STAMP): pyproject.toml $(PINS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python >= 3.11 is needed; name one with: make PYTHON=python3.12 ..."; exit 2; }
+	@echo "installing into $(VENV): torch and some 250 packages, once; a few minutes, by the speed of the network"
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) --require-hashes -r requirements/base.txt
 	$(INSTALL) --no-build-isolation -e .
@@ -25,6 +26,9 @@ $(STAMP): pyproject.toml $(PINS)
 	$(INSTALL) --require-hashes -r requirements/$$kind.txt \
 		|| echo "note: vLLM could not be installed; its tests show as skipped, and rollout.backend=vllm is refused"
 	@touch $@
+
+# Cancels -qq on a terminal, where pip shows its progress.
+$(STAMP): export PIP_VERBOSE := $(shell [ -t 2 ] && echo 2)
 
 setup: $(STAMP) ## install the package and its tools into .venv
 

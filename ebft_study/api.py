@@ -32,11 +32,39 @@ if TYPE_CHECKING:
     from ebft_study.study.driver.runner import StudyResult
     from ebft_study.study.forecast.plan import StudyPlan
     from ebft_study.study.resolving.resolved import ResolvedStudy
+    from ebft_study.study.view.listing import ListedStudy
     from ebft_study.study.view.replay_table import StudyReplays
     from ebft_study.training import RunResult
 
 STUDIES = "studies"
 """The folder of studies where none is named."""
+
+
+def ready_studies() -> dict[str, str]:
+    """The study files that come with the package, by name, each with its question."""
+    from ebft_study import config, paths
+
+    return {name: " ".join(config.read_yaml(file)["question"].split()) for name, file in paths.ready_studies().items()}
+
+
+def init(name: str, folder: str | Path = ".") -> Path:
+    """Copy a ready study file into a folder, to run it or to change it first. Returns the file.
+
+    Raises:
+        ConfigError: there is no such ready file, or the folder has a file of this name.
+    """
+    from ebft_study import paths
+
+    ready, file = paths.ready_studies(), Path(folder, f"{name}.yaml")
+    if name not in ready:
+        raise ConfigError(f"init: {name!r}: is no ready study. There are: {', '.join(ready)}")
+    if file.exists():
+        raise ConfigError(f"{file}: exists. Remove it, or go to another folder")
+    try:
+        file.write_bytes(ready[name].read_bytes())
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be written ({error.strerror}). Go to another folder") from None
+    return file
 
 
 def load(
@@ -174,6 +202,46 @@ def catalog(storage: Location = STUDIES) -> duckdb.DuckDBPyConnection:
     from ebft_study import results
 
     return results.catalog(storage)
+
+
+def studies(storage: Location = STUDIES) -> list[ListedStudy]:
+    """The studies of a folder: state, trials that are over, and the best configuration so far."""
+    from ebft_study.study.view import listing
+
+    return listing.listed(storage)
+
+
+def stop(study: Location, *, storage: Location = STUDIES) -> StoragePath:
+    """Ask the driver of a running study, here or on another machine, to stop as Ctrl-C does. Does not wait for it.
+
+    Returns its folder.
+
+    Raises:
+        ResultsError: nobody is running the study.
+    """
+    folder = find(study, storage)
+    from ebft_study.study.folder import lock, stop_request
+
+    if not lock.is_held(folder):
+        raise ResultsError(f"{folder}: nobody is running this study. See 'ebft-study status'")
+    stop_request.ask(folder)
+    return folder
+
+
+def delete(study: Location, *, storage: Location = STUDIES) -> None:
+    """Remove a study with its results and checkpoints; one that is running is refused."""
+    folder = find(study, storage)
+    from ebft_study.study.folder import housekeeping
+
+    housekeeping.delete(folder)
+
+
+def rename(study: Location, name: str, *, storage: Location = STUDIES) -> StoragePath:
+    """Give a study and its folder another name; one that is running is refused. Returns the new folder."""
+    folder = find(study, storage)
+    from ebft_study.study.folder import housekeeping
+
+    return housekeeping.rename(folder, name)
 
 
 def write_report(study: Location, *, storage: Location = STUDIES) -> Path | StoragePath:
@@ -342,6 +410,8 @@ def train(
     import yaml
 
     from ebft_study import config
+    from ebft_study.storage import absolute, storage_path
+    from ebft_study.study.folder import lock, stop_request, study_yaml
     from ebft_study.study.folder.study_yaml import StudySource
 
     if isinstance(run, str | Path):
@@ -354,9 +424,11 @@ def train(
         content = yaml.safe_dump(settings.model_dump(mode="json"))
         source = StudySource.from_content("run", content.encode())
     folder = Path(output) if output else Path("runs") / settings.name
-    from ebft_study.study.driver.single_run import run_single
+    at, console = absolute(storage_path(folder)), _console(console)
+    with lock.hold(at, record=study_yaml.NAME), stop_request.heeded(at, console.print):
+        from ebft_study.study.driver.single_run import run_single
 
-    return run_single(settings, source, folder=folder, resume=resume, console=_console(console))
+        return run_single(settings, source, folder=folder, resume=resume, console=console)
 
 
 def find(study: Location, storage: Location = STUDIES) -> StoragePath:

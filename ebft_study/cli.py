@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ebft_study import api
+from ebft_study import api, paths
 from ebft_study.errors import ConfigError, EbftError
 from ebft_study.terminal import Terminal, one_line
 
@@ -24,10 +25,8 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="ebft-study",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_show_locals=False,  # locals may hold secrets of the environment
-    help="Studies of Energy-Based Fine-Tuning (EBFT) of language models.",
 )
 
 Overrides = Annotated[
@@ -45,12 +44,60 @@ AcceptChanges = Annotated[
     bool,
     typer.Option("--accept-changes", help="Continue with data or models that have changed, and record the change."),
 ]
-StudyName = Annotated[str, typer.Argument(help="A study's name, its folder, or its URL.")]
+
+
+def _names_here() -> list[str]:
+    """Names of the studies in ./studies, for the shell's completion."""
+    return sorted(file.parent.name for file in Path(api.STUDIES).glob("*/study.yaml"))
+
+
+def _ready_names() -> list[str]:
+    return list(paths.ready_studies())
+
+
+StudyName = Annotated[str, typer.Argument(help="A study's name, its folder, or its URL.", autocompletion=_names_here)]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from ebft_study import __version__
+
+        typer.echo(f"ebft-study {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Studies of Energy-Based Fine-Tuning (EBFT) of language models."""
+
+
+@app.command()
+def init(
+    name: Annotated[str, typer.Argument(help="A ready study.", autocompletion=_ready_names)] = "quickstart",
+    show_list: Annotated[bool, typer.Option("--list", help="Show the ready studies with their questions.")] = False,
+) -> None:
+    """Copy a ready study file into the current folder, to run it or to change it first.
+
+    [dim]ebft-study init quickstart[/dim]
+    """
+    if show_list:
+        table = Table("study", "question", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+        for ready, question in api.ready_studies().items():
+            table.add_row(ready, question)
+        Terminal().print(table)
+        return
+    file = api.init(name)
+    typer.echo(f"{file}: written. Its cost: ebft-study plan {file} --profile cpu")
+    typer.echo(f"Run it: ebft-study study {file} --profile cpu")
 
 
 @app.command()
 def study(
-    file: Annotated[Path, typer.Argument(help="A study file, see search_spaces/.")],
+    file: Annotated[Path, typer.Argument(help="A study file; for ready ones see init --list.")],
     overrides: Overrides = None,
     profile: Profile = None,
     name: Annotated[str | None, typer.Option(help="Run it under another name.")] = None,
@@ -68,11 +115,11 @@ def study(
 ) -> None:
     """Run a study: one trial per configuration and seed.
 
-    [dim]ebft-study study search_spaces/alpha_gamma.yaml --profile cpu steps=40[/dim]
+    [dim]ebft-study study alpha_gamma.yaml --profile cpu steps=40[/dim]
 
-    [dim]ebft-study study search_spaces/alpha_gamma.yaml --profile cpu budget.max_hours=1[/dim]
+    [dim]ebft-study study alpha_gamma.yaml --profile cpu budget.max_hours=1[/dim]
 
-    [dim]ebft-study study search_spaces/alpha_gamma.yaml --what-if scheduler.kind=asha[/dim]
+    [dim]ebft-study study alpha_gamma.yaml --what-if scheduler.kind=asha[/dim]
     """
     if what_if:
         from ebft_study.study.view import replay_table
@@ -95,7 +142,7 @@ def study(
 
 @app.command()
 def plan(
-    file: Annotated[Path, typer.Argument(help="A study file, see search_spaces/.")],
+    file: Annotated[Path, typer.Argument(help="A study file; for ready ones see init --list.")],
     overrides: Overrides = None,
     profile: Profile = None,
     memory_gib: Annotated[
@@ -106,7 +153,7 @@ def plan(
 ) -> None:
     """Predict the cost of a study: trials, memory, work, hours. Starts nothing.
 
-    [dim]ebft-study plan search_spaces/alpha_gamma.yaml --profile cpu[/dim]
+    [dim]ebft-study plan alpha_gamma.yaml --profile cpu[/dim]
     """
     planned = api.plan(api.load(file, profile, overrides or []), storage=storage, memory_gib=memory_gib)
     from ebft_study.study.forecast.plan import show  # takes seconds, which a mistake in the file should not
@@ -147,15 +194,83 @@ def resume(
         _finish(resumed, console)
 
 
+@app.command("list")
+def list_studies(storage: Storage = api.STUDIES) -> None:
+    """List the studies of a folder: state, trials, start, and the best configuration so far.
+
+    [dim]ebft-study list --storage studies[/dim]
+    """
+    from ebft_study.study.view.listing import show
+
+    show(api.studies(storage), storage, Terminal())
+
+
 @app.command()
-def status(name: StudyName, storage: Storage = api.STUDIES) -> None:
+def status(
+    name: StudyName,
+    watch: Annotated[bool, typer.Option("--watch", help="Keep showing it until nobody runs it any more.")] = False,
+    storage: Storage = api.STUDIES,
+) -> None:
     """Show the trials of a running or finished study, with their states and problems.
 
-    [dim]ebft-study status alpha_gamma[/dim]
+    [dim]ebft-study status alpha_gamma --watch[/dim]
     """
-    from ebft_study.study.view.status import show
+    folder = api.find(name, storage)
+    from ebft_study.study.view import status
 
-    show(api.find(name, storage), Terminal())
+    with _interruptible("the study runs on; repeat the command"):
+        (status.watch if watch else status.show)(folder, Terminal())
+
+
+@app.command()
+def stop(name: StudyName, storage: Storage = api.STUDIES) -> None:
+    """Stop a running study as Ctrl-C does, wherever it runs, and wait for its end. 'resume' continues it.
+
+    [dim]ebft-study stop alpha_gamma[/dim]
+    """
+    folder = api.stop(name, storage=storage)
+    from ebft_study.study.view import status
+
+    typer.echo(f"{folder}: asked its driver to stop; waiting for its end")
+    with _interruptible("the request stands; repeat the command"):
+        status.watch(folder, Terminal())
+
+
+@app.command()
+def delete(
+    name: StudyName,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    storage: Storage = api.STUDIES,
+) -> None:
+    """Remove a study with its results and checkpoints.
+
+    [dim]ebft-study delete alpha_gamma[/dim]
+    """
+    folder = api.find(name, storage)
+    from ebft_study.study.folder.housekeeping import search_began_with
+
+    if users := search_began_with(folder):
+        typer.echo(f"note: the search of {', '.join(users)} began with its results, of which it keeps a copy")
+    if not yes:
+        if not sys.stdin.isatty():
+            raise ConfigError("command line: delete: nobody is there to confirm it. Add --yes")
+        typer.confirm(f"Remove {folder} with its results and checkpoints?", abort=True)
+    api.delete(folder)
+    typer.echo(f"{folder}: removed")
+
+
+@app.command()
+def rename(
+    name: StudyName,
+    new: Annotated[str, typer.Argument(help="The new name.")],
+    storage: Storage = api.STUDIES,
+) -> None:
+    """Give a study and its folder another name.
+
+    [dim]ebft-study rename alpha_gamma first_try[/dim]
+    """
+    folder = api.rename(name, new, storage=storage)
+    typer.echo(f"{folder}: renamed. Its report has the name of before: write it again with 'ebft-study report'")
 
 
 @app.command()
@@ -289,6 +404,20 @@ def train(
     with _interruptible("add --resume to the same command"):
         result = api.train(file, overrides or [], output=output, resume=resume)
     raise typer.Exit(0 if result.status == "finished" else 1)
+
+
+@app.command()
+def doctor() -> None:
+    """Show what works on this machine, and the remedy for what does not. Takes two minutes at most.
+
+    [dim]ebft-study doctor[/dim]
+    """
+    from ebft_study import doctor
+
+    console, found = Terminal(), doctor.findings()
+    for each in found:
+        console.print(f"{each.state:6}  {each.name}: {each.text}", soft_wrap=True)
+    raise typer.Exit(int(any(each.state == "broken" for each in found)))
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)

@@ -17,12 +17,17 @@ def settle() -> None:
 
     They would ask again and again for half a minute, for every file. Asks once per process.
     """
-    if os.environ.get(OFFLINE) is None and not _answers(os.environ.get("HF_ENDPOINT", "https://huggingface.co")):
+    if os.environ.get(OFFLINE) is None and not answers():
         os.environ[OFFLINE] = "1"
         # Each library reads the variable when it is imported.
         for name in ("huggingface_hub.constants", "datasets.config"):
             if name in sys.modules:
                 setattr(sys.modules[name], OFFLINE, True)
+
+
+def answers() -> bool:
+    """Whether it does, or its mirror at HF_ENDPOINT."""
+    return _answers(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
 
 
 @functools.cache

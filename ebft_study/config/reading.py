@@ -27,7 +27,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         with open_file(path) as file:
             text = file.read().decode("utf-8")
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file. Check the path, or see search_spaces/ for ready files") from None
+        remedy = "Check the path, or copy a ready file: ebft-study init --list"
+        raise ConfigError(f"{path}: no such file. {remedy}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as text ({error}). Give a YAML file") from None
     content = parse_yaml(text, source=str(path))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from operator import truediv
 from pathlib import Path
@@ -18,7 +18,7 @@ from ebft_study.errors import NoFileError, ResultsError, one_line
 from ebft_study.results import completeness, copies, schema, writer
 from ebft_study.results.metrics import METRICS, Metric, register
 from ebft_study.results.record import unreadable_parts
-from ebft_study.storage import Location, StoragePath, in_parallel, storage_path
+from ebft_study.storage import Location, StoragePath, absolute, in_parallel, storage_path
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -66,14 +66,25 @@ class Results:
         return functools.reduce(truediv, str(paths.iloc[0]).split("/"), self.folder) if len(paths) else None
 
 
-def load(study: Location) -> Results:
-    """The results of a study, given its folder, its URL or its name (then looked up in ./studies)."""
+def load(study: Location, *, without: Collection[str] = ()) -> Results:
+    """The results of a study, given its folder, its URL or its name (then looked up in ./studies).
+
+    Args:
+        without: tables that are not needed, and stay empty.
+    """
     folder = find_study(study)
     problems: list[str] = []
     spec = read_spec(folder, problems)
     register_metrics(spec, problems)
-    tables = {table: read_table(folder, table, problems) for table in schema.TABLES}
+    tables = {
+        table: schema.arrow_schema(table).empty_table().to_pandas()
+        if table in without
+        else read_table(folder, table, problems)
+        for table in schema.TABLES
+    }
     problems += missing_files(folder)
+    if "study" in spec:  # rows that were written before a study was renamed have its name of then
+        tables = {table: rows.assign(study=spec["study"]) for table, rows in tables.items()}
     return Results(folder=folder, spec=spec, problems=problems, **tables)
 
 
@@ -97,25 +108,29 @@ def register_metrics(spec: dict[str, Any], problems: list[str]) -> None:
 def find_study(study: Location) -> StoragePath:
     """The folder of a study given by folder, URL or name."""
     path = storage_path(study)
-    candidates = [path] if path.local is None else [path, storage_path(STUDIES_FOLDER / path.local)]
-    for folder in candidates:
-        if _holds_study(folder):
-            return folder
-    if path.local is None:
-        raise ResultsError(f"{study}: holds no study. Check the URL: it ends with the study's name")
-    names = sorted(path.parent.name for path in STUDIES_FOLDER.glob("*/study.yaml"))
-    hint = f"Studies here: {', '.join(names)}" if names else f"No studies in {STUDIES_FOLDER.resolve()}"
-    raise ResultsError(f"{study}: is neither a study's folder nor the name of one in ./{STUDIES_FOLDER}. {hint}")
+    in_studies = storage_path(STUDIES_FOLDER) / str(study)
+    return _first([path] if path.local is None else [path, in_studies], study, STUDIES_FOLDER)
 
 
 def find_in(study: Location, storage: Location) -> StoragePath:
-    """The folder of a study given by its name in a storage folder, or like `find_study`."""
+    """The folder of a study given by its name in a storage folder, by its own folder, or by its URL."""
     if "://" in str(study):
         return find_study(study)
     in_storage = storage_path(storage) / str(study)
-    if in_storage.local is None or copies.either_exists(in_storage / "study.yaml"):
-        return find_study(in_storage)
-    return find_study(study)
+    return _first([in_storage] if in_storage.local is None else [in_storage, storage_path(study)], study, storage)
+
+
+def _first(candidates: list[StoragePath], study: Location, storage: Location) -> StoragePath:
+    """The first of several folders that holds a study; refuses a `study` that none of them is."""
+    for folder in candidates:
+        if _holds_study(folder):
+            return folder
+    if candidates[0].local is None:
+        raise ResultsError(f"{candidates[0]}: holds no study. Check the URL: it ends with the study's name")
+    here = storage_path(storage)
+    names = ", ".join(folder.name for folder in studies_in(here))
+    hint = f"Studies there: {names}" if names else f"No studies in {absolute(here)}"
+    raise ResultsError(f"{study}: is neither a study's folder nor the name of one in {storage}. {hint}")
 
 
 def studies_in(storage: Location) -> list[StoragePath]:

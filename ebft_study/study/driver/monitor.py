@@ -168,9 +168,13 @@ class Monitor:
         """Trials that are over."""
         return sum(state.status not in OPEN for state in list(self._states.values()))
 
-    def note(self, kind: str, message: str, **details: Any) -> None:
-        """Something that concerns the study as a whole."""
+    def record(self, kind: str, message: str, **details: Any) -> None:
+        """Something that concerns the study as a whole, for those who look it up."""
         self._recorder.event(kind, message, **details)
+
+    def note(self, kind: str, message: str, **details: Any) -> None:
+        """The same for everybody: it is also shown."""
+        self.record(kind, message, **details)
         self.say(message)
 
     def say(self, message: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from ebft_study.results import Fence, StudyRecorder, copies, study_recorder
 from ebft_study.storage import Location, StoragePath, absolute, remove_leftovers, storage_path
 from ebft_study.study.cluster import existing
 from ebft_study.study.driver.session import run_session
-from ebft_study.study.folder import attempts, history, lock, study_yaml
+from ebft_study.study.folder import attempts, history, lock, stop_request, study_yaml
 from ebft_study.study.folder.history import BUDGET_USED, History
 from ebft_study.study.folder.study_yaml import StudySource
 from ebft_study.study.folder.trial_states import TrialState
@@ -181,7 +181,7 @@ def _run(
     """One session of a study. `is_new`: study.yaml does not contain this spec yet."""
     plugin_use.load(study.spec, study.runs, source=study.source.name, folder=study.plugin_folder)
     journal.check_sampler(study.spec)
-    with _cluster_and_lock(folder, study, address) as (study, lock_handle):
+    with _cluster_and_lock(folder, study, address, console.print) as (study, lock_handle):
         past = _history(folder, study)
         if retry_failed:
             failed = {trial_id for trial_id, state in past.states.items() if state.status == "failed"}
@@ -220,7 +220,7 @@ def _run(
 
 @contextlib.contextmanager
 def _cluster_and_lock(
-    folder: StoragePath, study: ResolvedStudy, address: str | None
+    folder: StoragePath, study: ResolvedStudy, address: str | None, tell: Callable[[str], None]
 ) -> Iterator[tuple[ResolvedStudy, lock.LockHandle]]:
     """The study on the machines where it runs, each of its trials found to fit there, and its lock."""
     with existing.connection(address, study=study.name) as capacity:
@@ -231,7 +231,7 @@ def _cluster_and_lock(
 
             resources = study.spec.resources
             check_shared_memory(study.runs, study.service_plan, resources, concurrency=study.concurrency)
-        with lock.hold(folder, record=study_yaml.NAME) as lock_handle:
+        with lock.hold(folder, record=study_yaml.NAME) as lock_handle, stop_request.heeded(folder, tell):
             if capacity is not None:
                 existing.check(folder.local, needs_dashboard=study.spec.resources.has_workers)
             if folder.local:

@@ -188,7 +188,7 @@ def _search(
     else:
         ordered = list(study.trials)
         if spec.scheduler.compares:
-            ordered = shuffled(ordered, study.name, lambda trial: trial.unit, first=known_labels(spec))
+            ordered = shuffled(ordered, spec.drawn_by, lambda trial: trial.unit, first=known_labels(spec))
         waiting = [trial for trial in ordered if trial.trial_id not in past.trial_results]
         if spec.scheduler.kind == "pbt":
             search = PopulationSearch(waiting, slots=study.concurrency)
@@ -270,7 +270,7 @@ def _tune(
 
     spec, plan = study.spec, study.service_plan
     if plan.reason:
-        monitor.note("features", plan.reason)
+        monitor.record("features", plan.reason)
     check_cache(study.runs, plan, spec.resources)
     services = StudyServices(spec.resources)
     is_population = spec.scheduler.kind == "pbt"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import shlex
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,7 @@ from ebft_study.study.resolving import plugin_use
 from ebft_study.study.resolving.service_plan import check_cache, check_shared_memory, plan_services
 from ebft_study.study.spec.study_spec import ObjectiveSpec, ResourcesSpec, StudySpec, nested, paths
 from ebft_study.study.spec.trials import Configuration, Trial
+from ebft_study.study.view import display
 from ebft_study.study.view.display import Lines
 from ebft_study.training import RunResult, Workers
 
@@ -34,12 +36,15 @@ _MAY_GROW = "run.training.steps:"
 
 
 def run_single(run: RunConfig, source: StudySource, *, folder: Path, resume: bool, console: Console) -> RunResult:
-    """Train `run` in this process. `resume`: from the newest checkpoint in `folder`, if there is any."""
+    """Train `run` in this process. `resume`: from the newest checkpoint in `folder`, if there is any.
+
+    Only for the process that holds the folder's lock.
+    """
     from ebft_study.training.memory import shortage
     from ebft_study.training.prepare import prepare
     from ebft_study.training.setup import choose_device, planned
 
-    folder = folder.resolve()
+    shown, folder = shlex.quote(str(folder)), folder.resolve()
     run = _with_recorded_defaults(run, folder, source.name)
     question = f"A single run of {Path(source.name).name}."
     spec = StudySpec(study=run.name, question=question, run=nested(run), seeds=(run.seed,))
@@ -50,6 +55,7 @@ def run_single(run: RunConfig, source: StudySource, *, folder: Path, resume: boo
     if run.uses_engine:
         alone = ResourcesSpec()
         check_shared_memory([run], plan_services([run], alone, concurrency=1), alone, concurrency=1)
+    display.print_plain(console, f"results: {shown}")
     provenance = prepare([run], workers=lambda _: workers)
     if used := plugin_use.record(spec, [run]):
         provenance["plugins"] = used
@@ -60,7 +66,7 @@ def run_single(run: RunConfig, source: StudySource, *, folder: Path, resume: boo
     objective = spec.objective.metric
     past = history.read(folder, objective).states
     monitor = Monitor(results.StudyRecorder(folder, study=run.name), past, objective)
-    monitor.display = Lines(console, COLUMNS)
+    monitor.display = Lines(console, COLUMNS, past, display.Plan(1))
     of_disk = checkpoint_disk([(run, 1)], concurrency=1).shortages(storage_path(folder))
     for problem in filter(None, [*of_disk, shortage(*planned(run))]):
         console.print(f"note: {problem}", markup=False, highlight=False, soft_wrap=True)
@@ -77,6 +83,7 @@ def run_single(run: RunConfig, source: StudySource, *, folder: Path, resume: boo
         monitor.interrupted(f"{type(error).__name__}: {error}".rstrip(": "))
         raise
     monitor.ended(TRIAL, outcome)
+    display.print_plain(console, f"results: {shown}; their report: ebft-study report {shown}")
     return RunResult(**{field.name: outcome[field.name] for field in dataclasses.fields(RunResult)})
 
 

@@ -97,6 +97,14 @@ def change_session(folder: Location, spec: StudySpec) -> None:
     _write(folder, {**content(folder), **{key: new[key] for key in ("budget", "resources")}})
 
 
+def change_name(folder: Location, name: str) -> None:
+    """Record another name of an existing study, and the first one, by which it draws at random."""
+    spec = read(folder)
+    first = {"first_name": spec.drawn_by} if spec.drawn_by != name else {}
+    record = {key: value for key, value in content(folder).items() if key != "first_name"}
+    _write(folder, {**record, "study": name, **first})
+
+
 def _moment() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 

@@ -39,7 +39,8 @@ def extended(old: StudySpec, study: ResolvedStudy) -> StudySpec:
     if not differences(old, new):
         raise ConfigError(f"{source}: --extend: nothing is added to the study. Add to {_MAY_GROW}, or use 'resume'")
     sizes = (*old.extended_from, StudySize.from_spec(old))
-    return new.model_copy(update={"extended_from": sizes, "defaults": old.defaults, "warm_start": old.warm_start})
+    kept = {name: getattr(old, name) for name in ("first_name", "defaults", "warm_start")}
+    return new.model_copy(update={"extended_from": sizes, **kept})
 
 
 def differences(recorded: StudySpec, asked: StudySpec) -> list[str]:
@@ -47,7 +48,7 @@ def differences(recorded: StudySpec, asked: StudySpec) -> list[str]:
 
     Budget and retries are no part of what is studied: each session may have others.
     """
-    history = {name: getattr(recorded, name) for name in ("extended_from", "defaults", "warm_start")}
+    history = {name: getattr(recorded, name) for name in ("first_name", "extended_from", "defaults", "warm_start")}
     return study_yaml.differences(recorded, asked.model_copy(update=history).with_session_of(recorded))
 
 

@@ -95,7 +95,7 @@ def _as_yaml(study: Mapping[str, Any]) -> str:
 def read_study(content: Mapping[str, Any], source: str, profile: str | None = None) -> StudySpec:
     """A study file's content with a profile applied, before it is checked as a whole."""
     spec = normalized(config.parse(StudySpec, dict(content), source=source), source)
-    for key in {"extended_from", "defaults", "warm_start"} & content.keys():
+    for key in {"first_name", "extended_from", "defaults", "warm_start"} & content.keys():
         raise ConfigError(f"{source}: {key}: is written by the study itself. Remove it from the study file")
     _check_keys(spec, source)
     spec = _with_profile(spec, profile, source)

@@ -83,7 +83,7 @@ def open_study(spec: StudySpec, path: Path) -> optuna.Study:
         with path.open("r+b") as file:
             file.truncate(file.read().rfind(b"\n") + 1)
     study = optuna.create_study(
-        study_name=spec.study, storage=_storage(path), directions=directions(spec.objective), load_if_exists=True
+        study_name=spec.drawn_by, storage=_storage(path), directions=directions(spec.objective), load_if_exists=True
     )
     for point in spec.told[len(study.get_trials(deepcopy=False)) :]:
         study.add_trial(_told(spec, point))
@@ -201,7 +201,7 @@ def is_over(spec: StudySpec, folder: StoragePath) -> bool:
             return False
         try:
             with storage_errors(path, "read"):
-                asked = optuna.load_study(study_name=spec.study, storage=_storage(path)).get_trials(deepcopy=False)
+                asked = optuna.load_study(study_name=spec.drawn_by, storage=_storage(path)).get_trials(deepcopy=False)
             run = sum(not is_left_out(spec, frozen) for frozen in asked[len(spec.told) :])
         except _UNREADABLE:
             return False

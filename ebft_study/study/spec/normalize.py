@@ -229,7 +229,7 @@ def from_record(content: Mapping[str, Any], *, source: str) -> StudySpec:
 
 def dump(spec: StudySpec) -> dict[str, Any]:
     """The spec as plain values, as it is written to study.yaml."""
-    unused = {name for name in ("extended_from", "warm_start") if not getattr(spec, name)}
+    unused = {name for name in ("first_name", "extended_from", "warm_start") if not getattr(spec, name)}
     return spec.model_dump(mode="json", exclude={"profiles", *unused})
 
 

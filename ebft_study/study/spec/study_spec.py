@@ -512,6 +512,7 @@ class StudySpec(Section):
     budget: BudgetSpec = BudgetSpec()
     resources: ResourcesSpec = ResourcesSpec()
     profiles: dict[str, Profile] = Field(default_factory=dict)
+    first_name: str | None = Field(None, description="its name before it was renamed; not for study files")
     extended_from: tuple[StudySize, ...] = Field((), description="its size before each --extend; not for study files")
     warm_start: tuple[EarlierStudy, ...] = Field((), description="what its search was told; not for study files")
     callbacks: Plugins = Field(
@@ -521,6 +522,11 @@ class StudySpec(Section):
         default_factory=lambda: {path: all_keys()[path] for path in EARLIER_DEFAULTS},
         description="setting -> its default when the study began, where versions differ; not for study files",
     )
+
+    @property
+    def drawn_by(self) -> str:
+        """The name by which it draws at random, and of its Optuna study: a renamed study keeps the first one."""
+        return self.first_name or self.study
 
     @property
     def told(self) -> tuple[EarlierPoint, ...]:

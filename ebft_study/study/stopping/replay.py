@@ -207,7 +207,11 @@ def as_started(trials: Sequence[RecordedTrial], spec: StudySpec) -> list[Recorde
     if not spec.scheduler.compares:
         return list(trials)
     first = known_labels(spec)
-    return shuffled(trials, spec.study, lambda trial: (trial.seed, trial.configuration, trial.is_baseline), first=first)
+
+    def unit(trial: RecordedTrial) -> tuple[int, str, bool]:
+        return trial.seed, trial.configuration, trial.is_baseline
+
+    return shuffled(trials, spec.drawn_by, unit, first=first)
 
 
 class _EarlyStopping:

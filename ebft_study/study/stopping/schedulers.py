@@ -119,7 +119,7 @@ class Halving:
         self._rungs = rungs(scheduler.grace_period_steps, self._factor, longest)
         # Hyperband has a bracket that begins at each rung, and one that runs its trials to the end.
         brackets = len(self._rungs) + 1 if scheduler.kind == "hyperband" else scheduler.brackets
-        self._shares, self._study = bracket_shares(len(self._rungs), brackets, self._factor), spec.study
+        self._shares, self._study = bracket_shares(len(self._rungs), brackets, self._factor), spec.drawn_by
 
     def group(self, configuration: str) -> int:
         return bracket_of(configuration, self._shares, self._study)

@@ -5,8 +5,9 @@ Imports no Ray: `status` shows a study from its results tables alone.
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from rich import box
@@ -36,13 +37,31 @@ class Plan:
 class Lines:
     """Plain lines, for logs and pipes."""
 
-    def __init__(self, console: Console, columns: tuple[str, ...]) -> None:
-        self._console, self._columns = console, columns
+    def __init__(
+        self,
+        console: Console,
+        columns: tuple[str, ...],
+        states: Mapping[str, TrialState] | None = None,
+        plan: Plan | None = None,
+    ) -> None:
+        """`states` and `plan` are those of the whole study, without which lines do not say how far it is."""
+        self._console, self._columns, self._states, self._plan = console, columns, states or {}, plan
 
     def changed(self, state: TrialState, what: str) -> None:
-        """Show that `what` happened to a trial, in a few words."""
+        """Show that `what` happened to a trial, in a few words, and what that means for the study."""
         numbers = " ".join(f"{name}={state.metrics[name]:.4g}" for name in self._columns if name in state.metrics)
-        self.say(" ".join(f"{state.trial_id} {state.label}: {what} {numbers}".split()))
+        line = " ".join(f"{state.trial_id} {state.label}: {what} {numbers}".split())
+        self.say("; ".join(filter(None, [line, self._study(state)])))
+
+    def _study(self, state: TrialState) -> str:
+        """After the end of a trial, how many there are; after its steps, the time left."""
+        states, plan = list(self._states.values()), self._plan
+        if plan is None or state.status == "pending":
+            return ""
+        if state.status != "running":
+            return summary(states, plan) if plan.trials > 1 else ""
+        left = seconds_left(_needed(states), plan) if state.step else None
+        return f"about {rounded_duration(left)} left" if left else ""
 
     def say(self, line: str) -> None:
         """Show a line about the study as a whole."""
@@ -58,9 +77,9 @@ class LiveTable(Lines):
     def __init__(
         self, console: Console, columns: tuple[str, ...], states: dict[str, TrialState], title: str, plan: Plan
     ) -> None:
-        super().__init__(console, columns)
-        self._states, self._title, self._plan = states, title, plan
-        self._live = Live(console=console, get_renderable=self._render, refresh_per_second=2, transient=False)
+        super().__init__(console, columns, states, plan)
+        page = functools.partial(self._page, title, plan)
+        self._live = Live(console=console, get_renderable=page, refresh_per_second=2, transient=False)
         self._live.start()
 
     def changed(self, state: TrialState, what: str) -> None:
@@ -72,9 +91,8 @@ class LiveTable(Lines):
     def close(self) -> None:
         self._live.stop()
 
-    def _render(self) -> RenderableType:
-        most = max(_FEWEST_ROWS, min(_MOST_ROWS, self._console.height - _OTHER_LINES))
-        return render(self._states.values(), self._columns, title=self._title, plan=self._plan, most=most)
+    def _page(self, title: str, plan: Plan) -> RenderableType:
+        return render(self._states.values(), self._columns, title=title, plan=plan, most=rows_on(self._console))
 
 
 def display(
@@ -83,7 +101,12 @@ def display(
     """A live table on a terminal, plain lines elsewhere."""
     if console.is_terminal:
         return LiveTable(console, columns, states, title, plan)
-    return Lines(console, columns)
+    return Lines(console, columns, states, plan)
+
+
+def rows_on(console: Console) -> int:
+    """The most trials that a live table may show on a terminal."""
+    return max(_FEWEST_ROWS, min(_MOST_ROWS, console.height - _OTHER_LINES))
 
 
 def print_plain(console: Console, line: str, style: str | None = None) -> None:
