@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -61,6 +62,20 @@ def best(configurations: Iterable[Configuration], metric: str | None = None) -> 
     if len(comparable(order, name)) > 1 or math.isnan(order[0].validated(name)):
         return None
     return order[0]
+
+
+def best_trial(configurations: Iterable[Configuration], metric: str | None = None) -> dict[str, Any] | None:
+    """The row of `trials` of the best configuration at its best seed, both by validation; None where `best` is."""
+    chosen = best(configurations, metric)
+    if chosen is None:
+        return None
+    name, mode = _objective(chosen, metric)
+    values = chosen.validation.get(name, {})
+    if not values:
+        return None
+    seed = (min if mode == "min" else max)(values, key=values.__getitem__)
+    row: dict[str, Any] = chosen.finished.set_index("seed", drop=False).loc[seed].to_dict()
+    return row
 
 
 @dataclass(frozen=True)

@@ -103,6 +103,16 @@ class StudySummary:
         judged = any(("judge_cfm_loss", None) in {**c.base, **c.final} for c in self.configurations)
         return (*COMPARED, *(["judge_cfm_loss"] if judged else []))
 
+    def has_heldout(self, metric: str) -> bool:
+        """Whether the held-out split was measured by a metric; else the validation split is all that was."""
+        return any((metric, None) in c.final for c in self.configurations)
+
+    def outcome(self, configuration: Configuration, metric: str) -> BySeed:
+        """A configuration's values after training by seed: held-out ones where the study has them."""
+        if self.has_heldout(metric):
+            return configuration.final.get((metric, None), {})
+        return configuration.validation.get(metric, {})
+
     @property
     def on_axes(self) -> tuple[Configuration, ...]:
         """All configurations but the named baselines."""
