@@ -79,7 +79,7 @@ def varied_groups(study: StudySummary) -> list[list[Configuration]]:
 
 
 def complete(group: Sequence[Configuration], metric: str | None = None) -> list[Configuration]:
-    """Those with a validation value of a metric, the study's first objective by default, for every seed of the study."""
+    """Those with a validation value for every seed of the study, of its first objective by default."""
     return [c for c in group if c.is_complete and len(_values(c, metric)) >= c.n_seeds]
 
 

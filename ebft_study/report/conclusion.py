@@ -101,7 +101,7 @@ def moves(study: StudySummary, metric: str) -> str:
         return "no setting varies."
     if is_population(study):
         return "the settings of a population change while it trains, so the effect of none is measured."
-    found = {names: each for names in subjects(study) if (each := effects(study, names, metric))}
+    found = {names: of_names for names in subjects(study) if (of_names := effects(study, names, metric))}
     tested = [(names, each) for names, of_names in found.items() for each in of_names]
     adjusted = holm([each.difference.p_value for _, each in tested])
     clear: dict[tuple[str, ...], Effect] = {}

@@ -73,7 +73,7 @@ def test_an_effect_that_a_single_comparison_sees_is_not_told_after_the_correctio
 def test_the_best_is_told_from_the_next_and_from_baselines_or_cannot_be(tmp_path: Path) -> None:
     (part,) = only(of(tmp_path / "s", {**FIRST, **SFT}, noise=0.002)).parts
     assert "The best of 3 complete configurations is α=1 " in part.best
-    assert "It is told apart from the next best, α=0.5 (+0.2" in part.best
+    assert "It is told apart from the next best, α=0.5 (+0.19" in part.best
     assert "of the 2 others 2 can be told to be worse" in part.best
     assert difference(part.against, "is below the base model") == pytest.approx(-0.3, abs=0.03)
     assert difference(part.against, "is below SFT") == pytest.approx(-0.1, abs=0.02)
