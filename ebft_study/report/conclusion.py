@@ -98,9 +98,9 @@ def _part(study: StudySummary, group: Sequence[Configuration], objective: Object
 def moves(study: StudySummary, metric: str) -> str:
     """The effect of each setting on a metric, all else equal: the largest that is clear, or that none is."""
     if not study.varying:
-        return "no setting varies."
+        return "No setting varies."
     if is_population(study):
-        return "the settings of a population change while it trains, so the effect of none is measured."
+        return "The settings of a population change while it trains, so the effect of none is measured."
     found = {names: of_names for names in subjects(study) if (of_names := effects(study, names, metric))}
     tested = [(names, each) for names, of_names in found.items() for each in of_names]
     adjusted = holm([each.difference.p_value for _, each in tested])
@@ -111,15 +111,14 @@ def moves(study: StudySummary, metric: str) -> str:
         (clear if p < ERROR_RATE else unclear).setdefault(names, each)
     parts = []
     if clear:
-        shown = [_shown(names, each) for names, each in clear.items()]
-        parts.append(f"{text.listed(shown)} move{'s' * (len(shown) == 1)} it{', the first most' * (len(shown) > 1)}.")
+        shown = [f"{_subject(names)} moves it: {_shown(each)}" for names, each in clear.items()]
+        parts.append(f"{'; '.join(shown)}.")
     open_questions = {names: each for names, each in unclear.items() if names not in clear}
     if open_questions:
-        shown = [_shown(names, each) for names, each in list(open_questions.items())[:MAX_UNCLEAR]]
-        more = len(open_questions) - MAX_UNCLEAR
-        shown += [f"{more} more setting{'s' * (more > 1)}"] if more > 0 else []
-        one = len(open_questions) == 1
-        parts.append(f"Whether {text.listed(shown)} move{'s' * one} it cannot be told.")
+        shown = [f"{_subject(names)} moves it cannot be told: {_shown(each)}" for names, each in open_questions.items()]
+        more = len(shown) - MAX_UNCLEAR
+        rest = f", nor of {more} more setting{'s' * (more > 1)}" * (more > 0)
+        parts.append(f"Whether {'; whether '.join(shown[:MAX_UNCLEAR])}{rest}.")
     alone = [_subject(names) for names in subjects(study) if names not in found]
     if alone:
         lacking = len({c.name for names in subjects(study) if names not in found for c in left_out(study, names)})
@@ -129,9 +128,8 @@ def moves(study: StudySummary, metric: str) -> str:
     return " ".join([*parts, correction(adjusted)]).strip()
 
 
-def _shown(names: Sequence[str], effect: Effect) -> str:
-    values = f"{named(effect.settings)} instead of {named(effect.reference)}"
-    return f"{_subject(names)} ({values}: {effect.difference.in_words()})"
+def _shown(effect: Effect) -> str:
+    return f"{effect.difference.in_words()} with {named(effect.settings)} instead of {named(effect.reference)}"
 
 
 def _subject(names: Sequence[str]) -> str:

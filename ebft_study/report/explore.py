@@ -12,7 +12,7 @@ from ebft_study.analysis.curves import series, spread
 from ebft_study.analysis.selection import ranked
 from ebft_study.analysis.settings import objectives
 from ebft_study.analysis.summary import MAX_GROUPS, Configuration, StudySummary
-from ebft_study.report import drawing, importance, samples
+from ebft_study.report import drawing, facts, importance, samples
 from ebft_study.report.conclusion import last_checkpoint
 from ebft_study.report.content import NAMES
 from ebft_study.results import METRICS
@@ -168,7 +168,7 @@ def _trials(study: StudySummary, shown: Sequence[Configuration]) -> dict[str, An
             found[trial] = {
                 "configuration": c.label,
                 "reference": reference.label if reference else "",
-                "differs": _differences(c, reference) if reference and reference is not c else [],
+                "differs": _differences(study, c, reference) if reference and reference is not c else [],
                 "events": events.get(trial, []),
                 "checkpoint": last_checkpoint(row) if row["status"] == "finished" else "",
                 "best": "" if text.is_missing(row["best_checkpoint"]) else str(row["best_checkpoint"]),
@@ -178,18 +178,20 @@ def _trials(study: StudySummary, shown: Sequence[Configuration]) -> dict[str, An
     return found
 
 
-def _differences(c: Configuration, reference: Configuration) -> list[list[str]]:
-    """Settings that the configuration reads and the reference does not have so: name, value, and the reference's."""
-    return [
-        [name, text.setting(value), "not read" if name in reference.unread else text.setting(reference.settings[name])]
-        for name, value in c.settings.items()
-        if name not in c.unread and name not in ("seed", "name") and _differs(c, reference, name)
-    ]
+def _differences(study: StudySummary, c: Configuration, reference: Configuration) -> list[list[str]]:
+    """Settings that the configuration reads and the reference does not have so: name, value, and the reference's.
 
-
-def _differs(c: Configuration, reference: Configuration, name: str) -> bool:
-    value, other = c.settings[name], reference.settings[name]
-    return not (text.is_missing(value) and text.is_missing(other)) and (value != other or name in reference.unread)
+    Of those that the reference does not read, the ones that vary or are worth naming.
+    """
+    rows = []
+    for name in [name for name in c.settings if name not in c.unread and name not in ("seed", "name")]:
+        value, other = c.settings[name], reference.settings[name]
+        if name in reference.unread:
+            if name in {*study.varying, *study.shown_as, *facts.NOTABLE}:
+                rows.append([name, text.setting(value), "not read"])
+        elif value != other and not (text.is_missing(value) and text.is_missing(other)):
+            rows.append([name, text.setting(value), text.setting(other)])
+    return rows
 
 
 def _events(study: StudySummary) -> dict[str, list[list[str]]]:

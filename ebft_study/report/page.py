@@ -32,6 +32,8 @@ from ebft_study.storage import StoragePath
 
 TEMPLATE = "report.html.j2"
 DOTS_PER_INCH = 160
+FONTS = "'DejaVu Sans', Verdana, sans-serif"
+"""Texts of figures are texts, to search and to read aloud; other machines have fonts that are no wider."""
 
 
 @dataclass(frozen=True)
@@ -170,9 +172,9 @@ def render(
 def as_svg(figure: ReportFigure) -> str:
     """The figure as SVG: equal data give equal bytes."""
     buffer = io.BytesIO()
-    with matplotlib.rc_context({"svg.hashsalt": figure.name, "svg.fonttype": "path"}):
+    with matplotlib.rc_context({"svg.hashsalt": figure.name, "svg.fonttype": "none"}):
         figure.figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return buffer.getvalue().decode()
+    return buffer.getvalue().decode().replace("'DejaVu Sans'", FONTS)
 
 
 def _save(figure: ReportFigure, svg: str, folder: StoragePath) -> None:

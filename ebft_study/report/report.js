@@ -168,7 +168,7 @@ function chooser() {
     const toggle = button("", () => {
       state.hidden = state.hidden.includes(c.label) ? state.hidden.filter((each) => each !== c.label) : [...state.hidden, c.label];
       redraw();
-    }, { class: "name", "--line": c.color, onpointerenter: () => point(c.label), onfocus: () => point(c.label), onpointerleave: () => point(null), onblur: () => point(null) });
+    }, { class: "name", "--hue": c.color, onpointerenter: () => point(c.label), onfocus: () => point(c.label), onpointerleave: () => point(null), onblur: () => point(null) });
     toggle.append(swatch(c), c.label);
     list.append(toggle);
     return [c.label, toggle];
@@ -272,12 +272,12 @@ function curves(place) {
     for (const line of all) {
       if (state.bands && line.low) {
         const band = [...path(line, line.low), ...path(line, line.high).reverse()];
-        drawn.append(make("svg:polygon", { points: band.join(" "), class: "band", "--line": line.c.color, "data-label": line.c.label }));
+        drawn.append(make("svg:polygon", { points: band.join(" "), class: "band", "--hue": line.c.color, "data-label": line.c.label }));
       }
     }
     for (const line of all) {
-      drawn.append(make("svg:polyline", { points: path(line, line.y).join(" "), class: line.trial ? "curve thin" : "curve", "stroke-dasharray": line.c.dash, "--line": line.c.color, "data-label": line.c.label }));
-      if (line.x.length === 1 && line.y[0] !== null) drawn.append(make("svg:circle", { cx: px(line.x[0]), cy: py(line.y[0]), r: 3, class: "dot", "--line": line.c.color, "data-label": line.c.label }));
+      drawn.append(make("svg:polyline", { points: path(line, line.y).join(" "), class: line.trial ? "curve thin" : "curve", "stroke-dasharray": line.c.dash, "--hue": line.c.color, "data-label": line.c.label }));
+      if (line.x.length === 1 && line.y[0] !== null) drawn.append(make("svg:circle", { cx: px(line.x[0]), cy: py(line.y[0]), r: 3, class: "dot", "--hue": line.c.color, "data-label": line.c.label }));
     }
     const mark = make("svg:circle", { r: 5, class: "mark", visibility: "hidden" }), tip = make("div", { class: "tip", hidden: true });
     const brush = make("svg:rect", { y: top, height: height - top - bottom, class: "brush", visibility: "hidden" });
@@ -291,7 +291,7 @@ function curves(place) {
       if (!found) return;
       mark.setAttribute("cx", found.x);
       mark.setAttribute("cy", found.y);
-      mark.style.setProperty("--line", found.line.c.color);
+      mark.style.setProperty("--hue", found.line.c.color);
       tip.textContent = words(found.line, found.k);
       const scale = chart.clientWidth / width || 1;
       const room = Math.min(260, width * 0.6);
@@ -368,7 +368,7 @@ function coordinates(place, group) {
     for (const line of [...visible].reverse()) {
       const points = line.at.map((h, k) => `${px(k).toFixed(1)},${py(h).toFixed(1)}`).join(" ");
       const rank = group.lines.indexOf(line) / Math.max(1, group.lines.length - 1);
-      chart.append(make("svg:polyline", { points, class: "curve", "data-label": line.label, "--line": `hsl(${210 - 170 * rank} 70% 40%)` }),
+      chart.append(make("svg:polyline", { points, class: "curve", "data-label": line.label, "--hue": `hsl(${210 - 170 * rank} 70% 40%)` }),
         make("svg:polyline", { points, class: "reach", onpointerenter: () => tell(line), onpointerleave: () => tell(null) }, make("svg:title", {}, read(line))));
     }
     group.axes.forEach((name, k) => {

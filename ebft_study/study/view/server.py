@@ -38,6 +38,7 @@ POLL_SECONDS = 5.0
 """Between two questions of a page, and between two looks at a study's files."""
 SHARE = 0.1
 """The part of its time that the server may spend on making pages again, while a study reports all the time."""
+_UNREADABLE = {"state": "cannot be read", "url": "", "done": 0, "total": 0, "best": "", "updated": ""}
 OPEN = ("pending", "running", "interrupted")
 
 
@@ -103,14 +104,7 @@ class Studies:
                 except EbftError as error:
                     shown.problem = one_line(error)
         if shown.summary is None:
-            return {
-                "name": name,
-                "state": "cannot be read",
-                "question": shown.problem,
-                "done": 0,
-                "total": 0,
-                "best": "",
-            }
+            return {**_UNREADABLE, "name": name, "question": shown.problem}
         return {"name": name, "url": f"/study/{quote(name, safe='')}/", **_row(shown.summary, lock.is_held(folder))}
 
     def index_version(self) -> str:
