@@ -1,4 +1,4 @@
-"""The report as a reader uses it: in a real browser, with a mouse, with the keyboard, on a phone, in the dark, on paper."""
+"""The report as readers use it: in a real browser, with mouse or keyboard, on a phone, in the dark, on paper."""
 
 from __future__ import annotations
 
