@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import pandas as pd
+
 from ebft_study import text
 from ebft_study.analysis.downstream import BenchmarkScores, benchmark_scores
 from ebft_study.analysis.elimination import RACE_EVENT

@@ -9,10 +9,9 @@ from typing import Any
 
 from ebft_study import text
 from ebft_study.analysis.curves import series, spread
-from ebft_study.analysis.selection import ranked
 from ebft_study.analysis.settings import objectives
 from ebft_study.analysis.summary import MAX_GROUPS, Configuration, StudySummary
-from ebft_study.report import drawing, facts, importance, samples
+from ebft_study.report import content, drawing, facts, importance, samples
 from ebft_study.report.conclusion import last_checkpoint
 from ebft_study.report.content import NAMES
 from ebft_study.results import METRICS
@@ -30,6 +29,7 @@ MIN_POINTS = 20
 MAX_EVENTS = 20
 MAX_MESSAGE_CHARACTERS = 600
 DIGITS = 6
+_OF_TRIAL = ["trial_id", "attempt", "status", "steps_done", "best_checkpoint"]
 
 
 def data(study: StudySummary) -> dict[str, Any]:
@@ -58,11 +58,9 @@ def as_json(values: Any) -> str:
     return plain.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
 
 
-def most_relevant(study: StudySummary, limit: int = MAX_CONFIGURATIONS) -> list[Configuration]:
-    """At most `limit` configurations in the study's order: baselines, then the best by validation."""
-    names = {c.name: place for place, c in enumerate(ranked(study.on_axes))}
-    order = sorted(study.configurations, key=lambda c: (c.baseline is None, names.get(c.name, len(names))))
-    kept = {c.name for c in order[:limit]}
+def most_relevant(study: StudySummary) -> list[Configuration]:
+    """The configurations with curves, in the study's order."""
+    kept = {c.name for c in content.listed(study, MAX_CONFIGURATIONS)}
     return [c for c in study.configurations if c.name in kept]
 
 
@@ -160,8 +158,8 @@ def _trials(study: StudySummary, shown: Sequence[Configuration]) -> dict[str, An
     rivals = {c.label: samples.first_trial(c.finished) for c in study.best_by_method() if c.is_sft}
     with_samples = {c.name for c in shown}
     found = {}
-    for c in study.configurations:
-        for row in c.trials.to_dict("records"):
+    for c in content.listed(study, content.MAX_CONFIGURATIONS):
+        for row in c.trials[_OF_TRIAL].to_dict("records"):
             trial = str(row["trial_id"])
             others = {label: rival for label, rival in rivals.items() if rival != trial}
             prompts = samples.side_by_side(sampled, {**others, f"{c.label}, {trial}": trial})
@@ -172,7 +170,6 @@ def _trials(study: StudySummary, shown: Sequence[Configuration]) -> dict[str, An
                 "events": events.get(trial, []),
                 "checkpoint": last_checkpoint(row) if row["status"] == "finished" else "",
                 "best": "" if text.is_missing(row["best_checkpoint"]) else str(row["best_checkpoint"]),
-                "host": "" if text.is_missing(row["host"]) else str(row["host"]),
                 "samples": [_prompt(each) for each in prompts] if c.name in with_samples else [],
             }
     return found
