@@ -88,8 +88,8 @@ class Studies:
                     shown.summary = shown.summary or summarize(load(folder))
                     with self._drawing:
                         shown.html = page.live_page(shown.summary, live).encode()
-                except EbftError as error:
-                    shown.html = _problem(name, str(error))
+                except Exception as error:  # tables of others may hold anything
+                    shown.html = _problem(name, _told(error))
                 shown.seconds = self._clock() - begun
                 shown.made_at = self._clock()
             return shown.html
@@ -101,8 +101,8 @@ class Studies:
             if shown.summary is None and not shown.problem:
                 try:
                     shown.summary = summarize(load(folder))
-                except EbftError as error:
-                    shown.problem = one_line(error)
+                except Exception as error:  # one study must not hide the others
+                    shown.problem = _told(error)
         if shown.summary is None:
             return {**_UNREADABLE, "name": name, "question": shown.problem}
         return {"name": name, "url": f"/study/{quote(name, safe='')}/", **_row(shown.summary, lock.is_held(folder))}
@@ -172,6 +172,14 @@ def _row(study: StudySummary, is_running: bool) -> dict[str, Any]:
         "best": f"{chosen.label}: {metric} {text.number(chosen.validated())}" if chosen else text.NOTHING,
         "updated": "" if text.is_missing(updated) else f"{updated:%Y-%m-%d %H:%M:%S} UTC",
     }
+
+
+def _told(error: Exception) -> str:
+    """An error for a page; what is no message for users goes to the terminal, too."""
+    if isinstance(error, EbftError):
+        return one_line(error)
+    traceback.print_exception(error)
+    return f"{type(error).__name__}: {one_line(error)}"
 
 
 def _problem(name: str, message: str) -> bytes:
@@ -261,7 +269,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         return found.value if found else ""
 
     def _is_token(self, given: str) -> bool:
-        return hmac.compare_digest(given.encode(), self.server.token.encode())
+        return hmac.compare_digest(given.encode(errors="replace"), self.server.token.encode())
 
     def _send_version(self, version: str) -> None:
         self._send(HTTPStatus.OK, json.dumps({"version": version}), kind="application/json")
