@@ -68,7 +68,7 @@ def most_relevant(study: StudySummary) -> list[Configuration]:
 
 
 def _curves(study: StudySummary, shown: Sequence[Configuration]) -> dict[str, Any]:
-    wanted = dict.fromkeys([*(name for name, _ in objectives(study.results.spec)), *CURVES])
+    wanted = dict.fromkeys([study.objective[0], *(name for name, _ in objectives(study.results.spec)), *CURVES])
     rows = study.results.metrics
     metrics = [name for name in wanted if name in rows and rows[name].notna().any()]
     points = max(MIN_POINTS, MAX_VALUES // max(1, 3 * len(shown) * len(metrics)))

@@ -79,7 +79,10 @@ def test_nothing_in_a_text_ends_the_script_that_holds_it() -> None:
         explore.as_json({"a": float("nan")})
 
 
-def test_many_configurations_have_curves_for_the_best_and_the_page_says_so(tmp_path: Path) -> None:
+def test_many_configurations_have_curves_for_the_best_and_the_page_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(explore, "MAX_VALUES", 1000)
     effects: dict[Any, Any] = {1e-5 * rate: (0.0, -0.01 * rate) for rate in range(1, 91)} | {None: (0.0, 0.5)}
     options: dict[str, Any] = {"settings": lambda key: {"learning_rate": key}, "seeds": (0,), "noise": 0.0}
     study = summarize(load(write_study(tmp_path / "s", effects=effects, log_every=1, **options)))
@@ -91,7 +94,7 @@ def test_many_configurations_have_curves_for_the_best_and_the_page_says_so(tmp_p
     assert "lr=1e-5" not in labels
     assert re.match(r"Curves and samples are those of the 61 best .* of 91\.", data["note"])
     points = [len(curve["x"]) for each in data["configurations"] for curve in each["curves"].values()]
-    assert max(points) <= explore.MAX_VALUES // 3 // len(labels) // len(data["metrics"]) + 1
+    assert explore.MIN_POINTS // 2 < max(points) <= explore.MIN_POINTS + 1
     assert all(each["curves"]["cfm_loss"]["x"][-1] == 40 for each in data["configurations"])
 
 
