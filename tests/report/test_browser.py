@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 
 from ebft_study.report import write_report
 from ebft_study.results import StudyRecorder
+from ebft_study.study.view import server
 from tests.browser import PHONE, Window, chromium
 from tests.synthetic_study import PAPER_LIKE, write_study
 
@@ -214,3 +216,31 @@ def test_on_paper_and_without_scripts_there_are_figures_instead_of_controls(brow
         assert window.page.get_by_text("Thin lines ending in ×").first.is_visible()
         assert not window.page.locator("#explorer").is_visible()
         assert len(trials(window)) == 30
+
+
+def test_a_live_page_follows_its_study_and_keeps_what_was_typed(
+    browser: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "POLL_SECONDS", 0.2)
+    monkeypatch.setattr(server, "SHARE", 1e9)
+    effects = {key: PAPER_LIKE[key] for key in ((1.0, 0.0), (0.0, 0.0))}
+    folder = write_study(tmp_path / "studies" / "live", effects=effects, seeds=(0, 1))
+    with server.server(folder.parent, port=0) as serving, Window(browser) as window:
+        thread = threading.Thread(target=serving.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        try:
+            window.page.goto(serving.url)
+            assert serving.token not in window.page.url
+            window.page.get_by_role("link", name="live", exact=True).click()
+            window.page.get_by_label("Filter the table trials").fill("α=1")
+            window.page.get_by_label("Filter the table trials").blur()
+            StudyRecorder(folder, study="live").event("retry", "a worker died just now", trial_id="t000", attempt=1)
+            window.page.get_by_text("a worker died just now").wait_for()
+            assert window.page.get_by_label("Filter the table trials").input_value() == "α=1"
+            window.page.get_by_role("link", name="All studies").click()
+            assert window.page.get_by_role("progressbar").count() == 1
+            assert window.said == []
+            assert all(url.startswith(f"http://127.0.0.1:{serving.port}/") for url in window.asked)
+        finally:
+            serving.shutdown()
+            thread.join()

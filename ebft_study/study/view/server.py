@@ -183,7 +183,7 @@ def _told(error: Exception) -> str:
 
 
 def _problem(name: str, message: str) -> bytes:
-    return page.render("problem.html.j2", [], {}, name=name, message=message).encode()
+    return page.render("problem.html.j2", [], {}, study=name, message=message).encode()
 
 
 # --- the server ------------------------------------------------------------------------------------------------
@@ -234,7 +234,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         given = parse_qs(url.query).get("token")
         if given is not None and self._is_token(given[0]):
             cookie = f"{self.server.cookie}={self.server.token}; Path=/; HttpOnly; SameSite=Strict"
-            self._send(HTTPStatus.SEE_OTHER, "", Location=url.path or "/", **{"Set-Cookie": cookie})
+            there = "/" + url.path.lstrip("/\\")  # and nowhere else
+            self._send(HTTPStatus.SEE_OTHER, "", Location=there, **{"Set-Cookie": cookie})
         elif not self._is_token(self._cookie()):
             self._send(HTTPStatus.FORBIDDEN, "Open the URL that ebft-study serve has printed: it ends with a token.")
         else:

@@ -83,6 +83,7 @@ def test_only_the_token_opens_the_pages(serving: Server) -> None:
     assert get(serving, "/", **cookie(serving, "wrong"))[0] == 403
     assert get(serving, "/", Cookie="\x00=;;=")[0] == 403
     assert get(serving, "/?token=%F0%9F%92%A5")[0] == 403
+    assert get(serving, f"/\\evil.example/?token={serving.token}")[1]["Location"] == "/evil.example/"
     status, headers, body = get(serving, f"/study/first/?token={serving.token}")
     assert (status, headers["Location"], body) == (303, "/study/first/", "")
     assert "HttpOnly" in headers["Set-Cookie"]
@@ -122,7 +123,7 @@ def test_the_index_shows_state_progress_and_the_best_so_far(serving: Server) -> 
 
 def test_no_path_leads_out_of_the_folder(serving: Server) -> None:
     for path in ("/study/../first/", "/study/..%2ffirst/", "/study/%2e%2e/", "/study/nothing/", "/study/first/results",
-                 "/study/first", "//study/first/", "/study/first/version/"):  # fmt: skip
+                 "/study/first", "/study/first/version/"):  # fmt: skip
         assert get(serving, path, **cookie(serving))[0] == 404, path
 
 
@@ -174,6 +175,20 @@ def test_results_that_cannot_be_read_are_a_line_of_the_index(storage: Path, serv
     (storage / "first" / "study.yaml.copy").unlink(missing_ok=True)
     assert get(serving, "/", **cookie(serving))[0] == 200
     assert json.loads(get(serving, "/version", **cookie(serving))[2]).keys() == {"version"}
+
+
+def test_a_study_whose_report_cannot_be_made_says_so_and_hides_no_other(
+    storage: Path, serving: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: Any) -> Any:
+        raise ValueError("<i>odd</i> table")
+
+    monkeypatch.setattr(server, "summarize", fail)
+    status, _, body = get(serving, "/study/first/", **cookie(serving))
+    assert status == 200
+    assert "cannot be read: ValueError: &lt;i&gt;odd&lt;/i&gt; table" in body
+    assert get(serving, "/", **cookie(serving))[2].count("&lt;i&gt;odd&lt;/i&gt; table") == 2
+    assert "Traceback" in capsys.readouterr().err
 
 
 def test_a_folder_without_studies_and_a_port_that_is_taken_are_refused(storage: Path, tmp_path: Path) -> None:
