@@ -283,6 +283,26 @@ def report(name: StudyName, storage: Storage = api.STUDIES) -> None:
 
 
 @app.command()
+def serve(
+    storage: Annotated[str, typer.Argument(help="Folder or URL that holds the studies.")] = api.STUDIES,
+    port: Annotated[int, typer.Option(help="Of this machine; 0 for any that is free.")] = 8760,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; any but loopback shows the studies to a network.")
+    ] = "127.0.0.1",
+) -> None:
+    """Show the reports of all studies of a folder in a browser, refreshed while they run. Ends with Ctrl-C.
+
+    [dim]ebft-study serve[/dim]
+    """
+    from ebft_study.study.view.server import server
+
+    serving = server(storage, host=host, port=port)
+    typer.echo(serving.url)
+    with contextlib.suppress(KeyboardInterrupt), serving:
+        serving.serve_forever()
+
+
+@app.command()
 def compare(
     names: Annotated[list[str], typer.Argument(help="Studies, by name, folder or URL; the first is the reference.")],
     across: Annotated[

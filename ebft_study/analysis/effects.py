@@ -1,4 +1,4 @@
-"""The effects of settings on held-out values: each of their values against a reference, all other settings equal.
+"""The effects of settings on outcomes: each of their values against a reference, all other settings equal.
 
 Differences are paired by seed and by sequence, and averaged over all combinations of the other settings that have both
 values. Only configurations with all seeds count: the mean over the seeds that are left is flattered by those that are
@@ -21,7 +21,7 @@ FEATURES = ("feature_network", "random_weights", "depths", "pooling", "normalize
 
 @dataclass(frozen=True)
 class Effect:
-    """Held-out `metric` at some values of settings minus that at the reference: the mean over `n_blocks` blocks."""
+    """`metric` at some values of settings minus that at the reference: the mean over `n_blocks` blocks."""
 
     settings: Map
     reference: Map
@@ -43,14 +43,16 @@ def subjects(study: StudySummary) -> list[tuple[str, ...]]:
 
 
 def effects(study: StudySummary, names: Sequence[str], metric: str) -> list[Effect]:
-    """The effects of settings `names` on the held-out value of a metric, against the first of their values.
+    """The effects of settings `names` on the outcome by a metric, against the first of their values.
+
+    The outcome is the held-out value; that of the validation split for what is measured on no other.
 
     Numbers are in order, choices as the study file lists them. Empty where no two configurations differ in these
     settings alone, or where the metric does not compare across them.
     """
     blocks = [block for block in _blocks(study, names) if len(block) > 1]
     settings = sorted({key for block in blocks for key in block}, key=lambda key: [sort_key(v) for _, v in key])
-    pairs = ((other, _differences(blocks, settings[0], other, metric)) for other in settings[1:])
+    pairs = ((other, _differences(study, blocks, settings[0], other, metric)) for other in settings[1:])
     return [
         Effect(other, settings[0], metric, mean_interval(by_seed.values()), n_blocks)
         for other, (by_seed, n_blocks) in pairs
@@ -75,12 +77,13 @@ def _blocks(study: StudySummary, names: Sequence[str]) -> list[dict[Map, Configu
 
 
 def _differences(
-    blocks: Sequence[dict[Map, Configuration]], reference: Map, other: Map, metric: str
+    study: StudySummary, blocks: Sequence[dict[Map, Configuration]], reference: Map, other: Map, metric: str
 ) -> tuple[BySeed, int]:
     """Differences by seed, averaged over the blocks that have both values; and the number of those."""
     both = [(block[other], block[reference]) for block in blocks if other in block and reference in block]
-    comparable = [pair for pair in both if len({c.map_of(metric, at_one_length=True) for c in pair}) == 1]
-    values = [[c.final.get((metric, None), {}) for c in pair] for pair in comparable]
+    at_one_length = study.has_heldout(metric)
+    comparable = [pair for pair in both if len({c.map_of(metric, at_one_length=at_one_length) for c in pair}) == 1]
+    values = [[study.outcome(c, metric) for c in pair] for pair in comparable]
     measured = [(left, right) for left, right in values if left.keys() & right.keys()]
     shared = set.intersection(*(left.keys() & right.keys() for left, right in measured)) if measured else set()
     return {seed: mean_value([left[seed] - right[seed] for left, right in measured]) for seed in sorted(shared)}, len(

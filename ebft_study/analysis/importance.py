@@ -78,9 +78,9 @@ def varied_groups(study: StudySummary) -> list[list[Configuration]]:
     return comparable(study.on_axes, study.objective[0])
 
 
-def complete(group: Sequence[Configuration]) -> list[Configuration]:
-    """Those with a value of the objective for every seed of the study."""
-    return [c for c in group if c.is_complete and len(_values(c)) >= c.n_seeds]
+def complete(group: Sequence[Configuration], metric: str | None = None) -> list[Configuration]:
+    """Those with a validation value for every seed of the study, of its first objective by default."""
+    return [c for c in group if c.is_complete and len(_values(c, metric)) >= c.n_seeds]
 
 
 def varying_in(study: StudySummary, group: Sequence[Configuration]) -> list[str]:
@@ -194,9 +194,9 @@ def is_population(study: StudySummary) -> bool:
     return bool((study.results.events["kind"] == EXPLOIT).any())
 
 
-def _values(configuration: Configuration) -> BySeed:
-    """Finite values of the objective on the validation split."""
-    values = configuration.validation.get(configuration.objective[0], {})
+def _values(configuration: Configuration, metric: str | None = None) -> BySeed:
+    """Finite values of a metric, the objective by default, on the validation split."""
+    values = configuration.validation.get(metric or configuration.objective[0], {})
     return {seed: value for seed, value in values.items() if math.isfinite(value)}
 
 

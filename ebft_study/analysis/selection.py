@@ -8,8 +8,9 @@ others, and scores the choice on the seed that was left out, for each seed in tu
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -61,6 +62,20 @@ def best(configurations: Iterable[Configuration], metric: str | None = None) -> 
     if len(comparable(order, name)) > 1 or math.isnan(order[0].validated(name)):
         return None
     return order[0]
+
+
+def best_trial(configurations: Iterable[Configuration], metric: str | None = None) -> dict[Hashable, Any] | None:
+    """The row of `trials` of the best configuration at its best seed, both by validation; None where `best` is."""
+    chosen = best(configurations, metric)
+    if chosen is None:
+        return None
+    name, mode = _objective(chosen, metric)
+    values = chosen.validation.get(name, {})
+    if not values:
+        return None
+    seed = (min if mode == "min" else max)(values, key=values.__getitem__)
+    row: dict[Hashable, Any] = chosen.finished.set_index("seed", drop=False).loc[seed].to_dict()
+    return row
 
 
 @dataclass(frozen=True)

@@ -104,6 +104,16 @@ class StudySummary:
         measured = {metric for c in self.configurations for metric, _ in (*c.base, *c.final)}
         return (*COMPARED, *(metric for metric in further if metric in measured))
 
+    def has_heldout(self, metric: str) -> bool:
+        """Whether the held-out split was measured by a metric; else the validation split is all that was."""
+        return any((metric, None) in c.final for c in self.configurations)
+
+    def outcome(self, configuration: Configuration, metric: str) -> BySeed:
+        """A configuration's values after training by seed: held-out ones where the study has them."""
+        if self.has_heldout(metric):
+            return configuration.final.get((metric, None), {})
+        return configuration.validation.get(metric, {})
+
     @property
     def on_axes(self) -> tuple[Configuration, ...]:
         """All configurations but the named baselines."""

@@ -13,14 +13,13 @@ from collections.abc import Callable, Iterable, Sequence
 from ebft_study import text
 from ebft_study.analysis import lengths
 from ebft_study.analysis.effects import Effect, effects, feature_settings, left_out
-from ebft_study.analysis.elimination import against_best
 from ebft_study.analysis.importance import complete, importances, obstacle
 from ebft_study.analysis.methods import tasks
-from ebft_study.analysis.selection import comparable, select
+from ebft_study.analysis.selection import comparable
 from ebft_study.analysis.statistics import CONFIDENCE, Interval, holm
 from ebft_study.analysis.summary import MAX_GROUPS, Configuration, StudySummary
 from ebft_study.analysis.usage import savings
-from ebft_study.report import claims, scaling
+from ebft_study.report import claims, conclusion, scaling
 from ebft_study.report.content import NAMES, overview
 from ebft_study.report.effects import named
 from ebft_study.report.methods import column_name
@@ -40,27 +39,11 @@ def cannot(reason: str) -> str:
 
 
 def reading(study: StudySummary) -> str:
-    """How much is done, which configuration is the best, and how it compares with the base model."""
-    groups = comparable(study.on_axes or study.configurations, study.objective[0])
-    winners = [(group, selected) for group in groups if (selected := select(group, study.objective[0]))]
-    if not winners:
+    """How much is done, and the answer to the study's own question, as its report opens with it."""
+    concluded = conclusion.conclusions(study)
+    if not concluded:
         return cannot(f"{overview(study)}, and no finished trial has held-out values that can be compared")
-    metric, parts = study.objective[0], []
-    for group, selected in winners[:MAX_GROUPS]:
-        label = " or ".join(c.label for c in selected.configurations)
-        changes = [
-            f"{NAMES[name]} {selected.minus(selected.final(name), selected.base(name)).in_words()}"
-            for name in ("ce_loss", "cfm_loss")
-            if selected.final(name).keys() & selected.base(name).keys()
-        ]
-        where = _where(study.map_label(group[0].map_of(metric))) if len(groups) > 1 else ""
-        of = (
-            f"of {selected.n_candidates} by validation {metric}, chosen for each seed by the others, "
-            * selected.is_choice
-        )
-        change = f"held-out change from the base model: {', '.join(changes) or text.NOTHING}"
-        parts.append(f"{where}The best {of}is {label}; {change}.")
-    return _joined([f"{overview(study)}.", *parts, _more(groups).strip()])
+    return _joined([f"{overview(study)}.", *(sentence for each in concluded for sentence in each.sentences())])
 
 
 def _more(groups: Sequence[object]) -> str:
@@ -91,7 +74,7 @@ def alpha_gamma(study: StudySummary) -> str:
         else:
             parts.append(f"{text.symbol(name).capitalize()} alone does not vary between finished configurations.")
     rest = [c for name in ALPHA_GAMMA if name in study.varying for c in left_out(study, (name,))]
-    return _joined([*parts, _correction(adjusted), _missing(rest).strip()])
+    return _joined([*parts, conclusion.correction(adjusted), _missing(rest).strip()])
 
 
 def _largest(study: StudySummary, names: Sequence[str], metric: str) -> Effect | None:
@@ -118,7 +101,7 @@ def by_length(study: StudySummary) -> str:
     adjusted = _adjusted(gap for _, gaps in compared for gap in gaps.values())
     p_values = iter(adjusted)
     parts += [_length_gaps(label, [(n, gap, next(p_values)) for n, gap in gaps.items()]) for label, gaps in compared]
-    return _joined([*parts, _correction(adjusted)])
+    return _joined([*parts, conclusion.correction(adjusted)])
 
 
 def _length_gaps(label: str, gaps: Sequence[tuple[int, Interval, float]]) -> str:
@@ -152,7 +135,7 @@ def feature_networks(study: StudySummary) -> str:
         told = [_told(NAMES[each.metric], each.difference, p) for each, p in tested if each.settings == settings]
         parts.append(f"Against {named(found[0].reference)}, {named(settings)} {text.listed(told)}.")
     judge = "" if by_judge else "No judge measured feature matching, so only cross-entropy compares feature maps."
-    return _joined([*parts, judge, _correction(adjusted), _missing(left_out(study, names)).strip()])
+    return _joined([*parts, judge, conclusion.correction(adjusted), _missing(left_out(study, names)).strip()])
 
 
 # --- 05: methods -----------------------------------------------------------------------------------------------
@@ -185,7 +168,7 @@ def methods(study: StudySummary) -> str:
         f"{', '.join(_compared(name, gap, next(p_values)) for name, gap in tests)}."
         for (label, left, right), tests in gaps.items()
     ]
-    return _joined([*parts, _correction(adjusted)])
+    return _joined([*parts, conclusion.correction(adjusted)])
 
 
 # --- 06: scaling -----------------------------------------------------------------------------------------------
@@ -215,8 +198,6 @@ def scaling_laws(study: StudySummary) -> str:
 
 # --- 07: search and early stopping -----------------------------------------------------------------------------
 
-ERROR_RATE = 1 - CONFIDENCE
-
 
 def search(study: StudySummary) -> str:
     """The best configuration and how many can be told from it, the settings that matter, and what stopping saved."""
@@ -228,28 +209,24 @@ def search(study: StudySummary) -> str:
 
 
 def _winner(study: StudySummary, group: Sequence[Configuration], is_part: bool) -> str:
-    metric, mode = study.objective
-    sign = 1.0 if mode == "min" else -1.0
-    measured = sorted(complete(group), key=lambda c: sign * c.validated())
-    first = measured[0]
+    metric = study.objective[0]
+    found = conclusion.winner(group, study.objective)
+    if found is None:
+        return ""
+    first = found.configuration
     where = _where(study.map_label(first.map_of(metric))) if is_part else ""
     best = (
-        f"{where}The best of {len(measured)} complete configurations by validation {metric} is {first.label} "
+        f"{where}The best of {len(complete(group))} complete configurations by validation {metric} is {first.label} "
         f"({text.number(first.validated())})"
     )
-    if len(measured) == 1:
+    if found.next_best is None:
         return f"{best}, the only one."
-    if first.n_seeds < 2:
+    if not found.compared:
         return f"{best}; with one seed it cannot be told from the others. {_important(study, group)}"
-    losses = {c.name: {s: sign * v for s, v in c.validation[metric].items()} for c in measured}
-    compared = against_best(losses, error_rate=ERROR_RATE, n_configurations=len(measured))
-    worse = sum(each.is_worse(0.0) for each in compared)
-    nearest = min(compared, key=lambda each: each.difference)
-    label = next(c.label for c in measured if c.name == nearest.configuration)
     return (
-        f"{best}. Of the {len(compared)} others {worse} can be told to be worse, at an error rate of {ERROR_RATE:.0%} "
-        f"for all, and {len(compared) - worse} cannot be told from it; the nearest is {label}, by "
-        f"{text.signed(sign * nearest.difference)} ± {text.number(nearest.half_width)}. {_important(study, group)}"
+        f"{best}. Of the {len(found.compared)} others {found.n_worse} can be told to be worse, at an error rate of "
+        f"{conclusion.ERROR_RATE:.0%} for all, and {len(found.compared) - found.n_worse} cannot be told from it; the "
+        f"nearest is {found.next_best.label}, by {found.gap()}. {_important(study, group)}"
     )
 
 
@@ -331,11 +308,6 @@ def _if_clear(difference: Interval, p: float, clear: str, unclear: str) -> str:
     if _is_clear(p):
         return clear
     return f"{unclear} after the correction" if difference.side != "unclear" else unclear
-
-
-def _correction(adjusted: Sequence[float]) -> str:
-    tested = sum(not math.isnan(p) for p in adjusted)
-    return f"Holm's correction is for {tested} comparisons." if tested > 1 else ""
 
 
 def _where(label: str) -> str:

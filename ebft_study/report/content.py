@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,12 +26,15 @@ from ebft_study.results import SKIPPED
 from ebft_study.results.lineage import EXPLOIT, lineage
 from ebft_study.results.metrics import COST
 
-ROUTINE_EVENTS = ("started", "finished", "evaluated", PLAN_EVENT, EXPLOIT, RACE_EVENT, REDONE_EVENT)
+ROUTINE_EVENTS = (
+    *("session", "started", "resumed", "finished", "evaluated", "features", "cache", "promoted"),
+    *(PLAN_EVENT, EXPLOIT, RACE_EVENT, REDONE_EVENT),
+)
+"""Kinds of events that are no news: they are among the details of their trial, or in a section of their own."""
 MAX_INCIDENTS = 30
 MAX_CONFIGURATIONS = 100
 """Configurations on the axes in the tables of a page; nobody reads more, and `ebft_study.tables` has all."""
 MAX_UNFINISHED = 100
-MAX_CONTEXT_CHARACTERS = 240
 
 
 class _Names(dict[str, str]):
@@ -394,42 +397,6 @@ def race_rows(study: StudySummary) -> list[dict[str, str]]:
         for decision in sorted(decisions, key=lambda decision: int(decision["step"]))
         for each in decision["comparisons"]
     ]
-
-
-# --- samples ---------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class SampleGroup:
-    """Completions of one context by one trial at its last recorded step."""
-
-    title: str
-    context: str
-    ground_truth: str
-    completions: list[dict[str, str]]
-
-
-def sample_groups(study: StudySummary, limit: int = 2) -> Iterator[SampleGroup]:
-    """Completions of the best EBFT model and of SFT for the same contexts."""
-    for configuration in study.best_by_method():
-        samples = study.results.samples
-        of_trial = samples["trial_id"] == configuration.finished["trial_id"].min()
-        samples = samples[of_trial & samples["benchmark"].isna()]
-        last = samples[samples["step"] == samples["step"].max()]
-        for _, group in list(last.groupby(["sequence", "anchor"]))[:limit]:
-            yield _sample_group(configuration, group)
-
-
-def _sample_group(configuration: Configuration, group: pd.DataFrame) -> SampleGroup:
-    first = group.iloc[0]
-    context = str(first["context"])
-    cut = "…" + context[-MAX_CONTEXT_CHARACTERS:] if len(context) > MAX_CONTEXT_CHARACTERS else context
-    parts = ("reward", "alignment", "diversity")
-    completions = [
-        {"text": str(row["completion"]), **{part: text.number(row[part], 2) for part in parts}}
-        for row in group.sort_values("reward", ascending=False).to_dict("records")
-    ]
-    return SampleGroup(f"{configuration.label}, step {first['step']}", cut, str(first["ground_truth"]), completions)
 
 
 # --- limits ----------------------------------------------------------------------------------------------------

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import datetime
+import functools
+import hashlib
 import io
+import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +21,28 @@ from ebft_study import text
 from ebft_study.analysis import pareto, usage
 from ebft_study.analysis.settings import objectives
 from ebft_study.analysis.summary import StudySummary, summarize
-from ebft_study.report import collected, content, facts, methods, paper, scaling, table
+from ebft_study.report import collected, conclusion, content, explore, facts, methods, paper, samples, scaling, table
 from ebft_study.report.claims import judge
 from ebft_study.report.drawing import ReportFigure
 from ebft_study.report.figures import draw_all
 from ebft_study.report.templates import template
+from ebft_study.report.verdicts import Verdict
 from ebft_study.results import load
 from ebft_study.storage import StoragePath
 
 TEMPLATE = "report.html.j2"
 DOTS_PER_INCH = 160
+FONTS = "'DejaVu Sans', Verdana, sans-serif"
+"""Texts of figures are texts, to search and to read aloud; other machines have fonts that are no wider."""
+
+
+@dataclass(frozen=True)
+class Live:
+    """A page that asks its server every few seconds whether there are new results."""
+
+    url: str
+    version: str
+    seconds: float
 
 
 def write(study_folder: StoragePath) -> Path | StoragePath:
@@ -39,15 +56,37 @@ def write_summary(study: StudySummary, *, written: str | None = None) -> Path | 
     Args:
         written: the report's date; default: now.
     """
-    spec, study_folder = study.results.spec, study.results.folder
-    lines = content.configuration_rows(study, content.MAX_CONFIGURATIONS)
+    study_folder = study.results.folder
     figures = draw_all(study)
     svgs = {figure.name: as_svg(figure) for figure in figures}
     for figure in figures:
         _save(figure, svgs[figure.name], study_folder.subfolder("figures"))
-    verdicts = judge(study)
-    rulings = [(name, sum(v.ruling == name for v in verdicts)) for name in ("agrees", "disagrees", "cannot tell")]
-    page = render(
+    target = study_folder / "report.html"
+    target.write_bytes(page_of(study, figures, svgs, written=written).encode())
+    return target.local or target
+
+
+def live_page(study: StudySummary, live: Live) -> str:
+    """The report of a study as its server shows it; nothing is written."""
+    figures = draw_all(study)
+    return page_of(study, figures, {figure.name: as_svg(figure) for figure in figures}, live=live)
+
+
+def page_of(
+    study: StudySummary,
+    figures: Sequence[ReportFigure],
+    svgs: Mapping[str, str],
+    *,
+    written: str | None = None,
+    live: Live | None = None,
+) -> str:
+    """The report as HTML."""
+    spec = study.results.spec
+    lines = content.configuration_rows(study, content.MAX_CONFIGURATIONS)
+    tested, untested = _divided(judge(study))
+    rulings = [(name, sum(v.ruling == name for v in tested)) for name in ("agrees", "disagrees", "cannot tell")]
+    explored = explore.data(study)
+    return render(
         TEMPLATE,
         figures,
         svgs,
@@ -55,7 +94,9 @@ def write_summary(study: StudySummary, *, written: str | None = None) -> Path | 
         study=study,
         question=spec.get("question"),
         profile=spec.get("profile"),
-        verdicts=verdicts,
+        conclusions=conclusion.conclusions(study),
+        tested=tested,
+        untested=untested,
         rulings=rulings,
         overview=content.overview(study),
         asked=facts.asked(study),
@@ -81,13 +122,32 @@ def write_summary(study: StudySummary, *, written: str | None = None) -> Path | 
         front=pareto.rows(study),
         lineage=content.lineage_rows(study),
         race=content.race_rows(study),
-        samples=list(content.sample_groups(study)),
+        prompts=samples.best_of_methods(study, samples.Samples(study)),
+        data_note=explored["note"],
+        has_coordinates=bool(explored["coordinates"]),
+        live=live,
+        **scripts(explored),
         missing=content.missing(study, list(svgs)),
         written=written,
     )
-    target = study_folder / "report.html"
-    target.write_bytes(page.encode())
-    return target.local or target
+
+
+def _divided(verdicts: Sequence[Verdict]) -> tuple[list[Verdict], list[Verdict]]:
+    """Verdicts on claims that the study can speak to, and those on others."""
+    tested = [verdict for verdict in verdicts if not math.isnan(verdict.p_value)]
+    return tested, [verdict for verdict in verdicts if math.isnan(verdict.p_value)]
+
+
+@functools.cache
+def script() -> str:
+    """What the page does in a browser."""
+    return (Path(__file__).parent / "report.js").read_text(encoding="utf-8")
+
+
+def scripts(data: Mapping[str, Any]) -> dict[str, Any]:
+    """What a template needs for the script, its data, and the policy that allows no other."""
+    digest = base64.b64encode(hashlib.sha256(script().encode()).digest()).decode()
+    return {"data": Markup(explore.as_json(data)), "script": Markup(script()), "script_hash": f"sha256-{digest}"}
 
 
 def render(
@@ -112,9 +172,9 @@ def render(
 def as_svg(figure: ReportFigure) -> str:
     """The figure as SVG: equal data give equal bytes."""
     buffer = io.BytesIO()
-    with matplotlib.rc_context({"svg.hashsalt": figure.name, "svg.fonttype": "path"}):
+    with matplotlib.rc_context({"svg.hashsalt": figure.name, "svg.fonttype": "none"}):
         figure.figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return buffer.getvalue().decode()
+    return buffer.getvalue().decode().replace("'DejaVu Sans'", FONTS)
 
 
 def _save(figure: ReportFigure, svg: str, folder: StoragePath) -> None:

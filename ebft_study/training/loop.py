@@ -100,6 +100,9 @@ def start(run: Run, recorder: Recorder | None, on_report: Report, start_from: Pa
             recorder.metrics(0, row)
             recorder.scores(0, evaluation.score_rows(validated, "validation"))
         _record_heldout(recorder, 0, heldout)
+        samples = validation.sample_rows(run)
+        if recorder:
+            recorder.samples(0, samples)
     _report(run, on_report)
 
 

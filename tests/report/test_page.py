@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import itertools
 import re
 import subprocess
@@ -54,7 +56,8 @@ class Page(HTMLParser):
         assert self.open.pop() == tag, f"</{tag}> closes nothing"
 
     def handle_data(self, data: str) -> None:
-        self.words.append(data)
+        if self.open[-1:] != ["script"]:
+            self.words.append(data)
 
     @property
     def text(self) -> str:
@@ -76,7 +79,43 @@ def test_the_file_needs_nothing_but_itself(folder: Path) -> None:
     assert outside == []
     assert {reference[1:] for reference in page.references if reference.startswith("#")} <= set(page.ids)
     assert len(page.ids) == len(set(page.ids))
-    assert not re.search(r"url\((?!#)|@import|<script", page.source)
+    assert not re.search(r"url\((?!#)|@import", page.source)
+
+
+def test_the_page_runs_no_script_but_its_own(folder: Path) -> None:
+    source = (folder / "report.html").read_text()
+    opened = re.findall(r"<script[^>]*>", source)
+    assert opened == ['<script type="application/json" id="data">', "<script>"]
+    (script,) = re.findall(r"<script>(.*?)</script>", source, flags=re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    (policy,) = re.findall(r'http-equiv="Content-Security-Policy" content="([^"]*)"', source)
+    assert policy.startswith("default-src 'none'; ")
+    assert policy.endswith(f"; script-src 'sha256-{digest}'")
+    assert "connect-src" not in policy
+    assert len(source) < 3e6
+
+
+def test_the_answer_comes_first_and_claims_where_the_study_can_test_them(folder: Path, tmp_path: Path) -> None:
+    text = Page(folder / "report.html").text
+    order = ["The answer", "α moves it: ", "The best of 9 complete configurations is", "is below the base model: ",
+             "ebft-study export full t0", "Outcomes on the held-out split", "Learning curves",
+             "The paper's claims, put to the test", "Design, cost and provenance"]  # fmt: skip
+    places = [text.index(words, 300) for words in order]
+    assert places == sorted(places)
+    short = report(tmp_path / "s", effects={(1.0, 0.0): (-0.02, -0.03)}, seeds=(0,))
+    assert "The paper's claims" not in short
+    assert "The only complete configuration is" in short
+
+
+def test_ordinary_events_are_no_incidents(tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "s", effects=SMALL)
+    recorder = StudyRecorder(folder, study="s")
+    for kind in ("session", "features", "cache", "promoted", "resumed"):
+        recorder.event(kind, f"an ordinary {kind}")
+    recorder.event("retry", "a worker died", trial_id="t000", attempt=1)
+    text = Page(write_report(folder)).text  # type: ignore[arg-type]
+    assert "an ordinary" not in text
+    assert "retry a worker died" in text
 
 
 def test_figures_lie_beside_the_page(folder: Path) -> None:
@@ -161,7 +200,8 @@ def test_a_study_in_which_nothing_finished_still_gets_its_report(tmp_path: Path,
     statuses: Mapping[tuple[object, int], str] = {(key, seed): status for key in SMALL for seed in (0, 1)}
     text = report(tmp_path / "s", effects=SMALL, seeds=(0, 1), statuses=statuses)
     assert "No trial has finished" in text
-    assert "0 agrees 0 disagrees 8 cannot tell" in text
+    assert "There is none yet: " in text
+    assert "The paper's claims" not in text
 
 
 def test_a_study_that_has_only_begun(tmp_path: Path) -> None:

@@ -79,13 +79,12 @@ def best_trial(study: StudySummary) -> str:
     Raises:
         ResultsError: nothing has finished, or configurations cannot be compared.
     """
-    metric, mode = study.objective
-    best = selection.best(study.configurations)
-    values = best.validation.get(metric, {}) if best else {}
-    if best is None or not values:
-        raise ResultsError(f"{study.name}: no configuration is the best by {metric}. Name a trial: see its report")
-    seed = (min if mode == "min" else max)(values, key=values.__getitem__)
-    return str(best.finished.set_index("seed").loc[seed, "trial_id"])
+    row = selection.best_trial(study.configurations)
+    if row is None:
+        raise ResultsError(
+            f"{study.name}: no configuration is the best by {study.objective[0]}. Name a trial: see its report"
+        )
+    return str(row["trial_id"])
 
 
 def _push(folder: Path, name: str) -> str:
