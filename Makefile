@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup study paper notebooks docs test check bench gpu realsize chaos faults fuzz mutants scale decisions architectures lock audit clean
+.PHONY: help setup study paper notebooks docs test check bench gpu realsize chaos faults fuzz journeys mutants scale decisions architectures lock audit clean
 
 help: ## what can be made
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
@@ -68,6 +68,9 @@ faults: $(STAMP) ## 1,000 faults in studies: failing file calls and stores, kill
 
 fuzz: $(STAMP) ## 2,000 study files, overrides, data sets, models and result folders that nobody should write; ends with a line of JSON
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests/fuzz --hypothesis-profile=fuzz -m 'slow or not slow'
+
+journeys: $(STAMP) ## what a stranger does, from an empty folder: install, tour, own data, own model, export, compare, plug-in
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.journeys
 
 mutants: $(STAMP) ## small mutations of the package, one at a time: the tests of each must fail
 	$(BIN)/python -m tests.mutants
