@@ -87,8 +87,13 @@ class StudyPlan:
 
     @property
     def hours(self) -> float | None:
-        """Wall-clock hours to the end of the last trial, benchmarks of base models included; None: no prediction."""
-        return (self.prediction.seconds + self.prediction.base_seconds) / 3600 if self.prediction else None
+        """Wall-clock hours to the end of the last trial, benchmarks of base models included.
+
+        None where nothing was measured on this machine yet, or no trial of one of the models.
+        """
+        if self.prediction is None or self.prediction.unknown_models:
+            return None
+        return (self.prediction.seconds + self.prediction.base_seconds) / 3600
 
     @property
     def gpu_hours(self) -> float:
@@ -175,12 +180,13 @@ def show(planned: StudyPlan, console: Console) -> None:
     table = Table(title=f"{spec.study}: {' '.join(spec.question.split())}", title_justify="left", box=box.SIMPLE_HEAD)
     for header in ("trials like", "number", "steps", "tokens", "TFLOP", "GiB/worker", "time"):
         table.add_column(header, justify="left" if header == "trials like" else "right")
-    seconds = [row.seconds for row in planned.prediction.groups] if planned.prediction else [None] * len(planned.groups)
-    for row, duration in zip(planned.groups, seconds, strict=True):
+    rows = planned.prediction.groups if planned.prediction else [None] * len(planned.groups)
+    for row, predicted in zip(planned.groups, rows, strict=True):
+        duration = "unknown" if predicted is None or predicted.throughput.others else text.duration(predicted.seconds)
         group, steps = row.group, row.group.example.run.total_steps
         used = f"{row.memory_gib:.2f}" if row.fits else "too much"
         numbers = (f"{group.number}", f"{steps}", text.count(row.tokens), f"{group.work.flops / 1e12:.3g}", used)
-        table.add_row(group.label, *numbers, text.duration(duration), style="" if row.fits else "red")
+        table.add_row(group.label, *numbers, duration, style="" if row.fits else "red")
     console.print(table)
     for line in summary(planned):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -196,9 +202,13 @@ def summary(planned: StudyPlan) -> list[str]:
     lines += [_sharing(row) for row in planned.groups if row.trials_per_gpu[0]]
     lines += [planned.disk.describe(), *planned.disk_shortages]
     lines += dict.fromkeys(_benchmarks(row.group) for row in planned.groups if row.group.work.has_benchmarks)
-    if planned.hours is None or planned.prediction is None:
+    if planned.prediction is None:
         lines += ["no time predicted: no trial has finished here yet to measure this machine by"]
         return [*lines, *planned.evidence]
+    if planned.hours is None:
+        models = text.listed(planned.prediction.unknown_models)
+        time = f"unknown: no trial of {models} has finished here; at the speeds of other models"
+        return [*lines, f"{time} {planned.prediction.between}", *planned.evidence]
     gpu_hours = f", {planned.gpu_hours:.3g} GPU hours" if planned.gpu_hours else ""
     basis = _basis(planned.prediction)
     return [*lines, f"about {text.duration(3600 * planned.hours)}{gpu_hours}, by {basis}", *planned.evidence]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ebft_study import text
@@ -26,6 +26,11 @@ class PredictedGroup:
         """Duration of one trial."""
         return self.throughput.seconds(self.group.work)
 
+    def at_speed(self, index: int) -> Throughput:
+        """The lowest (0) or highest (1) speed that it may have."""
+        others = self.throughput.others
+        return self.throughput.at(others[index]) if others else self.throughput
+
 
 @dataclass(frozen=True)
 class Prediction:
@@ -44,6 +49,20 @@ class Prediction:
         return _wall_seconds([(row.group.number, row.seconds) for row in self.groups], self.concurrency)
 
     @property
+    def unknown_models(self) -> list[str]:
+        """Models of which no trial has finished here: other models reach a tenth of a machine's speed, or ten times."""
+        return sorted({row.group.example.run.model for row in self.groups if row.throughput.others})
+
+    @property
+    def seconds_between(self) -> tuple[float, float]:
+        """Time of the study at the highest and at the lowest speed of other models, where its own are unknown."""
+        low, high = (
+            replace(self, groups=[replace(row, throughput=row.at_speed(index)) for row in self.groups])
+            for index in (1, 0)
+        )
+        return low.seconds + low.base_seconds, high.seconds + high.base_seconds
+
+    @property
     def base_seconds(self) -> float:
         """Time that benchmarks of the base models take, each once, before or at the start of the first trials."""
         runs = [(row.group.example.run, row.throughput) for row in self.groups]
@@ -60,8 +79,14 @@ class Prediction:
 
     @property
     def message(self) -> str:
-        """`about 6 min 5 s for 15 trials, 2 at a time`."""
-        return f"about {text.duration(self.seconds)} for {self.n_trials} trials, {self.concurrency} at a time"
+        """`about 6 min 5 s for 15 trials, 2 at a time`; a range where the speed of a model is unknown."""
+        time = self.between if self.unknown_models else f"about {text.duration(self.seconds)}"
+        return f"{time} for {self.n_trials} trials, {self.concurrency} at a time"
+
+    @property
+    def between(self) -> str:
+        """`4 min 2 s to 55 min 0 s`."""
+        return " to ".join(map(text.duration, self.seconds_between))
 
     @property
     def details(self) -> dict[str, Any]:

@@ -87,6 +87,14 @@ class Throughput:
     evaluation_flops_per_second: float
     """Between updates, where a trial evaluates and writes checkpoints."""
     startup_seconds: float
+    others: tuple[float, float] | None = None
+    """Where no trial of the model has finished: the least and the most FLOPs per second of trials of other models."""
+
+    def at(self, flops_per_second: float) -> Throughput:
+        """With another speed, of evaluations as of updates."""
+        ratio = flops_per_second / self.flops_per_second
+        evaluation = ratio * self.evaluation_flops_per_second
+        return replace(self, flops_per_second=flops_per_second, evaluation_flops_per_second=evaluation)
 
     def seconds(self, work: Work) -> float:
         """Duration of a trial."""
@@ -116,7 +124,8 @@ class Measurements:
             if len(rows):
                 break
         rate, evaluation, startup = (float(rows[name].median()) for name in ("rate", "evaluation_rate", "startup"))
-        return Throughput(len(rows), rate, evaluation, startup)
+        others = None if "model" in names else (float(rows["rate"].min()), float(rows["rate"].max()))
+        return Throughput(len(rows), rate, evaluation, startup, others)
 
 
 def measured(storage: Location) -> Measurements:

@@ -6,6 +6,7 @@ import datetime
 import json
 import math
 import re
+import shutil
 import socket
 from dataclasses import replace
 from pathlib import Path
@@ -247,6 +248,29 @@ def test_hours_follow_from_what_finished_trials_took(run: dict[str, Any], tmp_pa
     assert other.prediction is not None
     for row in other.prediction.groups:
         assert row.seconds == pytest.approx(3 + 8 * 0.25 + row.group.work.flops / rate)
+
+
+def test_the_time_of_a_model_that_has_not_run_here_is_unknown(run: dict[str, Any], tmp_path: Path) -> None:
+    """Between what it would be at the speeds of the slowest and of the fastest trial of others."""
+    one_at_a_time = {"axes": {"reward.alpha": [0.0, 1.0]}, "budget": {"max_concurrent_trials": 1}}
+    finish(tmp_path, run, step_seconds=0.5, train=14.0, total=17.0, host=socket.gethostname())
+    assert planned(run, tmp_path, **one_at_a_time).hours is not None
+    other = write_model(tmp_path / "other", seed=1)
+    found = planned({**run, "model": str(other)}, tmp_path, **one_at_a_time)
+    assert found.hours is None
+    assert found.prediction is not None
+    low, high = found.prediction.seconds_between
+    assert low == high == pytest.approx(6 * 17.0)  # one trial has measured one speed, and the models are equal in size
+    finish(tmp_path / "fast", run, step_seconds=0.05, train=1.4, total=4.4, host=socket.gethostname())
+    shutil.copytree(tmp_path / "fast" / "earlier", tmp_path / "again")
+    found = planned({**run, "model": str(other)}, tmp_path, **one_at_a_time)
+    assert found.prediction is not None
+    low, high = found.prediction.seconds_between
+    assert high > 3 * low
+    [line] = [line for line in planning.summary(found) if "unknown" in line]
+    assert f"no trial of {other} has finished here" in line
+    assert found.prediction.between in line
+    assert found.prediction.message.startswith(found.prediction.between)
 
 
 def test_what_is_planned_at_the_start_is_what_the_report_compares(run: dict[str, Any], tmp_path: Path) -> None:
