@@ -172,7 +172,7 @@ def play(
     fence: results.Fence,
 ) -> None:
     """In place of `session._tune`."""
-    scheduler = session._scheduler(folder, study, past, monitor, lambda trial_id, attempt: None)
+    scheduler = session._scheduler(folder, study, past, monitor, lambda trial_id, attempt: None, stopper.request_stop)
     observer = Observer(
         search,
         monitor,
@@ -182,7 +182,10 @@ def play(
         max_failures=study.spec.resources.max_failures,
     )
     searcher = StudySearcher(
-        search, monitor, lambda each: session.trial_task(folder, study, each, None, fence.generation)
+        search,
+        monitor,
+        lambda each: session.trial_task(folder, study, each, None, fence.generation),
+        give_up=stopper.request_stop,
     )
     running: deque[_Trial] = deque()
     again: deque[_Trial] = deque()
