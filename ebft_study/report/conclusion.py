@@ -269,10 +269,17 @@ def _model(study: StudySummary, group: Sequence[Configuration], objective: Objec
         return None
     trial_id = str(row["trial_id"])
     command = f"ebft-study export {shlex.quote(study.name)} {trial_id} --to {shlex.quote(f'models/{study.name}')}"
-    sentence = f"Its model at its best seed is that of trial {trial_id}: {last_checkpoint(row)} in the study's folder."
-    return Model(sentence, command)
+    where = last_checkpoint(row)
+    in_folder = f": {where} in the study's folder" if where else ""
+    return Model(f"Its model at its best seed is that of trial {trial_id}{in_folder}.", command)
 
 
 def last_checkpoint(row: Mapping[Any, Any]) -> str:
-    """The folder of the checkpoint at the end of a finished trial, below that of its study; `row` is of `trials`."""
+    """The folder of the checkpoint at the end of a finished trial, below that of its study; '' where none is known.
+
+    Args:
+        row: of the table `trials`.
+    """
+    if not row["steps_done"] >= 0:
+        return ""
     return f"train/{row['trial_id']}-{int(row['attempt'])}/checkpoint_{int(row['steps_done']):08d}"

@@ -132,7 +132,7 @@ def test_a_study_is_found_by_name_or_folder(tmp_path: Path, monkeypatch: pytest.
     (folder / "study.yaml").write_text("question: q\n")
     monkeypatch.chdir(tmp_path)
     assert len(load("quick").metrics) == len(load(folder).metrics) == 1
-    with pytest.raises(ResultsError, match="Studies here: quick"):
+    with pytest.raises(ResultsError, match="Studies there: quick"):
         load("quack")
 
 

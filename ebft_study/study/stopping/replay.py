@@ -321,7 +321,7 @@ def _recorded(
         seed=int(row["seed"]),
         is_baseline=isinstance(row["named_baseline"], str),
         total_steps=int(row["steps"] + row["warm_start_steps"]),
-        n_samples=int(row["n_samples"]),
+        n_samples=int(row["n_samples"]) if row["n_samples"] > 0 else 1,  # SFT samples nothing
         steps_done=int(row["steps_done"]) if row["steps_done"] > 0 else 0,
         evaluations=tuple(evaluations),
         elapsed=elapsed,

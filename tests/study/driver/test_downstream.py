@@ -106,7 +106,7 @@ def test_the_scores_are_those_of_the_run_itself(trained: Path, study: Path, tmp_
 
 
 def test_the_report_shows_benchmarks(study: Path) -> None:
-    assert "benchmarks" not in Path(str(report.write_report(study))).read_text().split("<nav>")[1].split("Learning")[0]
+    assert "benchmarks" not in Path(str(report.write_report(study))).read_text().split("<nav ")[1].split("Learning")[0]
     api.evaluate(study, [files.parallel(study.parent)], [], SHORT)
     page = Path(str(report.write_report(study))).read_text()
     assert "BLEU, best of 4" in page

@@ -259,6 +259,7 @@ def test_a_replay_compares_no_cfm_that_each_configuration_measures_in_its_own_wa
     file, folder = tmp_path / "grid.yaml", tmp_path / "studies" / "grid"
     file.write_text(yaml.safe_dump(content))
     study = study_file.load_study(file)
+    folder.mkdir(parents=True)
     study_yaml.write(folder, study.spec, study.source, provenance={})
     with pytest.raises(EbftError, match="kind=asha compares trials by it"):
         study_with(folder, file, None, [])
