@@ -87,7 +87,7 @@ def test_studies_and_runs_look_before_anything_starts(monkeypatch: pytest.Monkey
     needed = study.concurrency * segment + own.object_store_bytes(study.service_plan.travelling_bytes)
 
     def start() -> None:
-        with runner._cluster_and_lock(runner._folder(study, tmp_path), study, None):
+        with runner._cluster_and_lock(runner._folder(study, tmp_path), study, None, print):
             pass
 
     room(monkeypatch, needed)

@@ -93,7 +93,7 @@ def test_a_factory_returns_a_verifier_of_its_own_range(name: str) -> None:
 @pytest.mark.parametrize(
     ("path", "rule"),
     [
-        ("my_verifiers:no_such", "my_verifiers has no no_such. Repair the name"),
+        ("my_verifiers:no_such", "my_verifiers has no no_such. Did you mean 'too_much'?"),
         ("my_verifiers:", "is no import path. Write package.module:name"),
         (":length", "is no import path"),
         ("no.such.module:f", "there is no module 'no' where Python looks. Put it into the folder of the study file"),

@@ -61,6 +61,9 @@ def humaneval(folder: Path) -> str:
 
 
 def parallel(folder: Path, name: str = "test.de-en") -> str:
-    (folder / f"{name}.de").write_text("Guten Tag.\nDas ist ein kleines Haus.\n")
-    (folder / f"{name}.en").write_text("Good day.\nThis is a small house.\n")
+    texts = {"de": "Guten Tag.\nDas ist ein kleines Haus.\n", "en": "Good day.\nThis is a small house.\n"}
+    for language, text in texts.items():
+        path = folder / f"{name}.{language}"
+        if not path.exists():  # workers share it
+            path.write_text(text)
     return f"wmt22:{folder / name}.de"
