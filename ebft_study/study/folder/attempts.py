@@ -113,18 +113,33 @@ def best(study_folder: Location, trial_id: str, objective: ObjectiveSpec, *, sin
 
 
 def damaged(study_folder: Location) -> list[str]:
-    """Problems with the best checkpoints of ended trials. Hashes of weights are checked when one is loaded."""
+    """Problems with checkpoints: records that are not whole, and best ones of ended trials that lack files.
+
+    Hashes of weights are checked when a checkpoint is loaded.
+    """
     trials = read_table(study_folder, "trials")
     ended = trials[trials["best_checkpoint"].notna() & ~trials["status"].isin(OPEN)]
     paths = [
         functools.reduce(truediv, best.split("/"), storage_path(study_folder)) for best in ended["best_checkpoint"]
     ]
     whole = in_parallel(checkpoint.has_all_files, paths)
-    return [
-        f"{path}: the best checkpoint of {trial} is damaged. Restore it"
+    problems = {
+        path: f"{path}: the best checkpoint of {trial} is damaged. Restore it"
         for path, trial, is_whole in zip(paths, ended["trial_id"], whole, strict=True)
         if not is_whole
-    ]
+    }
+    for path in _recorded_folders(study_folder):
+        if path not in problems and checkpoint.recorded(path) is None:
+            problems[path] = f"{path}: {checkpoint.RECORD} is damaged, so this checkpoint does not count. Restore it"
+    return list(problems.values())
+
+
+def _recorded_folders(study_folder: Location) -> list[StoragePath]:
+    """The checkpoints of all attempts that have a record: it is written last, and removed first."""
+    train = storage_path(study_folder) / "train"
+    attempt_folders = [train / name for name in train.names()]
+    every = [attempt / name for attempt in attempt_folders for name in attempt.names() if not name.startswith(".")]
+    return [path for path in every if checkpoint.RECORD in path.names()]
 
 
 def checkpoint_name(step: int) -> str:

@@ -505,3 +505,18 @@ def test_a_damaged_best_checkpoint_of_an_ended_trial_is_named(tmp_path: Path, da
             path.unlink()
     named = [] if damage in ("none", "not ended") else [f"{best}: the best checkpoint of t0 is damaged. Restore it"]
     assert attempts.damaged(tmp_path) == named
+
+
+def test_a_damaged_record_of_any_checkpoint_is_named(tmp_path: Path) -> None:
+    """Also of a trial that has not ended: another checkpoint would be its best without a word."""
+    folders = [attempts.folder(tmp_path, "t0000", 1) / attempts.checkpoint_name(step) for step in (2, 4)]
+    for folder in folders:
+        assert folder.local
+        save(folder.local, int(folder.name[-1]))
+    assert attempts.damaged(tmp_path) == []
+    record = folders[0].local / checkpoint.RECORD  # type: ignore[operator]
+    record.write_bytes(record.read_bytes().replace(b'"step": 2', b'"step": 3'))
+    [problem] = attempts.damaged(tmp_path)
+    assert problem.startswith(f"{folders[0]}: checkpoint.json is damaged")
+    record.unlink()  # a checkpoint that was being written
+    assert attempts.damaged(tmp_path) == []
