@@ -43,9 +43,9 @@ _imported: dict[str, str] = {}
 # --- names -----------------------------------------------------------------------------------------------------
 
 
-def is_path(name: str | None) -> bool:
+def is_path(name: object) -> bool:
     """Whether a name is an import path, `package.module:name`."""
-    return name is not None and _PATH.fullmatch(name) is not None
+    return isinstance(name, str) and _PATH.fullmatch(name) is not None
 
 
 def name_of(path: str) -> str:

@@ -110,7 +110,7 @@ def browser(stranger: Stranger) -> None:
         rows = "table[data-table=trials] > tbody > tr:not(.details)"
         everything = len(window.texts(rows))
         assert everything == 10, everything
-        window.page.locator("input[type=search]").first.fill("sft")
+        window.page.get_by_label("Filter the table trials").fill("sft")
         assert 0 < len(window.texts(rows)) < everything
         assert window.said == [], window.said
 
