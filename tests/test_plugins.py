@@ -402,3 +402,8 @@ def test_a_damaged_record_of_a_metric_is_a_problem_and_no_error(damage: dict[str
         assert any("metric of" in problem for problem in results.load(tmp_path).problems)
     assert not {"f", "<b>"} & METRICS.keys()
     assert not METRICS["ce_loss"].plugin
+
+
+@pytest.mark.parametrize("name", [-1, None, 0.5, ["a:b"], "plain", "a.b", ":x", "x:"])
+def test_what_is_no_text_with_a_colon_is_no_import_path(name: object) -> None:
+    assert not plugins.is_path(name)

@@ -48,7 +48,7 @@ class CheckpointDisk:
         """
         wanted = list[tuple[Path, float, str]]()
         if folder.local is not None:
-            present = sum(path.stat().st_size for path in folder.local.glob("train/*/checkpoint_*/*"))
+            present = sum(path.lstat().st_size for path in folder.local.glob("train/*/checkpoint_*/*"))
             remedy = "a smaller keep_checkpoints or keep_best, lora_rank, or another --storage"
             wanted.append((folder.local, max(self.kept_bytes - present, 0.0), f"Use {remedy}"))
         if are_here:

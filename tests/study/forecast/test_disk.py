@@ -125,6 +125,13 @@ def test_checkpoints_that_are_there_take_no_more_room(tmp_path: Path, monkeypatc
         assert (need.shortages(storage_path(tmp_path / "storage"), are_here=False) == []) == fits
 
 
+def test_a_link_that_leads_nowhere_takes_no_room(tmp_path: Path) -> None:
+    folder = tmp_path / "train" / "t0-1" / "checkpoint_00000001"
+    folder.mkdir(parents=True)
+    (folder / "checkpoint.json").symlink_to(tmp_path / "gone")
+    assert CheckpointDisk(1, 1, 1, 1).shortages(storage_path(tmp_path)) == []
+
+
 def test_a_folder_that_is_not_there_yet_is_on_the_disk_of_the_one_above(tmp_path: Path) -> None:
     assert disk._existing(tmp_path / "a" / "b") == tmp_path
     assert NEED.shortages(storage_path(tmp_path / "a" / "b")) == [] or shutil.disk_usage(tmp_path).free < 10 * GIB
